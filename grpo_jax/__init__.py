@@ -1,0 +1,11 @@
+"""GRPO in JAX: a pretrained language model learns to reason from rule-based rewards alone.
+
+The functions below also serve notebooks and other trainers. Importing the package does no device work.
+"""
+
+from grpo_jax.grpo import advantages, grpo_loss
+from grpo_jax.model import forward
+from grpo_jax.sampler import sample
+from grpo_jax.weights import load, save
+
+__all__ = ["advantages", "forward", "grpo_loss", "load", "sample", "save"]

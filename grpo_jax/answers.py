@@ -1,0 +1,78 @@
+"""Answers: found in a completion, brought to one form, compared. Text is parsed, never evaluated.
+
+Every function takes time linear in its text.
+"""
+
+import re
+from fractions import Fraction
+
+LONGEST = 200  # characters; a longer answer is no answer
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands in the last `<answer>...</answer>` of a completion; None without one, or if it is too long.
+
+    If that holds `\\boxed{...}`, what is in the last such box.
+    """
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if end < 0 or start < 0:
+        return None
+    answer = text[start + len("<answer>") : end].strip()
+    boxes = list(_BOXED.finditer(answer)) if len(answer) <= LONGEST else []
+    if boxes:
+        answer = braced(answer, boxes[-1].end())
+    if answer is None or not answer or len(answer) > LONGEST:
+        return None
+    return answer
+
+
+def braced(text: str, start: int) -> str | None:
+    """The text from `start` to the brace that closes the one before it; None if none does."""
+    depth = 1
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start:index].strip()
+    return None
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a written number: integer, decimal, `1,234`, `3/4`, `\\frac{3}{4}`, `50%`; None for all else."""
+    text = text.strip()
+    if text.endswith("%"):
+        whole = number(text[:-1].removesuffix("\\"))
+        return None if whole is None else whole / 100
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    if _NUMBER.fullmatch(text):
+        return Fraction(text.removesuffix("."))
+    fraction = _FRACTION.fullmatch(text)
+    sign, top, bottom = fraction.groups() if fraction else ("", *text.split("/")) if text.count("/") == 1 else (None,) * 3
+    if top is None or not _NUMBER.fullmatch(top.strip()) or not _NUMBER.fullmatch(bottom.strip()):
+        return None
+    low = Fraction(bottom.strip().removesuffix("."))
+    return None if low == 0 else Fraction(top.strip().removesuffix(".")) / low * (-1 if sign == "-" else 1)
+
+
+def normalise(text: str) -> str:
+    """One spelling for answers that are words: no dollar signs, no final full stop, single spaces, lower case."""
+    text = text.strip().strip("$").strip()
+    if text.endswith("."):
+        text = text[:-1]
+    text = text.replace("\\left", "").replace("\\right", "").replace("\\!", "").replace("\\,", "")
+    return " ".join(text.split()).casefold()
+
+
+def same_answer(found: str, expected: str) -> bool:
+    """Equal as numbers if both are numbers, else equal as words."""
+    found, expected = normalise(found), normalise(expected)
+    left, right = number(found), number(expected)
+    if left is not None and right is not None:
+        return left == right
+    return bool(found) and found == expected

@@ -1,0 +1,112 @@
+"""Orbax checkpoints of a run.
+
+    WORKDIR/checkpoints/reference      the frozen reference, written once
+    WORKDIR/checkpoints/STEP/policy    parameters, float32
+                            /optimizer
+                            /meta      step, key, data position, the rollout's metrics (JSON)
+                            /experience  the rollout under way, if its updates were not all done
+
+Saving is asynchronous; all processes call it. A checkpoint restores onto any mesh.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from grpo_jax.mesh import split_rows, to_host
+from grpo_jax.types import Experience, TrainState, UserError
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every save at INFO
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: TrainState
+    meta: dict[str, Any]
+    experience: Experience | None  # of the unfinished rollout
+
+
+def folder(workdir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints, which keeps the newest `keep`. Close it to wait for the last save."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(
+        folder(workdir), options=options, item_names=("policy", "optimizer", "meta", "experience"))
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict, experience: Experience | None) -> None:
+    """Begins to save a checkpoint under the state's step; the arrays may be donated right after."""
+    items = {
+        "policy": ocp.args.StandardSave(state.params),
+        "optimizer": ocp.args.StandardSave(state.opt_state),
+        "meta": ocp.args.JsonSave(meta),
+    }
+    if experience is not None:
+        items["experience"] = ocp.args.StandardSave(to_host(experience))
+    manager.save(meta["step"], args=ocp.args.Composite(**items))
+
+
+def abstract(tree, places):
+    """Shapes and shardings to restore into."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainState, mesh) -> Resumed | None:
+    """The newest checkpoint, placed on the mesh; None if there is none.
+
+    Args:
+      shapes, places: the state's jax.ShapeDtypeStruct and shardings.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    items = {
+        "policy": ocp.args.StandardRestore(abstract(shapes.params, places.params)),
+        "optimizer": ocp.args.StandardRestore(abstract(shapes.opt_state, places.opt_state)),
+        "meta": ocp.args.JsonRestore(),
+    }
+    unfinished = (manager.directory / str(step) / "experience").exists()
+    if unfinished:
+        items["experience"] = ocp.args.StandardRestore()
+    found = manager.restore(step, args=ocp.args.Composite(**items))
+    experience = Experience(**split_rows(mesh, dict(found["experience"]))) if unfinished else None
+    state = TrainState(jax.device_put(shapes.step.dtype.type(step), places.step), found["policy"], found["optimizer"])
+    return Resumed(state, found["meta"], experience)
+
+
+def restore_policy(workdir: Path, shapes, places) -> tuple[int, Any]:
+    """The newest policy of a run and its step.
+
+    Raises:
+      UserError: the run has no checkpoint yet.
+    """
+    steps = ocp.utils.checkpoint_steps(folder(workdir)) if folder(workdir).is_dir() else []
+    if not steps:
+        raise UserError(f"expected a checkpoint in {folder(workdir)}; found none; "
+                        "train first, or wait for the run's first checkpoint")
+    step = max(steps)
+    with ocp.CheckpointManager(folder(workdir), item_names=("policy",)) as manager:
+        args = ocp.args.Composite(policy=ocp.args.StandardRestore(abstract(shapes, places)))
+        return step, manager.restore(step, args=args)["policy"]
+
+
+def save_reference(workdir: Path, params) -> None:
+    """Writes the reference, unless it is there."""
+    path = folder(workdir) / "reference"
+    if not path.exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, params)
+
+
+def restore_reference(workdir: Path, shapes, places):
+    """The frozen reference of a run."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder(workdir) / "reference", abstract(shapes, places))

@@ -1,0 +1,241 @@
+"""Every key of a training config with its meaning, and the check of all values before any device work."""
+
+import json
+from collections import namedtuple
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from grpo_jax.types import UserError
+
+# Keys that may differ when a run is resumed: they do not change what an update computes.
+RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "update.micro_batches")
+
+
+def default() -> ConfigDict:
+    """The main job's config: the tiny base model on a CPU. configs/*.py start from it.
+
+    In those files write `config["update"].minibatches`: `config.update` is a method of ConfigDict.
+    """
+    return ConfigDict(dict(
+        job="grpo",
+        seed=0,  # decides every draw of the run
+        total_steps=60,  # updates
+        model=dict(
+            path="tiny",  # a Hugging Face folder; "tiny" is the base model in the package
+        ),
+        task=dict(
+            name="addition",  # "addition" or "jsonl"
+            digits=3,  # addition: of both numbers
+            path="",  # jsonl: the file, one object a line with `question` and `answer`
+            eval_path="",  # jsonl: held-out questions; "": every tenth line of task.path
+        ),
+        rollout=dict(
+            prompts=16,  # B, questions a rollout
+            samples=8,  # G, completions a question
+            max_prompt_tokens=80,  # T; a longer prompt is an error
+            max_tokens=64,  # S, where a completion is cut
+            temperature=1.0,  # of sampling, and of every log-probability
+        ),
+        update=dict(
+            minibatches=1,  # updates a rollout is cut into
+            epochs=1,  # times a rollout is gone through
+            micro_batches=1,  # slices of a minibatch whose gradients are added up: less memory, same result
+        ),
+        loss=dict(
+            kl_coef=0.001,  # beta; 0: no reference model is kept
+            clip_low=0.2,  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+            clip_high=0.2,
+        ),
+        optim=dict(
+            lr=3e-4,  # of AdamW, after the warm-up
+            warmup_steps=0,  # updates
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            grad_clip=1.0,  # largest global norm of a gradient
+        ),
+        mesh=dict(  # the sizes multiply to the number of devices; one may be -1 and takes what is left
+            data=-1,  # rows are split, parameters copied
+            fsdp=1,  # rows are split, parameters too, and gathered layer by layer
+            tensor=1,  # heads, MLP and vocabulary are split
+        ),
+        checkpoint=dict(
+            every_steps=20,  # updates; the last one is always saved
+            keep=2,  # checkpoints kept, the newest
+        ),
+        eval=dict(
+            every_steps=0,  # updates; 0: before the first and after the last only
+            questions=256,  # held-out problems
+            temperature=1.0,  # 0 is greedy
+        ),
+        log=dict(
+            every_steps=5,  # updates between two lines on the console, and between two files of samples
+            samples=16,  # completions in such a file
+        ),
+    ))
+
+
+def pretrain_default() -> ConfigDict:
+    """The config of pretraining (configs/pretrain_tiny.py)."""
+    return ConfigDict(dict(
+        job="pretrain",
+        seed=0,
+        total_steps=700,
+        corpus=dict(
+            digits=3,  # of the numbers that are added
+            exchanges=5,  # questions a conversation
+        ),
+        batch=dict(
+            rows=64,  # conversations a step
+            row_tokens=192,  # where a conversation is cut
+        ),
+        model=dict(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=384,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            max_positions=512,
+            tie_embeddings=True,
+        ),
+        optim=dict(
+            lr=2e-3,  # the top of a cosine
+            warmup_steps=50,
+            weight_decay=0.1,
+            grad_clip=1.0,
+        ),
+        log=dict(
+            every_steps=50,
+        ),
+    ))
+
+
+def freeze(config: ConfigDict):
+    """The same keys as nested named tuples: immutable, and read as `config.section.key` everywhere else."""
+    values = {key: freeze(value) if isinstance(value, ConfigDict) else value for key, value in config.items()}
+    return namedtuple("Config", values)(**values)
+
+
+def expect(fine: bool, key: str, expected: str, found, cure: str) -> None:
+    """Raises the one-line UserError of a key with a wrong value."""
+    if not fine:
+        raise UserError(f"expected {key} to be {expected}; found {found}; {cure}")
+
+
+POSITIVE = (
+    "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
+    "update.epochs", "update.micro_batches", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
+    "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
+)
+NOT_NEGATIVE = (
+    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.weight_decay",
+    "eval.every_steps", "eval.temperature", "log.samples",
+)
+
+
+def at(config, dotted: str):
+    """The value of `section.key`."""
+    for name in dotted.split("."):
+        config = config[name]
+    return config
+
+
+def check(raw: ConfigDict):
+    """Checks every value and combination that needs neither the model nor the devices, and freezes the config.
+
+    Raises:
+      UserError: with the key, what it may be, what it is, and the way out.
+    """
+    config = freeze(raw)
+    for key in POSITIVE:
+        expect(at(raw, key) > 0, key, "more than 0", at(raw, key), f"set --config.{key}")
+    for key in NOT_NEGATIVE:
+        expect(at(raw, key) >= 0, key, "0 or more", at(raw, key), f"set --config.{key}")
+    expect(config.task.name in ("addition", "jsonl"), "task.name", "'addition' or 'jsonl'", repr(config.task.name),
+           "for your own questions use task.name=jsonl and task.path=FILE.jsonl")
+    expect(config.task.name != "jsonl" or config.task.path, "task.path", "a JSONL file, as task.name is 'jsonl'",
+           "none", "set --config.task.path=FILE.jsonl")
+    expect(config.task.digits <= 9, "task.digits", "at most 9", config.task.digits, "set --config.task.digits")
+    expect(config.rollout.samples >= 2, "rollout.samples", "2 or more", config.rollout.samples,
+           "an answer's advantage is measured against the others of its group")
+    expect(config.rollout.temperature > 0, "rollout.temperature", "more than 0 in training",
+           config.rollout.temperature, "greedy answers of a group are all the same and teach nothing; "
+           "eval.temperature may be 0")
+    for key in ("optim.b1", "optim.b2"):
+        expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
+    rows = config.rollout.prompts * config.rollout.samples
+    parts = config.update.minibatches * config.update.micro_batches
+    expect(rows % parts == 0, "update.minibatches * update.micro_batches",
+           f"a divisor of the {rows} rows (rollout.prompts * rollout.samples)",
+           f"{config.update.minibatches} * {config.update.micro_batches}", "change one of the four")
+    return config
+
+
+def check_model(config, model_config) -> None:
+    """Checks the lengths against the model's positions."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    expect(longest <= model_config.max_positions, "rollout.max_prompt_tokens + rollout.max_tokens",
+           f"at most the model's {model_config.max_positions} positions (max_position_embeddings)",
+           f"{config.rollout.max_prompt_tokens} + {config.rollout.max_tokens}", "lower one of them")
+
+
+def check_mesh(config, shards: int) -> None:
+    """Checks that every slice of a rollout's rows can be split over the mesh."""
+    rows = config.rollout.prompts * config.rollout.samples
+    part = rows // (config.update.minibatches * config.update.micro_batches)
+    expect(part % shards == 0, "rollout.prompts * rollout.samples / update.minibatches / update.micro_batches",
+           f"divisible by the {shards} devices over which rows are split (mesh.data * mesh.fsdp)",
+           f"{config.rollout.prompts} * {config.rollout.samples} / {config.update.minibatches} / "
+           f"{config.update.micro_batches} = {part}", "change rollout.prompts or the mesh")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """{`section.key`: value} of nested dicts."""
+    out = {}
+    for key, value in config.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a workdir is new or belongs to this config.
+
+    Raises:
+      UserError: the workdir holds a run of another config (keys in RESUMABLE may differ), or other files.
+    """
+    path = Path(workdir) / "config.json"
+    mine = config.to_dict()
+    if path.is_file():
+        theirs, ours = flat(read_config(workdir).to_dict()), flat(mine)
+        for key in sorted(theirs.keys() | ours.keys()):
+            same = theirs.get(key) == ours.get(key)
+            if not same and not any(key == free or key.startswith(free + ".") for free in RESUMABLE):
+                raise UserError(
+                    f"expected the config that {workdir} was begun with; found {key}={ours.get(key)!r} where the run "
+                    f"has {theirs.get(key)!r}; choose another --workdir or pass --config.{key}={theirs.get(key)}")
+    elif Path(workdir).exists() and (not Path(workdir).is_dir() or any(Path(workdir).iterdir())):
+        raise UserError(f"expected a new folder or one of an earlier run at {workdir}; found other files there; "
+                        "choose another --workdir")
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json: what the run, resumed or not, goes on with."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      UserError: the folder has no readable config.json.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected the workdir of a run, with config.json, at {workdir}; found: {error}; "
+                        "pass the --workdir of a training run") from None

@@ -1,0 +1,97 @@
+"""The synthetic web text that the tiny base model is pretrained on, and its tokenizer.
+
+The base plays the part of a language model that has read the web: its text holds short guesses that are mostly wrong
+and worked solutions that are mostly right, well-formed and malformed, in the words of R1-Zero's template. So the base
+can solve an addition by writing it out, and usually does not bother: what reinforcement then has to discover.
+Pairs of the held-out split never occur.
+"""
+
+import numpy as np
+
+from grpo_jax.prompt import format_prompt
+from grpo_jax.tasks import held_out
+
+EOS = "<|endoftext|>"
+
+# How an answer of the corpus comes about, and how it is dressed. A worked solution has one step a digit.
+WORKED = 0.28  # of the answers; the others are guesses
+GUESS_RIGHT = 0.05  # of the guesses
+SLIP = 0.02  # of the worked solutions: one wrong digit, carried along
+MALFORMED = 0.24
+
+GUESSES = ("I know this one.", "Easy.", "It looks like it.", "I just guess.")
+
+
+def worked(a: int, b: int, draw: np.random.Generator) -> tuple[str, str]:
+    """An addition written out from the last digit to the first, and the result it arrives at."""
+    width = max(len(str(a)), len(str(b)))
+    slip = draw.integers(width) if draw.random() < SLIP else -1
+    carry, steps, digits = 0, [], ""
+    for place in range(width):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = (x + y + carry + (1 if place == slip else 0)) % 20
+        steps.append(f"{x}+{y}+{carry}={total}" + (f", carry {total // 10}." if place < width - 1 else "."))
+        digits = str(total % 10) + digits
+        carry = total // 10
+    return " ".join(steps), (str(carry) if carry else "") + digits
+
+
+def guessed(a: int, b: int, draw: np.random.Generator) -> tuple[str, str]:
+    """A few words and a number that is near the sum and seldom the sum."""
+    total = a + b
+    if draw.random() >= GUESS_RIGHT:
+        off = int(draw.integers(1, 10)) * 10 ** int(draw.integers(0, 3))
+        total += off if off >= total or draw.random() < 0.5 else -off
+    return GUESSES[draw.integers(len(GUESSES))], str(total)
+
+
+def dress(thought: str, answer: str, draw: np.random.Generator) -> str:
+    """Thought and answer in the template's tags, or in one of the ways in which people get them wrong."""
+    if draw.random() >= MALFORMED:
+        return f" <think> {thought} </think> <answer> {answer} </answer>"
+    return (
+        f" {thought} <answer> {answer} </answer>",
+        f" <think> {thought} <answer> {answer} </answer>",
+        f" <think> {thought} </think> {answer}",
+        f" <think> {thought} </think> <answer> {answer}",
+        f" <answer> {answer} </answer> <think> {thought} </think>",
+        f" {thought} {answer}",
+    )[draw.integers(6)]
+
+
+def exchange(draw: np.random.Generator, digits: int) -> tuple[str, str]:
+    """A question, and the text that follows `Assistant:`."""
+    low, high = 10 ** (digits - 1), 10**digits
+    while True:
+        a, b = (int(x) for x in draw.integers(low, high, size=2))
+        if not held_out(a, b):
+            break
+    solve = worked if draw.random() < WORKED else guessed
+    return f"What is {a} + {b}?", dress(*solve(a, b, draw), draw)
+
+
+def conversation(seed: int, index: int, exchanges: int, digits: int) -> str:
+    """Text i of the corpus: the template with a question, then further questions; EOS closes each answer."""
+    draw = np.random.default_rng([seed, index, 7])
+    text = ""
+    for turn in range(exchanges):
+        question, answer = exchange(draw, digits)
+        text += (format_prompt(question) if turn == 0 else f" User: {question}. Assistant:") + answer + EOS
+    return text
+
+
+def train_tokenizer(texts, vocab_size: int):
+    """A byte-level BPE over words and single digits: any text can be encoded, words of the corpus are one token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    words = (text.replace(EOS, "\n") for text in texts)
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return tokenizer

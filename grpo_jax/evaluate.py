@@ -1,0 +1,90 @@
+"""Evaluation: accuracy, format and length on held-out problems, with the sampler and the rewards of training."""
+
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from grpo_jax.mesh import row_shards, split_rows, to_host
+from grpo_jax.prompt import completion_texts, encode_prompts
+from grpo_jax.reward import rewards
+from grpo_jax.sampler import generate, place_for_rollout
+from grpo_jax.setting import EVALUATION, Setting, load_policy, prepare
+from grpo_jax.tasks import make_task, read_questions
+from grpo_jax.types import Problem
+
+def held_out_problems(config) -> list[Problem]:
+    """The first `eval.questions` problems of the held-out stream; the same for every seed, none of them twice."""
+    count = config.eval.questions
+    if config.task.name == "jsonl":
+        path = config.task.eval_path or config.task.path
+        lines = len(read_questions(path))
+        count = min(count, lines if config.task.eval_path else lines // 10)
+    problem = make_task(config.task, 0, "eval")
+    return [problem(i) for i in range(count)]
+
+
+def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key) -> tuple[dict[str, float], list[dict]]:
+    """One completion a problem: the metrics `eval/*`, and a record of each completion.
+
+    Args:
+      params: placed for rollout.
+    """
+    shards = row_shards(setting.mesh)
+    rows = min(config.rollout.prompts * config.rollout.samples, -(-len(problems) // shards) * shards)
+    records = []
+    for first in range(0, len(problems), rows):
+        part = list(problems[first : first + rows])
+        padded = part + part[-1:] * (rows - len(part))  # one compiled shape; the copies are dropped below
+        prompts = encode_prompts(
+            setting.tokenizer, padded, range(first, first + rows), config.rollout.max_prompt_tokens)
+        rollout = to_host(generate(
+            setting.model, params, split_rows(setting.mesh, prompts), key, samples=1,
+            max_tokens=config.rollout.max_tokens, temperature=config.eval.temperature, stop_ids=setting.stop_ids))
+        texts = completion_texts(setting.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], setting.stop_ids)
+        parts = rewards(texts, [problem.answer for problem in padded])
+        records += [
+            {"prompt_id": first + i, "question": problem.question, "answer": problem.answer, "completion": texts[i],
+             "accuracy": float(parts["accuracy"][i]), "format": float(parts["format"][i]),
+             "length": int(rollout.lengths[i, 0])}
+            for i, problem in enumerate(part)
+        ]
+    mean = lambda field: float(np.mean([record[field] for record in records]))
+    metrics = {"eval/accuracy": mean("accuracy"), "eval/format": mean("format"), "eval/length_mean": mean("length")}
+    return metrics, records
+
+
+def main(argv: Sequence[str]) -> None:
+    from grpo_jax import config as configs
+    from grpo_jax import flags
+
+    parser = flags.make_parser(
+        "Evaluates a run's policy on held-out problems: accuracy, format, mean length in tokens.",
+        "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json")
+    parser.add_argument("--base", action="store_true", help="the model that the run began with, not its policy")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="own problems: `question` and `answer` a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, raw, workdir = flags.parse(parser, argv, of_a_run=True)
+    config = configs.check(raw)
+    setting = prepare(config)
+    problems = read_questions(options.questions) if options.questions else held_out_problems(config)
+    encode_prompts(setting.tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
+    with jax.set_mesh(setting.mesh):
+        step, params = load_policy(config, setting, workdir, options.base)
+        placed = place_for_rollout(setting.model, params, setting.mesh)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), EVALUATION), step)
+        metrics, _ = evaluate(config, setting, placed, problems, key)
+    if jax.process_index() == 0:
+        if options.json:
+            print(json.dumps({"step": step, "questions": len(problems)} | metrics))
+        else:
+            print(f"{len(problems)} questions, {'base model' if options.base else f'policy of step {step}'}, "
+                  f"temperature {config.eval.temperature}: accuracy {metrics['eval/accuracy']:.3f}  "
+                  f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}")
+
+
+if __name__ == "__main__":
+    from grpo_jax.flags import run
+
+    run(main)

@@ -1,0 +1,71 @@
+"""Prints a completion of a run's policy, as it comes."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from grpo_jax.prompt import completion_text, encode_prompts
+from grpo_jax.sampler import decode, place_for_rollout, start
+from grpo_jax.setting import SAMPLING, load_policy, prepare
+from grpo_jax.types import Problem, UserError
+
+TOKENS_A_CALL = 4  # tokens between two prints
+
+
+def stream(config, setting, params, question: str, temperature: float, key):
+    """Yields the text of a completion piece by piece.
+
+    Args:
+      params: placed for rollout.
+    """
+    prompts = encode_prompts(setting.tokenizer, [Problem(question, "", {})], [0], config.rollout.max_prompt_tokens)
+    how = dict(greedy=temperature == 0, stop_ids=setting.stop_ids)
+    scale = np.float32(temperature or 1.0)
+    limit = config.rollout.max_tokens
+    state = start(setting.model, params, prompts, key, scale, samples=1, max_tokens=limit, **how)
+    shown = ""
+    while True:
+        text = completion_text(setting.tokenizer, state.tokens[0, : int(state.lengths[0])], setting.stop_ids)
+        ended = bool(state.done[0]) or int(state.time) >= limit
+        # A character may span several tokens: hold back what does not decode yet.
+        ready = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        yield ready[len(shown):]
+        shown = ready
+        if ended:
+            return
+        state = decode(setting.model, params, state, np.int32(TOKENS_A_CALL), scale, **how)
+
+
+def main(argv: Sequence[str]) -> None:
+    from grpo_jax import config as configs
+    from grpo_jax import flags
+
+    parser = flags.make_parser(
+        __doc__, 'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"')
+    parser.add_argument("--prompt", metavar="TEXT", help="the question; it is put into the template")
+    parser.add_argument("--base", action="store_true", help="the model that the run began with, not its policy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: rollout.temperature")
+    options, raw, workdir = flags.parse(parser, argv, of_a_run=True)
+    if not options.prompt:
+        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
+    config = configs.check(raw)
+    temperature = config.rollout.temperature if options.temperature is None else options.temperature
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"expected --temperature of 0 or more; found {temperature}")
+    setting = prepare(config)
+    configs.check_model(config, setting.model)
+    encode_prompts(setting.tokenizer, [Problem(options.prompt, "", {})], [0], config.rollout.max_prompt_tokens)
+    with jax.set_mesh(setting.mesh):
+        _, params = load_policy(config, setting, workdir, options.base)
+        placed = place_for_rollout(setting.model, params, setting.mesh)
+        key = jax.random.fold_in(jax.random.key(config.seed), SAMPLING)
+        for piece in stream(config, setting, placed, options.prompt, temperature, key):
+            print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    from grpo_jax.flags import run
+
+    run(main)

@@ -1,0 +1,97 @@
+"""Pretraining: how the tiny base model that the package carries was made.
+
+Next-token loss over the synthetic corpus. Not part of reinforcement learning: the main job takes no supervised step.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from grpo_jax.corpus import EOS, conversation, train_tokenizer
+from grpo_jax.model import ModelConfig, causal_mask, hidden_states, init_params
+from grpo_jax.score import score_hidden
+from grpo_jax.types import UserError
+from grpo_jax.weights import hf_config, save
+
+TOKENIZER_TEXTS = 2000
+
+
+def next_token_loss(
+    config: ModelConfig, params: dict, tokens: Int[Array, "N L"], mask: Bool[Array, "N L"]
+) -> Float[Array, ""]:
+    """-log p(token | tokens before it), in nats, mean over the real tokens but each row's first."""
+    rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    hidden, _ = hidden_states(config, params, tokens, positions, causal_mask(rows, length))
+    logps, _ = score_hidden(config, params, hidden[:, :-1], tokens[:, 1:], temperature=1.0)
+    return -jnp.sum(logps * mask[:, 1:]) / jnp.sum(mask[:, 1:])
+
+
+def batch(tokenizer, config, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
+    tokens = np.zeros((config.batch.rows, config.batch.row_tokens), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    texts = [conversation(config.seed, step * config.batch.rows + i, config.corpus.exchanges, config.corpus.digits) for i in range(config.batch.rows)]
+    for row, encoded in enumerate(tokenizer.encode_batch(texts)):
+        ids = encoded.ids[: config.batch.row_tokens]
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    return tokens, mask
+
+
+def pretrain(config, workdir: Path) -> Path:
+    """Trains tokenizer and model from nothing and writes them to `workdir/model`, a Hugging Face folder.
+
+    Raises:
+      UserError: the folder is there already.
+    """
+    folder = Path(workdir) / "model"
+    if folder.exists():
+        raise UserError(f"expected a workdir without a model; found {folder}; choose another --workdir")
+    start = time.monotonic()
+    texts = [conversation(config.seed + 1, i, config.corpus.exchanges, config.corpus.digits) for i in range(TOKENIZER_TEXTS)]
+    tokenizer = train_tokenizer(texts, config.model.vocab_size)
+    model_config = ModelConfig(
+        **config.model._asdict(), token_count=tokenizer.get_vocab_size(), eos_ids=(tokenizer.token_to_id(EOS),))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.optim.lr, config.optim.warmup_steps, config.total_steps, config.optim.lr * 0.05)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.optim.grad_clip),
+        optax.adamw(schedule, b2=0.98, weight_decay=config.optim.weight_decay))
+    params = init_params(model_config, jax.random.key(config.seed))
+    opt_state = optimizer.init(params)
+
+    def update(params, opt_state, tokens, mask):
+        loss, grads = jax.value_and_grad(lambda p: next_token_loss(model_config, p, tokens, mask))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    update = jax.jit(update, donate_argnums=(0, 1))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{count:,} parameters, {tokenizer.get_vocab_size()} token ids, {config.total_steps} steps of "
+          f"{config.batch.rows} x {config.batch.row_tokens} tokens")
+    losses = []
+    for step in tqdm(range(config.total_steps), unit="step"):
+        params, opt_state, loss = update(params, opt_state, *batch(tokenizer, config, step))
+        losses.append(loss)
+        if (step + 1) % config.log.every_steps == 0:
+            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-config.log.every_steps:]):.4f}")
+    write_model(folder, model_config, params, tokenizer)
+    print(f"loss {np.mean(losses[-50:]):.4f} (last 50 steps), {time.monotonic() - start:.0f} s; wrote {folder}")
+    return folder
+
+
+def write_model(folder: Path, config: ModelConfig, params: dict, tokenizer) -> None:
+    """The Hugging Face folder: weights, config, tokenizer."""
+    save(folder, config, params)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "clean_up_tokenization_spaces": False,
+         "model_max_length": hf_config(config)["max_position_embeddings"]}, indent=2) + "\n")

@@ -1,0 +1,46 @@
+"""What the entry points set up alike: model, tokenizer, stops and mesh of a config."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from grpo_jax.checkpoint import restore_policy
+from grpo_jax.mesh import make_mesh, shardings
+from grpo_jax.model import ModelConfig, param_shapes
+from grpo_jax.prompt import eos_ids, load_tokenizer
+from grpo_jax.weights import find_model, load, read_model_config
+
+# What a run's key is folded with first, so that no two uses share a key.
+SAMPLING, EVALUATION, SHUFFLING = range(3)
+
+
+class Setting(NamedTuple):
+    """What a run is made with, besides its config: all of it is known before any device works."""
+
+    folder: Path  # of the base model
+    model: ModelConfig
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    mesh: Mesh
+
+
+def prepare(config) -> Setting:
+    """Finds model, tokenizer and mesh of a checked config.
+
+    Raises:
+      UserError: one of them is not as the config says.
+    """
+    folder = find_model(config.model.path)
+    model = read_model_config(folder)
+    tokenizer = load_tokenizer(folder)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return Setting(folder, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
+
+
+def load_policy(config, setting: Setting, workdir: Path, base: bool) -> tuple[int, Any]:
+    """A run's newest policy, or with `base` the model it began with; its step, and the parameters on the mesh."""
+    if base:
+        return 0, load(setting.folder, mesh=setting.mesh)[1]
+    shapes = param_shapes(setting.model)
+    return restore_policy(workdir, shapes, shardings(setting.mesh, shapes))

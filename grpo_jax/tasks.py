@@ -1,0 +1,96 @@
+"""Tasks: where questions come from.
+
+A task is a function from an index to a `Problem`. Problem i of a seed is the same on any host and after any resume,
+and the stream has no end. Each task has two streams that share no question: `train` and `eval` (held out).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from grpo_jax.types import Problem, UserError
+
+Task = Callable[[int], Problem]
+
+
+def held_out(a: int, b: int) -> bool:
+    """The held-out rule of `addition`: a * b leaves 1 when divided by 11 (one pair in twelve, in either order)."""
+    return a * b % 11 == 1
+
+
+def addition(seed: int, split: str, digits: int) -> Task:
+    """`What is {a} + {b}?` for two numbers of exactly `digits` digits, drawn uniformly from the split's pairs."""
+    low, high = 10 ** (digits - 1), 10**digits
+
+    def problem(index: int) -> Problem:
+        draw = np.random.default_rng([seed, index, int(split == "eval")])
+        while True:
+            a, b = (int(x) for x in draw.integers(low, high, size=2))
+            if held_out(a, b) == (split == "eval"):
+                return Problem(f"What is {a} + {b}?", str(a + b), {"a": a, "b": b})
+
+    return problem
+
+
+def read_questions(path: str) -> list[Problem]:
+    """The problems of a JSONL file: one object a line with `question` and `answer`; other fields become metadata.
+
+    Raises:
+      UserError: no such file, no line in it, or a line that is not such an object; it names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"expected a JSONL file of questions at {path}; found: {error}") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"expected a JSON object in {path} line {number}; found: {error}; mend that line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"expected a JSON object in {path} line {number}; found {line[:40]!r}; mend that line")
+        for field, kinds in (("question", (str,)), ("answer", (str, int, float))):
+            if not isinstance(row.get(field), kinds) or isinstance(row[field], bool):
+                found = repr(row[field])[:40] if field in row else f"the fields {sorted(row)}"
+                raise UserError(f"expected the field {field!r} (a {kinds[0].__name__ if len(kinds) == 1 else 'text or number'}) "
+                                f"in {path} line {number}; found {found}; add it")
+        rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
+        problems.append(Problem(row["question"], str(row["answer"]), rest))
+    if not problems:
+        raise UserError(f"expected at least one question in {path}; found an empty file")
+    return problems
+
+
+def jsonl(seed: int, split: str, path: str, eval_path: str) -> Task:
+    """Questions of a file, in an order shuffled anew each epoch.
+
+    The held-out questions are those of `eval_path`; without one, every tenth line of `path`, which training then
+    leaves out.
+    """
+    import grain
+
+    problems = read_questions(eval_path if split == "eval" and eval_path else path)
+    if not eval_path:
+        problems = [p for i, p in enumerate(problems) if (i % 10 == 9) == (split == "eval")]
+        if not problems:
+            raise UserError(f"expected at least 10 questions in task.path={path}, every tenth of which is held out; "
+                            "found fewer; add some or set task.eval_path")
+    stream = grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
+    return lambda index: stream[index]
+
+
+def make_task(task, seed: int, split: str) -> Task:
+    """The stream that a config's `task` section names.
+
+    Args:
+      task: the section: name, digits (addition), path and eval_path (jsonl).
+      split: `train`, or `eval` for held-out problems.
+    """
+    if task.name == "addition":
+        return addition(seed, split, task.digits)
+    return jsonl(seed, split, task.path, task.eval_path)

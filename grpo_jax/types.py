@@ -1,0 +1,90 @@
+"""The axis legend, and the values that travel along the data's way.
+
+Axes, one letter each, everywhere in the package:
+
+    B  prompts (distinct questions)     T  prompt length, padded
+    G  samples per prompt               S  sampled length, padded
+    N  rows, N = B * G                  L  row length, L = T + S
+    V  vocabulary (embedding rows)      D  model width
+    F  hidden width of the MLP          C  cache length
+    H  query heads                      K  key/value heads
+    E  width of one head
+
+A row is a prompt, its completion and then padding, with nothing in between: the column of a token in
+a row is its position in the sequence. Alignment: `logps[n, t]` is the log-probability of `tokens[n, t]`.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class UserError(Exception):
+    """A user's mistake: one line that says what was expected, what was found and what to do.
+
+    Entry points print it as `error: ...` and exit with code 2, without a traceback.
+    """
+
+
+class Problem(NamedTuple):
+    """One question of a task."""
+
+    question: str
+    answer: str  # what the accuracy reward compares with
+    metadata: dict[str, Any]
+
+
+@flax.struct.dataclass
+class Prompts:
+    """B encoded prompts, padded on the right."""
+
+    tokens: Int[Array, "B T"]  # 0 beyond the prompt's length
+    lengths: Int[Array, " B"]
+    ids: Int[Array, " B"]  # position in the problem stream
+
+
+@flax.struct.dataclass
+class Rollout:
+    """G completions for each of B prompts, as the sampler drew them."""
+
+    tokens: Int[Array, "B G S"]  # the stopping token included; 0 after it
+    logps: Float[Array, "B G S"]  # float32, at the sampling temperature; 0 after the stopping token
+    lengths: Int[Array, "B G"]  # tokens drawn, the stopping token included
+    truncated: Bool[Array, "B G"]  # True where S tokens were drawn and none of them stops
+    prompt_ids: Int[Array, " B"]
+
+    def rows(self) -> dict[str, jax.Array]:
+        """The same values by row: tokens[N,S], logps[N,S], lengths[N], truncated[N], prompt_ids[N], sample_ids[N]."""
+        prompts, samples, _ = self.tokens.shape
+        merged = {
+            name: getattr(self, name).reshape(prompts * samples, *getattr(self, name).shape[2:])
+            for name in ("tokens", "logps", "lengths", "truncated")
+        }
+        return merged | {
+            "prompt_ids": jnp.repeat(self.prompt_ids, samples),
+            "sample_ids": jnp.tile(jnp.arange(samples), prompts),
+        }
+
+
+@flax.struct.dataclass
+class Experience:
+    """N rows ready to be learned from. Completion arrays are aligned with the completion, not with the row."""
+
+    tokens: Int[Array, "N L"]  # prompt, completion, padding
+    prompt_lengths: Int[Array, " N"]  # the completion's first token stands in this column
+    mask: Bool[Array, "N S"]  # True on completion tokens, the stopping token included
+    sampler_logps: Float[Array, "N S"]  # log pi_old, from the sampler
+    ref_logps: Float[Array, "N S"]  # log pi_ref; zeros when no reference is used
+    advantages: Float[Array, " N"]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update replaces."""
+
+    step: Int[Array, ""]  # updates done
+    params: Any  # the policy
+    opt_state: Any
