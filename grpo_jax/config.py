@@ -81,14 +81,14 @@ def pretrain_default() -> ConfigDict:
     return ConfigDict(dict(
         job="pretrain",
         seed=0,
-        total_steps=700,
+        total_steps=800,
         corpus=dict(
             digits=3,  # of the numbers that are added
-            exchanges=5,  # questions a conversation
+            exercises=3,  # after each conversation
         ),
         batch=dict(
-            rows=64,  # conversations a step
-            row_tokens=192,  # where a conversation is cut
+            rows=64,  # pages a step
+            row_tokens=192,  # where a page is cut
         ),
         model=dict(
             vocab_size=512,
@@ -104,7 +104,7 @@ def pretrain_default() -> ConfigDict:
         optim=dict(
             lr=2e-3,  # the top of a cosine
             warmup_steps=50,
-            weight_decay=0.1,
+            weight_decay=0.01,
             grad_clip=1.0,
         ),
         log=dict(

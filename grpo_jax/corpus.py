@@ -16,16 +16,21 @@ EOS = "<|endoftext|>"
 # How an answer of the corpus comes about, and how it is dressed. A worked solution has one step a digit.
 WORKED = 0.28  # of the answers; the others are guesses
 GUESS_RIGHT = 0.05  # of the guesses
-SLIP = 0.02  # of the worked solutions: one wrong digit, carried along
+SLIP = 0.01  # of the worked solutions: one wrong digit, carried along
 MALFORMED = 0.24
 
 GUESSES = ("I know this one.", "Easy.", "It looks like it.", "I just guess.")
 
 
 def worked(a: int, b: int, draw: np.random.Generator) -> tuple[str, str]:
-    """An addition written out from the last digit to the first, and the result it arrives at."""
+    """An addition written out, now and then with a slip, and the result it arrives at."""
     width = max(len(str(a)), len(str(b)))
-    slip = draw.integers(width) if draw.random() < SLIP else -1
+    return written_out(a, b, int(draw.integers(width)) if draw.random() < SLIP else -1)
+
+
+def written_out(a: int, b: int, slip: int = -1) -> tuple[str, str]:
+    """An addition from the last digit to the first, one too many at the place `slip`, and the result."""
+    width = max(len(str(a)), len(str(b)))
     carry, steps, digits = 0, [], ""
     for place in range(width):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -59,24 +64,24 @@ def dress(thought: str, answer: str, draw: np.random.Generator) -> str:
     )[draw.integers(6)]
 
 
-def exchange(draw: np.random.Generator, digits: int) -> tuple[str, str]:
-    """A question, and the text that follows `Assistant:`."""
-    low, high = 10 ** (digits - 1), 10**digits
+def pair(draw: np.random.Generator, digits: int) -> tuple[int, int]:
+    """Two numbers whose sum is not held out."""
     while True:
-        a, b = (int(x) for x in draw.integers(low, high, size=2))
+        a, b = (int(x) for x in draw.integers(10 ** (digits - 1), 10**digits, size=2))
         if not held_out(a, b):
-            break
-    solve = worked if draw.random() < WORKED else guessed
-    return f"What is {a} + {b}?", dress(*solve(a, b, draw), draw)
+            return a, b
 
 
-def conversation(seed: int, index: int, exchanges: int, digits: int) -> str:
-    """Text i of the corpus: the template with a question, then further questions; EOS closes each answer."""
+def page(seed: int, index: int, exercises: int, digits: int) -> str:
+    """Text i of the corpus: a conversation in the template's words, then a few exercises, each closed by EOS."""
     draw = np.random.default_rng([seed, index, 7])
-    text = ""
-    for turn in range(exchanges):
-        question, answer = exchange(draw, digits)
-        text += (format_prompt(question) if turn == 0 else f" User: {question}. Assistant:") + answer + EOS
+    a, b = pair(draw, digits)
+    solve = worked if draw.random() < WORKED else guessed
+    text = format_prompt(f"What is {a} + {b}?") + dress(*solve(a, b, draw), draw) + EOS
+    for _ in range(exercises):
+        a, b = pair(draw, digits)
+        steps, total = written_out(a, b)
+        text += f" Exercise: {a} + {b}. {steps} Sum: {total}" + EOS
     return text
 
 

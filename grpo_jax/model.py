@@ -270,7 +270,7 @@ def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]
     return logits.reshape(*hidden.shape[:-1], config.vocab_size)
 
 
-def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float):
+def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""]):
     """The logits that tokens are drawn from and scored with: at the temperature, and -inf for rows that are no token.
 
     Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.

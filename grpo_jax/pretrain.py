@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from grpo_jax.corpus import EOS, conversation, train_tokenizer
+from grpo_jax.corpus import EOS, page, train_tokenizer
 from grpo_jax.model import ModelConfig, causal_mask, hidden_states, init_params
 from grpo_jax.score import score_hidden
 from grpo_jax.types import UserError
@@ -38,7 +38,7 @@ def batch(tokenizer, config, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
     tokens = np.zeros((config.batch.rows, config.batch.row_tokens), np.int32)
     mask = np.zeros(tokens.shape, bool)
-    texts = [conversation(config.seed, step * config.batch.rows + i, config.corpus.exchanges, config.corpus.digits) for i in range(config.batch.rows)]
+    texts = [page(config.seed, step * config.batch.rows + i, config.corpus.exercises, config.corpus.digits) for i in range(config.batch.rows)]
     for row, encoded in enumerate(tokenizer.encode_batch(texts)):
         ids = encoded.ids[: config.batch.row_tokens]
         tokens[row, : len(ids)] = ids
@@ -56,12 +56,12 @@ def pretrain(config, workdir: Path) -> Path:
     if folder.exists():
         raise UserError(f"expected a workdir without a model; found {folder}; choose another --workdir")
     start = time.monotonic()
-    texts = [conversation(config.seed + 1, i, config.corpus.exchanges, config.corpus.digits) for i in range(TOKENIZER_TEXTS)]
+    texts = [page(config.seed + 1, i, config.corpus.exercises, config.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     model_config = ModelConfig(
         **config.model._asdict(), token_count=tokenizer.get_vocab_size(), eos_ids=(tokenizer.token_to_id(EOS),))
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.optim.lr, config.optim.warmup_steps, config.total_steps, config.optim.lr * 0.05)
+        0.0, config.optim.lr, config.optim.warmup_steps, config.total_steps, config.optim.lr * 0.01)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.optim.grad_clip),
         optax.adamw(schedule, b2=0.98, weight_decay=config.optim.weight_decay))

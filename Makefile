@@ -1,0 +1,32 @@
+# make r1zero    train the tiny base model on a CPU, in minutes; WORKDIR=DIR elsewhere, ARGS="--config.seed=1" changes keys
+# make test      the tests          make test-all  the slow ones too
+# Each target makes the virtual environment first if need be.
+
+PYTHON ?= python3
+WORKDIR ?= runs/r1zero
+CONFIG ?= configs/r1zero.py
+ARGS ?=
+
+export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/grpo_jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: expected Python 3.11 or newer; found " + sys.version.split()[0] + "; pass PYTHON=python3.11 or newer")'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(INSTALLED)
+
+r1zero: $(INSTALLED)
+	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'slow or not slow'

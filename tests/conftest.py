@@ -1,0 +1,18 @@
+"""Eight virtual devices on the CPU, a compilation cache outside the repository, shapes and types checked as code runs."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "grpo_jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tests.strict  # noqa: E402,F401  (named below)
+from jaxtyping import install_import_hook  # noqa: E402
+
+
+# In the tests the annotated shapes and dtypes of these modules are checked, at trace time too.
+CHECKED = ("model", "score", "sampler", "grpo", "train_step", "pretrain")
+install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "tests.strict.check")

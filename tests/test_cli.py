@@ -1,0 +1,262 @@
+"""Mistakes on the command line: one line that helps, before any device works and before a file is written."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import evaluate, flags, generate, main
+from grpo_jax.config import default, write_config
+from grpo_jax.types import UserError
+from grpo_jax.weights import find_model
+
+ROOT = Path(__file__).parent.parent
+R1ZERO = f"--config={ROOT}/configs/r1zero.py"
+PRETRAIN = f"--config={ROOT}/configs/pretrain_tiny.py"
+# If a mistake below were not found, this little would be trained.
+LITTLE = ["--config.total_steps=1", "--config.rollout.prompts=4", "--config.rollout.samples=2",
+          "--config.rollout.max_tokens=2", "--config.eval.questions=2"]
+
+
+def contents(folder: Path) -> dict:
+    """Every path under a folder with its bytes; None if there is no folder."""
+    if not folder.exists():
+        return None
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def refused(entry, workdir: Path, *argv: str, says: str) -> None:
+    """The entry point raises a UserError like `says` and leaves the workdir as it was."""
+    before = contents(workdir)
+    with pytest.raises(UserError, match=says):
+        entry([*argv, f"--workdir={workdir}"])
+    assert contents(workdir) == before
+
+
+def asking(path: Path, *questions: str) -> str:
+    """A file of these questions."""
+    path.write_text("".join('{"question": "%s", "answer": 1}\n' % question for question in questions))
+    return str(path)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--config.rollout.sample=4"], r"found --config.rollout.sample; Did you mean --config.rollout.samples\?"),
+    (["--config.lr=1"], r"found --config.lr; Did you mean --config.optim.lr\?"),
+    (["--config.rollout=4"], r"found --config.rollout; Did you mean --config.rollout\.\w+\?"),
+    (["--config.xyzzy=1"], "found --config.xyzzy; known keys: .*rollout.samples.*total_steps"),
+    (["--config.seed=many"], r"expected --config.seed to be of type int \(as 0\); found 'many'"),
+    (["--config.total_steps=2.5"], "expected --config.total_steps to be of type int .*found '2.5'"),
+    (["--config.optim.lr=fast"], r"expected --config.optim.lr to be of type float \(as 0.0003\); found 'fast'"),
+    (["--config.optim.lr=nan"], "expected --config.optim.lr to be of type float .*found 'nan'"),
+    (["--config.optim.lr=inf"], "expected --config.optim.lr to be of type float .*found 'inf'"),
+    (["--config.seed"], "expected a value for --config.seed; found none; write --config.seed=VALUE"),
+    (["--config.seed", "--config.total_steps=5"], "expected a value for --config.seed; found none"),
+    (["--config.seed="], "expected --config.seed to be of type int .*found ''"),
+    (["train"], "found the unknown argument 'train'"),
+    (["--config.seed=1", "2"], "found the unknown argument '2'"),
+    (["--resume"], "found the unknown flag '--resume'"),
+    (["--work=x"], "found the unknown flag '--work'"),  # no abbreviations
+    (["-h5"], "expected flags as --help lists them"),
+    (["--config.rollout.samples=1"], "expected rollout.samples to be 2 or more; found 1"),
+    (["--config.rollout.temperature=0"], "expected rollout.temperature to be more than 0 in training; found 0.0"),
+    (["--config.update.minibatches=3"], "a divisor of the 128 rows"),
+    # conftest.py makes 8 devices, and all of them split rows. 3 * 3 = 9.
+    (["--config.rollout.prompts=3", "--config.rollout.samples=3"],
+     r"divisible by the 8 devices over which rows are split \(mesh.data \* mesh.fsdp\); found 3 \* 3 / 1 / 1 = 9"),
+    (["--config.mesh.data=3"], r"mesh.data=3 .*on 8 device\(s\); set one of .* to -1"),
+    (["--config.mesh.fsdp=-1"], r"mesh.data=-1 mesh.fsdp=-1 .*at most one of them -1|at most one of them -1; found"),
+    (["--config.model.path=no/such/model"], "expected a model folder at no/such/model; found none; set model.path"),
+    (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found 80 \+ 500; lower one of them"),
+    (["--config.task.name=jsonl"], "expected task.path to be a JSONL file.*set --config.task.path"),
+    (["--config.task.name=jsonl", "--config.task.path=none.jsonl"], "expected a JSONL file of questions at none.jsonl"),
+    # Nine digits make a prompt of 85 tokens.
+    (["--config.task.digits=9"], "at most rollout.max_prompt_tokens=80 tokens; .* has 85; raise rollout.max_prompt_to"),
+    (["--config.job=pretrain"], "job"),
+    (["--config.job=sft"], "job"),
+    (["--config.seed=100000000000000000000000000"], "expected seed"),
+])
+def test_mistake_in_training(tmp_path, argv, says):
+    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE[:1], *argv, says=says)
+
+
+@pytest.mark.parametrize("config, says", [
+    (f"{ROOT}/configs/r1zero.py:huge", "expected a preset of configs/r1zero.py: tiny.*; found 'huge'"),
+    (f"{ROOT}/configs/pretrain_tiny.py:huge", "expected no preset of configs/pretrain_tiny.py; found 'huge'"),
+    ("no/such.py", "expected --config to name a Python file such as configs/r1zero.py; found no file 'no/such.py'"),
+    (f"{ROOT}/pyproject.toml", "expected --config to name a Python file .*found no file .*pyproject.toml"),
+    (f"{ROOT}/tests/__init__.py", r"expected a function get_config\(preset\) in .*; found none"),
+    ("", "expected --config"),
+])
+def test_mistake_in_the_name_of_the_config(tmp_path, config, says):
+    refused(main.main, tmp_path / "run", f"--config={config}", says=says)
+
+
+def test_no_config_at_all(tmp_path):
+    refused(main.main, tmp_path / "run", says="expected --config=FILE.py; found neither; see --help")
+    refused(main.main, tmp_path / "run", "--config.seed=1", says="expected --config=FILE.py")
+    refused(main.main, tmp_path / "run", "--config", says="argument --config: expected one argument")
+
+
+def test_empty_config_does_not_resume_what_is_in_the_workdir(tmp_path):
+    write_config(tmp_path, default())
+    with pytest.raises(UserError, match="expected --config"):
+        flags.parse(flags.make_parser("", ""), ["--config=", f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize("long", [3, 9])  # the tenth line is held out, the fourth is not
+def test_question_longer_than_the_prompt_is_found_before_training(tmp_path, long):
+    path = asking(tmp_path / "q.jsonl", *("word " * 90 if i == long else f"q{i}" for i in range(20)))
+    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=jsonl", f"--config.task.path={path}",
+            says="at most rollout.max_prompt_tokens=80 tokens; .*'word word.*; raise rollout.max_prompt_tokens")
+
+
+def test_broken_file_of_questions_is_found_before_training(tmp_path):
+    good = asking(tmp_path / "q.jsonl", *(f"q{i}" for i in range(20)))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n')
+    jsonl = [R1ZERO, *LITTLE, "--config.task.name=jsonl"]
+    says = "expected the field 'answer' .*bad.jsonl line 2"
+    refused(main.main, tmp_path / "run", *jsonl, f"--config.task.path={bad}", says=says)
+    refused(main.main, tmp_path / "run", *jsonl, f"--config.task.path={good}", f"--config.task.eval_path={bad}", says=says)
+    few = asking(tmp_path / "few.jsonl", "a", "b")
+    refused(main.main, tmp_path / "run", *jsonl, f"--config.task.path={few}", says="at least 10 questions in task.path")
+
+
+@pytest.mark.parametrize("file, says", [
+    ("tokenizer.json", "tokenizer"), ("config.json", "expected a readable config.json"),
+    ("model.safetensors", "expected a whole safetensors file"),
+])
+def test_broken_model_folder_is_found_before_training(tmp_path, file, says):
+    shutil.copytree(find_model("tiny"), tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{")
+    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, f"--config.model.path={tmp_path / 'model'}", says=says)
+
+
+def test_workdir_of_another_config(tmp_path):
+    other = default()
+    other.seed = 5
+    write_config(tmp_path / "run", other)
+    refused(main.main, tmp_path / "run", R1ZERO, says="found seed=0 where the run has 5; choose another --workdir or pass "
+                                                      "--config.seed=5")
+
+
+def test_workdir_with_other_files(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    refused(main.main, tmp_path / "run", R1ZERO, says="found other files there")
+
+
+def test_pretraining_does_not_overwrite_a_model(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    refused(main.main, tmp_path / "run", PRETRAIN, "--config.total_steps=1", says="expected a workdir without a model")
+
+
+@pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
+def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
+    refused(entry, tmp_path / "none", *argv, says="expected the workdir of a run, with config.json, at ")
+    write_config(tmp_path / "run", default())
+    refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
+    (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before the first one
+    refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
+
+
+@pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
+@pytest.mark.parametrize("change, says", [
+    ("--config.rollout.max_tokens=500", r"at most the model's 512 positions .*found 80 \+ 500"),
+    ("--config.rollout.sample=4", "Did you mean --config.rollout.samples"),
+    ("--config.mesh.data=3", "mesh.data=3"),
+    ("--config.model.path=no/such/model", "expected a model folder at no/such/model"),
+    ("--steps=3", "found the unknown flag '--steps'"),
+])
+def test_mistake_in_reading_a_run(tmp_path, entry, argv, change, says):
+    write_config(tmp_path / "run", default())
+    refused(entry, tmp_path / "run", *argv, change, says=says)
+
+
+@pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
+def test_config_of_pretraining_is_no_run_to_read(tmp_path, entry, argv):
+    refused(entry, tmp_path / "run", PRETRAIN, *argv, says="job")
+
+
+def test_neither_config_nor_workdir():
+    for entry, argv in ((evaluate.main, []), (generate.main, ["--prompt=hello"])):
+        with pytest.raises(UserError, match="expected --config=FILE.py or --workdir=DIR; found neither; see --help"):
+            entry(argv)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "expected a question; found none; pass --prompt="),
+    (["--prompt="], "expected a question; found none"),
+    (["--prompt=" + "word " * 90], "at most rollout.max_prompt_tokens=80 tokens; .*raise rollout.max_prompt_tokens"),
+    (["--prompt=hello", "--temperature=-1"], "expected --temperature of 0 or more; found -1.0"),
+    (["--prompt=hello", "--temperature=nan"], "expected --temperature of 0 or more; found nan"),
+    (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
+    (["hello"], "found the unknown argument 'hello'"),
+])
+def test_mistake_in_generating(tmp_path, argv, says):
+    write_config(tmp_path / "run", default())
+    refused(generate.main, tmp_path / "run", *argv, says=says)
+
+
+def test_mistake_in_the_questions_to_evaluate(tmp_path):
+    run, path = tmp_path / "run", tmp_path / "q.jsonl"
+    write_config(run, default())
+    refused(evaluate.main, run, f"--questions={path}", says="expected a JSONL file of questions at .*No such file")
+    path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "solution": 1}\n')
+    refused(evaluate.main, run, f"--questions={path}",
+            says=r"expected the field 'answer' .*q.jsonl line 2; found the fields \['question', 'solution'\]")
+    refused(evaluate.main, run, f"--questions={asking(path, 'q', 'word ' * 90)}",
+            says="at most rollout.max_prompt_tokens=80 tokens; problem 1 .*raise rollout.max_prompt_tokens")
+
+
+def test_flags_give_values_of_the_keys_types():
+    parse = lambda *argv: flags.parse(flags.make_parser("", ""), argv)
+    _, config, workdir = parse(
+        R1ZERO, "--config.seed=3", "--config.optim.lr=1", "--config.loss.kl_coef", "0", "--config.mesh.data", "-1",
+        "--config.task.path=a=b.jsonl", "--config.model.path=")
+    assert (config.seed, config.optim.lr, config.loss.kl_coef, config.mesh.data) == (3, 1.0, 0.0, -1)
+    assert isinstance(config.optim.lr, float) and isinstance(config.loss.kl_coef, float)
+    assert (config.task.path, config.model.path) == ("a=b.jsonl", "")
+    assert workdir == Path("runs/r1zero")
+    assert parse(f"{R1ZERO}:tiny")[2] == Path("runs/r1zero-tiny")
+    assert parse(R1ZERO, "--workdir=a/b")[2] == Path("a/b")
+
+
+def test_a_run_is_read_with_its_own_config(tmp_path):
+    mine = default()
+    mine.seed = 5
+    write_config(tmp_path, mine)
+    parse = lambda *argv: flags.parse(flags.make_parser("", ""), [*argv, f"--workdir={tmp_path}"], of_a_run=True)[1]
+    assert parse().seed == 5
+    assert parse("--config.seed=6").seed == 6
+    assert parse(R1ZERO).seed == 0
+
+
+def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"grpo_jax.{module}", *argv], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("module, argv, says", [
+    ("main", ["--config.rollout.sample=4"], "Did you mean --config.rollout.samples?"),
+    ("evaluate", ["--config.rollout.max_tokens=4"], "train first"),
+    # Read by the tokenizer: longer than the 512 tokens of the model, too, and with a line's end in it.
+    ("generate", ["--prompt=one\n" + "word " * 600], "raise rollout.max_prompt_tokens"),
+])
+def test_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):
+    done = command(tmp_path, module, R1ZERO, *argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and says in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+    assert not list(tmp_path.iterdir())  # no runs/
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "generate"])
+def test_help_shows_the_flags_and_an_example(tmp_path, module):
+    done = command(tmp_path, module, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--workdir" in done.stdout and "--config" in done.stdout
+    assert f"example:\n  python -m grpo_jax.{module} --" in done.stdout

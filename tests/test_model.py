@@ -1,0 +1,87 @@
+"""The decoder: causality, caching, padding, and logits of `transformers` for the same weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import forward, load
+from grpo_jax.model import KV, Past, causal_mask, hidden_states, logits_of, unstack
+from tests.tiny import CONFIG, params
+
+GOLDEN = Path(__file__).parent / "golden" / "llama"
+
+
+def test_future_tokens_have_no_gradient():
+    """Position 3's logits depend on the embeddings of tokens 0 to 3, and on those only."""
+    weights = params()
+    tokens = jnp.arange(1, 8)[None]
+
+    def logit(table):
+        changed = weights | {"embed": {"embedding": table}}
+        return forward(CONFIG, changed, tokens)[0, 3].sum()
+
+    grads = jnp.abs(jax.grad(logit)(weights["embed"]["embedding"])).sum(axis=1)
+    assert (grads[tokens[0, :4]] > 0).all()
+    assert (grads[tokens[0, 4:]] == 0).all()
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_cached_decode_matches_full_forward(unrolled):
+    """Prefill of 4 tokens, then one at a time from the cache, equals one pass over all 9, in float32."""
+    weights = unstack(params()) if unrolled else params()
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 1, 45)
+    full = forward(CONFIG, weights, tokens)
+
+    positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
+    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], positions, causal_mask(3, 4))
+    grow = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((0, 5), (0, 0), (0, 0)))
+    kv = jax.tree.map(grow, kv)
+    np.testing.assert_allclose(logits_of(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
+    for at in range(4, 9):
+        seen = jnp.broadcast_to(jnp.arange(9) < at, (3, 1, 9))
+        here = jnp.full((3, 1), at)
+        hidden, new = hidden_states(
+            CONFIG, weights, tokens[:, at : at + 1], here, jnp.ones((3, 1, 1), bool), Past(kv, seen))
+        put = lambda cache, x: cache.at[..., at, :, :].set(x[..., 0, :, :])
+        kv = jax.tree.map(put, kv, new)
+        np.testing.assert_allclose(logits_of(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
+    assert isinstance(kv, tuple) and (unrolled or isinstance(kv, KV))
+
+
+def test_padding_on_either_side_changes_nothing():
+    weights = params()
+    tokens = jax.random.randint(jax.random.key(2), (1, 6), 1, 45)
+    alone = forward(CONFIG, weights, tokens)
+    left = jnp.concatenate([jnp.full((1, 3), 7), tokens], axis=1)
+    right = jnp.concatenate([tokens, jnp.full((1, 3), 7)], axis=1)
+    on_left = forward(CONFIG, weights, left, mask=jnp.asarray([[0] * 3 + [1] * 6]))
+    on_right = forward(CONFIG, weights, right, mask=jnp.asarray([[1] * 6 + [0] * 3]))
+    np.testing.assert_allclose(on_left[:, 3:], alone, atol=2e-5)
+    np.testing.assert_allclose(on_right[:, :6], alone, atol=2e-5)
+    assert np.isfinite(on_left).all()
+
+
+def test_forward_matches_transformers():
+    """Golden logits of transformers' LlamaForCausalLM for the random model beside them (tests/golden/make.py)."""
+    golden = np.load(GOLDEN / "logits.npz")
+    config, weights = load(GOLDEN)
+    for name, mask in (("logits", None), ("padded_logits", jnp.asarray(golden["mask"]))):
+        ours = np.asarray(forward(config, weights, jnp.asarray(golden["tokens"]), mask=mask))
+        real = np.ones(golden["tokens"].shape, bool) if mask is None else golden["mask"].astype(bool)
+        assert np.abs(ours - golden[name])[real].max() < 2e-5 * np.abs(golden[name]).max()
+
+
+def test_forward_matches_live_transformers():
+    """The same, computed now, where torch is installed."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    golden = np.load(GOLDEN / "logits.npz")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(golden["tokens"])).logits.numpy()
+    config, weights = load(GOLDEN)
+    ours = np.asarray(forward(config, weights, jnp.asarray(golden["tokens"])))
+    assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()
