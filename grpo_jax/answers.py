@@ -8,6 +8,7 @@ from fractions import Fraction
 
 LONGEST = 200  # characters; a longer answer is no answer
 
+_SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -19,10 +20,10 @@ def extract_answer(text: str) -> str | None:
 
     If that holds `\\boxed{...}`, what is in the last such box.
     """
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if end < 0 or start < 0:
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start < 0:
         return None
+    end = text.find("</answer>", start)
     answer = text[start + len("<answer>") : end].strip()
     boxes = list(_BOXED.finditer(answer)) if len(answer) <= LONGEST else []
     if boxes:
@@ -45,6 +46,8 @@ def braced(text: str, start: int) -> str | None:
 def number(text: str) -> Fraction | None:
     """The value of a written number: integer, decimal, `1,234`, `3/4`, `\\frac{3}{4}`, `50%`; None for all else."""
     text = text.strip()
+    if len(text) > LONGEST:
+        return None
     if text.endswith("%"):
         whole = number(text[:-1].removesuffix("\\"))
         return None if whole is None else whole / 100
@@ -65,8 +68,7 @@ def normalise(text: str) -> str:
     text = text.strip().strip("$").strip()
     if text.endswith("."):
         text = text[:-1]
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\!", "").replace("\\,", "")
-    return " ".join(text.split()).casefold()
+    return " ".join(_SPACING.sub("", text).split()).casefold()
 
 
 def same_answer(found: str, expected: str) -> bool:

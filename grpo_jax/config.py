@@ -34,7 +34,7 @@ def default() -> ConfigDict:
             prompts=16,  # B, questions a rollout
             samples=8,  # G, completions a question
             max_prompt_tokens=80,  # T; a longer prompt is an error
-            max_tokens=64,  # S, where a completion is cut
+            max_tokens=56,  # S, where a completion is cut
             temperature=1.0,  # of sampling, and of every log-probability
         ),
         update=dict(
@@ -143,12 +143,43 @@ def at(config, dotted: str):
     return config
 
 
+def check_keys(raw: ConfigDict, known: ConfigDict) -> None:
+    """Checks that a config has the keys of a default one, with values of their types, and its job."""
+    expect(raw.get("job") == known.job, "job", repr(known.job), repr(raw.get("job")), "pass a --config of that job")
+    job, known, found = known.job, flat(known.to_dict()), flat(raw.to_dict())
+    odd = sorted(known.keys() ^ found.keys())
+    if odd:
+        raise UserError(f"expected the keys that grpo_jax/config.py lists for job={job!r}; found {odd[0]} "
+                        f"{'missing' if odd[0] in known else 'unknown'}; start the config from the one there")
+    for key, value in known.items():
+        whole = isinstance(value, float) and type(found[key]) is int
+        expect(whole or type(found[key]) is type(value), key, f"of type {type(value).__name__}", repr(found[key]),
+               f"set --config.{key}")
+
+
+def check_pretrain(raw: ConfigDict):
+    """Checks the config of pretraining and freezes it; all its numbers but the seed are more than 0.
+
+    Raises:
+      UserError: as `check`.
+    """
+    check_keys(raw, pretrain_default())
+    free = ("seed", "optim.warmup_steps", "optim.weight_decay")
+    for key, value in flat(raw.to_dict()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            expect(value > 0 or key in free and value == 0, key, "more than 0", value, f"set --config.{key}")
+    expect(raw.total_steps > raw.optim.warmup_steps, "total_steps", "more than optim.warmup_steps",
+           f"{raw.total_steps} and {raw.optim.warmup_steps}", "set --config.total_steps")
+    return freeze(raw)
+
+
 def check(raw: ConfigDict):
     """Checks every value and combination that needs neither the model nor the devices, and freezes the config.
 
     Raises:
       UserError: with the key, what it may be, what it is, and the way out.
     """
+    check_keys(raw, default())
     config = freeze(raw)
     for key in POSITIVE:
         expect(at(raw, key) > 0, key, "more than 0", at(raw, key), f"set --config.{key}")
@@ -164,6 +195,7 @@ def check(raw: ConfigDict):
     expect(config.rollout.temperature > 0, "rollout.temperature", "more than 0 in training",
            config.rollout.temperature, "greedy answers of a group are all the same and teach nothing; "
            "eval.temperature may be 0")
+    expect(config.seed < 2**32, "seed", "below 2**32", config.seed, "set --config.seed")
     for key in ("optim.b1", "optim.b2"):
         expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
     rows = config.rollout.prompts * config.rollout.samples
@@ -235,7 +267,10 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"{str(values)[:40]!r}, no JSON object")
+        return ConfigDict(values)
     except (OSError, ValueError) as error:
         raise UserError(f"expected the workdir of a run, with config.json, at {workdir}; found: {error}; "
                         "pass the --workdir of a training run") from None

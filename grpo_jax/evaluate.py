@@ -15,7 +15,7 @@ from grpo_jax.tasks import make_task, read_questions
 from grpo_jax.types import Problem
 
 def held_out_problems(config) -> list[Problem]:
-    """The first `eval.questions` problems of the held-out stream; the same for every seed, none of them twice."""
+    """The first `eval.questions` problems of the held-out stream; the same for every seed."""
     count = config.eval.questions
     if config.task.name == "jsonl":
         path = config.task.eval_path or config.task.path
@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     options, raw, workdir = flags.parse(parser, argv, of_a_run=True)
     config = configs.check(raw)
     setting = prepare(config)
+    configs.check_model(config, setting.model)
     problems = read_questions(options.questions) if options.questions else held_out_problems(config)
     encode_prompts(setting.tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
     with jax.set_mesh(setting.mesh):

@@ -115,7 +115,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], *, of_a_run: bool = False)
     if flags.config is None and not (of_a_run and flags.workdir):
         raise UserError(f"expected --config=FILE.py{' or --workdir=DIR' if of_a_run else ''}; found neither; see --help")
     workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
-    config = load_config(flags.config) if flags.config else read_config(workdir)
+    config = load_config(flags.config) if flags.config is not None else read_config(workdir)
     overrides(config, rest)
     return flags, config, workdir
 

@@ -41,20 +41,23 @@ def main(argv: Sequence[str]) -> None:
     if raw.job == "pretrain":
         from grpo_jax.pretrain import pretrain
 
-        pretrain(configs.freeze(raw), workdir)
+        pretrain(configs.check_pretrain(raw), workdir)
         return
     config = configs.check(raw)
     configs.check_workdir(workdir, raw)
     if several_processes(os.environ):
         start_distributed(os.environ)
 
+    from grpo_jax.evaluate import held_out_problems
     from grpo_jax.mesh import row_shards
-    from grpo_jax.setting import prepare
+    from grpo_jax.setting import check_prompts, prepare
     from grpo_jax.train import train
 
     setting = prepare(config)
     configs.check_model(config, setting.model)
     configs.check_mesh(config, row_shards(setting.mesh))
+    check_prompts(config, setting.tokenizer)
+    held_out_problems(config)  # raises if nothing can be held out
     if jax.process_index() == 0:
         configs.write_config(workdir, raw)
     train(config, setting, workdir)

@@ -75,8 +75,8 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
     """What `write_samples` wrote."""
-    text = (workdir / "samples" / f"{kind}-{step:06d}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    with open(workdir / "samples" / f"{kind}-{step:06d}.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def console_line(step: int, total: int, metrics: dict[str, float]) -> str:

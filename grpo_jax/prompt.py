@@ -12,7 +12,7 @@ import numpy as np
 
 from grpo_jax.types import Problem, Prompts, UserError
 
-# DeepSeek-R1 (arXiv 2501.12948), table 1 of the paper.
+# DeepSeek-R1 (Nature, doi 10.1038/s41586-025-09422-z), Methods.
 TEMPLATE = (
     "A conversation between User and Assistant. The User asks a question and the Assistant solves it. "
     "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
@@ -34,6 +34,7 @@ def load_tokenizer(folder: str | Path):
       UserError: the folder has no tokenizer files, or they cannot be read.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     from transformers import AutoTokenizer
 
     try:
@@ -52,7 +53,7 @@ def eos_ids(tokenizer, model_eos: Sequence[int] = ()) -> tuple[int, ...]:
 
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids with BOS in front exactly once, if the model has one that its tokenizer puts there."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:  # the text itself began with the BOS string
         ids = ids[1:]

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import ModelConfig, param_shapes
-from grpo_jax.prompt import eos_ids, load_tokenizer
-from grpo_jax.weights import find_model, load, read_model_config
+from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
+from grpo_jax.tasks import make_task, read_questions
+from grpo_jax.weights import find_model, load, check_tensors, read_model_config
 
 # What a run's key is folded with first, so that no two uses share a key.
 SAMPLING, EVALUATION, SHUFFLING = range(3)
@@ -34,8 +35,23 @@ def prepare(config) -> Setting:
     folder = find_model(config.model.path)
     model = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
+    check_tensors(folder, model)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     return Setting(folder, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
+
+
+def check_prompts(config, tokenizer) -> None:
+    """Encodes the questions to train on: all of a file, or one of a task that is computed. None may be too long.
+
+    Raises:
+      UserError: a line of the file is no question, or a prompt is longer than `rollout.max_prompt_tokens`.
+    """
+    if config.task.name == "jsonl":
+        sources = [read_questions(path) for path in (config.task.path, config.task.eval_path) if path]
+    else:
+        sources = [[make_task(config.task, config.seed, "train")(0)]]
+    for problems in sources:
+        encode_prompts(tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
 
 
 def load_policy(config, setting: Setting, workdir: Path, base: bool) -> tuple[int, Any]:

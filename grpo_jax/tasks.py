@@ -6,6 +6,7 @@ and the stream has no end. Each task has two streams that share no question: `tr
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def addition(seed: int, split: str, digits: int) -> Task:
     return problem
 
 
+def written(answer: str | int | float) -> str:
+    """An answer as text, without an exponent: 0.00001 and not 1e-05, which the rewards read as a word."""
+    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
+
+
 def read_questions(path: str) -> list[Problem]:
     """The problems of a JSONL file: one object a line with `question` and `answer`; other fields become metadata.
 
@@ -41,7 +47,7 @@ def read_questions(path: str) -> list[Problem]:
       UserError: no such file, no line in it, or a line that is not such an object; it names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"expected a JSONL file of questions at {path}; found: {error}") from None
     problems = []
@@ -60,7 +66,7 @@ def read_questions(path: str) -> list[Problem]:
                 raise UserError(f"expected the field {field!r} (a {kinds[0].__name__ if len(kinds) == 1 else 'text or number'}) "
                                 f"in {path} line {number}; found {found}; add it")
         rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
-        problems.append(Problem(row["question"], str(row["answer"]), rest))
+        problems.append(Problem(row["question"], written(row["answer"]), rest))
     if not problems:
         raise UserError(f"expected at least one question in {path}; found an empty file")
     return problems

@@ -67,7 +67,7 @@ def collect(
 
     texts = completion_texts(setting.tokenizer, rows["tokens"], rows["lengths"], setting.stop_ids)
     parts = rewards(texts, [p.answer for p in problems for _ in range(samples)])
-    group_advantages = np.asarray(advantages(parts["total"].reshape(count, samples)))
+    group_advantages = np.asarray(advantages(jnp.asarray(parts["total"].reshape(count, samples))))
     rewarded = time.monotonic()
 
     ref_logps = None
@@ -137,6 +137,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
     update = make_update(setting.model, config, setting.mesh, state.params, optimizer)
     problem, held_out = make_task(config.task, config.seed, "train"), held_out_problems(config)
     updates = config.update.minibatches * config.update.epochs
+    records = []
     log = MetricsLog(workdir, first if first else -1)
     bar = tqdm(total=config.total_steps, initial=first, unit="step", disable=jax.process_index() != 0)
 
@@ -158,8 +159,6 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         if inner == 0:
             experience, about_rollout, records = collect(
                 config, setting, problem, state.params, reference, position, fold(root, SAMPLING, position))
-            if step % config.log.every_steps == 0 or step == 1:
-                write_samples(workdir, "train", step, [{"step": step} | record for record in records])
         batch = experience
         if config.update.minibatches > 1:
             epoch, index = divmod(inner, config.update.minibatches)
@@ -181,6 +180,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         log.write(step, metrics)
         bar.update()
         if step % config.log.every_steps == 0 or step == 1 or last:
+            write_samples(workdir, "train", step, [{"step": step} | record for record in records])
             bar.write(console_line(step, config.total_steps, metrics))
         if last or step % config.checkpoint.every_steps == 0:
             unfinished = experience if step % updates else None

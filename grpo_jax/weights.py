@@ -108,7 +108,11 @@ def count_tokens(folder: Path) -> int:
         return 0
     from tokenizers import Tokenizer as FastTokenizer
 
-    return 1 + max(FastTokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values())
+    try:
+        tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise UserError(f"expected a readable tokenizer.json in {folder}; found: {error}") from None
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def checkpoint_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -136,6 +140,40 @@ def open_tensors(folder: Path) -> dict:
     return found
 
 
+def as_matrix(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a leaf (of one layer) with its heads merged: a projection is one matrix in the checkpoint."""
+    if len(shape) < 3:
+        return shape
+    return (shape[0] * shape[1], shape[2]) if ours.endswith("o/kernel") else (shape[0], shape[1] * shape[2])
+
+
+def check_tensors(folder: Path, config: ModelConfig) -> dict:
+    """`open_tensors`, with every tensor that config.json asks for there, in its shape, and no other.
+
+    Raises:
+      UserError: names the tensor.
+    """
+    files = open_tensors(folder)
+    leaves = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
+    transposed = {row.ours for row in TABLE if row.transpose}
+    expected = {}
+    for ours, names in checkpoint_names(config).items():
+        shape = as_matrix(ours, leaves[ours][ours.startswith("layers/") :])
+        expected |= dict.fromkeys(names, shape[::-1] if ours in transposed else shape)
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        ignored.add("lm_head.weight")
+    for kind, odd in (("missing", expected.keys() - files.keys()), ("unknown", files.keys() - expected.keys() - ignored)):
+        if odd:
+            raise UserError(f"expected {len(expected)} tensors in {folder}, as its config.json says; "
+                            f"found {len(odd)} {kind}, such as {sorted(odd)[0]}")
+    for name, shape in expected.items():
+        found = tuple(files[name].get_slice(name).get_shape())
+        if found != shape:
+            raise UserError(f"expected {name} in {folder} to be {shape}, as config.json says; found {found}")
+    return files
+
+
 def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "float32") -> tuple[ModelConfig, dict]:
     """Reads a Hugging Face folder (Llama architecture, safetensors).
 
@@ -151,36 +189,17 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
     """
     folder = Path(source)
     config = read_model_config(folder)
-    files = open_tensors(folder)
-    names = checkpoint_names(config)
-    shapes = param_shapes(config)
-    expected = {name for group in names.values() for name in group}
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    for kind, odd in (("missing", expected - files.keys()), ("unknown", files.keys() - expected - ignored)):
-        if odd:
-            raise UserError(f"expected {len(expected)} tensors in {folder}, as its config.json says; "
-                            f"found {len(odd)} {kind}, such as {sorted(odd)[0]}")
-
-    rows = {row.ours: row for row in TABLE}
+    files = check_tensors(folder, config)
+    names, shapes = checkpoint_names(config), param_shapes(config)
+    transposed = {row.ours for row in TABLE if row.transpose}
 
     def read(path, shape, sharding):
         ours = path_name(path)
         stacked = ours.startswith("layers/")
-        one = shape.shape[1:] if stacked else shape.shape
 
         def tensor(name):
             value = files[name].get_tensor(name)
-            if rows[ours].transpose:
-                value = value.T
-            # A projection to or from heads is one matrix in the checkpoint: only the product of the sizes is theirs.
-            flat = one if len(one) < 3 else (one[0], one[1] * one[2]) if not ours.endswith("o/kernel") else (
-                one[0] * one[1], one[2])
-            if value.shape != flat:
-                raise UserError(f"expected {name} in {folder} to be {flat[::-1] if rows[ours].transpose else flat}, as "
-                                f"config.json says; found {tuple(files[name].get_slice(name).get_shape())}")
-            return value.reshape(one)
+            return (value.T if ours in transposed else value).reshape(shape.shape[stacked:])
 
         def part(index):
             if not stacked:
@@ -211,8 +230,7 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
             continue
         value = np.asarray(to_host(leaves[row.ours])).astype(jnp.dtype(config.dtype))
         for name, one in zip(names[row.ours], value if "{i}" in row.theirs else [value]):
-            if one.ndim == 3:
-                one = one.reshape(-1, one.shape[-1]) if row.ours.endswith("o/kernel") else one.reshape(one.shape[0], -1)
+            one = one.reshape(as_matrix(row.ours, one.shape))
             tensors[name] = np.ascontiguousarray(one.T if row.transpose else one)
     if jax.process_index() != 0:
         return

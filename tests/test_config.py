@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ml_collections import ConfigDict
 
 from grpo_jax.config import (
     check, check_mesh, check_model, check_workdir, default, flat, freeze, pretrain_default, read_config, write_config,
@@ -18,9 +19,10 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 
 
 def changed(**values):
-    """The default config with other values: rollout__samples=1 stands for rollout.samples."""
+    """The default config with other values: rollout__samples=1 stands for rollout.samples. 16 * 8 rows of 80 + 64."""
+    sizes = dict(rollout__prompts=16, rollout__samples=8, rollout__max_prompt_tokens=80, rollout__max_tokens=64)
     config = default()
-    for key, value in values.items():
+    for key, value in (sizes | values).items():
         override(config, key.replace("__", "."), str(value))
     return config
 
@@ -58,12 +60,13 @@ def test_a_key_that_nobody_reads_is_found():
     config = default()
     config.rollout.forgotten = 1
     config.forgotten = 1
-    assert unread(config) == ["forgotten", "rollout.forgotten"] or unread(config) == ["rollout.forgotten", "forgotten"]
+    assert sorted(unread(config)) == ["forgotten", "rollout.forgotten"]
 
 
 def test_default_config_passes_and_keeps_its_values():
-    config = check(default())
-    assert (config.rollout.prompts, config.rollout.samples, config.model.path) == (16, 8, "tiny")
+    assert check(default())._asdict().keys() == default().to_dict().keys()
+    config = check(changed(seed=3, optim__lr=0.5, task__path="q.jsonl"))
+    assert (config.seed, config.optim.lr, config.task.path, config.rollout.prompts) == (3, 0.5, "q.jsonl", 16)
 
 
 def test_a_checked_config_cannot_be_changed():
@@ -123,9 +126,10 @@ def test_value_must_be_0_or_more(key):
     (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
     (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
     # 16 * 8 = 128 rows; 128 / 3 and 128 / (32 * 8) are no whole numbers.
-    (dict(update__minibatches=3), r"minibatches \* update.micro_batches to be a divisor of the 128 rows .*found 3 \* 1"),
+    (dict(update__minibatches=3), r"update.micro_batches to be a divisor of the 128 rows .*found 3 \* 1"),
     (dict(update__micro_batches=3), r"a divisor of the 128 rows .*found 1 \* 3; change one of the four"),
     (dict(update__minibatches=32, update__micro_batches=8), r"a divisor of the 128 rows .*found 32 \* 8"),
+    (dict(seed=2**32), "expected seed to be "),  # JAX drops the upper bits: the same keys as of 0
     (dict(seed=10**30), "expected seed to be "),
 ])
 def test_rule_of_check(values, says):
@@ -137,7 +141,7 @@ def test_rule_of_check(values, says):
     dict(task__digits=9), dict(task__digits=1), dict(rollout__samples=2), dict(rollout__temperature=0.01),
     dict(optim__b1=0), dict(optim__b2=0.999), dict(loss__kl_coef=0), dict(eval__temperature=0),
     dict(update__minibatches=32, update__micro_batches=4), dict(task__name="jsonl", task__path="q.jsonl"),
-    dict(seed=2**31),
+    dict(seed=2**32 - 1),
 ])
 def test_values_at_the_edge_pass(values):
     check(changed(**values))
@@ -145,18 +149,46 @@ def test_values_at_the_edge_pass(values):
 
 def test_job_of_a_training_config_is_grpo():
     """A config of pretraining has other keys, and an unknown job must not train as if it were known."""
-    with pytest.raises(UserError, match="job"):
+    with pytest.raises(UserError, match="expected (job|the keys)"):
         check(pretrain_default())
     with pytest.raises(UserError, match="job.*'sft'"):
         check(changed(job="sft"))
 
 
+def test_keys_are_those_of_the_default_config():
+    """A config.json of another version, or a config file that was not begun with default()."""
+    lacking, more = default(), default()
+    del lacking.loss["clip_low"]
+    more.loss.new = 1
+    with pytest.raises(UserError, match="loss.clip_low missing"):
+        check(lacking)
+    with pytest.raises(UserError, match="loss.new unknown"):
+        check(more)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("seed", "0"), ("seed", 0.0), ("seed", None), ("total_steps", True), ("optim.lr", "1e-3"), ("task.path", 5),
+])
+def test_values_are_of_the_default_configs_types(key, value):
+    """A config file or a config.json may hold anything."""
+    config = default().to_dict()
+    *sections, name = key.split(".")
+    section = config[sections[0]] if sections else config
+    section[name] = value
+    with pytest.raises(UserError, match=f"expected {key} to be of type .*; found {value!r}; set --config.{key}"):
+        check(ConfigDict(config))
+    config = default().to_dict()
+    config["optim"]["lr"] = 1  # a whole number is a float, too
+    assert check(ConfigDict(config)).optim.lr == 1
+
+
 def test_prompt_and_completion_fit_the_model():
     """80 + 64 = 144 tokens."""
-    config = check(default())
+    config = check(changed())
     check_model(config, SimpleNamespace(max_positions=144))
-    with pytest.raises(UserError, match=r"rollout.max_prompt_tokens \+ rollout.max_tokens to be at most the model's 143 "
-                                        r"positions \(max_position_embeddings\); found 80 \+ 64"):
+    says = (r"rollout.max_prompt_tokens \+ rollout.max_tokens to be at most the model's 143 positions "
+            r"\(max_position_embeddings\); found 80 \+ 64")
+    with pytest.raises(UserError, match=says):
         check_model(config, SimpleNamespace(max_positions=143))
 
 

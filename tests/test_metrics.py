@@ -92,7 +92,8 @@ def test_cut_back_of_a_new_folder_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    'two\nlines and "quotes"', "Größe 数学 🙂", "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d", "\x00\x1c\x7f",
+    'two\nlines and "quotes"', "Größe 数学 🙂", "\x00\x1c\x7f",
+    "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d",
 ])
 def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     """A completion may hold any character; str.splitlines would cut a record at some of them."""

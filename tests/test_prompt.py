@@ -35,11 +35,11 @@ def tiny():
 
 def test_template_is_that_of_r1_zero():
     assert format_prompt("What is 347 + 589?") == (
-        "A conversation between User and Assistant. The User asks a question and the Assistant solves it. The Assistant "
-        "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
-        "process and answer are enclosed within <think>...</think> and <answer>...</answer> tags, respectively, that "
-        "is, <think> reasoning process here </think> <answer> answer here </answer>. User: What is 347 + 589?. "
-        "Assistant:")
+        "A conversation between User and Assistant. The User asks a question and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+        "answer. The reasoning process and answer are enclosed within <think>...</think> and <answer>...</answer> "
+        "tags, respectively, that is, <think> reasoning process here </think> <answer> answer here </answer>. "
+        "User: What is 347 + 589?. Assistant:")
 
 
 @pytest.mark.parametrize("question", ["{}", "{0}", "{question}", r"\frac{3}{4}", "{{x}}", "}{", "%s %d", "\\1"])

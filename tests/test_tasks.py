@@ -145,7 +145,7 @@ def test_answers_that_are_numbers_become_text(tmp_path, written, text):
 
 
 def test_lines_end_at_newlines_only(tmp_path):
-    """Line and paragraph separators and NEL are ordinary characters of a JSON string; str.splitlines would cut there."""
+    """Line and paragraph separators and NEL are ordinary characters of a JSON string; str.splitlines cuts there."""
     text = "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d"
     path = write(tmp_path / "q.jsonl", [{"question": text, "answer": "1"}, {"question": "q", "answer": "2"}])
     assert [problem.question for problem in read_questions(path)] == [text, "q"]

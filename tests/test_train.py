@@ -2,42 +2,24 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pytest
 
-from grpo_jax import save
 from grpo_jax.main import main
-from grpo_jax.model import init_params
-from grpo_jax.weights import find_model, read_model_config
 
 REPO = Path(__file__).parent.parent
-FEW = ["--config.rollout.prompts=4", "--config.rollout.samples=4", "--config.rollout.max_tokens=6",
+FEW = ["--config.rollout.prompts=4", "--config.rollout.samples=4", "--config.rollout.max_tokens=14",
        "--config.eval.questions=8", "--config.log.every_steps=1", "--config.log.samples=3", "--config.loss.kl_coef=0.1",
-       "--config.optim.lr=0.01", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+       "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A random model with the tiny base's tokenizer."""
-    folder, base = tmp_path_factory.mktemp("model"), find_model("tiny")
-    config = replace(read_model_config(base), num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2,
-                     num_kv_heads=2, head_dim=8, source="")
-    save(folder, config, init_params(config, jax.random.key(0)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(base / name, folder / name)
-    return folder
-
-
-def train(workdir, small, *extra):
-    main(["--config=configs/r1zero.py", f"--workdir={workdir}", f"--config.model.path={small}", *FEW, *extra])
+def train(workdir, *extra):
+    main(["--config=configs/r1zero.py", f"--workdir={workdir}", *FEW, *extra])
 
 
 def lines(workdir):
@@ -52,34 +34,34 @@ def saved(workdir, step, item):
         return checkpointer.restore((workdir / "checkpoints" / str(step) / item).absolute())
 
 
-def test_resume_equals_uninterrupted(tmp_path, small, monkeypatch):
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch):
     """Stopped after 3 of 5 updates, in the middle of a rollout that feeds 4 of them (2 minibatches, 2 epochs)."""
     monkeypatch.chdir(REPO)
     several = ["--config.update.minibatches=2", "--config.update.epochs=2", "--config.checkpoint.every_steps=3"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(whole, small, *several, "--config.total_steps=5")
-    train(broken, small, *several, "--config.total_steps=3")
+    train(whole, *several, "--config.total_steps=5")
+    train(broken, *several, "--config.total_steps=3")
     # As if it had gone on to step 4 and been killed before the next checkpoint.
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/mean": 9}\n{"step": 5, "rew')
-    train(broken, small, *several, "--config.total_steps=5")
+    train(broken, *several, "--config.total_steps=5")
 
     for item in ("policy", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, saved(whole, 5, item), saved(broken, 5, item))
     changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), saved(whole, 5, "policy"), saved(whole, 3, "policy"))
-    assert max(jax.tree.leaves(changed)) > 1e-3
+    assert max(jax.tree.leaves(changed)) > 1e-5
     without_eval = lambda rows: [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
     assert without_eval(lines(broken)) == without_eval(lines(whole))
     assert [row["step"] for row in lines(broken)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tmp_path, small, monkeypatch, capsys):
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
-    train(tmp_path / "run", small, "--config.total_steps=1")
+    train(tmp_path / "run", "--config.total_steps=1")
     before = lines(tmp_path / "run")
     reference = saved(tmp_path / "run", "reference", "")
     capsys.readouterr()
-    train(tmp_path / "run", small, "--config.total_steps=1")
+    train(tmp_path / "run", "--config.total_steps=1")
     assert lines(tmp_path / "run") == before
     assert "before" in capsys.readouterr().out
     # The reference is the base, the policy has left it.
@@ -93,10 +75,10 @@ groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max polic
 optim/grad_norm optim/lr time/rollout_s time/reward_s time/update_s time/step_s""".split()
 
 
-def test_a_workdir_holds_what_is_documented(tmp_path, small, monkeypatch):
+def test_a_workdir_holds_what_is_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
     run = tmp_path / "run"
-    train(run, small, "--config.total_steps=2", "--config.eval.every_steps=1", "--config.loss.kl_coef=0")
+    train(run, "--config.total_steps=2", "--config.eval.every_steps=1", "--config.loss.kl_coef=0")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(name in row for row in rows for name in ("eval/accuracy", "eval/format", "eval/length_mean"))

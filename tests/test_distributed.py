@@ -1,0 +1,79 @@
+"""The main job on two processes with two devices each, as on two hosts: the same numbers as on one process with four."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [f"--config={ROOT}/configs/r1zero.py", "--config.rollout.prompts=4", "--config.rollout.samples=4",
+         "--config.rollout.max_tokens=16", "--config.update.minibatches=2", "--config.eval.questions=8",
+         "--config.checkpoint.every_steps=1", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+LIMIT_S = 300  # of a run
+
+
+def run(logs: Path, workdirs: list[Path], *flags: str) -> tuple[list[int], list[str]]:
+    """Runs the main job on as many processes as there are workdirs; their exit codes and what they printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    count = len(workdirs)
+    environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}", "PYTHONPATH": str(ROOT)}
+    if count > 1:
+        environ |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    processes, files = [], [logs / f"process-{i}.txt" for i in range(count)]
+    try:
+        for i, (workdir, path) in enumerate(zip(workdirs, files)):
+            with open(path, "w") as out:
+                processes.append(subprocess.Popen(
+                    [sys.executable, "-m", "grpo_jax.main", f"--workdir={workdir}", *FLAGS, *flags], cwd=logs,
+                    env=environ | {"JAX_PROCESS_ID": str(i)}, stdout=out, stderr=subprocess.STDOUT))
+        end = time.monotonic() + LIMIT_S
+        codes = [process.wait(max(0.0, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"not done after {LIMIT_S} s:\n" + "\n".join(path.read_text()[-3000:] for path in files))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return codes, [path.read_text() for path in files]
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items()
+             if not name.startswith("time/") and name != "rollout/tokens_per_s"} for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_and_resume(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    # The first run ends between the two updates of a rollout, so that the second has to go on with its experience.
+    for steps in (1, 3):
+        codes, printed = run(tmp_path, [two, two], f"--config.total_steps={steps}", "--config.eval.every_steps=1")
+        assert codes == [0, 0], printed[0][-3000:] + printed[1][-3000:]
+        assert f"step {steps}/{steps}  reward" in printed[0]
+        assert "step " not in printed[1]  # only process 0 speaks
+        assert (two / "checkpoints" / str(steps) / "commit_success.txt").exists()
+    codes, printed = run(tmp_path, [one], "--config.total_steps=3", "--config.eval.every_steps=1")
+    assert codes == [0], printed[0][-3000:]
+
+    found, expected = metrics(two), metrics(one)
+    assert [line["step"] for line in found] == [0, 1, 2, 3]  # once each: only process 0 writes
+    assert len(list((two / "tensorboard").iterdir())) == 2  # a file a run
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
+    codes, printed = run(tmp_path, [tmp_path / "a", tmp_path / "b"], "--config.total_steps=1")
+    assert codes == [2, 2]
+    assert all("error: expected all processes to see one" in text for text in printed)

@@ -1,0 +1,86 @@
+"""Every command of the README runs, and every file it names is there."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text()
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+# What makes the long commands short; the commands themselves stay as they are.
+SHORT = {
+    "grpo_jax.main": ["--config.total_steps=1", "--config.rollout.prompts=4", "--config.rollout.samples=4",
+                      "--config.eval.questions=8"],
+    "grpo_jax.evaluate": ["--config.eval.questions=8"],
+    "grpo_jax.generate": [],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what the commands name: the configs, a file of questions, a model folder."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(REPO / "configs", folder / "configs")
+    shutil.copytree(REPO / "launch", folder / "launch")
+    shutil.copytree(REPO / "grpo_jax" / "tiny_base", folder / "path/to/a/llama/folder")
+    lines = [f'{{"question": "What is {i} + 1?", "answer": {i + 1}}}' for i in range(20)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
+    words = shlex.split(command)
+    if words[0] == "make":
+        made = subprocess.run([*words, "--dry-run"], cwd=REPO, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+    elif "-m" in words and words[words.index("-m") + 1] in SHORT:
+        import importlib
+
+        name = words[words.index("-m") + 1]
+        monkeypatch.chdir(workplace)
+        importlib.import_module(name).main(words[words.index("-m") + 2 :] + SHORT[name])
+    elif "-m" in words:  # venv, pip, pytest: what `make` runs, with these very arguments
+        assert words[words.index("-m") + 1] in ("venv", "pip", "pytest")
+        assert " ".join(words[words.index("-m") + 1 :]).replace("'", "") in (
+            (REPO / "Makefile").read_text().replace("'", "").replace(" --quiet --disable-pip-version-check", ""))
+    else:
+        run = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0, run.stderr
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=REPO, timeout=120)
+
+
+def test_files_named_are_there():
+    names = set(re.findall(r"`(\w+\.py)`", README))
+    missing = [name for name in names if not (REPO / "grpo_jax" / name).exists()]
+    assert len(names) > 15 and not missing
+    listed = {path.name for path in (REPO / "grpo_jax").glob("*.py")} - {"__init__.py"}
+    assert listed <= names, listed - names
+    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"`((?:configs|tests|launch|docs)/[\w./]+)`", README):
+        assert (REPO / path).exists(), path
+
+
+def test_keys_named_exist():
+    from grpo_jax.config import default, flat
+
+    sections = "|".join(name for name, value in default().to_dict().items() if isinstance(value, dict))
+    named = set(re.findall(rf"`?(?:--config\.)?\b((?:{sections})\.[a-z_]+)\b", README))
+    known = flat(default().to_dict())
+    modules = {f"{name}.py" for name in sections.split("|")}
+    assert len(named) > 5 and {name for name in named if not name.endswith(".py")} <= known.keys() | modules
