@@ -48,10 +48,10 @@ def default() -> ConfigDict:
             clip_high=0.2,
         ),
         optim=dict(
-            lr=3e-4,  # of AdamW, after the warm-up
+            lr=1.5e-4,  # of AdamW, after the warm-up
             warmup_steps=0,  # updates
             b1=0.9,
-            b2=0.95,
+            b2=0.999,
             weight_decay=0.0,
             grad_clip=1.0,  # largest global norm of a gradient
         ),

@@ -52,8 +52,8 @@ class ModelConfig:
 class KV(NamedTuple):
     """Keys (after RoPE) and values of some tokens, of one layer or stacked over layers."""
 
-    k: Float[Array, "*layers N C K E"]
-    v: Float[Array, "*layers N C K E"]
+    k: Float[Array, "*layers N K C E"]
+    v: Float[Array, "*layers N K C E"]
 
 
 class Past(NamedTuple):
@@ -123,20 +123,20 @@ def rotate(x: Float[Array, "N L heads E"], tables) -> Float[Array, "N L heads E"
 def attend(q: Float[Array, "N L H E"], own: KV, mask: Bool[Array, "N L L"], past: KV | None, past_mask):
     """softmax(q k / sqrt(E)) v over a row's own tokens and its cache, each group of H/K query heads on one KV head."""
     rows, length, heads, width = q.shape
-    grouped = q.reshape(rows, length, own.k.shape[2], heads // own.k.shape[2], width)
+    grouped = q.reshape(rows, length, own.k.shape[1], heads // own.k.shape[1], width)
 
     def scores(keys, allowed):
-        s = jnp.einsum("nlkre,ncke->nkrlc", grouped, keys, preferred_element_type=jnp.float32)
+        s = jnp.einsum("nlkre,nkce->nkrlc", grouped, keys, preferred_element_type=jnp.float32)
         return jnp.where(allowed[:, None, None], s / math.sqrt(width), jnp.finfo(jnp.float32).min)
 
     def mix(probs, values):
-        return jnp.einsum("nkrlc,nckh->nlkrh", probs.astype(values.dtype), values)
+        return jnp.einsum("nkrlc,nkch->nlkrh", probs.astype(values.dtype), values)
 
     s = scores(own.k, mask)
     if past is None:
         out = mix(jax.nn.softmax(s, axis=-1), own.v)
     else:
-        columns = past.k.shape[1]
+        columns = past.k.shape[2]
         probs = jax.nn.softmax(jnp.concatenate([scores(past.k, past_mask), s], axis=-1), axis=-1)
         out = mix(probs[..., :columns], past.v) + mix(probs[..., columns:], own.v)
     return out.reshape(rows, length, heads, width)
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), name="k")(x)
         v = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), name="v")(x)
         q, k, v = (constrain(y, ROWS, None, "tensor", None) for y in (q, k, v))
-        own = KV(rotate(k, tables), v)
+        own = KV(jnp.swapaxes(rotate(k, tables), 1, 2), jnp.swapaxes(v, 1, 2))
         out = attend(rotate(q, tables), own, mask, past, past_mask)
         return Projection((c.num_heads, c.head_dim), (c.hidden_size,), name="o")(out), own
 
@@ -236,7 +236,7 @@ def hidden_states(
       mask: [n, l, m] is True where token l of row n sees token m of the same call.
       past: a cache to read before them; None when there is none.
     Returns:
-      hidden [N, L, D] in the compute dtype, and KV [layers, N, L, K, E] (or a tuple of KV, if the layers are unrolled).
+      hidden [N, L, D] in the compute dtype, and KV [layers, N, K, L, E] (or a tuple of KV, if the layers are unrolled).
     """
     tables = rope_tables(config, positions)
     x = Embed(config.vocab_size, config.hidden_size).apply({"params": params["embed"]}, tokens)

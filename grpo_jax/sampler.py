@@ -32,7 +32,7 @@ BLOCK = 256  # tokens a draw chooses among at a time
 class DecodeState:
     """All that the decode loop carries. Rows are ordered by prompt, then by sample."""
 
-    kv: tuple[KV, ...]  # the cache, one KV [N, C, K, E] a layer
+    kv: tuple[KV, ...]  # the cache, one KV [N, K, C, E] a layer
     last: Int[Array, " N"]  # the token drawn last, not yet in the cache
     prompt_lengths: Int[Array, " N"]
     keys: Key[Array, " N"]  # of the row; a token's key is folded from it and the token's index
@@ -96,9 +96,9 @@ def start(
     hidden, new = hidden_states(config, params, prompts.tokens, positions, causal_mask(count, width))
     last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
 
-    def to_cache(x):  # [B, T, K, E] -> [N, C, K, E]
-        x = jnp.pad(jnp.repeat(x, samples, axis=0), ((0, 0), (0, max_tokens), (0, 0), (0, 0)))
-        return constrain(x, ROWS, None, "tensor", None)
+    def to_cache(x):  # [B, K, T, E] -> [N, K, C, E]
+        x = jnp.pad(jnp.repeat(x, samples, axis=0), ((0, 0), (0, 0), (0, max_tokens), (0, 0)))
+        return constrain(x, ROWS, "tensor", None, None)
 
     ids = jnp.stack([jnp.repeat(prompts.ids, samples), jnp.tile(jnp.arange(samples), count)], axis=1)
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
@@ -132,7 +132,7 @@ def decode(
     rows, capacity = state.tokens.shape
     until = jnp.minimum(state.time + count, capacity)
     row_index = jnp.arange(rows)
-    columns = jnp.arange(state.kv[0].k.shape[1])
+    columns = jnp.arange(state.kv[0].k.shape[2])
     itself = jnp.ones((rows, 1, 1), bool)
 
     def unfinished(state):
@@ -143,7 +143,7 @@ def decode(
         past = Past(state.kv, (columns < position[:, None])[:, None, :])
         hidden, new = hidden_states(config, params, state.last[:, None], position[:, None], itself, past)
         kv = tuple(
-            jax.tree.map(lambda cache, x: cache.at[row_index, position].set(x[:, 0]), held, fresh)
+            jax.tree.map(lambda cache, x: cache.at[row_index, :, position].set(x[:, :, 0]), held, fresh)
             for held, fresh in zip(state.kv, new)
         )
         state = state.replace(kv=kv)

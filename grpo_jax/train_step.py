@@ -157,7 +157,7 @@ def make_update(
             config, state.params, batch, temperature=train_config.rollout.temperature, loss=train_config.loss,
             micro_batches=train_config.update.micro_batches)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {"optim/grad_norm": optax.global_norm(grads), "optim/lr": jnp.asarray(schedule(state.step))}
+        metrics |= {"optim/grad_norm": optax.tree.norm(grads), "optim/lr": jnp.asarray(schedule(state.step))}
         return TrainState(state.step + 1, optax.apply_updates(state.params, changes), opt_state), metrics
 
     places = state_shardings(mesh, params, optimizer)

@@ -37,7 +37,7 @@ def test_cached_decode_matches_full_forward(unrolled):
 
     positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
     hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], positions, causal_mask(3, 4))
-    grow = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((0, 5), (0, 0), (0, 0)))
+    grow = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, 5), (0, 0)))
     kv = jax.tree.map(grow, kv)
     np.testing.assert_allclose(logits_of(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
     for at in range(4, 9):
@@ -45,7 +45,7 @@ def test_cached_decode_matches_full_forward(unrolled):
         here = jnp.full((3, 1), at)
         hidden, new = hidden_states(
             CONFIG, weights, tokens[:, at : at + 1], here, jnp.ones((3, 1, 1), bool), Past(kv, seen))
-        put = lambda cache, x: cache.at[..., at, :, :].set(x[..., 0, :, :])
+        put = lambda cache, x: cache.at[..., at, :].set(x[..., 0, :])
         kv = jax.tree.map(put, kv, new)
         np.testing.assert_allclose(logits_of(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
     assert isinstance(kv, tuple) and (unrolled or isinstance(kv, KV))

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,9 @@ def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
         made = subprocess.run([*words, "--dry-run"], cwd=REPO, capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
     elif "-m" in words and words[words.index("-m") + 1] in SHORT:
-        import importlib
-
         name = words[words.index("-m") + 1]
         monkeypatch.chdir(workplace)
-        importlib.import_module(name).main(words[words.index("-m") + 2 :] + SHORT[name])
+        import_module(name).main(words[words.index("-m") + 2 :] + SHORT[name])
     elif "-m" in words:  # venv, pip, pytest: what `make` runs, with these very arguments
         assert words[words.index("-m") + 1] in ("venv", "pip", "pytest")
         assert " ".join(words[words.index("-m") + 1 :]).replace("'", "") in (
@@ -76,11 +75,14 @@ def test_files_named_are_there():
         assert (REPO / path).exists(), path
 
 
-def test_keys_named_exist():
+def test_keys_and_functions_named_exist():
+    """`section.key` is a key of the config, or `module.function` is one of the package."""
     from grpo_jax.config import default, flat
 
-    sections = "|".join(name for name, value in default().to_dict().items() if isinstance(value, dict))
-    named = set(re.findall(rf"`?(?:--config\.)?\b((?:{sections})\.[a-z_]+)\b", README))
-    known = flat(default().to_dict())
-    modules = {f"{name}.py" for name in sections.split("|")}
-    assert len(named) > 5 and {name for name in named if not name.endswith(".py")} <= known.keys() | modules
+    named = set(re.findall(r"`([a-z_]+\.[a-z_0-9]+)`", README)) | set(re.findall(r"--config\.([a-z_.]+[a-z])", README))
+    missing = []
+    for name in {name for name in named if not name.endswith((".py", ".json", ".jsonl"))}:
+        module, _, attribute = name.rpartition(".")
+        if name not in flat(default().to_dict()) and not hasattr(import_module(f"grpo_jax.{module}"), attribute):
+            missing.append(name)
+    assert len(named) > 10 and not missing
