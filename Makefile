@@ -13,6 +13,8 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+.PHONY: install r1zero test test-all
+
 
 install: $(INSTALLED)
 

@@ -6,7 +6,7 @@ Every function takes time linear in its text.
 import re
 from fractions import Fraction
 
-LONGEST = 200  # characters; a longer answer is no answer
+from grpo_jax.types import LONGEST_ANSWER
 
 _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -25,10 +25,10 @@ def extract_answer(text: str) -> str | None:
         return None
     end = text.find("</answer>", start)
     answer = text[start + len("<answer>") : end].strip()
-    boxes = list(_BOXED.finditer(answer)) if len(answer) <= LONGEST else []
+    boxes = list(_BOXED.finditer(answer)) if len(answer) <= LONGEST_ANSWER else []
     if boxes:
         answer = braced(answer, boxes[-1].end())
-    if answer is None or not answer or len(answer) > LONGEST:
+    if answer is None or not answer or len(answer) > LONGEST_ANSWER:
         return None
     return answer
 
@@ -46,7 +46,7 @@ def braced(text: str, start: int) -> str | None:
 def number(text: str) -> Fraction | None:
     """The value of a written number: integer, decimal, `1,234`, `3/4`, `\\frac{3}{4}`, `50%`; None for all else."""
     text = text.strip()
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_ANSWER:
         return None
     if text.endswith("%"):
         whole = number(text[:-1].removesuffix("\\"))

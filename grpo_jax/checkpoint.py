@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/reference      the frozen reference, written once
     WORKDIR/checkpoints/STEP/policy    parameters, float32
                             /optimizer
-                            /meta      step, key, data position, the rollout's metrics (JSON)
+                            /meta      step (which is the position in the problems too), key, the rollout's metrics
                             /experience  the rollout under way, if its updates were not all done
 
 Saving is asynchronous; all processes call it. A checkpoint restores onto any mesh.
@@ -82,28 +82,32 @@ def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainSta
     return Resumed(state, found["meta"], experience)
 
 
+def newest_step(workdir: Path) -> int:
+    """The step of a run's newest checkpoint; 0 without one."""
+    steps = ocp.utils.checkpoint_steps(folder(workdir)) if folder(workdir).is_dir() else []
+    return max(steps, default=0)
+
+
 def restore_policy(workdir: Path, shapes, places) -> tuple[int, Any]:
     """The newest policy of a run and its step.
 
     Raises:
       UserError: the run has no checkpoint yet.
     """
-    steps = ocp.utils.checkpoint_steps(folder(workdir)) if folder(workdir).is_dir() else []
-    if not steps:
+    step = newest_step(workdir)
+    if not step:
         raise UserError(f"expected a checkpoint in {folder(workdir)}; found none; "
                         "train first, or wait for the run's first checkpoint")
-    step = max(steps)
-    with ocp.CheckpointManager(folder(workdir), item_names=("policy",)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder(workdir), options=options, item_names=("policy",)) as manager:
         args = ocp.args.Composite(policy=ocp.args.StandardRestore(abstract(shapes, places)))
         return step, manager.restore(step, args=args)["policy"]
 
 
 def save_reference(workdir: Path, params) -> None:
-    """Writes the reference, unless it is there."""
-    path = folder(workdir) / "reference"
-    if not path.exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, params)
+    """Writes the reference of a run that begins."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder(workdir) / "reference", params, force=True)
 
 
 def restore_reference(workdir: Path, shapes, places):

@@ -170,6 +170,14 @@ def check_pretrain(raw: ConfigDict):
             expect(value > 0 or key in free and value == 0, key, "more than 0", value, f"set --config.{key}")
     expect(raw.total_steps > raw.optim.warmup_steps, "total_steps", "more than optim.warmup_steps",
            f"{raw.total_steps} and {raw.optim.warmup_steps}", "set --config.total_steps")
+    expect(raw.model.num_heads % raw.model.num_kv_heads == 0 and raw.model.head_dim % 2 == 0, "model.num_heads",
+           "a multiple of model.num_kv_heads, and model.head_dim even",
+           f"{raw.model.num_heads}, {raw.model.num_kv_heads} and {raw.model.head_dim}", "set --config.model.num_heads")
+    expect(raw.batch.row_tokens <= raw.model.max_positions, "batch.row_tokens", "at most model.max_positions",
+           f"{raw.batch.row_tokens} and {raw.model.max_positions}", "lower it")
+    expect(raw.corpus.digits <= 9, "corpus.digits", "at most 9", raw.corpus.digits, "set --config.corpus.digits")
+    expect(raw.model.vocab_size >= 300, "model.vocab_size", "300 or more, for the bytes and some words",
+           raw.model.vocab_size, "set --config.model.vocab_size")
     return freeze(raw)
 
 
@@ -192,7 +200,7 @@ def check(raw: ConfigDict):
     expect(config.task.digits <= 9, "task.digits", "at most 9", config.task.digits, "set --config.task.digits")
     expect(config.rollout.samples >= 2, "rollout.samples", "2 or more", config.rollout.samples,
            "an answer's advantage is measured against the others of its group")
-    expect(config.rollout.temperature > 0, "rollout.temperature", "more than 0 in training",
+    expect(config.rollout.temperature >= 0.01, "rollout.temperature", "0.01 or more in training",
            config.rollout.temperature, "greedy answers of a group are all the same and teach nothing; "
            "eval.temperature may be 0")
     expect(config.seed < 2**32, "seed", "below 2**32", config.seed, "set --config.seed")
@@ -248,15 +256,25 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
                 raise UserError(
                     f"expected the config that {workdir} was begun with; found {key}={ours.get(key)!r} where the run "
                     f"has {theirs.get(key)!r}; choose another --workdir or pass --config.{key}={theirs.get(key)}")
-    elif Path(workdir).exists() and (not Path(workdir).is_dir() or any(Path(workdir).iterdir())):
+    elif path.parent.exists() and (not Path(workdir).is_dir() or any(Path(workdir).iterdir())):
         raise UserError(f"expected a new folder or one of an earlier run at {workdir}; found other files there; "
                         "choose another --workdir")
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json: what the run, resumed or not, goes on with."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    """Writes config.json, whole or not at all: what the run, resumed or not, goes on with.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = workdir / "config.json.partial"
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"expected a folder that can be written at {workdir}; found: {error}; "
+                        "choose another --workdir") from None
 
 
 def read_config(workdir: Path) -> ConfigDict:

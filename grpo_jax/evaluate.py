@@ -7,23 +7,12 @@ import jax
 import numpy as np
 
 from grpo_jax.mesh import row_shards, split_rows, to_host
-from grpo_jax.prompt import completion_texts, encode_prompts
+from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
 from grpo_jax.sampler import generate, place_for_rollout
 from grpo_jax.setting import EVALUATION, Setting, load_policy, prepare
-from grpo_jax.tasks import make_task, read_questions
+from grpo_jax.tasks import held_out_problems, read_questions
 from grpo_jax.types import Problem
-
-def held_out_problems(config) -> list[Problem]:
-    """The first `eval.questions` problems of the held-out stream; the same for every seed."""
-    count = config.eval.questions
-    if config.task.name == "jsonl":
-        path = config.task.eval_path or config.task.path
-        lines = len(read_questions(path))
-        count = min(count, lines if config.task.eval_path else lines // 10)
-    problem = make_task(config.task, 0, "eval")
-    return [problem(i) for i in range(count)]
-
 
 def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key) -> tuple[dict[str, float], list[dict]]:
     """One completion a problem: the metrics `eval/*`, and a record of each completion.
@@ -45,9 +34,9 @@ def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key)
         texts = completion_texts(setting.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], setting.stop_ids)
         parts = rewards(texts, [problem.answer for problem in padded])
         records += [
-            {"prompt_id": first + i, "question": problem.question, "answer": problem.answer, "completion": texts[i],
-             "accuracy": float(parts["accuracy"][i]), "format": float(parts["format"][i]),
-             "length": int(rollout.lengths[i, 0])}
+            {"prompt_id": first + i, "sample_id": 0, "prompt": format_prompt(problem.question),
+             "question": problem.question, "answer": problem.answer, "completion": texts[i], "accuracy": float(parts["accuracy"][i]),
+             "format": float(parts["format"][i]), "length": int(rollout.lengths[i, 0])}
             for i, problem in enumerate(part)
         ]
     mean = lambda field: float(np.mean([record[field] for record in records]))
@@ -61,15 +50,14 @@ def main(argv: Sequence[str]) -> None:
 
     parser = flags.make_parser(
         "Evaluates a run's policy on held-out problems: accuracy, format, mean length in tokens.",
-        "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json")
-    parser.add_argument("--base", action="store_true", help="the model that the run began with, not its policy")
+        "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json", of_a_run=True)
     parser.add_argument("--questions", metavar="FILE.jsonl", help="own problems: `question` and `answer` a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, raw, workdir = flags.parse(parser, argv, of_a_run=True)
+    options, raw, workdir = flags.parse(parser, argv)
     config = configs.check(raw)
     setting = prepare(config)
     configs.check_model(config, setting.model)
-    problems = read_questions(options.questions) if options.questions else held_out_problems(config)
+    problems = read_questions(options.questions) if options.questions else held_out_problems(config.task, config.eval.questions)
     encode_prompts(setting.tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
     with jax.set_mesh(setting.mesh):
         step, params = load_policy(config, setting, workdir, options.base)

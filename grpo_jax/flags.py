@@ -8,13 +8,15 @@ import argparse
 import difflib
 import importlib.util
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import at, flat, read_config
+from grpo_jax.config import at, default, flat, read_config
 from grpo_jax.types import UserError
 
 
@@ -25,13 +27,19 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"expected flags as --help lists them; found: {message}")
 
 
-def make_parser(doc: str, example: str) -> OneLineParser:
-    """A parser whose help is the entry point's docstring, its flags and an example."""
+def make_parser(doc: str, example: str, *, of_a_run: bool = False) -> OneLineParser:
+    """A parser whose help is `doc`, the flags and an example.
+
+    Args:
+      of_a_run: the entry point reads the workdir of a run.
+    """
     parser = OneLineParser(
         description=doc, epilog=f"example:\n  {example}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE.py[:PRESET]", help="the config; --config.KEY=VALUE overrides a key")
     parser.add_argument("--workdir", metavar="DIR", help="where a run lives; default: runs/ plus the config's name")
+    if of_a_run:
+        parser.add_argument("--base", action="store_true", help="the model that the run began with, not its policy")
     return parser
 
 
@@ -47,10 +55,21 @@ def load_config(spec: str) -> ConfigDict:
         raise UserError(f"expected --config to name a Python file such as configs/r1zero.py; found no file {file!r}")
     module_spec = importlib.util.spec_from_file_location("grpo_jax_config_file", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"expected a function get_config(preset) in {file}; found none")
-    return module.get_config(preset) if preset else module.get_config()
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"expected a function get_config(preset) in {file}; found none")
+        config = module.get_config(preset) if preset else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{file} line {lines[-1]}" if lines else file
+        raise UserError(f"expected get_config(preset) of {where} to give a config; "
+                        f"found {type(error).__name__}: {error}; mend it there") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"expected get_config(preset) of {file} to return a ConfigDict; found {type(config).__name__}")
+    return config
 
 
 def parse_value(key: str, text: str, old):
@@ -101,22 +120,34 @@ def default_workdir(spec: str) -> Path:
     return Path("runs") / (Path(file).stem + (f"-{preset}" if preset else ""))
 
 
-def parse(parser: OneLineParser, argv: Sequence[str], *, of_a_run: bool = False):
+def parse(parser: OneLineParser, argv: Sequence[str]):
     """The flags, the config with its overrides and the workdir.
 
-    Args:
-      of_a_run: the entry point reads a finished or running workdir: without --config the run's own config is used.
+    An entry point of a run needs no --config: the run's own is used.
+
     Returns:
       (flags, ConfigDict, workdir).
     Raises:
       UserError: any mistake on the command line.
     """
     flags, rest = parser.parse_known_args(argv)
+    of_a_run = hasattr(flags, "base")
     if flags.config is None and not (of_a_run and flags.workdir):
         raise UserError(f"expected --config=FILE.py{' or --workdir=DIR' if of_a_run else ''}; found neither; see --help")
+    if flags.workdir is not None and (not flags.workdir.strip() or "://" in flags.workdir):
+        raise UserError(f"expected --workdir to be a folder of a file system; found {flags.workdir!r}; mount it if need be")
     workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
-    config = load_config(flags.config) if flags.config is not None else read_config(workdir)
+    if flags.config is not None:
+        config = load_config(flags.config)
+    else:
+        config = read_config(workdir)
+        if "mesh" in config:  # the run's own may be that of a larger machine
+            config.mesh = default().mesh
     overrides(config, rest)
+    if of_a_run and not flags.base and (workdir / "config.json").is_file():
+        theirs, ours = (flat(c.to_dict()).get("model.path") for c in (read_config(workdir), config))
+        if theirs != ours:
+            raise UserError(f"expected model.path={theirs}, with which {workdir} was begun; found {ours}; leave it out")
     return flags, config, workdir
 
 
@@ -128,5 +159,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted; a training run goes on from its last checkpoint when started again", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # an orderly exit would wait for the other processes of a run, which may be waiting for this one

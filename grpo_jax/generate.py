@@ -7,7 +7,7 @@ import numpy as np
 
 from grpo_jax.prompt import completion_text, encode_prompts
 from grpo_jax.sampler import decode, place_for_rollout, start
-from grpo_jax.setting import SAMPLING, load_policy, prepare
+from grpo_jax.setting import GENERATION, load_policy, prepare
 from grpo_jax.types import Problem, UserError
 
 TOKENS_A_CALL = 4  # tokens between two prints
@@ -42,13 +42,12 @@ def main(argv: Sequence[str]) -> None:
     from grpo_jax import flags
 
     parser = flags.make_parser(
-        __doc__, 'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"')
+        __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.", 'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"', of_a_run=True)
     parser.add_argument("--prompt", metavar="TEXT", help="the question; it is put into the template")
-    parser.add_argument("--base", action="store_true", help="the model that the run began with, not its policy")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: rollout.temperature")
-    options, raw, workdir = flags.parse(parser, argv, of_a_run=True)
+    options, raw, workdir = flags.parse(parser, argv)
     if not options.prompt:
-        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
+        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"', of_a_run=True)
     config = configs.check(raw)
     temperature = config.rollout.temperature if options.temperature is None else options.temperature
     if not 0 <= temperature < float("inf"):
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     with jax.set_mesh(setting.mesh):
         _, params = load_policy(config, setting, workdir, options.base)
         placed = place_for_rollout(setting.model, params, setting.mesh)
-        key = jax.random.fold_in(jax.random.key(config.seed), SAMPLING)
+        key = jax.random.fold_in(jax.random.key(config.seed), GENERATION)
         for piece in stream(config, setting, placed, options.prompt, temperature, key):
             print(piece, end="", flush=True)
     print()

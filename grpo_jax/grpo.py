@@ -73,15 +73,15 @@ def weighted_loss(
     # Where nothing counts the difference is made 0 before exp, so that no overflow there can become 0 * inf.
     log_ratio = jnp.where(counts, logps - jax.lax.stop_gradient(old_logps), 0.0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    objective = jnp.minimum(ratio * advantages, clipped * advantages)
+    # min(rho A, clip(rho) A) is clip(rho) A just where rho has left the range in the direction that A rewards.
+    cut = (ratio > 1 + clip_high) & (advantages > 0) | (ratio < 1 - clip_low) & (advantages < 0)
+    objective = jnp.where(cut, jnp.clip(ratio, 1 - clip_low, 1 + clip_high), ratio) * advantages
     kl = jnp.zeros(())
     if ref_logps is not None:
         kl_tokens = k3(jnp.where(counts, logps, 0.0), jnp.where(counts, ref_logps, 0.0))
         kl = jnp.sum(weights * kl_tokens)
         objective = objective - kl_coef * kl_tokens
     loss = -jnp.sum(weights * objective)
-    cut = (ratio > 1 + clip_high) & (advantages > 0) | (ratio < 1 - clip_low) & (advantages < 0)
     metrics = {
         "loss/total": loss,
         "policy/kl_ref": kl,

@@ -62,7 +62,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def fit(spec: P, shape: tuple[int, ...], mesh, name: str = "") -> P:
-    """`spec` without the axes that do not divide their dimension of `shape`; named leaves are logged, once each."""
+    """`spec` without the axes that do not divide their dimension of `shape`; with a name, that is logged, once."""
     kept = []
     for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -104,7 +104,7 @@ def shardings(mesh: Mesh, tree, *, gathered: bool = False):
         if gathered:
             spec = P(*(None if axis == "fsdp" else axis for axis in spec))
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, name))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, pattern.rstrip("$")))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

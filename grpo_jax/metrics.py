@@ -6,6 +6,7 @@ step 0 holds the evaluation before the first.
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -20,7 +21,8 @@ def cut_back(workdir: Path, step: int) -> None:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
     for sample_file in (workdir / "samples").glob("*.jsonl"):
-        if int(sample_file.stem.split("-")[-1]) > step:
+        ours = re.fullmatch(r"(?:train|eval)-(\d+)", sample_file.stem)
+        if ours and int(ours[1]) > step:
             sample_file.unlink()
 
 
@@ -90,10 +92,14 @@ def console_line(step: int, total: int, metrics: dict[str, float]) -> str:
 def before_and_after(workdir: Path) -> str:
     """The first and the last evaluation of a run, and one answer of each to the same question."""
     evaluated = [line for line in read_metrics(workdir) if "eval/accuracy" in line]
+    if not evaluated:
+        return "no evaluation in metrics.jsonl"
     first, last = evaluated[0], evaluated[-1]
     rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     for name, label in (("eval/accuracy", "accuracy"), ("eval/format", "format"), ("eval/length_mean", "length (tokens)")):
         rows.append(f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}")
+    if not all((workdir / "samples" / f"eval-{line['step']:06d}.jsonl").is_file() for line in (first, last)):
+        return "\n".join(rows)
     answers = [read_samples(workdir, "eval", line["step"])[0] for line in (first, last)]
     rows += ["", f"question  {answers[0]['question']}"]
     rows += [f"{when:10}{answer['completion'].strip()}" for when, answer in zip(("before", "after"), answers)]

@@ -102,7 +102,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         init = nn.initializers.normal(1 / math.sqrt(self.width))
-        return self.param("embedding", init, (self.vocab_size, self.width))[tokens]
+        table = self.param("embedding", init, (self.vocab_size, self.width))
+        return constrain(table, "tensor", None)[tokens]  # gathered over fsdp here, so that activations need not be
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "N L"]):

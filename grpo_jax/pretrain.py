@@ -50,11 +50,12 @@ def pretrain(config, workdir: Path) -> Path:
     """Trains tokenizer and model from nothing and writes them to `workdir/model`, a Hugging Face folder.
 
     Raises:
-      UserError: the folder is there already.
+      UserError: the folder is there already, or the workdir is that of a run.
     """
     folder = Path(workdir) / "model"
-    if folder.exists():
-        raise UserError(f"expected a workdir without a model; found {folder}; choose another --workdir")
+    for path in (folder, Path(workdir) / "config.json"):
+        if path.exists():
+            raise UserError(f"expected a workdir without a model or a run; found {path}; choose another --workdir")
     start = time.monotonic()
     texts = [page(config.seed + 1, i, config.corpus.exercises, config.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, config.model.vocab_size)

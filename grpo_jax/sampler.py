@@ -12,7 +12,7 @@ completion therefore does not depend on its row, on the batch or on the number o
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import flax.struct
 import jax
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.mesh import ROWS, constrain, shardings
-from grpo_jax.model import KV, ModelConfig, Past, causal_mask, hidden_states, token_logits, unstack
+from grpo_jax.model import KV, ModelConfig, Past, causal_mask, hidden_states, param_shapes, token_logits, unstack
 from grpo_jax.types import Prompts, Rollout
 
 BLOCK = 256  # tokens a draw chooses among at a time
@@ -174,19 +174,27 @@ def generate(
     return finish(decode(config, params, state, np.int32(max_tokens), scale, **how), prompts)
 
 
-def place_for_rollout(config: ModelConfig, params, mesh: Mesh | None = None):
-    """A copy of stacked parameters as decoding wants it: layers apart, compute dtype, no fsdp axis to gather over.
+@lru_cache
+def placer(config: ModelConfig, mesh: Mesh | None):
+    """The compiled copy of `place_for_rollout`, one a model and mesh."""
 
-    Made once a rollout by one compiled identity; free it afterwards.
-    """
     def place(params):
         # Vectors stay as they are: norms are computed in float32.
         cast = lambda leaf: leaf.astype(config.compute_dtype) if leaf.ndim > 1 else leaf
         return jax.tree.map(cast, unstack(params))
 
     if mesh is None:
-        return jax.jit(place)(params)
-    return jax.jit(place, out_shardings=shardings(mesh, jax.eval_shape(place, params), gathered=True))(params)
+        return jax.jit(place)
+    places = shardings(mesh, jax.eval_shape(place, param_shapes(config)), gathered=True)
+    return jax.jit(place, out_shardings=places)
+
+
+def place_for_rollout(config: ModelConfig, params, mesh: Mesh | None = None):
+    """A copy of stacked parameters as decoding wants it: layers apart, compute dtype, no fsdp axis to gather over.
+
+    Made once a rollout; free it afterwards.
+    """
+    return placer(config, mesh)(params)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | None = None) -> Prompts:
@@ -194,10 +202,12 @@ def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | No
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.all():
         raise ValueError(f"expected prompts of one token or more; found lengths {lengths.tolist()}")
+    ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
+    if ids.shape != lengths.shape or ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(f"expected {len(lengths)} prompt ids from 0 to 2**31 - 1; found {ids.tolist()}")
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // 32) * 32), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
     return Prompts(tokens=tokens, lengths=lengths, ids=ids.astype(np.int32))
 
 

@@ -23,6 +23,8 @@ def score_hidden(
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """log pi(target) and the entropy of pi at each hidden state, in nats, float32, at the sampling temperature.
 
+    The entropy has no gradient.
+
     Padding targets give a finite value that the caller masks.
     """
     rows, length, _ = hidden.shape
@@ -42,7 +44,7 @@ def score_hidden(
         # -inf logits belong to rows that are no token: they have probability 0 and add 0.
         finite = jnp.where(jnp.isneginf(logits), 0.0, logits)
         mean = jnp.sum(jnp.exp(logits - total[..., None]) * finite, axis=-1)
-        return chosen - total, total - mean
+        return chosen - total, jax.lax.stop_gradient(total - mean)  # a metric: its backward pass would cost as much
 
     if chunks == 1:
         return chunk(hidden, targets)

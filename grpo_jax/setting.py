@@ -1,5 +1,6 @@
 """What the entry points set up alike: model, tokenizer, stops and mesh of a config."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import ModelConfig, param_shapes
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
-from grpo_jax.tasks import make_task, read_questions
+from grpo_jax.tasks import held_out_problems, make_task, read_questions
 from grpo_jax.weights import find_model, load, check_tensors, read_model_config
 
 # What a run's key is folded with first, so that no two uses share a key.
-SAMPLING, EVALUATION, SHUFFLING = range(3)
+SAMPLING, EVALUATION, SHUFFLING, GENERATION = range(4)
 
 
 class Setting(NamedTuple):
@@ -35,13 +36,15 @@ def prepare(config) -> Setting:
     folder = find_model(config.model.path)
     model = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
+    if not model.token_count:  # a tokenizer without tokenizer.json
+        model = replace(model, token_count=min(1 + max(tokenizer.get_vocab().values()), model.vocab_size))
     check_tensors(folder, model)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     return Setting(folder, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
 
 
 def check_prompts(config, tokenizer) -> None:
-    """Encodes the questions to train on: all of a file, or one of a task that is computed. None may be too long.
+    """Encodes the questions: all of a file, or some of each stream of a task that is computed. None may be too long.
 
     Raises:
       UserError: a line of the file is no question, or a prompt is longer than `rollout.max_prompt_tokens`.
@@ -49,7 +52,8 @@ def check_prompts(config, tokenizer) -> None:
     if config.task.name == "jsonl":
         sources = [read_questions(path) for path in (config.task.path, config.task.eval_path) if path]
     else:
-        sources = [[make_task(config.task, config.seed, "train")(0)]]
+        problem = make_task(config.task, config.seed, "train")
+        sources = [[problem(i) for i in range(256)], held_out_problems(config.task, config.eval.questions)]
     for problems in sources:
         encode_prompts(tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
 

@@ -1,7 +1,7 @@
 """Tasks: where questions come from.
 
 A task is a function from an index to a `Problem`. Problem i of a seed is the same on any host and after any resume,
-and the stream has no end. Each task has two streams that share no question: `train` and `eval` (held out).
+and the stream has no end. Each task has two streams: `train`, and `eval` for what is held out.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo_jax.types import Problem, UserError
+from grpo_jax.types import LONGEST_ANSWER, Problem, UserError
 
 Task = Callable[[int], Problem]
 
@@ -65,10 +65,24 @@ def read_questions(path: str) -> list[Problem]:
                 found = repr(row[field])[:40] if field in row else f"the fields {sorted(row)}"
                 raise UserError(f"expected the field {field!r} (a {kinds[0].__name__ if len(kinds) == 1 else 'text or number'}) "
                                 f"in {path} line {number}; found {found}; add it")
+        if not row["question"].strip() or not 0 < len(written(row["answer"]).strip()) <= LONGEST_ANSWER:
+            raise UserError(f"expected a question and an answer of 1 to {LONGEST_ANSWER} characters in {path} line {number}; "
+                            f"found {row['question'][:40]!r} and {str(row['answer'])[:40]!r}; mend that line")
         rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
         problems.append(Problem(row["question"], written(row["answer"]), rest))
     if not problems:
         raise UserError(f"expected at least one question in {path}; found an empty file")
+    return problems
+
+
+def split_lines(split: str, path: str, eval_path: str) -> list[Problem]:
+    """The lines of `jsonl` in a split: those of the split's file, or of `path` every tenth for `eval` and the others."""
+    if eval_path:
+        return read_questions(eval_path if split == "eval" else path)
+    problems = [p for i, p in enumerate(read_questions(path)) if (i % 10 == 9) == (split == "eval")]
+    if not problems:
+        raise UserError(f"expected at least 10 questions in task.path={path}, every tenth of which is held out; "
+                        "found fewer; add some or set task.eval_path")
     return problems
 
 
@@ -80,13 +94,7 @@ def jsonl(seed: int, split: str, path: str, eval_path: str) -> Task:
     """
     import grain
 
-    problems = read_questions(eval_path if split == "eval" and eval_path else path)
-    if not eval_path:
-        problems = [p for i, p in enumerate(problems) if (i % 10 == 9) == (split == "eval")]
-        if not problems:
-            raise UserError(f"expected at least 10 questions in task.path={path}, every tenth of which is held out; "
-                            "found fewer; add some or set task.eval_path")
-    stream = grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(split_lines(split, path, eval_path)).seed(seed).shuffle().repeat()
     return lambda index: stream[index]
 
 
@@ -100,3 +108,11 @@ def make_task(task, seed: int, split: str) -> Task:
     if task.name == "addition":
         return addition(seed, split, task.digits)
     return jsonl(seed, split, task.path, task.eval_path)
+
+
+def held_out_problems(task, count: int) -> list[Problem]:
+    """The first `count` problems of the held-out stream, or all there are; the same for every seed of a run."""
+    if task.name == "jsonl":
+        count = min(count, len(split_lines("eval", task.path, task.eval_path)))
+    problem = make_task(task, 0, "eval")
+    return [problem(i) for i in range(count)]

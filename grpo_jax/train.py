@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from grpo_jax import checkpoint
-from grpo_jax.evaluate import evaluate, held_out_problems
+from grpo_jax.evaluate import evaluate
 from grpo_jax.grpo import advantages
 from grpo_jax.mesh import shardings, split_rows, to_host
 from grpo_jax.metrics import MetricsLog, before_and_after, console_line, write_samples
@@ -23,7 +23,7 @@ from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
 from grpo_jax.sampler import generate, place_for_rollout
 from grpo_jax.setting import EVALUATION, SAMPLING, SHUFFLING, Setting
-from grpo_jax.tasks import Task, make_task
+from grpo_jax.tasks import Task, held_out_problems, make_task
 from grpo_jax.train_step import (
     init_state, make_experience, make_optimizer, make_update, minibatch, score_reference, state_shapes, state_shardings,
 )
@@ -135,30 +135,36 @@ def _train(config, setting: Setting, workdir: Path) -> None:
     root = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
     first, about_rollout = meta["step"], meta["rollout"]
     update = make_update(setting.model, config, setting.mesh, state.params, optimizer)
-    problem, held_out = make_task(config.task, config.seed, "train"), held_out_problems(config)
+    problem, held_out = make_task(config.task, config.seed, "train"), held_out_problems(config.task, config.eval.questions)
     updates = config.update.minibatches * config.update.epochs
-    records = []
     log = MetricsLog(workdir, first if first else -1)
-    bar = tqdm(total=config.total_steps, initial=first, unit="step", disable=jax.process_index() != 0)
+    speaks = jax.process_index() == 0
+    bar = tqdm(total=config.total_steps, initial=first, unit="step", disable=not speaks)
+    say = bar.write if speaks else lambda line: None
+    due = lambda step: step % config.log.every_steps == 0 or step in (1, config.total_steps)
 
     def evaluated(step: int) -> dict[str, float]:
         begun = time.monotonic()
         placed = place_for_rollout(setting.model, state.params, setting.mesh)
         metrics, records = evaluate(config, setting, placed, held_out, fold(root, EVALUATION, step))
-        write_samples(workdir, "eval", step, records)
-        bar.write(f"step {step}: {len(held_out)} held-out questions: accuracy {metrics['eval/accuracy']:.3f}  "
-                  f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}")
+        write_samples(workdir, "eval", step, [{"step": step} | record for record in records])
+        say(f"step {step}: {len(held_out)} held-out questions: accuracy {metrics['eval/accuracy']:.3f}  "
+            f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}")
         return metrics | {"time/eval_s": time.monotonic() - begun}
 
     if first == 0:
         log.write(0, evaluated(0))
-        bar.write(ABOUT_THE_LOSS)
+        say(ABOUT_THE_LOSS)
+    elif first < config.total_steps:
+        say(f"resumed after step {first}")
     for step in range(first + 1, config.total_steps + 1):
         begun = time.monotonic()
         position, inner = divmod(step - 1, updates)
         if inner == 0:
             experience, about_rollout, records = collect(
                 config, setting, problem, state.params, reference, position, fold(root, SAMPLING, position))
+            if any(due(later) for later in range(step, step + updates)):
+                write_samples(workdir, "train", step, [{"step": step} | record for record in records])
         batch = experience
         if config.update.minibatches > 1:
             epoch, index = divmod(inner, config.update.minibatches)
@@ -179,9 +185,8 @@ def _train(config, setting: Setting, workdir: Path) -> None:
             metrics |= evaluated(step)
         log.write(step, metrics)
         bar.update()
-        if step % config.log.every_steps == 0 or step == 1 or last:
-            write_samples(workdir, "train", step, [{"step": step} | record for record in records])
-            bar.write(console_line(step, config.total_steps, metrics))
+        if due(step):
+            say(console_line(step, config.total_steps, metrics))
         if last or step % config.checkpoint.every_steps == 0:
             unfinished = experience if step % updates else None
             checkpoint.save(manager, state, meta | {"step": step, "rollout": about_rollout}, unfinished)

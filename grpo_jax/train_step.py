@@ -17,10 +17,8 @@ from grpo_jax.types import Experience, Prompts, Rollout, TrainState
 
 
 def make_schedule(optim) -> optax.Schedule:
-    """Linear warm-up from 0 over `optim.warmup_steps` updates, then constant."""
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, optim.lr, optim.warmup_steps), optax.constant_schedule(optim.lr)],
-        [optim.warmup_steps])
+    """Linear warm-up that reaches `optim.lr` at update `optim.warmup_steps`, then constant."""
+    return lambda step: optim.lr * jnp.minimum(1.0, (step + 1) / max(1, optim.warmup_steps))
 
 
 def make_optimizer(optim) -> optax.GradientTransformation:
@@ -37,17 +35,20 @@ def state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation)
         step=NamedSharding(mesh, P()), params=shardings(mesh, params), opt_state=shardings(mesh, opt_state))
 
 
+def fresh_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
 def state_shapes(params, optimizer: optax.GradientTransformation) -> TrainState:
     """The shapes and dtypes of a train state, from those of its parameters."""
-    make = lambda params: TrainState(jnp.int32(0), params, optimizer.init(params))
-    return jax.eval_shape(make, params)
+    return jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
 
 
 def init_state(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update; `params` are taken over (donated)."""
+    """`fresh_state` on the mesh; `params` are taken over (donated)."""
     places = state_shardings(mesh, params, optimizer)
-    make = lambda params: TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-    return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
+    return jax.jit(lambda params: fresh_state(params, optimizer), out_shardings=places, donate_argnums=0)(params)
 
 
 def join(prompts: Prompts, rollout: Rollout) -> tuple[Int[Array, "N L"], Int[Array, " N"]]:

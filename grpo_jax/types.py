@@ -22,6 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+LONGEST_ANSWER = 200  # characters; a longer answer is no answer, and a question may not ask for one
+
+
 class UserError(Exception):
     """A user's mistake: one line that says what was expected, what was found and what to do.
 

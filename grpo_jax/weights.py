@@ -16,7 +16,9 @@ from grpo_jax.mesh import path_name, shardings, to_host
 from grpo_jax.model import ModelConfig, param_shapes
 from grpo_jax.types import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+         "max_positions")
+CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tensor(NamedTuple):
@@ -69,6 +71,8 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"expected a readable config.json in {folder}; found: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object in {folder}/config.json; found {str(raw)[:40]!r}")
     known = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
     for field, values in known.items():
         if raw.get(field, values[0]) not in values or field == "model_type" and field not in raw:
@@ -80,8 +84,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
                         "scaled rotary positions are not supported")
     try:
         heads = raw["num_attention_heads"]
-        eos = raw.get("eos_token_id")
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
@@ -94,12 +97,41 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             token_count=count_tokens(folder),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=read_eos(folder, raw),
             source=str(folder),
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
         )
     except KeyError as error:
         raise UserError(f"expected the field {error} in {folder}/config.json; found none") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"expected numbers in {folder}/config.json; found: {error}") from None
+    sizes = {name: value for name, value in vars(config).items() if name in SIZES}
+    for fine, expected, found in (
+        (all(type(value) is int and value > 0 for value in sizes.values()), "sizes that are whole numbers", sizes),
+        (all(type(token) is int for token in config.eos_ids), "eos_token_id to be ids", config.eos_ids)):
+        if not fine:
+            raise UserError(f"expected {expected} in {folder}/config.json; found {found}")
+    for fine, expected, found in (
+        (config.num_heads % config.num_kv_heads == 0, "num_attention_heads to be a multiple of num_key_value_heads",
+         f"{config.num_heads} and {config.num_kv_heads}"),
+        (config.head_dim % 2 == 0, "an even head_dim", config.head_dim),
+        (config.token_count <= config.vocab_size, "a row of the embedding (vocab_size) for each id of the tokenizer",
+         f"{config.vocab_size} rows and {config.token_count} ids"),
+        (all(0 <= token < config.vocab_size for token in config.eos_ids), "eos_token_id below vocab_size",
+         config.eos_ids)):
+        if not fine:
+            raise UserError(f"expected {expected} in {folder}; found {found}; this is not a whole model folder")
+    return config
+
+
+def read_eos(folder: Path, raw: dict) -> tuple[int, ...]:
+    """All ids that end a text, of config.json and of generation_config.json, where many models list them."""
+    ids = []
+    path = folder / "generation_config.json"
+    for source in (raw, json.loads(path.read_text()) if path.is_file() else {}):
+        eos = source.get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(dict.fromkeys(ids))
 
 
 def count_tokens(folder: Path) -> int:
@@ -242,7 +274,7 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
         text = json.dumps(hf_config(config), indent=2) + "\n"
     (folder / "config.json").write_text(text)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
+    for name in CARRIED:
         if source and source.resolve() != folder.resolve() and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

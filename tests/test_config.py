@@ -121,8 +121,8 @@ def test_value_must_be_0_or_more(key):
     (dict(task__digits=10), "expected task.digits to be at most 9; found 10"),
     (dict(rollout__samples=1), "expected rollout.samples to be 2 or more; found 1; .*measured against the others"),
     (dict(rollout__samples=0), "expected rollout.samples to be 2 or more; found 0"),
-    (dict(rollout__temperature=0), "expected rollout.temperature to be more than 0 in training; found 0.0; "),
-    (dict(rollout__temperature=-1), "expected rollout.temperature to be more than 0 in training; found -1.0; "),
+    (dict(rollout__temperature=0), "expected rollout.temperature to be 0.01 or more in training; found 0.0; "),
+    (dict(rollout__temperature=-1), "expected rollout.temperature to be 0.01 or more in training; found -1.0; "),
     (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
     (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
     # 16 * 8 = 128 rows; 128 / 3 and 128 / (32 * 8) are no whole numbers.

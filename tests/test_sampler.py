@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, sample
-from grpo_jax.sampler import BLOCK, decode, draw, finish, pad_prompts, place_for_rollout, start
+from grpo_jax.sampler import BLOCK, decode, draw, finish, pad_prompts, place_for_rollout, placer, start
 from tests.tiny import CONFIG, params
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
@@ -152,10 +152,12 @@ def test_the_loop_stops_when_all_rows_are_done():
 
 def test_another_rollout_of_the_same_shapes_compiles_nothing():
     weights = params()
+    place = placer(CONFIG, None)
     rollout(0, weights=weights)
-    compiled = start._cache_size(), decode._cache_size()
+    compiled = start._cache_size(), decode._cache_size(), place._cache_size()
     sample(CONFIG, weights, [[9] * 5, [8, 7], [1, 2]], jax.random.key(3), samples=4, max_tokens=8, temperature=0.5)
-    assert (start._cache_size(), decode._cache_size()) == compiled
+    assert placer(CONFIG, None) is place
+    assert (start._cache_size(), decode._cache_size(), place._cache_size()) == compiled
 
 
 def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
