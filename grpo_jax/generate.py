@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: rollout.temperature")
     options, raw, workdir = flags.parse(parser, argv)
     if not options.prompt:
-        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"', of_a_run=True)
+        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
     config = configs.check(raw)
     temperature = config.rollout.temperature if options.temperature is None else options.temperature
     if not 0 <= temperature < float("inf"):
