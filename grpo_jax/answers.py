@@ -56,8 +56,13 @@ def number(text: str) -> Fraction | None:
     if _NUMBER.fullmatch(text):
         return Fraction(text.removesuffix("."))
     fraction = _FRACTION.fullmatch(text)
-    sign, top, bottom = fraction.groups() if fraction else ("", *text.split("/")) if text.count("/") == 1 else (None,) * 3
-    if top is None or not _NUMBER.fullmatch(top.strip()) or not _NUMBER.fullmatch(bottom.strip()):
+    if fraction:
+        sign, top, bottom = fraction.groups()
+    elif text.count("/") == 1:
+        sign, (top, bottom) = "", text.split("/")
+    else:
+        return None
+    if not _NUMBER.fullmatch(top.strip()) or not _NUMBER.fullmatch(bottom.strip()):
         return None
     low = Fraction(bottom.strip().removesuffix("."))
     return None if low == 0 else Fraction(top.strip().removesuffix(".")) / low * (-1 if sign == "-" else 1)

@@ -35,8 +35,9 @@ def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key)
         parts = rewards(texts, [problem.answer for problem in padded])
         records += [
             {"prompt_id": first + i, "sample_id": 0, "prompt": format_prompt(problem.question),
-             "question": problem.question, "answer": problem.answer, "completion": texts[i], "accuracy": float(parts["accuracy"][i]),
-             "format": float(parts["format"][i]), "length": int(rollout.lengths[i, 0])}
+             "question": problem.question, "answer": problem.answer, "completion": texts[i],
+             "accuracy": float(parts["accuracy"][i]), "format": float(parts["format"][i]),
+             "length": int(rollout.lengths[i, 0])}
             for i, problem in enumerate(part)
         ]
     mean = lambda field: float(np.mean([record[field] for record in records]))
@@ -57,7 +58,10 @@ def main(argv: Sequence[str]) -> None:
     config = configs.check(raw)
     setting = prepare(config)
     configs.check_model(config, setting.model)
-    problems = read_questions(options.questions) if options.questions else held_out_problems(config.task, config.eval.questions)
+    if options.questions:
+        problems = read_questions(options.questions)
+    else:
+        problems = held_out_problems(config.task, config.eval.questions)
     encode_prompts(setting.tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
     with jax.set_mesh(setting.mesh):
         step, params = load_policy(config, setting, workdir, options.base)

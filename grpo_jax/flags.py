@@ -90,7 +90,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets one key in place."""
     known = flat(config.to_dict())
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        close = difflib.get_close_matches(key, known, n=1) or same_name
         hint = f"Did you mean --config.{close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
         raise UserError(f"expected a key of the config; found --config.{key}; {hint}")
     section, _, name = key.rpartition(".")
@@ -133,9 +134,11 @@ def parse(parser: OneLineParser, argv: Sequence[str]):
     flags, rest = parser.parse_known_args(argv)
     of_a_run = hasattr(flags, "base")
     if flags.config is None and not (of_a_run and flags.workdir):
-        raise UserError(f"expected --config=FILE.py{' or --workdir=DIR' if of_a_run else ''}; found neither; see --help")
+        either = " or --workdir=DIR" if of_a_run else ""
+        raise UserError(f"expected --config=FILE.py{either}; found neither; see --help")
     if flags.workdir is not None and (not flags.workdir.strip() or "://" in flags.workdir):
-        raise UserError(f"expected --workdir to be a folder of a file system; found {flags.workdir!r}; mount it if need be")
+        raise UserError(f"expected --workdir to be a folder of a file system; found {flags.workdir!r}; "
+                        "mount it if need be")
     workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
     if flags.config is not None:
         config = load_config(flags.config)

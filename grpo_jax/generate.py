@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
     from grpo_jax import flags
 
     parser = flags.make_parser(
-        __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.", 'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"', of_a_run=True)
+        __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.",
+        'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"', of_a_run=True)
     parser.add_argument("--prompt", metavar="TEXT", help="the question; it is put into the template")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: rollout.temperature")
     options, raw, workdir = flags.parse(parser, argv)

@@ -15,7 +15,7 @@ packs a batch passes the weights of the whole, so no split can change a gradient
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Num
 
 
 def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:

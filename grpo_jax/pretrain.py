@@ -38,7 +38,8 @@ def batch(tokenizer, config, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
     tokens = np.zeros((config.batch.rows, config.batch.row_tokens), np.int32)
     mask = np.zeros(tokens.shape, bool)
-    texts = [page(config.seed, step * config.batch.rows + i, config.corpus.exercises, config.corpus.digits) for i in range(config.batch.rows)]
+    first = step * config.batch.rows
+    texts = [page(config.seed, first + i, config.corpus.exercises, config.corpus.digits) for i in range(config.batch.rows)]
     for row, encoded in enumerate(tokenizer.encode_batch(texts)):
         ids = encoded.ids[: config.batch.row_tokens]
         tokens[row, : len(ids)] = ids

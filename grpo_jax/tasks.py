@@ -60,11 +60,10 @@ def read_questions(path: str) -> list[Problem]:
             raise UserError(f"expected a JSON object in {path} line {number}; found: {error}; mend that line") from None
         if not isinstance(row, dict):
             raise UserError(f"expected a JSON object in {path} line {number}; found {line[:40]!r}; mend that line")
-        for field, kinds in (("question", (str,)), ("answer", (str, int, float))):
+        for field, kinds, kind in (("question", (str,), "a str"), ("answer", (str, int, float), "a text or number")):
             if not isinstance(row.get(field), kinds) or isinstance(row[field], bool):
                 found = repr(row[field])[:40] if field in row else f"the fields {sorted(row)}"
-                raise UserError(f"expected the field {field!r} (a {kinds[0].__name__ if len(kinds) == 1 else 'text or number'}) "
-                                f"in {path} line {number}; found {found}; add it")
+                raise UserError(f"expected the field {field!r} ({kind}) in {path} line {number}; found {found}; add it")
         if not row["question"].strip() or not 0 < len(written(row["answer"]).strip()) <= LONGEST_ANSWER:
             raise UserError(f"expected a question and an answer of 1 to {LONGEST_ANSWER} characters in {path} line {number}; "
                             f"found {row['question'][:40]!r} and {str(row['answer'])[:40]!r}; mend that line")

@@ -6,7 +6,6 @@ A step is one update. A rollout feeds `update.minibatches * update.epochs` of th
 
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +108,15 @@ def train(config, setting: Setting, workdir: Path) -> None:
         print(f"\nwrote {workdir}/metrics.jsonl, samples/, checkpoints/ and tensorboard/")
 
 
+def describe(config, setting: Setting, params) -> str:
+    """What is trained, on what."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = jax.devices()[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in setting.mesh.shape.items())
+    return (f"{config.model.path}: {count:,} parameters on {jax.device_count()} {device.device_kind} device(s) ({axes}); "
+            f"{config.rollout.prompts} questions x {config.rollout.samples} answers a rollout")
+
+
 def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer):
     """(state, reference, meta, experience): of the newest checkpoint, or of a new run."""
     shapes, mesh = param_shapes(setting.model), setting.mesh
@@ -135,7 +143,8 @@ def _train(config, setting: Setting, workdir: Path) -> None:
     root = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
     first, about_rollout = meta["step"], meta["rollout"]
     update = make_update(setting.model, config, setting.mesh, state.params, optimizer)
-    problem, held_out = make_task(config.task, config.seed, "train"), held_out_problems(config.task, config.eval.questions)
+    problem = make_task(config.task, config.seed, "train")
+    held_out = held_out_problems(config.task, config.eval.questions)
     updates = config.update.minibatches * config.update.epochs
     log = MetricsLog(workdir, first if first else -1)
     speaks = jax.process_index() == 0
@@ -152,6 +161,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
             f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}")
         return metrics | {"time/eval_s": time.monotonic() - begun}
 
+    say(describe(config, setting, state.params))
     if first == 0:
         log.write(0, evaluated(0))
         say(ABOUT_THE_LOSS)
@@ -168,7 +178,8 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         batch = experience
         if config.update.minibatches > 1:
             epoch, index = divmod(inner, config.update.minibatches)
-            batch = minibatch(experience, fold(root, SHUFFLING, position, epoch), index, count=config.update.minibatches)
+            key = fold(root, SHUFFLING, position, epoch)
+            batch = minibatch(experience, key, index, count=config.update.minibatches)
 
         updating = time.monotonic()
         state, about_update = update(state, batch)

@@ -162,4 +162,5 @@ def make_update(
         return TrainState(state.step + 1, optax.apply_updates(state.params, changes), opt_state), metrics
 
     places = state_shardings(mesh, params, optimizer)
-    return jax.jit(update, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, NamedSharding(mesh, P())))
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(update, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, everywhere))

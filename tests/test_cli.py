@@ -269,3 +269,73 @@ def test_help_shows_the_flags_and_an_example(tmp_path, module):
     assert (done.returncode, done.stderr) == (0, "")
     assert "--workdir" in done.stdout and "--config" in done.stdout
     assert f"example:\n  python -m grpo_jax.{module} --" in done.stdout
+
+
+@pytest.mark.parametrize("text, says", [
+    ("def get_config():\n    return None\n", "to return a ConfigDict; found NoneType"),
+    ("def get_config(:\n", "mine.py to give a config; found SyntaxError"),
+    ("from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.rollout.samples = '8'\n    return c\n",
+     "mine.py line 5 to give a config; found TypeError"),
+    ("from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.update.epochs = 2\n    return c\n",
+     "mine.py line 5 to give a config; found AttributeError"),
+])
+def test_mistake_in_a_config_file(tmp_path, text, says):
+    (tmp_path / "mine.py").write_text(text)
+    refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py", says=says)
+
+
+def test_preset_of_a_config_without_presets(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
+    refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py:big", says="found TypeError")
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "", "  "])
+def test_workdir_that_is_no_folder_of_a_file_system(tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="expected --workdir to be a folder of a file system"):
+        main.main([R1ZERO, f"--workdir={workdir}", *LITTLE])
+    assert not list(tmp_path.iterdir())
+
+
+def test_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="expected a folder that can be written"):
+        main.main([R1ZERO, f"--workdir={tmp_path}/file/run", "--config.mesh.data=8", *LITTLE,
+                   "--config.rollout.prompts=8"])
+
+
+def test_fewer_steps_than_the_run_has_done(tmp_path):
+    run = tmp_path / "run"
+    write_config(run, default())
+    (run / "checkpoints" / "40").mkdir(parents=True)
+    refused(main.main, run, R1ZERO, "--config.total_steps=20", says="expected total_steps to be 40 or more, which .* has done")
+
+
+@pytest.mark.parametrize("flag, says", [
+    ("--config.model.num_heads=3", "model.num_heads to be a multiple of model.num_kv_heads"),
+    ("--config.batch.row_tokens=4096", "batch.row_tokens to be at most model.max_positions"),
+    ("--config.batch.rows=0", "batch.rows to be more than 0"),
+    ("--config.total_steps=3", "total_steps to be more than optim.warmup_steps"),
+])
+def test_mistake_in_pretraining(tmp_path, flag, says):
+    refused(main.main, tmp_path / "run", PRETRAIN, flag, says=says)
+
+
+def test_pretraining_does_not_write_into_a_run(tmp_path):
+    write_config(tmp_path / "run", default())
+    refused(main.main, tmp_path / "run", PRETRAIN, says="expected a workdir without a model or a run")
+
+
+@pytest.mark.parametrize("environ, several", [
+    ({}, False), ({"SLURM_NTASKS": "4"}, False), ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+    ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True), ({"JAX_COORDINATOR_ADDRESS": "h:1"}, True), ({"GRPO_JAX_DISTRIBUTED": "1"}, True)])
+def test_several_processes_are_seen_in_the_environment(environ, several):
+    assert main.several_processes(environ) == several
+
+
+def test_an_environment_that_says_too_little(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="expected JAX_COORDINATOR_ADDRESS.*'two'")
+    refused(main.main, tmp_path / "run", PRETRAIN, says="expected one process for pretraining")

@@ -128,3 +128,11 @@ def test_end_of_a_run_compares_the_first_and_the_last_evaluation(tmp_path):
     assert ["step", "0", "3"] in rows
     assert ["accuracy", "0.125", "0.750"] in rows
     assert "What is 1 + 1?" in text and "first guess" in text and "last answer" in text and "middle" not in text
+
+
+def test_foreign_files_among_the_samples_stay(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("notes.jsonl", "train-000009.jsonl"):
+        (tmp_path / "samples" / name).write_text("{}\n")
+    cut_back(tmp_path, 5)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["notes.jsonl"]

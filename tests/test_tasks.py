@@ -2,12 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from grpo_jax.config import default, freeze
 from grpo_jax.corpus import page
-from grpo_jax.tasks import addition, held_out, jsonl, make_task, read_questions
+from grpo_jax.tasks import addition, held_out, held_out_problems, jsonl, make_task, read_questions
 from grpo_jax.types import UserError
 
 DRAWS = range(4000)
@@ -189,3 +190,18 @@ def test_unreadable_file_is_a_user_error(tmp_path):
     (tmp_path / "q.jsonl").write_bytes(b'{"question": "\xff"}')
     with pytest.raises(UserError, match="utf-8"):
         read_questions(str(tmp_path / "q.jsonl"))
+
+
+@pytest.mark.parametrize("row", [{"question": " ", "answer": 1}, {"question": "1?", "answer": " "},
+                                 {"question": "1?", "answer": "9" * 201}])
+def test_a_question_that_cannot_be_rewarded_is_refused(tmp_path, row):
+    (tmp_path / "q.jsonl").write_text('{"question": "1?", "answer": 1}\n' + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="answer of 1 to 200 characters in .* line 2"):
+        read_questions(str(tmp_path / "q.jsonl"))
+
+
+def test_held_out_problems_are_no_more_than_there_are(tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(30)))
+    task = SimpleNamespace(name="jsonl", path=str(tmp_path / "q.jsonl"), eval_path="")
+    assert sorted(problem.question for problem in held_out_problems(task, 256)) == ["19?", "29?", "9?"]
+    assert len(held_out_problems(task, 2)) == 2

@@ -152,3 +152,32 @@ def test_tied_embeddings_have_no_head(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     tokens = jax.numpy.arange(5)[None]
     np.testing.assert_array_equal(forward(config, again, tokens), forward(tied, weights, tokens))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"vocab_size": "96"}, "whole numbers"), ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
+    ({"head_dim": 11}, "even head_dim"), ({"eos_token_id": [2, 600]}, "eos_token_id below vocab_size"),
+    ({"eos_token_id": "x"}, "eos_token_id to be ids"), ({"rms_norm_eps": 1e-5, "hidden_size": []}, "whole numbers|numbers")])
+def test_sizes_that_cannot_be_are_refused(folder, change, message):
+    raw = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=message):
+        read_model_config(folder)
+
+
+def test_a_config_that_is_no_object(folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="JSON object"):
+        read_model_config(folder)
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder):
+    """96 rows; the tiny base's tokenizer has over 400 ids, whose lookups would silently be clamped."""
+    shutil.copyfile(find_model("tiny") / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(UserError, match="96 rows and 4.. ids"):
+        read_model_config(folder)
+
+
+def test_eos_is_also_read_from_the_generation_config(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    assert read_model_config(folder).eos_ids == (2, 5, 7)
