@@ -98,10 +98,8 @@ def restore_policy(workdir: Path, shapes, places) -> tuple[int, Any]:
     if not step:
         raise UserError(f"expected a checkpoint in {folder(workdir)}; found none; "
                         "train first, or wait for the run's first checkpoint")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder(workdir), options=options, item_names=("policy",)) as manager:
-        args = ocp.args.Composite(policy=ocp.args.StandardRestore(abstract(shapes, places)))
-        return step, manager.restore(step, args=args)["policy"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        return step, checkpointer.restore(folder(workdir) / str(step) / "policy", abstract(shapes, places))
 
 
 def save_reference(workdir: Path, params) -> None:

@@ -20,7 +20,7 @@ def default() -> ConfigDict:
     return ConfigDict(dict(
         job="grpo",
         seed=0,  # decides every draw of the run
-        total_steps=60,  # updates
+        total_steps=80,  # updates
         model=dict(
             path="tiny",  # a Hugging Face folder; "tiny" is the base model in the package
         ),
