@@ -16,8 +16,9 @@ from grpo_jax.mesh import path_name, shardings, to_host
 from grpo_jax.model import ModelConfig, param_shapes
 from grpo_jax.types import UserError
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-         "max_positions")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -82,6 +83,14 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"expected rope_type 'default' in {folder}/config.json; found {rope}; "
                         "scaled rotary positions are not supported")
+    sizes = {name: raw.get(name) for name in SIZES} | {name: raw.get(name) or 1 for name in OPTIONAL_SIZES}
+    eos = read_eos(folder, raw)
+    for fine, expected, found in (
+        (sizes.keys() & raw.keys() >= set(SIZES), f"the fields {', '.join(SIZES)}", sorted(raw)),
+        (all(type(value) is int and value > 0 for value in sizes.values()), "sizes that are whole numbers", sizes),
+        (all(type(token) is int for token in eos), "eos_token_id to be ids", eos)):
+        if not fine:
+            raise UserError(f"expected {expected} in {folder}/config.json; found {found}")
     try:
         heads = raw["num_attention_heads"]
         config = ModelConfig(
@@ -97,20 +106,12 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             token_count=count_tokens(folder),
-            eos_ids=read_eos(folder, raw),
+            eos_ids=eos,
             source=str(folder),
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
         )
-    except KeyError as error:
-        raise UserError(f"expected the field {error} in {folder}/config.json; found none") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"expected numbers in {folder}/config.json; found: {error}") from None
-    sizes = {name: value for name, value in vars(config).items() if name in SIZES}
-    for fine, expected, found in (
-        (all(type(value) is int and value > 0 for value in sizes.values()), "sizes that are whole numbers", sizes),
-        (all(type(token) is int for token in config.eos_ids), "eos_token_id to be ids", config.eos_ids)):
-        if not fine:
-            raise UserError(f"expected {expected} in {folder}/config.json; found {found}")
     for fine, expected, found in (
         (config.num_heads % config.num_kv_heads == 0, "num_attention_heads to be a multiple of num_key_value_heads",
          f"{config.num_heads} and {config.num_kv_heads}"),
