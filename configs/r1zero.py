@@ -2,7 +2,7 @@
 
     python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero
 
-preset tiny (the default): the tiny base model of the package learns to work additions out. Two CPU cores, 2 min 20 s.
+preset tiny (the default): the tiny base model of the package learns to work additions out. Two CPU cores, 3 min 10 s.
 Accuracy on 256 held-out questions at temperature 1 goes from about 0.25 to over 0.95, format from 0.8 to 0.99, response
 length from 22 to 46 tokens; the reward passes 1.75 of 2 at update 10.
 """
