@@ -53,6 +53,9 @@ def test_resume_equals_uninterrupted(tmp_path, monkeypatch):
     without_eval = lambda rows: [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
     assert without_eval(lines(broken)) == without_eval(lines(whole))
     assert [row["step"] for row in lines(broken)] == [0, 1, 2, 3, 4, 5]
+    # The drift from the sampler is that of the rollout's first update; afterwards the policy has moved.
+    assert len({row["policy/kl_sampler"] for row in lines(whole)[1:5]}) == 1
+    assert lines(whole)[1]["policy/ratio_max"] < 1.0001 < lines(whole)[4]["policy/ratio_max"]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsys):
