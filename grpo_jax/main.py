@@ -85,14 +85,12 @@ def main(argv: Sequence[str]) -> None:
     from grpo_jax.checkpoint import newest_step
     from grpo_jax.mesh import row_shards
     from grpo_jax.setting import check_prompts, prepare
-    from grpo_jax.tasks import held_out_problems
     from grpo_jax.train import train
 
     setting = prepare(config)
     configs.check_model(config, setting.model)
     configs.check_mesh(config, row_shards(setting.mesh))
     check_prompts(config, setting.tokenizer)
-    held_out_problems(config.task, config.eval.questions)  # raises if nothing can be held out
     configs.expect(newest_step(workdir) <= config.total_steps, "total_steps",
                    f"{newest_step(workdir)} or more, which {workdir} has done", config.total_steps,
                    "raise --config.total_steps or choose another --workdir")

@@ -47,14 +47,15 @@ def check_prompts(config, tokenizer) -> None:
     """Encodes the questions: all of a file, or some of each stream of a task that is computed. None may be too long.
 
     Raises:
-      UserError: a line of the file is no question, or a prompt is longer than `rollout.max_prompt_tokens`.
+      UserError: a line of the file is no question, nothing can be held out, or a prompt is longer than
+        `rollout.max_prompt_tokens`.
     """
     if config.task.name == "jsonl":
         sources = [read_questions(path) for path in (config.task.path, config.task.eval_path) if path]
     else:
         problem = make_task(config.task, config.seed, "train")
-        sources = [[problem(i) for i in range(256)], held_out_problems(config.task, config.eval.questions)]
-    for problems in sources:
+        sources = [[problem(i) for i in range(256)]]
+    for problems in [*sources, held_out_problems(config.task, config.eval.questions)]:
         encode_prompts(tokenizer, problems, range(len(problems)), config.rollout.max_prompt_tokens)
 
 
