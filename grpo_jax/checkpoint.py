@@ -82,22 +82,29 @@ def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainSta
     return Resumed(state, found["meta"], experience)
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order."""
+    return sorted(ocp.utils.checkpoint_steps(folder(workdir))) if folder(workdir).is_dir() else []
+
+
 def newest_step(workdir: Path) -> int:
     """The step of a run's newest checkpoint; 0 without one."""
-    steps = ocp.utils.checkpoint_steps(folder(workdir)) if folder(workdir).is_dir() else []
-    return max(steps, default=0)
+    return max(saved_steps(workdir), default=0)
 
 
-def restore_policy(workdir: Path, shapes, places) -> tuple[int, Any]:
-    """The newest policy of a run and its step.
+def restore_policy(workdir: Path, shapes, places, step: int | None = None) -> tuple[int, Any]:
+    """The policy of a run after an update, the newest by default, and its step.
 
     Raises:
-      UserError: the run has no checkpoint yet.
+      UserError: the run has no checkpoint yet, or not that one.
     """
-    step = newest_step(workdir)
-    if not step:
+    steps = saved_steps(workdir)
+    if not steps:
         raise UserError(f"expected a checkpoint in {folder(workdir)}; found none; "
                         "train first, or wait for the run's first checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"expected a step that {folder(workdir)} has kept ({', '.join(map(str, steps))}); found {step}")
     with ocp.StandardCheckpointer() as checkpointer:
         return step, checkpointer.restore(folder(workdir) / str(step) / "policy", abstract(shapes, places))
 

@@ -22,7 +22,10 @@ def default() -> ConfigDict:
         seed=0,  # decides every draw of the run
         total_steps=80,  # updates
         model=dict(
-            path="tiny",  # a Hugging Face folder; "tiny" is the base model in the package
+            path="tiny",  # a Hugging Face folder, hub id or GGUF file; "tiny" is the base model in the package
+            param_dtype="float32",  # of the master weights, the optimizer's state and the reference
+            compute_dtype="float32",  # of activations, and of weights where they are used; "bfloat16" on accelerators
+            logit_dtype="float32",  # that the head's product comes in; probabilities are always float32
         ),
         task=dict(
             name="addition",  # "addition" or "jsonl"
@@ -58,6 +61,7 @@ def default() -> ConfigDict:
         mesh=dict(  # the sizes multiply to the number of devices; one may be -1 and takes what is left
             data=-1,  # rows are split, parameters copied
             fsdp=1,  # rows are split, parameters too, and gathered layer by layer
+            expert=1,  # rows are split, and the experts of a mixture
             tensor=1,  # heads, MLP and vocabulary are split
         ),
         checkpoint=dict(
@@ -193,6 +197,9 @@ def check(raw: ConfigDict):
         expect(at(raw, key) > 0, key, "more than 0", at(raw, key), f"set --config.{key}")
     for key in NOT_NEGATIVE:
         expect(at(raw, key) >= 0, key, "0 or more", at(raw, key), f"set --config.{key}")
+    for key in ("model.param_dtype", "model.compute_dtype", "model.logit_dtype"):
+        expect(at(raw, key) in ("float32", "bfloat16"), key, "'float32' or 'bfloat16'", repr(at(raw, key)),
+               f"set --config.{key}")
     expect(config.task.name in ("addition", "jsonl"), "task.name", "'addition' or 'jsonl'", repr(config.task.name),
            "for your own questions use task.name=jsonl and task.path=FILE.jsonl")
     expect(config.task.name != "jsonl" or config.task.path, "task.path", "a JSONL file, as task.name is 'jsonl'",
@@ -227,7 +234,7 @@ def check_mesh(config, shards: int) -> None:
     rows = config.rollout.prompts * config.rollout.samples
     part = rows // (config.update.minibatches * config.update.micro_batches)
     expect(part % shards == 0, "rollout.prompts * rollout.samples / update.minibatches / update.micro_batches",
-           f"divisible by the {shards} devices over which rows are split (mesh.data * mesh.fsdp)",
+           f"divisible by the {shards} devices over which rows are split (mesh.data * mesh.fsdp * mesh.expert)",
            f"{config.rollout.prompts} * {config.rollout.samples} / {config.update.minibatches} / "
            f"{config.update.micro_batches} = {part}", "change rollout.prompts or the mesh")
 

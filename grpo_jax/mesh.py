@@ -3,6 +3,7 @@
 Mesh axes:
     data    rows are split, parameters are copied
     fsdp    rows are split, parameters are split too and gathered layer by layer
+    expert  rows are split, and the experts of a mixture; other parameters are copied
     tensor  heads, MLP columns and vocabulary are split
 
 All axes are Auto: XLA's partitioner places the collectives, and activations are pinned by `constrain`. An axis
@@ -18,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from grpo_jax.types import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what a dimension of rows (or prompts) is split over
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # what a dimension of rows (or prompts) is split over
 
 # The end of a leaf's path -> the spec of its last dimensions. Stacked layers have one more dimension in front.
 # Optimizer moments end in the same paths, so this table places them too.
@@ -27,32 +28,38 @@ TABLE = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
     (r"attention/o/kernel$", P("tensor", None, "fsdp")),
-    (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
-    (r"mlp/down/kernel$", P("tensor", "fsdp")),
+    (r"attention/[qkv]/bias$", P("tensor", None)),
+    (r"attention/(q_a|kv_a)/kernel$", P("fsdp", None)),
+    (r"attention/(q_b/kernel|kv_b)$", P("fsdp", "tensor", None)),
+    (r"(mlp|shared)/(gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(mlp|shared)/down/kernel$", P("tensor", "fsdp")),
+    (r"experts_(gate|up)$", P("expert", "fsdp", "tensor")),
+    (r"experts_down$", P("expert", "tensor", "fsdp")),
+    (r"router/kernel$", P("fsdp", None)),
     (r"head/kernel$", P("fsdp", "tensor")),
-    (r"scale$", P(None)),
+    (r"(scale|bias|correction)$", P(None)),
 )
 
 log = logging.getLogger(__name__)
 _dropped: set[tuple] = set()
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, devices=None) -> Mesh:
     """A mesh of the given sizes; one of them may be -1 and takes what is left of the devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    found = f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor} on {len(devices)} device(s)"
+    sizes = [data, fsdp, expert, tensor]
+    found = f"mesh.data={data} mesh.fsdp={fsdp} mesh.expert={expert} mesh.tensor={tensor} on {len(devices)} device(s)"
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"expected mesh sizes of 1 or more, at most one of them -1; found {found}; change mesh.*")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(s for s in sizes if s != -1))
     if math.prod(sizes) != len(devices):
         raise UserError(f"expected mesh sizes whose product is the number of devices; found {found}; "
-                        "set one of mesh.data, mesh.fsdp, mesh.tensor to -1")
+                        "set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

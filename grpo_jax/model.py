@@ -1,226 +1,130 @@
-"""The decoder (Llama's), as pure functions of its parameters.
+"""The decoder, as pure functions of its parameters.
 
 `hidden_states` runs tokens through all layers. Each layer attends to the tokens given and, where there is one, to a
 key/value cache that it only reads: the new keys and values are returned, and the caller writes them.
 
-The parameters are a dict of dicts. `params["layers"]` is either one tree whose leaves are stacked on a leading layer
-axis, which is scanned (training: compiled once, sharded as one array), or a tuple of one tree a layer, which is
-unrolled (decoding: no weight is copied out of a stack for every token). `unstack` turns the first into the second.
-
-This is the only file that imports flax.linen.
+The parameters are a dict of dicts. `params["layers"]` is a tuple of runs: a run is a tree whose leaves are stacked over
+consecutive layers of one shape, and is scanned (compiled once, sharded as one array). Most models are one run;
+DeepSeek-V3 is two, its first layers having no experts. `unstack` cuts the runs into single layers, which are unrolled:
+decoding then copies no weight out of a stack for every token.
 """
 
-import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.architecture import Layer, ModelConfig
+from grpo_jax.attention import KV, Attention, LatentAttention, View
+from grpo_jax.experts import MixtureOfExperts
+from grpo_jax.layers import MLP, Embed, Projection, norm
 from grpo_jax.mesh import ROWS, constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder, hashable, so that it is a static argument of jitted functions."""
-
-    vocab_size: int  # V, rows of the embedding
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_layers: int
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # E
-    max_positions: int  # the longest row the model is made for, in tokens
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # the head is the embedding, transposed
-    token_count: int = 0  # ids the tokenizer knows; rows beyond are never drawn. 0: all rows are ids
-    eos_ids: tuple[int, ...] = ()
-    source: str = ""  # the folder it was loaded from
-    dtype: str = "float32"  # of the weights in that folder
-    compute_dtype: str = "float32"  # of activations and of weights where they are used
-
-    @property
-    def drawable(self) -> int:
-        """How many of the V columns of the logits stand for a token."""
-        return self.token_count or self.vocab_size
-
-
-class KV(NamedTuple):
-    """Keys (after RoPE) and values of some tokens, of one layer or stacked over layers."""
-
-    k: Float[Array, "*layers N K C E"]
-    v: Float[Array, "*layers N K C E"]
+from grpo_jax.rope import tables
 
 
 class Past(NamedTuple):
     """What a layer may read besides the tokens given."""
 
-    kv: Any  # KV of all layers: stacked if the layers are stacked, else a tuple of one KV a layer
+    kv: tuple[KV, ...]  # of all layers, in the runs of the parameters
     mask: Bool[Array, "N L C"]  # True where token l of row n sees cache column c
-
-
-class Projection(nn.Module):
-    """x[..., *inputs] -> [..., *outputs], as one matrix product over [tokens, features]."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x):
-        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        init = nn.initializers.normal(1 / math.sqrt(fan_in))
-        kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
-        lead = x.shape[: x.ndim - len(self.inputs)]
-        # Two dimensions: the backward pass of the same product on [N, L, D] is over twice slower on a CPU.
-        out = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out).astype(x.dtype)
-        return out.reshape(*lead, *self.outputs)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype)
-
-
-class Embed(nn.Module):
-    """The token table."""
-
-    vocab_size: int
-    width: int
-
-    @nn.compact
-    def __call__(self, tokens):
-        init = nn.initializers.normal(1 / math.sqrt(self.width))
-        table = self.param("embedding", init, (self.vocab_size, self.width))
-        return constrain(table, "tensor", None)[tokens]  # gathered over fsdp here, so that activations need not be
-
-
-def rope_tables(config: ModelConfig, positions: Int[Array, "N L"]):
-    """cos and sin [N, L, 1, E/2] of the rotary angles (RoFormer, arXiv 2104.09864), float32."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "N L heads E"], tables) -> Float[Array, "N L heads E"]:
-    """Rotates the pairs (x[i], x[i + E/2]), the pairing of Hugging Face checkpoints."""
-    cos, sin = tables
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attend(q: Float[Array, "N L H E"], own: KV, mask: Bool[Array, "N L L"], past: KV | None, past_mask):
-    """softmax(q k / sqrt(E)) v over a row's own tokens and its cache, each group of H/K query heads on one KV head."""
-    rows, length, heads, width = q.shape
-    grouped = q.reshape(rows, length, own.k.shape[1], heads // own.k.shape[1], width)
-
-    def scores(keys, allowed):
-        s = jnp.einsum("nlkre,nkce->nkrlc", grouped, keys, preferred_element_type=jnp.float32)
-        return jnp.where(allowed[:, None, None], s / math.sqrt(width), jnp.finfo(jnp.float32).min)
-
-    def mix(probs, values):
-        return jnp.einsum("nkrlc,nkch->nlkrh", probs.astype(values.dtype), values)
-
-    s = scores(own.k, mask)
-    if past is None:
-        out = mix(jax.nn.softmax(s, axis=-1), own.v)
-    else:
-        columns = past.k.shape[2]
-        probs = jax.nn.softmax(jnp.concatenate([scores(past.k, past_mask), s], axis=-1), axis=-1)
-        out = mix(probs[..., :columns], past.v) + mix(probs[..., columns:], own.v)
-    return out.reshape(rows, length, heads, width)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x, tables, mask, past, past_mask):
-        c = self.config
-        q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), name="q")(x)
-        k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), name="k")(x)
-        v = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), name="v")(x)
-        q, k, v = (constrain(y, ROWS, None, "tensor", None) for y in (q, k, v))
-        own = KV(jnp.swapaxes(rotate(k, tables), 1, 2), jnp.swapaxes(v, 1, 2))
-        out = attend(rotate(q, tables), own, mask, past, past_mask)
-        return Projection((c.num_heads, c.head_dim), (c.hidden_size,), name="o")(out), own
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        gate = Projection((c.hidden_size,), (c.intermediate_size,), name="gate")(x)
-        up = Projection((c.hidden_size,), (c.intermediate_size,), name="up")(x)
-        hidden = constrain(jax.nn.silu(gate) * up, ROWS, None, "tensor")
-        return Projection((c.intermediate_size,), (c.hidden_size,), name="down")(hidden)
+    positions: Int[Array, "N C"]  # of the cached tokens
 
 
 class Block(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); both outputs are normed too where `post_norms`."""
 
     config: ModelConfig
+    experts: bool = False
 
     @nn.compact
-    def __call__(self, x, tables, mask, past=None, past_mask=None):
+    def __call__(self, x, view: View, past: KV | None = None):
         c = self.config
-        mixed, own = Attention(c, name="attention")(
-            RMSNorm(c.norm_eps, name="attention_norm")(x), tables, mask, past, past_mask
-        )
+        attention = LatentAttention if c.latent else Attention
+        mixed, own = attention(c, name="attention")(norm(c, "attention_norm")(x), view, past)
+        if c.post_norms:
+            mixed = norm(c, "attention_post_norm")(mixed)
         x = constrain(x + mixed, ROWS, None, None)
-        x = x + MLP(c, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        return constrain(x, ROWS, None, None), own
+        mlp = MixtureOfExperts(c, name="moe") if self.experts else MLP(c, c.intermediate_size, name="mlp")
+        mixed = mlp(norm(c, "mlp_norm")(x))
+        if c.post_norms:
+            mixed = norm(c, "mlp_post_norm")(mixed)
+        return constrain(x + mixed, ROWS, None, None), own
+
+
+def make_view(config: ModelConfig, layer: Layer, positions, mask, past: Past | None) -> View:
+    """What a layer of that kind sees of the tokens that `mask` allows."""
+    width = config.latent.rope_width if config.latent else config.head_dim
+    past_mask = None if past is None else past.mask
+    if layer.window:
+        near = lambda keys: positions[:, :, None] - keys[:, None, :] < layer.window
+        mask = mask & near(positions)
+        past_mask = None if past is None else past.mask & near(past.positions)
+    return View(tables(layer.rope, width, positions), mask, past_mask)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Random float32 parameters, layers stacked."""
+    """Random float32 parameters."""
     key_embed, key_layers, key_norm, key_head = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, config.hidden_size))
-    tables = rope_tables(config, jnp.zeros((1, 1), jnp.int32))
-    mask = jnp.ones((1, 1, 1), bool)
-
-    def layer(key):
-        return Block(config).init(key, x, tables, mask)["params"]
-
+    view = make_view(config, config.layers[0], jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool), None)
+    keys, runs = jax.random.split(key_layers, config.num_layers), []
+    for run in config.runs:
+        block = Block(config, run[0].experts)
+        runs.append(jax.vmap(lambda key: block.init(key, x, view)["params"])(keys[: len(run)]))
+        keys = keys[len(run) :]
     embed = Embed(config.vocab_size, config.hidden_size)
     params = {
         "embed": embed.init(key_embed, jnp.zeros((1, 1), jnp.int32))["params"],
-        "layers": jax.vmap(layer)(jax.random.split(key_layers, config.num_layers)),
-        "final_norm": RMSNorm(config.norm_eps).init(key_norm, x)["params"],
+        "layers": tuple(runs),
+        "final_norm": norm(config).init(key_norm, x)["params"],
     }
     if not config.tie_embeddings:
         params["head"] = Projection((config.hidden_size,), (config.vocab_size,)).init(key_head, x)["params"]
     return params
 
 
-def param_shapes(config: ModelConfig) -> dict:
-    """The tree of `init_params` as jax.ShapeDtypeStruct, without making an array."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+def param_shapes(config: ModelConfig, dtype: str = "float32") -> dict:
+    """The tree of `init_params` as jax.ShapeDtypeStruct in a dtype, without making an array."""
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def run_length(run) -> int:
+    """The number of layers in a run."""
+    return jax.tree.leaves(run)[0].shape[0]
 
 
 def unstack(params: dict) -> dict:
-    """The same parameters with `layers` as a tuple of one tree a layer."""
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = tuple(jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(count))
+    """The same parameters with every layer a run of its own."""
+    layers = tuple(
+        jax.tree.map(lambda leaf: leaf[i : i + 1], run) for run in params["layers"] for i in range(run_length(run)))
     return params | {"layers": layers}
+
+
+def run_layers(config: ModelConfig, run, layers: tuple[Layer, ...], x, views: dict[Layer, View], kv: KV | None):
+    """x through consecutive layers of one shape; and their new keys and values, stacked."""
+    block = Block(config, layers[0].experts)
+
+    def apply(x, weights, view, kv):
+        return block.apply({"params": weights}, x, view, kv)
+
+    if len(layers) == 1:
+        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+        x, own = apply(x, first(run), views[layers[0]], first(kv))
+        return x, jax.tree.map(lambda leaf: leaf[None], own)
+    kinds = list(dict.fromkeys(layers))
+    if len(kinds) == 1:
+        return jax.lax.scan(lambda x, scanned: apply(x, scanned[0], views[kinds[0]], scanned[1]), x, (run, kv))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(views[kind] for kind in kinds))
+    kind_of_layer = jnp.asarray([kinds.index(layer) for layer in layers])
+
+    def step(x, scanned):
+        weights, kv, kind = scanned
+        return apply(x, weights, jax.tree.map(lambda leaf: leaf[kind], stacked), kv)
+
+    return jax.lax.scan(step, x, (run, kv, kind_of_layer))
 
 
 def hidden_states(
@@ -230,44 +134,40 @@ def hidden_states(
     positions: Int[Array, "N L"],
     mask: Bool[Array, "N L L"],
     past: Past | None = None,
-) -> tuple[Float[Array, "N L D"], Any]:
+) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
     """The final layer's output after its norm, and the new keys and values of all layers.
 
     Args:
-      mask: [n, l, m] is True where token l of row n sees token m of the same call.
+      mask: [n, l, m] is True where token l of row n sees token m of the same call; a layer with a window sees less.
       past: a cache to read before them; None when there is none.
     Returns:
-      hidden [N, L, D] in the compute dtype, and KV [layers, N, K, L, E] (or a tuple of KV, if the layers are unrolled).
+      hidden [N, L, D] in the compute dtype, and a KV [layers, N, K, L, E] for each run of the parameters.
     """
-    tables = rope_tables(config, positions)
     x = Embed(config.vocab_size, config.hidden_size).apply({"params": params["embed"]}, tokens)
-    x = constrain(x.astype(config.compute_dtype), ROWS, None, None)
-    past_mask = None if past is None else past.mask
-
-    def layer(x, weights, kv):
-        return Block(config).apply({"params": weights}, x, tables, mask, kv, past_mask)
-
-    if isinstance(params["layers"], tuple):
-        news = []
-        for i, weights in enumerate(params["layers"]):
-            x, own = layer(x, weights, None if past is None else past.kv[i])
-            news.append(own)
-        new = tuple(news)
-    elif past is None:
-        x, new = jax.lax.scan(lambda x, weights: layer(x, weights, None), x, params["layers"])
-    else:
-        x, new = jax.lax.scan(lambda x, scanned: layer(x, *scanned), x, (params["layers"], past.kv))
-    return RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x), new
+    x = x.astype(config.compute_dtype)
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    x = constrain(x, ROWS, None, None)
+    views = {layer: make_view(config, layer, positions, mask, past) for layer in dict.fromkeys(config.layers)}
+    new, first = [], 0
+    for index, run in enumerate(params["layers"]):
+        layers = config.layers[first : first + run_length(run)]
+        x, own = run_layers(config, run, layers, x, views, None if past is None else past.kv[index])
+        new.append(own)
+        first += len(layers)
+    return norm(config).apply({"params": params["final_norm"]}, x), tuple(new)
 
 
 def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-    """Hidden states through the head, float32."""
+    """Hidden states through the head, float32 (computed in `config.logit_dtype`)."""
     if config.tie_embeddings:
         head = params["embed"]["embedding"].T
     else:
         head = params["head"]["kernel"]
     flat = hidden.reshape(-1, config.hidden_size)
-    logits = jnp.matmul(flat, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(flat, head.astype(hidden.dtype), preferred_element_type=config.logit_dtype).astype(jnp.float32)
+    if config.logit_cap:
+        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
     return logits.reshape(*hidden.shape[:-1], config.vocab_size)
 
 

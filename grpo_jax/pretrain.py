@@ -14,8 +14,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from grpo_jax.architecture import Layer, ModelConfig
 from grpo_jax.corpus import EOS, page, train_tokenizer
-from grpo_jax.model import ModelConfig, causal_mask, hidden_states, init_params
+from grpo_jax.model import causal_mask, hidden_states, init_params
 from grpo_jax.score import score_hidden
 from grpo_jax.types import UserError
 from grpo_jax.weights import hf_config, save
@@ -60,8 +61,9 @@ def pretrain(config, workdir: Path) -> Path:
     start = time.monotonic()
     texts = [page(config.seed + 1, i, config.corpus.exercises, config.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
+    shape = {name: value for name, value in config.model._asdict().items() if name != "num_layers"}
     model_config = ModelConfig(
-        **config.model._asdict(), token_count=tokenizer.get_vocab_size(), eos_ids=(tokenizer.token_to_id(EOS),))
+        **shape, layers=(Layer(),) * config.model.num_layers, token_count=tokenizer.get_vocab_size(), eos_ids=(tokenizer.token_to_id(EOS),))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.optim.lr, config.optim.warmup_steps, config.total_steps, config.optim.lr * 0.01)
     optimizer = optax.chain(

@@ -28,13 +28,16 @@ def format_prompt(question: str) -> str:
 
 
 def load_tokenizer(folder: str | Path):
-    """The Hugging Face tokenizer of a model folder.
+    """The Hugging Face tokenizer of a model folder or GGUF file.
 
     Raises:
-      UserError: the folder has no tokenizer files, or they cannot be read.
+      UserError: there are no tokenizer files, or they cannot be read.
     """
+    if Path(folder).suffix == ".gguf":
+        from grpo_jax.gguf_file import read_tokenizer
+
+        return read_tokenizer(Path(folder))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     from transformers import AutoTokenizer
 
     try:

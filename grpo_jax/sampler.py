@@ -11,6 +11,7 @@ Randomness is counter-based: the key of a token is folded from (key, prompt id, 
 completion therefore does not depend on its row, on the batch or on the number of hosts, and can be drawn again.
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
@@ -21,8 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from grpo_jax.mesh import ROWS, constrain, shardings
-from grpo_jax.model import KV, ModelConfig, Past, causal_mask, hidden_states, param_shapes, token_logits, unstack
+from grpo_jax.architecture import ModelConfig
+from grpo_jax.attention import KV
+from grpo_jax.mesh import ROWS, constrain, path_name, shardings
+from grpo_jax.model import Past, causal_mask, hidden_states, param_shapes, token_logits, unstack
 from grpo_jax.types import Prompts, Rollout
 
 BLOCK = 256  # tokens a draw chooses among at a time
@@ -32,7 +35,7 @@ BLOCK = 256  # tokens a draw chooses among at a time
 class DecodeState:
     """All that the decode loop carries. Rows are ordered by prompt, then by sample."""
 
-    kv: tuple[KV, ...]  # the cache, one KV [N, K, C, E] a layer
+    kv: tuple[KV, ...]  # the cache, one KV [1, N, K, C, E] a layer
     last: Int[Array, " N"]  # the token drawn last, not yet in the cache
     prompt_lengths: Int[Array, " N"]
     keys: Key[Array, " N"]  # of the row; a token's key is folded from it and the token's index
@@ -96,14 +99,14 @@ def start(
     hidden, new = hidden_states(config, params, prompts.tokens, positions, causal_mask(count, width))
     last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
 
-    def to_cache(x):  # [B, K, T, E] -> [N, K, C, E]
-        x = jnp.pad(jnp.repeat(x, samples, axis=0), ((0, 0), (0, 0), (0, max_tokens), (0, 0)))
-        return constrain(x, ROWS, "tensor", None, None)
+    def to_cache(x):  # [1, B, K, T, E] -> [1, N, K, C, E]
+        x = jnp.pad(jnp.repeat(x, samples, axis=1), ((0, 0),) * 3 + ((0, max_tokens), (0, 0)))
+        return constrain(x, None, ROWS, "tensor", None, None)
 
     ids = jnp.stack([jnp.repeat(prompts.ids, samples), jnp.tile(jnp.arange(samples), count)], axis=1)
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
     state = DecodeState(
-        kv=tuple(jax.tree.map(to_cache, layer) for layer in new),
+        kv=jax.tree.map(to_cache, new),
         last=jnp.zeros(rows, jnp.int32),
         prompt_lengths=jnp.repeat(prompts.lengths, samples),
         keys=keys,
@@ -132,7 +135,7 @@ def decode(
     rows, capacity = state.tokens.shape
     until = jnp.minimum(state.time + count, capacity)
     row_index = jnp.arange(rows)
-    columns = jnp.arange(state.kv[0].k.shape[2])
+    columns = jnp.broadcast_to(jnp.arange(state.kv[0].k.shape[-2]), (rows, state.kv[0].k.shape[-2]))
     itself = jnp.ones((rows, 1, 1), bool)
 
     def unfinished(state):
@@ -140,13 +143,10 @@ def decode(
 
     def step(state):
         position = state.prompt_lengths + state.time - 1  # of `last`
-        past = Past(state.kv, (columns < position[:, None])[:, None, :])
+        past = Past(state.kv, (columns < position[:, None])[:, None, :], columns)
         hidden, new = hidden_states(config, params, state.last[:, None], position[:, None], itself, past)
-        kv = tuple(
-            jax.tree.map(lambda cache, x: cache.at[row_index, :, position].set(x[:, :, 0]), held, fresh)
-            for held, fresh in zip(state.kv, new)
-        )
-        state = state.replace(kv=kv)
+        put = lambda cache, x: cache.at[0, row_index, :, position].set(x[0, :, :, 0])
+        state = state.replace(kv=jax.tree.map(put, state.kv, new))
         token, logp = choose(config, params, hidden[:, 0], token_keys(state), temperature, greedy)
         return record(state, token, logp, stop_ids)
 
@@ -179,9 +179,10 @@ def placer(config: ModelConfig, mesh: Mesh | None):
     """The compiled copy of `place_for_rollout`, one a model and mesh."""
 
     def place(params):
-        # Vectors stay as they are: norms are computed in float32.
-        cast = lambda leaf: leaf.astype(config.compute_dtype) if leaf.ndim > 1 else leaf
-        return jax.tree.map(cast, unstack(params))
+        def cast(path, leaf):  # not what is computed in float32: norms and routers
+            return leaf if re.search("scale$|router/", path_name(path)) else leaf.astype(config.compute_dtype)
+
+        return jax.tree_util.tree_map_with_path(cast, unstack(params))
 
     if mesh is None:
         return jax.jit(place)
@@ -247,7 +248,7 @@ def sample(
     ):
         if not fine:
             raise ValueError(f"expected {expected}; found {found}")
-    if not isinstance(params["layers"], tuple):
+    if len(params["layers"]) < model_config.num_layers:
         params = place_for_rollout(model_config, params)
     return generate(model_config, params, padded, key, samples=samples, max_tokens=max_tokens,
                     temperature=temperature, stop_ids=tuple(int(i) for i in stop_ids))

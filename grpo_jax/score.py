@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.architecture import ModelConfig
 from grpo_jax.mesh import ROWS, constrain
-from grpo_jax.model import ModelConfig, causal_mask, hidden_states, token_logits
+from grpo_jax.model import causal_mask, hidden_states, token_logits
 
 CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
 

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from grpo_jax.architecture import ModelConfig
 from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
-from grpo_jax.model import ModelConfig, param_shapes
+from grpo_jax.model import param_shapes
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
 from grpo_jax.tasks import held_out_problems, make_task, read_questions
-from grpo_jax.weights import find_model, load, check_tensors, read_model_config
+from grpo_jax.types import UserError
+from grpo_jax.weights import find_model, load, open_checkpoint, read_model_config
 
 # What a run's key is folded with first, so that no two uses share a key.
 SAMPLING, EVALUATION, SHUFFLING, GENERATION = range(4)
@@ -20,7 +22,7 @@ SAMPLING, EVALUATION, SHUFFLING, GENERATION = range(4)
 class Setting(NamedTuple):
     """What a run is made with, besides its config: all of it is known before any device works."""
 
-    folder: Path  # of the base model
+    source: Path  # of the base model: a folder or a GGUF file
     model: ModelConfig
     tokenizer: Any
     stop_ids: tuple[int, ...]
@@ -33,14 +35,18 @@ def prepare(config) -> Setting:
     Raises:
       UserError: one of them is not as the config says.
     """
-    folder = find_model(config.model.path)
-    model = read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
-    if not model.token_count:  # a tokenizer without tokenizer.json
-        model = replace(model, token_count=min(1 + max(tokenizer.get_vocab().values()), model.vocab_size))
-    check_tensors(folder, model)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    return Setting(folder, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
+    source = find_model(config.model.path)
+    model = read_model_config(source)
+    tokenizer = load_tokenizer(source)
+    count = 1 + max(tokenizer.get_vocab().values())
+    model = replace(
+        model, token_count=count, compute_dtype=config.model.compute_dtype, logit_dtype=config.model.logit_dtype)
+    if count > model.vocab_size:
+        raise UserError(f"expected a row of the embedding for each of the tokenizer's {count} ids in {source}; found "
+                        f"{model.vocab_size} rows; this tokenizer is not the model's")
+    open_checkpoint(source, model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.expert)
+    return Setting(source, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
 
 
 def check_prompts(config, tokenizer) -> None:
@@ -62,6 +68,6 @@ def check_prompts(config, tokenizer) -> None:
 def load_policy(config, setting: Setting, workdir: Path, base: bool) -> tuple[int, Any]:
     """A run's newest policy, or with `base` the model it began with; its step, and the parameters on the mesh."""
     if base:
-        return 0, load(setting.folder, mesh=setting.mesh)[1]
-    shapes = param_shapes(setting.model)
+        return 0, load(setting.source, mesh=setting.mesh, param_dtype=config.model.param_dtype)[1]
+    shapes = param_shapes(setting.model, config.model.param_dtype)
     return restore_policy(workdir, shapes, shardings(setting.mesh, shapes))

@@ -119,7 +119,7 @@ def describe(config, setting: Setting, params) -> str:
 
 def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer):
     """(state, reference, meta, experience): of the newest checkpoint, or of a new run."""
-    shapes, mesh = param_shapes(setting.model), setting.mesh
+    shapes, mesh = param_shapes(setting.model, config.model.param_dtype), setting.mesh
     resumed = checkpoint.restore(
         manager, state_shapes(shapes, optimizer), state_shardings(mesh, shapes, optimizer), mesh)
     if resumed:
@@ -127,7 +127,7 @@ def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer)
         if config.loss.kl_coef:
             reference = checkpoint.restore_reference(workdir, shapes, shardings(mesh, shapes))
         return resumed.state, reference, resumed.meta, resumed.experience
-    _, params = load(setting.folder, mesh=mesh)
+    _, params = load(setting.source, mesh=mesh, param_dtype=config.model.param_dtype)
     reference = None
     if config.loss.kl_coef:
         reference = jax.tree.map(jnp.copy, params)

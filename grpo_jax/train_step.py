@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.architecture import ModelConfig
 from grpo_jax.grpo import k3, token_weights, weighted_loss
-from grpo_jax.mesh import ROWS, constrain, shardings
-from grpo_jax.model import ModelConfig
+from grpo_jax.mesh import ROWS, constrain, path_name, shardings
 from grpo_jax.score import score_completions
 from grpo_jax.types import Experience, Prompts, Rollout, TrainState
 
@@ -25,7 +25,14 @@ def make_optimizer(optim) -> optax.GradientTransformation:
     """AdamW behind a clip of the global gradient norm, from a config's `optim` section."""
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip),
-        optax.adamw(make_schedule(optim), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay))
+        optax.adamw(
+            make_schedule(optim), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=decays))
+
+
+def decays(params):
+    """Which leaves weight decay draws to 0: not norms, biases and the correction of a router."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).rsplit("/")[-1] not in ("scale", "bias", "correction"), params)
 
 
 def state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:

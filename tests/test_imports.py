@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 
 # The data's way. A module imports only modules that stand before it.
 ORDER = (
-    "types", "config", "flags", "tasks", "prompt", "mesh", "model", "weights", "sampler", "answers", "reward", "grpo",
-    "score", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "train", "corpus", "pretrain",
+    "types", "config", "flags", "tasks", "gguf_file", "prompt", "mesh", "architecture", "rope", "layers", "attention", "experts",
+    "model", "families", "tensors", "weights", "sampler", "answers", "reward", "grpo",
+    "score", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
     "main",
 )
 
@@ -52,7 +53,7 @@ def test_module_imports_only_modules_before_it(module):
 
 
 def test_only_the_model_imports_flax_linen_and_nothing_imports_nnx():
-    assert importers("flax.linen") == {"model"}
+    assert importers("flax.linen") == {"layers", "attention", "experts", "model"}
     assert importers("flax.nnx") == set()
 
 

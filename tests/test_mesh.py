@@ -6,6 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import grpo_jax.mesh
 from grpo_jax.mesh import constrain, fit, make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.types import UserError
@@ -13,8 +14,9 @@ from tests.tiny import CONFIG
 
 
 def test_minus_one_takes_what_is_left():
-    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(1, 2, 1, -1).shape) == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 8, 1), (-2, 1, 1), (-1, 3, 1), (16, 1, 1), (-1, 16, 1)])
@@ -26,7 +28,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 def test_the_table_places_every_leaf():
     mesh = make_mesh(1, 4, 2)
     placed = shardings(mesh, param_shapes(CONFIG))
-    kernel = placed["layers"]["attention"]
+    kernel = placed["layers"][0]["attention"]
     assert kernel["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
     assert kernel["o"]["kernel"].spec == P(None, "tensor", None, "fsdp")
     assert placed["embed"]["embedding"].spec == P("tensor", "fsdp")
@@ -34,13 +36,14 @@ def test_the_table_places_every_leaf():
     assert all("fsdp" not in leaf.spec for leaf in jax.tree.leaves(gathered))
 
 
-def test_an_axis_that_does_not_divide_is_dropped_and_logged_once(caplog):
+def test_an_axis_that_does_not_divide_is_dropped_and_logged_once(caplog, monkeypatch):
     """2 KV heads over a tensor axis of 4."""
+    monkeypatch.setattr(grpo_jax.mesh, "_dropped", set())
     mesh = make_mesh(1, 2, 4)
     with caplog.at_level(logging.WARNING):
         placed = [shardings(mesh, param_shapes(CONFIG)) for _ in range(2)][0]
-    assert placed["layers"]["attention"]["k"]["kernel"].spec == P(None, "fsdp", None, None)
-    assert placed["layers"]["attention"]["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert placed["layers"][0]["attention"]["k"]["kernel"].spec == P(None, "fsdp", None, None)
+    assert placed["layers"][0]["attention"]["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
     assert len([message for message in caplog.messages if "attention/[qkv]" in message and " 2 is not" in message]) == 1
 
 

@@ -114,8 +114,12 @@ def test_cut_off_file(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type"), ({"attention_bias": True}, "attention_bias"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type"), ({"hidden_size": None}, "hidden_size")])
+    ({"model_type": "gpt2"}, "model_type.*one of llama, mistral.*deepseek_v3; found 'gpt2'"), ({"model_type": None}, "model_type"),
+    ({"attention_bias": True}, "missing, such as .*bias"), ({"hidden_act": "relu"}, "hidden_act.*silu.*relu"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "rope_type.*llama3, yarn"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "whole heads"),
+    ({"hidden_size": None}, "hidden size .4096"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*fp8.*gptq")])
 def test_decoders_we_do_not_have_are_refused(folder, change, message):
     raw = json.loads((folder / "config.json").read_text()) | change
     raw = {key: value for key, value in raw.items() if value is not None}
@@ -155,9 +159,9 @@ def test_tied_embeddings_have_no_head(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"vocab_size": "96"}, "whole numbers"), ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
-    ({"head_dim": 11}, "even head_dim"), ({"eos_token_id": [2, 600]}, "eos_token_id below vocab_size"),
-    ({"eos_token_id": "x"}, "eos_token_id to be ids"), ({"rms_norm_eps": 1e-5, "hidden_size": []}, "whole numbers|numbers")])
+    ({"vocab_size": "96"}, "vocab_size.*int"), ({"vocab_size": 0}, "vocab_size.*1 or more"), ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
+    ({"head_dim": 11}, "even.*head_dim"), ({"eos_token_id": [2, 600]}, "eos_token_id below vocab_size"),
+    ({"eos_token_id": "x"}, "eos_token_id to be ids"), ({"rms_norm_eps": 1e-5, "hidden_size": []}, "hidden_size.*int")])
 def test_sizes_that_cannot_be_are_refused(folder, change, message):
     raw = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(raw))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.model import ModelConfig, init_params
+from grpo_jax.architecture import Layer, ModelConfig
+from grpo_jax.model import init_params
 from grpo_jax.types import Experience
 
 CONFIG = ModelConfig(
-    vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    vocab_size=48, hidden_size=32, intermediate_size=48, layers=(Layer(),) * 2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=64, tie_embeddings=False, token_count=45, eos_ids=(0,))
 
 

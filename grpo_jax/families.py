@@ -1,0 +1,286 @@
+"""The model families: from a Hugging Face config.json to a ModelConfig, and the names of their tensors.
+
+One decoder serves all of them; what sets a family apart is a few fields here and a few rows of `TABLE`. Older and newer
+forms of config.json, and fields left out, are made one by `transformers`' own config classes, which need no torch.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from grpo_jax.architecture import Experts, Latent, Layer, ModelConfig, Rope
+from grpo_jax.layers import ACTIVATIONS
+from grpo_jax.rope import SCALINGS, yarn_magnitude
+from grpo_jax.types import UserError
+
+FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gemma3_text", "deepseek_v3")
+
+
+# Fields that lists are made from; a broken file must not make them long.
+MANY = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts", "head_dim", "qk_rope_head_dim")
+
+
+class Tensor(NamedTuple):
+    """How one tensor of a checkpoint becomes (a layer, or an expert of a layer, of) one of our leaves."""
+
+    ours: str  # path in the parameter tree; of a layer, the path in its run
+    theirs: str  # {i} is the layer, {x} the expert
+    transpose: bool = False  # torch's Linear keeps [outputs, inputs]; ours is [inputs, outputs]
+
+
+LINEAR = (  # ours, theirs: a weight, and a bias where the family has one
+    ("attention/q", "layers.{i}.self_attn.q_proj"),
+    ("attention/k", "layers.{i}.self_attn.k_proj"),
+    ("attention/v", "layers.{i}.self_attn.v_proj"),
+    ("attention/o", "layers.{i}.self_attn.o_proj"),
+    ("attention/q_a", "layers.{i}.self_attn.q_a_proj"),
+    ("attention/q_b", "layers.{i}.self_attn.q_b_proj"),
+    ("attention/kv_a", "layers.{i}.self_attn.kv_a_proj_with_mqa"),
+    ("mlp/gate", "layers.{i}.mlp.gate_proj"),
+    ("mlp/up", "layers.{i}.mlp.up_proj"),
+    ("mlp/down", "layers.{i}.mlp.down_proj"),
+    ("moe/shared/gate", "layers.{i}.mlp.shared_experts.gate_proj"),
+    ("moe/shared/up", "layers.{i}.mlp.shared_experts.up_proj"),
+    ("moe/shared/down", "layers.{i}.mlp.shared_experts.down_proj"),
+)
+
+TABLE = (
+    Tensor("embed/embedding", "embed_tokens.weight"),
+    Tensor("attention_norm/scale", "layers.{i}.input_layernorm.weight"),
+    *(Tensor(f"{ours}/kernel", f"{theirs}.weight", transpose=True) for ours, theirs in LINEAR),
+    *(Tensor(f"{ours}/bias", f"{theirs}.bias") for ours, theirs in LINEAR),
+    Tensor("attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
+    Tensor("attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
+    Tensor("attention/q_a_norm/scale", "layers.{i}.self_attn.q_a_layernorm.weight"),
+    Tensor("attention/kv_a_norm/scale", "layers.{i}.self_attn.kv_a_layernorm.weight"),
+    Tensor("attention/kv_b", "layers.{i}.self_attn.kv_b_proj.weight", transpose=True),
+    Tensor("mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
+    Tensor("moe/router/kernel", "layers.{i}.mlp.gate.weight", transpose=True),
+    Tensor("moe/router/correction", "layers.{i}.mlp.gate.e_score_correction_bias"),
+    Tensor("moe/experts_gate", "layers.{i}.mlp.experts.{x}.gate_proj.weight", transpose=True),
+    Tensor("moe/experts_up", "layers.{i}.mlp.experts.{x}.up_proj.weight", transpose=True),
+    Tensor("moe/experts_down", "layers.{i}.mlp.experts.{x}.down_proj.weight", transpose=True),
+    Tensor("final_norm/scale", "norm.weight"),
+    Tensor("head/kernel", "lm_head.weight", transpose=True),
+)
+
+# Where a family's names differ from the table.
+GEMMA_NAMES = {
+    "attention_post_norm/scale": "layers.{i}.post_attention_layernorm.weight",
+    "mlp_norm/scale": "layers.{i}.pre_feedforward_layernorm.weight",
+    "mlp_post_norm/scale": "layers.{i}.post_feedforward_layernorm.weight",
+}
+NAMES = {
+    "gemma2": GEMMA_NAMES,
+    "gemma3": GEMMA_NAMES,
+    "gemma3_text": GEMMA_NAMES,
+    "mixtral": {
+        "moe/router/kernel": "layers.{i}.block_sparse_moe.gate.weight",
+        "moe/experts_gate": "layers.{i}.block_sparse_moe.experts.{x}.w1.weight",
+        "moe/experts_up": "layers.{i}.block_sparse_moe.experts.{x}.w3.weight",
+        "moe/experts_down": "layers.{i}.block_sparse_moe.experts.{x}.w2.weight",
+    },
+}
+
+# What the names of the table begin with; a model that also sees images keeps its decoder in a part of it.
+PREFIXES = {"model.": "", "model.language_model.": "", "language_model.model.": "language_model."}  # -> that of lm_head
+
+# Patterns of tensors that a family ships and its decoder does not need. {n} is the number of layers.
+SKIPPED = {
+    "all": (r"rotary_emb\.inv_freq$",),
+    "deepseek_v3": (r"^model\.layers\.{n}\.",),  # predicts the token after the next
+    "gemma3": (r"vision_tower\.", r"multi_modal_projector\."),
+}
+
+
+def tensor_table(family: str) -> tuple[Tensor, ...]:
+    """The rows of `TABLE` under a family's own names."""
+    own = NAMES.get(family, {})
+    known = {row.ours for row in TABLE}
+    return (*(row._replace(theirs=own.get(row.ours, row.theirs)) for row in TABLE),
+            *(Tensor(ours, theirs) for ours, theirs in own.items() if ours not in known))
+
+
+def normalize(raw: dict, where: str):
+    """The decoder's config as `transformers` understands config.json, with all fields.
+
+    Raises:
+      UserError: the family is not known, or `transformers` refuses a field.
+    """
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"expected model_type in {where} to be one of {', '.join(FAMILIES)}; found {family!r}; "
+                        "this architecture is not supported")
+    for part in (raw, raw.get("text_config")):
+        for field in MANY:
+            count = part.get(field) if isinstance(part, dict) else None
+            if isinstance(count, int) and count > 65536:
+                raise UserError(f"expected {field} in {where} to be at most 65536; found {count}; this is no model's")
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[family].from_dict(raw)
+        return config.get_text_config() if family == "gemma3" else config
+    except Exception as error:  # its checks raise many kinds
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        raise UserError(f"expected a config that transformers reads as {family} in {where}; "
+                        f"found: {' '.join(lines)[:300]}") from None
+
+
+def architecture(raw: dict, where: str, **rest) -> ModelConfig:
+    """The ModelConfig of the fields of a config.json; `rest` goes into it too.
+
+    Raises:
+      UserError: a field has a value that this decoder does not have.
+    """
+    c = normalize(raw, where)
+    family, get = raw["model_type"], lambda name, default=None: getattr(c, name, default)
+    gemma = family.startswith("gemma")
+    activation = c.hidden_activation if gemma else c.hidden_act
+    biases = bool(get("attention_bias"))
+    for fine, field, expected, found in (
+        (activation in ACTIVATIONS, "hidden_act", " or ".join(ACTIVATIONS), activation),
+        (not get("use_bidirectional_attention"), "use_bidirectional_attention", "false", True),
+        (not (family == "llama" and get("layer_types")), "layer_types", "none for llama", get("layer_types")),
+    ):
+        if not fine:
+            raise UserError(f"expected {field} {expected} in {where}; found {found!r}; this decoder has no other")
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "max_position_embeddings"):
+        if type(get(field)) is not int or get(field) < 1:
+            raise UserError(f"expected {field} in {where} to be a whole number of 1 or more; found {get(field)!r}")
+    latent = read_latent(c) if family == "deepseek_v3" else None
+    scale = float(get("query_pre_attn_scalar", 0))
+    divisor = math.sqrt(scale) if gemma else latent_divisor(c) if latent else 0.0
+    config = ModelConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        layers=read_layers(c, family, where),
+        num_heads=c.num_attention_heads,
+        num_kv_heads=1 if latent else c.num_key_value_heads,
+        head_dim=get("head_dim") or c.hidden_size // c.num_attention_heads,
+        max_positions=c.max_position_embeddings,
+        norm_eps=float(c.rms_norm_eps),
+        unit_offset=gemma,
+        activation=activation,
+        qkv_bias=family == "qwen2" or biases,
+        out_bias=biases,
+        mlp_bias=bool(get("mlp_bias")),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3", "gemma3_text"),
+        post_norms=gemma,
+        embed_scale=math.sqrt(c.hidden_size) if gemma else 1.0,
+        score_divisor=divisor,
+        score_cap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
+        logit_cap=float(get("final_logit_softcapping") or 0) if gemma else 0.0,
+        tie_embeddings=bool(get("tie_word_embeddings")),
+        latent=latent,
+        experts=read_experts(c, family),
+        family=family,
+        **rest)
+    check_shape(config, where)
+    return config
+
+
+def check_shape(config: ModelConfig, where: str) -> None:
+    """Checks what the sizes must be to one another."""
+    experts, width = config.experts, config.latent.rope_width if config.latent else config.head_dim
+    rules = [
+        (config.num_heads % config.num_kv_heads == 0, "num_attention_heads to be a multiple of num_key_value_heads",
+         f"{config.num_heads} and {config.num_kv_heads}"),
+        (width > 0 and width % 2 == 0, "an even head_dim (or qk_rope_head_dim)", width),
+        (config.token_count <= config.vocab_size, "a row of the embedding (vocab_size) for each id of the tokenizer",
+         f"{config.vocab_size} rows and {config.token_count} ids"),
+        (all(0 <= token < config.vocab_size for token in config.eos_ids), "eos_token_id below vocab_size",
+         config.eos_ids),
+    ]
+    if experts:
+        kept = experts.count // experts.groups * experts.groups_kept
+        rules += [
+            (0 < experts.per_token <= kept, "num_experts_per_tok of at most the experts it chooses from",
+             f"{experts.per_token} of {kept}"),
+            (not experts.sigmoid or experts.count % experts.groups == 0 and experts.count >= 2 * experts.groups,
+             "n_group equal groups of two experts or more", f"{experts.count} experts in {experts.groups} groups"),
+        ]
+    for fine, expected, found in rules:
+        if not fine:
+            raise UserError(f"expected {expected} in {where}; found {found}; this is not a whole model folder")
+
+
+def read_rope(c, fields: dict[str, Any], where: str) -> Rope:
+    """A rope_parameters of transformers."""
+    kind = fields.get("rope_type", "default")
+    if kind not in SCALINGS or fields.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"expected rope_type {', '.join(SCALINGS)} over whole heads in {where}; found {fields}; "
+                        "other rotary positions are not supported")
+    rope = Rope(theta=float(fields["rope_theta"]))
+    if kind == "default":
+        return rope
+    names = {"factor": "factor", "original_positions": "original_max_position_embeddings"}
+    if kind == "llama3":
+        names |= {"slow": "low_freq_factor", "fast": "high_freq_factor"}
+    values = {ours: fields.get(theirs) for ours, theirs in names.items()}
+    if kind == "yarn":
+        original = values["original_positions"]
+        factor = values["factor"] = values["factor"] or c.max_position_embeddings / original
+        mscale, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
+        grown = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim) if mscale and all_dim else None
+        attention_factor = fields.get("attention_factor")
+        values |= {
+            "slow": fields.get("beta_slow") or 1, "fast": fields.get("beta_fast") or 32,
+            "whole": fields.get("truncate", True),
+            "magnitude": attention_factor if attention_factor is not None else grown or yarn_magnitude(factor, 1.0)}
+    return Rope(theta=rope.theta, scaling=kind, **{name: value for name, value in values.items() if value is not None})
+
+
+def read_layers(c, family: str, where: str) -> tuple[Layer, ...]:
+    """Window, rotary positions and kind of MLP of each layer."""
+    count, window = c.num_hidden_layers, getattr(c, "sliding_window", None) or 0
+    # Mistral, Mixtral and Qwen3-MoE have one kind of layer, with a window if there is one.
+    types = getattr(c, "layer_types", None) if family not in ("llama", "mistral", "mixtral", "qwen3_moe") else None
+    types = types or ["sliding_attention" if window else "full_attention"] * count
+    odd = set(types) - {"sliding_attention", "full_attention"}
+    if odd or len(types) != count:
+        raise UserError(f"expected layer_types in {where} to be {count} of sliding_attention, full_attention; found {types}")
+    ropes = {}
+    for kind in set(types):
+        ropes[kind] = read_rope(c, c.rope_parameters.get(kind) or c.rope_parameters, where)
+
+    def has_experts(i: int) -> bool:
+        if family == "deepseek_v3":
+            return i >= c.first_k_dense_replace
+        if family == "qwen3_moe":
+            return i not in c.mlp_only_layers and c.num_experts > 0 and (i + 1) % c.decoder_sparse_step == 0
+        return family == "mixtral"
+
+    return tuple(
+        Layer(window if kind == "sliding_attention" else 0, ropes[kind], has_experts(i)) for i, kind in enumerate(types))
+
+
+def read_experts(c, family: str) -> Experts | None:
+    """The mixture of experts of a family that has one."""
+    if family == "mixtral":
+        return Experts(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size)
+    if family == "qwen3_moe":
+        return Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize=bool(c.norm_topk_prob))
+    if family == "deepseek_v3":
+        return Experts(
+            c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
+            shared_width=c.moe_intermediate_size * c.n_shared_experts, sigmoid=True, normalize=bool(c.norm_topk_prob),
+            scale=float(c.routed_scaling_factor), groups=c.n_group, groups_kept=c.topk_group)
+    return None
+
+
+def read_latent(c) -> Latent:
+    """The latent attention of a DeepSeek-V3 config."""
+    return Latent(
+        c.q_lora_rank or 0, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, bool(c.rope_interleave))
+
+
+def latent_divisor(c) -> float:
+    """What DeepSeek-V3 divides scores by: under YaRN they grow with the length."""
+    rope = c.rope_parameters
+    growth = 1.0
+    if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim"):
+        growth = yarn_magnitude(rope["factor"], rope["mscale_all_dim"])
+    return math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim) / growth**2
