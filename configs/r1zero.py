@@ -39,12 +39,13 @@ def smollm2():
     """
     config = grpo_config.default()
     config.model.path = "smollm2"
-    config.task.digits = 2
-    config.rollout.prompts, config.rollout.samples = 4, 8
-    config.rollout.max_prompt_tokens, config.rollout.max_tokens = 144, 64
+    config.task.digits, config.task.shots = 1, 2
+    config.rollout.prompts, config.rollout.samples = 2, 8
+    config.rollout.max_prompt_tokens, config.rollout.max_tokens = 176, 32
     config.optim.lr = 1e-5
-    config.total_steps = 40
-    config["eval"].questions = 32
+    config.total_steps = 20
+    config["eval"].questions = 64
+    config.log.every_steps = 1
     return config
 
 

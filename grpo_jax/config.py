@@ -30,6 +30,7 @@ def default() -> ConfigDict:
         task=dict(
             name="addition",  # "addition" or "jsonl"
             digits=3,  # addition: of both numbers
+            shots=0,  # addition: questions that stand answered before each, for a model that does not know the tags
             path="",  # jsonl: the file, one object a line with `question` and `answer`
             eval_path="",  # jsonl: held-out questions; "": every tenth line of task.path
         ),
@@ -136,7 +137,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.weight_decay",
-    "eval.every_steps", "eval.temperature", "log.samples",
+    "eval.every_steps", "eval.temperature", "log.samples", "task.shots",
 )
 
 

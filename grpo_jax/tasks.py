@@ -21,16 +21,28 @@ def held_out(a: int, b: int) -> bool:
     return a * b % 11 == 1
 
 
-def addition(seed: int, split: str, digits: int) -> Task:
-    """`What is {a} + {b}?` for two numbers of exactly `digits` digits, drawn uniformly from the split's pairs."""
+EXAMPLE = "What is {a} + {b}? Assistant: <think> {a} + {b} = {c} </think> <answer> {c} </answer> User: "
+
+
+def addition(seed: int, split: str, digits: int, shots: int = 0) -> Task:
+    """`What is {a} + {b}?` for two numbers of exactly `digits` digits, drawn uniformly from the split's pairs.
+
+    Args:
+      shots: questions that stand answered before it; none of them is held out.
+    """
     low, high = 10 ** (digits - 1), 10**digits
+
+    def pair(draw, from_held_out: bool) -> tuple[int, int]:
+        while True:
+            a, b = (int(x) for x in draw.integers(low, high, size=2))
+            if held_out(a, b) == from_held_out:
+                return a, b
 
     def problem(index: int) -> Problem:
         draw = np.random.default_rng([seed, index, int(split == "eval")])
-        while True:
-            a, b = (int(x) for x in draw.integers(low, high, size=2))
-            if held_out(a, b) == (split == "eval"):
-                return Problem(f"What is {a} + {b}?", str(a + b), {"a": a, "b": b})
+        a, b = pair(draw, split == "eval")
+        examples = [EXAMPLE.format(a=x, b=y, c=x + y) for x, y in (pair(draw, False) for _ in range(shots))]
+        return Problem(f"{''.join(examples)}What is {a} + {b}?", str(a + b), {"a": a, "b": b})
 
     return problem
 
@@ -101,11 +113,11 @@ def make_task(task, seed: int, split: str) -> Task:
     """The stream that a config's `task` section names.
 
     Args:
-      task: the section: name, digits (addition), path and eval_path (jsonl).
+      task: the section: name, digits and shots (addition), path and eval_path (jsonl).
       split: `train`, or `eval` for held-out problems.
     """
     if task.name == "addition":
-        return addition(seed, split, task.digits)
+        return addition(seed, split, task.digits, task.shots)
     return jsonl(seed, split, task.path, task.eval_path)
 
 

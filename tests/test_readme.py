@@ -1,5 +1,6 @@
 """Every command of the README runs, and every file it names is there."""
 
+import os
 import re
 import shlex
 import shutil
@@ -24,18 +25,25 @@ SHORT = {
                       "--config.eval.questions=8"],
     "grpo_jax.evaluate": ["--config.eval.questions=8"],
     "grpo_jax.generate": [],
+    "grpo_jax.export": [],
 }
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what the commands name: the configs, a file of questions, a model folder."""
+    """A folder with what the commands name: the configs, a file of questions, a model folder, a run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPO / "configs", folder / "configs")
     shutil.copytree(REPO / "launch", folder / "launch")
-    shutil.copytree(REPO / "grpo_jax" / "tiny_base", folder / "path/to/a/llama/folder")
+    shutil.copytree(REPO / "grpo_jax" / "tiny_base", folder / "path/to/a/model/folder")
     lines = [f'{{"question": "What is {i} + 1?", "answer": {i + 1}}}' for i in range(20)]
     (folder / "questions.jsonl").write_text("\n".join(lines))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:  # tests come in any order
+        import_module("grpo_jax.main").main(["--config=configs/r1zero.py", "--workdir=runs/r1zero", *SHORT["grpo_jax.main"]])
+    finally:
+        os.chdir(before)
     return folder
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from grpo_jax.config import default, freeze
 from grpo_jax.corpus import page
+from grpo_jax.reward import rewards
 from grpo_jax.tasks import addition, held_out, held_out_problems, jsonl, make_task, read_questions
 from grpo_jax.types import UserError
 
@@ -54,6 +55,21 @@ def test_addition_is_spelled_out_the_same_every_time():
     problem = addition(0, "train", 3)(0)
     a, b = problem.metadata["a"], problem.metadata["b"]
     assert problem.question == f"What is {a} + {b}?"
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_questions_may_follow_answered_ones(split):
+    """The question itself is the same as without; what stands before it is right and never held out."""
+    for index in range(40):
+        problem, alone = addition(3, split, 1, shots=2)(index), addition(3, split, 1)(index)
+        *shown, asked = problem.question.split(" User: ")
+        assert (asked, problem.answer, problem.metadata) == (alone.question, alone.answer, alone.metadata)
+        assert len(shown) == 2
+        for text in shown:
+            question, answer = text.split(" Assistant:")
+            a, b = map(int, re.findall(r"\d+", question))
+            assert f" {a} + {b} = {a + b} " in answer and not held_out(a, b)
+            assert rewards([answer], [str(a + b)])["total"] == 2
 
 
 def test_addition_train_and_eval_share_no_pair():
