@@ -112,7 +112,8 @@ class LatentAttention(nn.Module):
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
         compressed = Projection((c.hidden_size,), (z.kv_rank + z.rope_width,), c.qkv_bias, name="kv_a")(x)
         latent = RMSNorm(1e-6, name="kv_a_norm")(compressed[..., : z.kv_rank])
-        expand = self.param("kv_b", nn.initializers.normal(z.kv_rank**-0.5), (z.kv_rank, heads, z.plain_width + z.value_width))
+        init = nn.initializers.normal(z.kv_rank**-0.5)
+        expand = self.param("kv_b", init, (z.kv_rank, heads, z.plain_width + z.value_width))
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.plain_width], axis=-1)
 
         place = lambda y: rotate(apart(y) if z.interleaved else y, view.tables)

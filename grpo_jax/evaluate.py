@@ -14,6 +14,7 @@ from grpo_jax.setting import EVALUATION, Setting, load_policy, prepare
 from grpo_jax.tasks import held_out_problems, read_questions
 from grpo_jax.types import Problem
 
+
 def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key) -> tuple[dict[str, float], list[dict]]:
     """One completion a problem: the metrics `eval/*`, and a record of each completion.
 

@@ -9,8 +9,9 @@ import jax
 from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
+from grpo_jax.source import find_model, read_model_config
 from grpo_jax.types import UserError
-from grpo_jax.weights import find_model, load, open_checkpoint, read_model_config, save
+from grpo_jax.weights import load, open_checkpoint, save
 
 
 def export(config, workdir: Path, out: Path, *, step: int | None = None, base: bool = False) -> int:

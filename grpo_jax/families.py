@@ -241,7 +241,8 @@ def read_layers(c, family: str, where: str) -> tuple[Layer, ...]:
     types = types or ["sliding_attention" if window else "full_attention"] * count
     odd = set(types) - {"sliding_attention", "full_attention"}
     if odd or len(types) != count:
-        raise UserError(f"expected layer_types in {where} to be {count} of sliding_attention, full_attention; found {types}")
+        raise UserError(f"expected layer_types in {where} to be {count} of sliding_attention, full_attention; "
+                        f"found {types}")
     ropes = {}
     for kind in set(types):
         ropes[kind] = read_rope(c, c.rope_parameters.get(kind) or c.rope_parameters, where)
@@ -254,7 +255,8 @@ def read_layers(c, family: str, where: str) -> tuple[Layer, ...]:
         return family == "mixtral"
 
     return tuple(
-        Layer(window if kind == "sliding_attention" else 0, ropes[kind], has_experts(i)) for i, kind in enumerate(types))
+        Layer(window if kind == "sliding_attention" else 0, ropes[kind], has_experts(i))
+        for i, kind in enumerate(types))
 
 
 def read_experts(c, family: str) -> Experts | None:
@@ -273,8 +275,8 @@ def read_experts(c, family: str) -> Experts | None:
 
 def read_latent(c) -> Latent:
     """The latent attention of a DeepSeek-V3 config."""
-    return Latent(
-        c.q_lora_rank or 0, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, bool(c.rope_interleave))
+    widths = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    return Latent(c.q_lora_rank or 0, c.kv_lora_rank, *widths, interleaved=bool(c.rope_interleave))
 
 
 def latent_divisor(c) -> float:

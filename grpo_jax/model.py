@@ -33,7 +33,7 @@ class Past(NamedTuple):
 
 
 class Block(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); both outputs are normed too where `post_norms`."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); with `post_norms`, both are normed once more."""
 
     config: ModelConfig
     experts: bool = False

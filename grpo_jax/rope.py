@@ -50,7 +50,9 @@ def yarn_magnitude(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def tables(rope: Rope, width: int, positions: Int[Array, "N L"]) -> tuple[Float[Array, "N L 1 Z"], Float[Array, "N L 1 Z"]]:
+def tables(
+    rope: Rope, width: int, positions: Int[Array, "N L"]
+) -> tuple[Float[Array, "N L 1 Z"], Float[Array, "N L 1 Z"]]:
     """cos and sin of the angles, Z = width / 2."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope, width)
     return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude

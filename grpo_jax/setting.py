@@ -11,9 +11,10 @@ from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
+from grpo_jax.source import find_model, read_model_config
 from grpo_jax.tasks import held_out_problems, make_task, read_questions
 from grpo_jax.types import UserError
-from grpo_jax.weights import find_model, load, open_checkpoint, read_model_config
+from grpo_jax.weights import load, open_checkpoint
 
 # What a run's key is folded with first, so that no two uses share a key.
 SAMPLING, EVALUATION, SHUFFLING, GENERATION = range(4)

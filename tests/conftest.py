@@ -9,9 +9,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import tests.strict  # noqa: E402,F401  (named below)
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.strict  # noqa: E402,F401  (named below)
 
 # In the tests the annotated shapes and dtypes of these modules are checked, at trace time too.
 CHECKED = ("rope", "layers", "attention", "experts", "model", "score", "sampler", "grpo", "train_step", "pretrain")

@@ -9,8 +9,8 @@ import pytest
 
 from grpo_jax import evaluate, flags, generate, main
 from grpo_jax.config import default, write_config
+from grpo_jax.source import find_model
 from grpo_jax.types import UserError
-from grpo_jax.weights import find_model
 
 ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"

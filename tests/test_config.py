@@ -8,11 +8,20 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
+from grpo_jax.architecture import ModelConfig
 from grpo_jax.config import (
-    check, check_mesh, check_model, check_workdir, default, flat, freeze, pretrain_default, read_config, write_config,
+    check,
+    check_mesh,
+    check_model,
+    check_workdir,
+    default,
+    flat,
+    freeze,
+    pretrain_default,
+    read_config,
+    write_config,
 )
 from grpo_jax.flags import override
-from grpo_jax.architecture import ModelConfig
 from grpo_jax.types import UserError
 
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"

