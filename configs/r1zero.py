@@ -5,11 +5,12 @@
 Without a preset, or with `tiny`, it trains the tiny base model of the package; `smollm2` trains a real one offline. The
 others name a model of the Hugging Face hub: --config.model.path=FOLDER takes it from a folder instead. They read their
 questions from questions.jsonl (an object a line with `question` and `answer`; --config.task.path=FILE names another)
-and follow the published settings where the model's size lets them: a KL coefficient of 0.001, temperature 1, 16 answers a
-question, no warm-up.
+and follow what is published of R1-Zero where the model's size lets them: a KL coefficient of 0.001, temperature 1, 16
+answers a question, no warm-up.
 
 "State" is what training holds of a model: policy, gradient, AdamW's two moments and reference, 20 bytes a parameter in
-float32. Only `tiny` and `smollm2` have been run by us; the others are where a practitioner would start from.
+float32. Activations come on top and are not recomputed: with less memory lower rollout.max_tokens, or raise
+update.micro_batches. Only `tiny` and `smollm2` have been run by us; the others are where a practitioner would start from.
 """
 
 import difflib
@@ -34,8 +35,9 @@ def smollm2():
 
     make smollm2
 
-    On 1 device: two CPU cores and 8 GB of memory. In float32, which a CPU computes faster than bfloat16. Sums of two digits:
-    a model of this size answers few of them in the template, so expect the format to move first.
+    On 1 device: two CPU cores, about 10 minutes. In float32, which a CPU computes faster than bfloat16. A model of this size
+    does not follow the template by itself, so each question, a sum of one-digit numbers, comes after two that are answered.
+    Accuracy on held-out sums goes from 0.44 to 0.97 in 20 updates; format stays 0, as the model goes on after its answer.
     """
     config = grpo_config.default()
     config.model.path = "smollm2"
@@ -58,7 +60,8 @@ def real(path: str, *, prompts: int = 32, samples: int = 16, max_tokens: int, lr
     config.rollout.prompts, config.rollout.samples = prompts, samples
     config.rollout.max_prompt_tokens, config.rollout.max_tokens = 512, max_tokens
     config["update"].minibatches, config["update"].micro_batches = minibatches, micro_batches
-    config.optim.lr, config.optim.b2, config.total_steps = lr, 0.95, steps
+    config.optim.lr, config.total_steps = lr, steps
+    config.optim.b2 = 0.95  # as in the pretraining of large models; forgets a spike sooner than 0.999
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.expert = 1, fsdp, tensor, expert
     config["eval"].every_steps = config.checkpoint.every_steps = 50
     return config
@@ -175,7 +178,7 @@ def gemma3_4b():
 
 
 def deepseek_v3():
-    """DeepSeek-V3-Base, the model that R1-Zero was trained from, with its published settings: 13.4 TB of state.
+    """DeepSeek-V3-Base, the model that R1-Zero was trained from, with its published rates and batch: 13.4 TB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:deepseek-v3 --workdir=/runs/r1zero
 

@@ -65,9 +65,9 @@ def mix(config: ModelConfig, blocks: list[Columns]) -> Float[Array, "N L H E"]:
     for block in blocks:
         last = first + block.values.shape[2]
         part = probs[..., first:last].astype(block.values.dtype)
-        out = out + jnp.einsum("nkrlc,nkch->nlkrh", part, block.values)
+        out = out + jnp.einsum("nkrlc,nkch->nlkrh", part, block.values).astype(jnp.float32)
         first = last
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(blocks[0].values.dtype)
 
 
 class Attention(nn.Module):
@@ -105,13 +105,14 @@ class LatentAttention(nn.Module):
     def __call__(self, x, view: View, past: KV | None):
         c, z = self.config, self.config.latent
         heads, key_width = c.num_heads, z.plain_width + z.rope_width
+        latent_norm = lambda name: RMSNorm(1e-6, name=name)  # the model's own code does not pass rms_norm_eps here
         if z.q_rank:
             low = Projection((c.hidden_size,), (z.q_rank,), c.qkv_bias, name="q_a")(x)
-            q = Projection((z.q_rank,), (heads, key_width), name="q_b")(RMSNorm(1e-6, name="q_a_norm")(low))
+            q = Projection((z.q_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(low))
         else:
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
         compressed = Projection((c.hidden_size,), (z.kv_rank + z.rope_width,), c.qkv_bias, name="kv_a")(x)
-        latent = RMSNorm(1e-6, name="kv_a_norm")(compressed[..., : z.kv_rank])
+        latent = latent_norm("kv_a_norm")(compressed[..., : z.kv_rank])
         init = nn.initializers.normal(z.kv_rank**-0.5)
         expand = self.param("kv_b", init, (z.kv_rank, heads, z.plain_width + z.value_width))
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.plain_width], axis=-1)

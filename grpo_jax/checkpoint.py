@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run.
 
     WORKDIR/checkpoints/reference      the frozen reference, written once
-    WORKDIR/checkpoints/STEP/policy    parameters, float32
+    WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
                             /meta      step (which is the position in the problems too), key, the rollout's metrics
                             /experience  the rollout under way, if its updates were not all done

@@ -260,6 +260,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         theirs, ours = flat(read_config(workdir).to_dict()), flat(mine)
         for key in sorted(theirs.keys() | ours.keys()):
             same = theirs.get(key) == ours.get(key)
+            if key not in theirs or key not in ours:
+                raise UserError(f"expected the config keys that {workdir} was begun with; found {key} "
+                                f"{'added' if key in ours else 'gone'}: another version of grpo_jax began it; choose "
+                                "another --workdir")
             if not same and not any(key == free or key.startswith(free + ".") for free in RESUMABLE):
                 raise UserError(
                     f"expected the config that {workdir} was begun with; found {key}={ours.get(key)!r} where the run "

@@ -1,12 +1,14 @@
 """Evaluation: accuracy, format and length on held-out problems, with the sampler and the rewards of training."""
 
 import json
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from grpo_jax.mesh import row_shards, split_rows, to_host
+from grpo_jax.processes import join_processes
 from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
 from grpo_jax.sampler import generate, place_for_rollout
@@ -57,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, raw, workdir = flags.parse(parser, argv)
     config = configs.check(raw)
+    join_processes(os.environ)
     setting = prepare(config)
     configs.check_model(config, setting.model)
     if options.questions:

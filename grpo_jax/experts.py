@@ -1,8 +1,8 @@
 """Mixtures of experts, without capacity: no token is dropped, whatever the others choose.
 
 The tokens are sorted by their experts and go through `jax.lax.ragged_dot`. On a mesh whose `expert` axis splits the
-experts, the tokens of that axis are gathered, each device computes what its own experts are asked for, and the sum of the
-devices' answers is scattered back to the rows.
+experts, the tokens of that axis are gathered, each device computes what its own experts are asked for, and the sum of
+the devices' answers is scattered back to the rows.
 """
 
 import math
@@ -41,6 +41,8 @@ def choose_experts(
 def run_experts(x: Float[Array, "T D"], chosen, weights, gate, up, down, first, activation) -> Float[Array, "T D"]:
     """The sum over each token's experts of weight * expert(x), for the experts `first` and following that are given.
 
+    In float32: the order in which a token's experts are added must not matter.
+
     Args:
       chosen, weights: [T, k].
       gate, up: [X, D, F]; down: [X, F, D]: of some of the experts.
@@ -50,11 +52,12 @@ def run_experts(x: Float[Array, "T D"], chosen, weights, gate, up, down, first, 
     order = jnp.argsort(local)
     token = order // chosen.shape[1]
     sizes = jnp.bincount(local, length=gate.shape[0]).astype(jnp.int32)
-    rows = x[token]
+    # What ragged_dot gives for rows beyond the sizes' sum is not defined; it must reach neither result nor gradient.
+    mine = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    rows = jnp.where(mine, x[token], 0)
     hidden = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes) * weights.reshape(-1)[order][:, None].astype(x.dtype)
-    mine = jnp.arange(len(order)) < sizes.sum()
-    return jnp.zeros_like(x).at[token].add(jnp.where(mine[:, None], out, 0))
+    out = jnp.where(mine, jax.lax.ragged_dot(hidden, down, sizes), 0).astype(jnp.float32)
+    return jnp.zeros(x.shape, jnp.float32).at[token].add(out * weights.reshape(-1)[order][:, None])
 
 
 def spread(x: Float[Array, "N L D"], chosen, weights, gate, up, down, activation) -> Float[Array, "N L D"]:
@@ -66,11 +69,11 @@ def spread(x: Float[Array, "N L D"], chosen, weights, gate, up, down, activation
 
     def run(x, chosen, weights, gate, up, down, first=0):
         flat = [y.reshape(-1, y.shape[-1]) for y in (x, chosen, weights)]
-        return run_experts(*flat, gate, up, down, first, activation).reshape(x.shape)
+        return run_experts(*flat, gate, up, down, first, activation).reshape(x.shape)  # float32
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run(x, chosen, weights, gate, up, down)
+        return run(x, chosen, weights, gate, up, down).astype(x.dtype)
     rows = fit(P(ROWS), x.shape, mesh)[0]
     columns = fit(P("expert", None, "tensor"), gate.shape, mesh)
     by_expert, by_column = columns[0] is not None, columns[2] is not None
@@ -84,7 +87,7 @@ def spread(x: Float[Array, "N L D"], chosen, weights, gate, up, down, activation
             out = jax.lax.psum(out, "tensor")
         if by_expert:
             out = jax.lax.psum_scatter(out, "expert", tiled=True) if rows else jax.lax.psum(out, "expert")
-        return out
+        return out.astype(x.dtype)
 
     whole = P(rows)
     return jax.shard_map(
@@ -103,7 +106,8 @@ class Router(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, experts.count))
         correction = self.param("correction", nn.initializers.zeros, (experts.count,)) if experts.sigmoid else None
         flat = x.reshape(-1, width).astype(jnp.float32)
-        chosen, weights = choose_experts(experts, flat @ kernel.astype(jnp.float32), correction)
+        logits = jnp.matmul(flat, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        chosen, weights = choose_experts(experts, logits, correction)
         return chosen.reshape(*x.shape[:-1], -1), weights.reshape(*x.shape[:-1], -1)
 
 

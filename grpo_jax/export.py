@@ -1,5 +1,6 @@
 """Writes a run's policy as a Hugging Face folder, which `transformers` and what builds on it load."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
+from grpo_jax.processes import join_processes
 from grpo_jax.source import find_model, read_model_config
 from grpo_jax.types import UserError
 from grpo_jax.weights import load, open_checkpoint, save
@@ -26,7 +28,15 @@ def export(config, workdir: Path, out: Path, *, step: int | None = None, base: b
         raise UserError(f"expected a new folder at {out}; found other files there; choose another --out")
     source = find_model(config.model.path)
     model = read_model_config(source)
-    open_checkpoint(source, model)
+    open_checkpoint(source, model)  # its mistakes, before anything is restored
+    unfinished = out.with_name(f"{out.name}.partial")
+    if jax.process_index() == 0:
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"expected a folder that can be written at {out}; found: {error}; "
+                            "choose another --out") from None
     mesh = make_mesh(fsdp=-1)
     with jax.set_mesh(mesh):
         if base:
@@ -34,9 +44,6 @@ def export(config, workdir: Path, out: Path, *, step: int | None = None, base: b
         else:
             shapes = param_shapes(model, config.model.param_dtype)
             step, params = restore_policy(workdir, shapes, shardings(mesh, shapes), step)
-        unfinished = out.with_name(f"{out.name}.partial")
-        if jax.process_index() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
         save(unfinished, model, params)
     if jax.process_index() == 0:
         if out.is_dir():
@@ -58,10 +65,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("expected a folder to write; found none; pass --out=DIR")
     if options.base and options.step is not None:
         raise UserError("expected --base or --step; found both; leave one out")
-    out = Path(options.out)
+    out = Path(options.out).resolve()
+    join_processes(os.environ)
     step = export(configs.check(raw), workdir, out, step=options.step, base=options.base)
     if jax.process_index() == 0:
-        print(f"wrote {'the base model' if options.base else f'the policy of step {step}'} to {out}")
+        print(f"wrote {'the base model' if options.base else f'the policy of step {step}'} to {options.out}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ One decoder serves all of them; what sets a family apart is a few fields here an
 forms of config.json, and fields left out, are made one by `transformers`' own config classes, which need no torch.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -134,10 +135,21 @@ def architecture(raw: dict, where: str, **rest) -> ModelConfig:
       UserError: a field has a value that this decoder does not have.
     """
     c = normalize(raw, where)
-    family, get = raw["model_type"], lambda name, default=None: getattr(c, name, default)
+    try:
+        config = translate(c, raw["model_type"], where, **rest)
+        check_shape(config, where)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"expected numbers that make a decoder in {where}; found: {error}; "
+                        "this config is broken") from None
+    return config
+
+
+def translate(c, family: str, where: str, **rest) -> ModelConfig:
+    """The ModelConfig of a family's normalized config; the numbers in it are not checked."""
+    get = lambda name, default=None: getattr(c, name, default)
     gemma = family.startswith("gemma")
     activation = c.hidden_activation if gemma else c.hidden_act
-    biases = bool(get("attention_bias"))
+    biases = bool(get("attention_bias")) and family not in ("mistral", "mixtral", "qwen2")
     for fine, field, expected, found in (
         (activation in ACTIVATIONS, "hidden_act", " or ".join(ACTIVATIONS), activation),
         (not get("use_bidirectional_attention"), "use_bidirectional_attention", "false", True),
@@ -152,7 +164,7 @@ def architecture(raw: dict, where: str, **rest) -> ModelConfig:
     latent = read_latent(c) if family == "deepseek_v3" else None
     scale = float(get("query_pre_attn_scalar", 0))
     divisor = math.sqrt(scale) if gemma else latent_divisor(c) if latent else 0.0
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
@@ -166,25 +178,40 @@ def architecture(raw: dict, where: str, **rest) -> ModelConfig:
         activation=activation,
         qkv_bias=family == "qwen2" or biases,
         out_bias=biases,
-        mlp_bias=bool(get("mlp_bias")),
+        mlp_bias=family == "llama" and bool(get("mlp_bias")),
         qk_norm=family in ("qwen3", "qwen3_moe", "gemma3", "gemma3_text"),
         post_norms=gemma,
         embed_scale=math.sqrt(c.hidden_size) if gemma else 1.0,
         score_divisor=divisor,
         score_cap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
-        logit_cap=float(get("final_logit_softcapping") or 0) if gemma else 0.0,
+        # The model that also sees images leaves the cap out.
+        logit_cap=float(get("final_logit_softcapping") or 0) if family in ("gemma2", "gemma3_text") else 0.0,
         tie_embeddings=bool(get("tie_word_embeddings")),
         latent=latent,
         experts=read_experts(c, family),
         family=family,
         **rest)
-    check_shape(config, where)
-    return config
+
+
+def numbers_of(part, name: str = "") -> dict[str, int | float]:
+    """Every number in a (nested) dataclass or tuple, by where it stands."""
+    if dataclasses.is_dataclass(part):
+        inner = [(field.name, getattr(part, field.name)) for field in dataclasses.fields(part)]
+    elif isinstance(part, tuple):
+        inner = [(str(i), value) for i, value in enumerate(dict.fromkeys(part))]
+    else:
+        return {name: part} if isinstance(part, (int, float)) else {}
+    return {key: value for below, item in inner for key, value in numbers_of(item, f"{name}.{below}".strip(".")).items()}
 
 
 def check_shape(config: ModelConfig, where: str) -> None:
     """Checks what the sizes must be to one another."""
-    experts, width = config.experts, config.latent.rope_width if config.latent else config.head_dim
+    for name, value in numbers_of(config).items():
+        if not 0 <= value < 2**31 or type(value) is float and not math.isfinite(value):
+            raise UserError(f"expected numbers from 0 to 2**31 in {where}; found {value} ({name}); this config is broken")
+    experts, latent = config.experts, config.latent
+    width = latent.rope_width if latent else config.head_dim
+    ropes = {layer.rope for layer in config.layers}
     rules = [
         (config.num_heads % config.num_kv_heads == 0, "num_attention_heads to be a multiple of num_key_value_heads",
          f"{config.num_heads} and {config.num_kv_heads}"),
@@ -193,10 +220,18 @@ def check_shape(config: ModelConfig, where: str) -> None:
          f"{config.vocab_size} rows and {config.token_count} ids"),
         (all(0 <= token < config.vocab_size for token in config.eos_ids), "eos_token_id below vocab_size",
          config.eos_ids),
+        (all(rope.theta > 1 and rope.factor > 0 for rope in ropes), "rope_theta above 1 and a factor above 0", ropes),
+        (all(rope.original_positions > 0 and rope.slow > 0 and rope.fast > rope.slow for rope in ropes
+             if rope.scaling in ("llama3", "yarn")), "positions and bounds above 0 of stretched rotary positions", ropes),
     ]
+    if latent:
+        rules.append((latent.kv_rank > 0 and latent.plain_width > 0 and latent.value_width > 0,
+                      "kv_lora_rank, qk_nope_head_dim and v_head_dim of 1 or more", latent))
     if experts:
-        kept = experts.count // experts.groups * experts.groups_kept
+        kept = experts.count // max(experts.groups, 1) * experts.groups_kept
         rules += [
+            (experts.width > 0 and 0 < experts.groups_kept <= experts.groups,
+             "moe_intermediate_size and topk_group of 1 or more, and topk_group of at most n_group", experts),
             (0 < experts.per_token <= kept, "num_experts_per_tok of at most the experts it chooses from",
              f"{experts.per_token} of {kept}"),
             (not experts.sigmoid or experts.count % experts.groups == 0 and experts.count >= 2 * experts.groups,
@@ -236,8 +271,10 @@ def read_rope(c, fields: dict[str, Any], where: str) -> Rope:
 def read_layers(c, family: str, where: str) -> tuple[Layer, ...]:
     """Window, rotary positions and kind of MLP of each layer."""
     count, window = c.num_hidden_layers, getattr(c, "sliding_window", None) or 0
-    # Mistral, Mixtral and Qwen3-MoE have one kind of layer, with a window if there is one.
-    types = getattr(c, "layer_types", None) if family not in ("llama", "mistral", "mixtral", "qwen3_moe") else None
+    if family in ("llama", "deepseek_v3"):
+        window = 0
+    # Mixtral and Qwen3-MoE have one kind of layer, with a window if there is one; so has Mistral, if it does not say.
+    types = getattr(c, "layer_types", None) if family not in ("llama", "mixtral", "qwen3_moe", "deepseek_v3") else None
     types = types or ["sliding_attention" if window else "full_attention"] * count
     odd = set(types) - {"sliding_attention", "full_attention"}
     if odd or len(types) != count:
@@ -245,7 +282,8 @@ def read_layers(c, family: str, where: str) -> tuple[Layer, ...]:
                         f"found {types}")
     ropes = {}
     for kind in set(types):
-        ropes[kind] = read_rope(c, c.rope_parameters.get(kind) or c.rope_parameters, where)
+        nested = c.rope_parameters.get(kind) if getattr(c, "layer_types", None) else None
+        ropes[kind] = read_rope(c, nested or c.rope_parameters, where)
 
     def has_experts(i: int) -> bool:
         if family == "deepseek_v3":

@@ -146,6 +146,7 @@ def parse(parser: OneLineParser, argv: Sequence[str]):
         config = read_config(workdir)
         if "mesh" in config:  # the run's own may be that of a larger machine
             config.mesh = default().mesh
+            config.mesh.data, config.mesh.fsdp = 1, -1
     overrides(config, rest)
     if of_a_run and not flags.base and (workdir / "config.json").is_file():
         theirs, ours = (flat(c.to_dict()).get("model.path") for c in (read_config(workdir), config))

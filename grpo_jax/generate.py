@@ -1,10 +1,12 @@
 """Prints a completion of a run's policy, as it comes."""
 
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from grpo_jax.processes import several_processes
 from grpo_jax.prompt import completion_text, encode_prompts
 from grpo_jax.sampler import decode, place_for_rollout, start
 from grpo_jax.setting import GENERATION, load_policy, prepare
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     temperature = config.rollout.temperature if options.temperature is None else options.temperature
     if not 0 <= temperature < float("inf"):
         raise UserError(f"expected --temperature of 0 or more; found {temperature}")
+    if several_processes(os.environ):
+        raise UserError("expected one process to print a completion; found an environment of several; start it alone")
     setting = prepare(config)
     configs.check_model(config, setting.model)
     encode_prompts(setting.tokenizer, [Problem(options.prompt, "", {})], [0], config.rollout.max_prompt_tokens)

@@ -12,6 +12,7 @@ from grpo_jax.mesh import ROWS, constrain
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
@@ -50,6 +51,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(jnp.float32)
         return (wide * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype)
 
 

@@ -43,8 +43,8 @@ def load_tokenizer(folder: str | Path):
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"expected a tokenizer (tokenizer.json) in {folder}; found: {first_line}; "
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"expected a tokenizer (tokenizer.json) in {folder}; found: {found}; "
                         "copy the tokenizer files of the model into the folder") from None
 
 

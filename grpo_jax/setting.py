@@ -11,7 +11,7 @@ from grpo_jax.checkpoint import restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
-from grpo_jax.source import find_model, read_model_config
+from grpo_jax.source import count_ids, find_model, read_model_config
 from grpo_jax.tasks import held_out_problems, make_task, read_questions
 from grpo_jax.types import UserError
 from grpo_jax.weights import load, open_checkpoint
@@ -39,7 +39,7 @@ def prepare(config) -> Setting:
     source = find_model(config.model.path)
     model = read_model_config(source)
     tokenizer = load_tokenizer(source)
-    count = 1 + max(tokenizer.get_vocab().values())
+    count = count_ids(tokenizer.get_vocab())
     model = replace(
         model, token_count=count, compute_dtype=config.model.compute_dtype, logit_dtype=config.model.logit_dtype)
     if count > model.vocab_size:

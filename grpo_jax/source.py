@@ -28,9 +28,13 @@ def find_model(path: str | Path) -> Path:
         return folder
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         folder = download(path)
-    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.gguf", "*.bin")}
-    if not found["*.safetensors"] and found["*.gguf"]:
-        return found["*.gguf"]
+    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.bin")}
+    quantized = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))  # for images
+    if quantized and not found["*.safetensors"]:
+        if len(quantized) > 1:
+            raise UserError(f"expected one GGUF file in {folder}; found {', '.join(path.name for path in quantized)}; "
+                            "set model.path to one of them")
+        return quantized[0]
     if found["*.bin"] and not found["*.safetensors"]:
         raise UserError(
             f"expected *.safetensors in {folder}; found {found['*.bin'].name}, a pickle, which can run any code when it is "
@@ -63,7 +67,7 @@ def download(hub_id: str) -> Path:
         wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
         return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
     except Exception as error:  # the network's, the hub's and the cache's
-        first_line = str(error).strip().splitlines()[0][:160]
+        first_line = " ".join(str(error).split())[:160]
         raise UserError(
             f"expected a model folder at {hub_id}, or a hub id that can be downloaded; found: {type(error).__name__}: "
             f"{first_line}; where a network is, run `hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy that "
@@ -78,7 +82,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"expected a readable {path.name} in {path.parent}; found: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"expected a JSON object in {path}; found {str(raw)[:40]!r}")
@@ -103,8 +107,6 @@ def read_model_config(source: str | Path) -> ModelConfig:
     source = Path(source)
     raw = read_fields(source)
     eos = read_eos(source, raw)
-    if not all(type(token) is int for token in eos):
-        raise UserError(f"expected eos_token_id to be ids in {source}; found {eos}")
     fp8_block(raw, source)
     own = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
     return architecture(
@@ -129,13 +131,27 @@ def fp8_block(raw: dict, source: Path) -> tuple[int, int] | None:
 
 
 def read_eos(source: Path, raw: dict) -> tuple[int, ...]:
-    """All ids that end a text, of the config and of generation_config.json, where many models list them."""
+    """All ids that end a text, of the config and of generation_config.json, where many models list them.
+
+    Raises:
+      UserError: they are no ids.
+    """
     ids = []
     path = source / "generation_config.json"
     for fields in (raw, raw.get("text_config"), read_json(path) if path.is_file() else {}):
         eos = fields.get("eos_token_id") if isinstance(fields, dict) else None
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"expected eos_token_id to be ids in {source}; found {str(ids)[:80]}")
     return tuple(dict.fromkeys(ids))
+
+
+def count_ids(vocabulary: dict[str, int]) -> int:
+    """One more than the largest id of a tokenizer.
+
+    Gemma 3's stands for an image in an id that its text decoders do not need, and the smallest has no row for.
+    """
+    return 1 + max(index for token, index in vocabulary.items() if token != "<image_soft_token>")
 
 
 def count_tokens(source: Path) -> int:
@@ -148,4 +164,4 @@ def count_tokens(source: Path) -> int:
         tokenizer = FastTokenizer.from_file(str(source / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more exact
         raise UserError(f"expected a readable tokenizer.json in {source}; found: {error}") from None
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return count_ids(tokenizer.get_vocab(with_added_tokens=True))

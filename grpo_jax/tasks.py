@@ -21,7 +21,8 @@ def held_out(a: int, b: int) -> bool:
     return a * b % 11 == 1
 
 
-EXAMPLE = "What is {a} + {b}? Assistant: <think> {a} + {b} = {c} </think> <answer> {c} </answer> User: "
+# As the template has it, which puts ". Assistant:" behind a question.
+EXAMPLE = "What is {a} + {b}?. Assistant: <think> {a} + {b} = {c} </think> <answer> {c} </answer> User: "
 
 
 def addition(seed: int, split: str, digits: int, shots: int = 0) -> Task:

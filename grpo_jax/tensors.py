@@ -77,6 +77,7 @@ def open_folder(folder: Path, block: tuple[int, int] | None = None) -> dict[str,
     Raises:
       UserError: a file is cut off, or a tensor is there twice.
     """
+    check_index(folder)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name.startswith("consolidated"):  # the same model again, under Mistral's own names
@@ -91,6 +92,25 @@ def open_folder(folder: Path, block: tuple[int, int] | None = None) -> dict[str,
     return {
         name: scaled(stored, found[f"{name}_scale_inv"], block) if f"{name}_scale_inv" in scales else stored
         for name, stored in found.items() if name not in scales}
+
+
+def check_index(folder: Path) -> None:
+    """Checks that the files that the index of a sharded checkpoint names are there; what is in them is read from them.
+
+    Raises:
+      UserError: it names the file.
+    """
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    try:
+        names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"expected a weight_map in {path}; found: {error}; download it again") from None
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise UserError(f"expected the {len(names)} files that {path} names; found {len(missing)} missing, such as "
+                        f"{missing[0]}; download them")
 
 
 def scaled(stored: Stored, scales: Stored, block: tuple[int, int]) -> Stored:

@@ -33,7 +33,7 @@ def make_optimizer(optim) -> optax.GradientTransformation:
 def decays(params):
     """Which leaves weight decay draws to 0: not norms, biases and the correction of a router."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).rsplit("/")[-1] not in ("scale", "bias", "correction"), params)
+        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "correction"), params)
 
 
 def state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:

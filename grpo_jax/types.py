@@ -9,6 +9,8 @@ Axes, one letter each, everywhere in the package:
     F  hidden width of the MLP          C  cache length
     H  query heads                      K  key/value heads
     E  width of one head
+    R  query heads on one key/value head  Z  rotating pairs of a head
+    X  experts of a layer                 k  experts that a token takes
 
 A row is a prompt, its completion and then padding, with nothing in between: the column of a token in
 a row is its position in the sequence. Alignment: `logps[n, t]` is the log-probability of `tokens[n, t]`.

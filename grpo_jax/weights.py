@@ -96,6 +96,7 @@ def open_checkpoint(source: Path, config: ModelConfig) -> tuple[dict[str, Leaf],
     """
     raw = read_fields(source)
     found = open_gguf(source, raw) if source.suffix == ".gguf" else open_folder(source, fp8_block(raw, source))
+    # Before lists of names are made, which a broken config would make long.
     wanted = sum((config.experts.count if layer.experts else 1) for layer in config.layers)
     if wanted > len(found):
         raise UserError(f"expected {wanted} tensors or more in {source}, as its config says; found {len(found)}")
@@ -123,6 +124,24 @@ def open_checkpoint(source: Path, config: ModelConfig) -> tuple[dict[str, Leaf],
     return leaves, {name: found[name] for name in expected}, {name: found[name] for name in spare}
 
 
+def check_tied(source: Path, leaves: dict[str, Leaf], stored: dict[str, Stored], spare: dict[str, Stored]) -> None:
+    """Checks that a head which the config ties to the embedding, and which is there all the same, equals it.
+
+    Raises:
+      UserError: it does not; which of the two is meant, the checkpoint does not say.
+    """
+    embedding = stored[str(leaves["embed/embedding"].names)]
+    for name, head in spare.items():
+        if name.endswith("lm_head.weight"):
+            rows = (slice(at, at + 4096) for at in range(0, embedding.shape[0], 4096))
+            every = (slice(None),)
+            same = head.shape == embedding.shape and all(
+                np.array_equal(head.read((cut, *every)), embedding.read((cut, *every))) for cut in rows)
+            if not same:
+                raise UserError(f"expected {name} in {source} to equal the embedding, as tie_word_embeddings says; found "
+                                "another; set tie_word_embeddings to false in config.json if the head is meant")
+
+
 def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "float32") -> tuple[ModelConfig, dict]:
     """Reads a model: tensor by tensor, into arrays that lie where they will be used.
 
@@ -138,8 +157,9 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
     """
     source = find_model(source)
     config = read_model_config(source)
-    leaves, stored, _ = open_checkpoint(source, config)
+    leaves, stored, spare = open_checkpoint(source, config)
     shapes = param_shapes(config, param_dtype)
+    check_tied(source, leaves, stored, spare)
 
     def read(path, shape, sharding):
         leaf = leaves[path_name(path)]
@@ -164,12 +184,14 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
 
 
 def place(shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-    """An array whose parts are made by `part`, one device's share in memory at a time."""
-    made, held = [], (None, None)
+    """An array whose parts are made by `part`, each once, with one device's share in memory at a time."""
+    by_part = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        if index != held[0]:  # a replica follows the device that it is a replica of
-            held = index, part(index)
-        made.append(jax.block_until_ready(jax.device_put(held[1], device)))
+        by_part.setdefault(str(index), (index, []))[1].append(device)
+    made = []
+    for index, devices in by_part.values():
+        value = part(index)
+        made += jax.block_until_ready([jax.device_put(value, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, made)
 
 
@@ -191,9 +213,12 @@ def save(folder: str | Path, config: ModelConfig, params: dict) -> None:
     if source:
         leaves, stored, spare = open_checkpoint(source, config)
         dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        if raw.pop("quantization_config", None):
-            spare = {}  # their scales are gone
-    write_tensors(folder, tensors_of(leaves, params, dtypes, config.dtype) | spare)
+        raw.pop("quantization_config", None)  # FP8 weights were multiplied by their scales
+    tensors = tensors_of(leaves, params, dtypes, config.dtype)
+    for name, tensor in spare.items():  # a head that is tied is the embedding as it is now
+        tied = name.endswith("lm_head.weight")
+        tensors[name] = tensors[str(leaves["embed/embedding"].names)] if tied else tensor
+    write_tensors(folder, tensors)
     if jax.process_index() != 0:
         return
     if source and source.suffix == ".gguf":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import evaluate, flags, generate, main
+from grpo_jax import evaluate, flags, generate, main, processes
 from grpo_jax.config import default, write_config
 from grpo_jax.source import find_model
 from grpo_jax.types import UserError
@@ -331,7 +331,7 @@ def test_pretraining_does_not_write_into_a_run(tmp_path):
     ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"TPU_WORKER_HOSTNAMES": "a"}, False),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, True), ({"JAX_COORDINATOR_ADDRESS": "h:1"}, True), ({"GRPO_JAX_DISTRIBUTED": "1"}, True)])
 def test_several_processes_are_seen_in_the_environment(environ, several):
-    assert main.several_processes(environ) == several
+    assert processes.several_processes(environ) == several
 
 
 def test_an_environment_that_says_too_little(tmp_path, monkeypatch):

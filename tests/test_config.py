@@ -265,7 +265,7 @@ def test_key_that_the_run_does_not_have_is_a_difference(tmp_path):
     write_config(tmp_path, default())
     config = default()
     config.loss.new = 1
-    with pytest.raises(UserError, match="found loss.new=1 where the run has None"):
+    with pytest.raises(UserError, match="found loss.new added: another version"):
         check_workdir(tmp_path, config)
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 
 # The data's way. A module imports only modules that stand before it.
 ORDER = (
-    "types", "config", "flags", "tasks", "gguf_file", "prompt", "mesh", "architecture", "rope", "layers", "attention", "experts",
+    "types", "config", "flags", "processes", "tasks", "gguf_file", "prompt", "mesh", "architecture", "rope", "layers", "attention", "experts",
     "model", "families", "source", "tensors", "weights", "sampler", "answers", "reward", "grpo",
     "score", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
     "main",

@@ -1,18 +1,14 @@
-"""The decoder: causality, caching, padding, and logits of `transformers` for the same weights."""
-
-from pathlib import Path
+"""The decoder: causality, caching, padding. tests/test_families.py compares it with `transformers`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import forward, load
+from grpo_jax import forward
 from grpo_jax.attention import KV
 from grpo_jax.model import Past, causal_mask, hidden_states, logits_of, unstack
 from tests.tiny import CONFIG, params
-
-GOLDEN = Path(__file__).parent / "golden" / "llama"
 
 
 def test_future_tokens_have_no_gradient():
@@ -64,26 +60,3 @@ def test_padding_on_either_side_changes_nothing():
     np.testing.assert_allclose(on_left[:, 3:], alone, atol=2e-5)
     np.testing.assert_allclose(on_right[:, :6], alone, atol=2e-5)
     assert np.isfinite(on_left).all()
-
-
-def test_forward_matches_transformers():
-    """Golden logits of transformers' LlamaForCausalLM for the random model beside them (tests/golden/make.py)."""
-    golden = np.load(GOLDEN / "logits.npz")
-    config, weights = load(GOLDEN)
-    for name, mask in (("logits", None), ("padded_logits", jnp.asarray(golden["mask"]))):
-        ours = np.asarray(forward(config, weights, jnp.asarray(golden["tokens"]), mask=mask))
-        real = np.ones(golden["tokens"].shape, bool) if mask is None else golden["mask"].astype(bool)
-        assert np.abs(ours - golden[name])[real].max() < 2e-5 * np.abs(golden[name]).max()
-
-
-def test_forward_matches_live_transformers():
-    """The same, computed now, where torch is installed."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    golden = np.load(GOLDEN / "logits.npz")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(golden["tokens"])).logits.numpy()
-    config, weights = load(GOLDEN)
-    ours = np.asarray(forward(config, weights, jnp.asarray(golden["tokens"])))
-    assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()

@@ -13,8 +13,8 @@ from grpo_jax.prompt import (
     format_prompt,
     load_tokenizer,
 )
-from grpo_jax.types import Problem, UserError
 from grpo_jax.source import find_model
+from grpo_jax.types import Problem, UserError
 
 BOS, EOS = "<s>", "</s>"
 

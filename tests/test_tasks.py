@@ -66,7 +66,7 @@ def test_questions_may_follow_answered_ones(split):
         assert (asked, problem.answer, problem.metadata) == (alone.question, alone.answer, alone.metadata)
         assert len(shown) == 2
         for text in shown:
-            question, answer = text.split(" Assistant:")
+            question, answer = text.split(". Assistant:")
             a, b = map(int, re.findall(r"\d+", question))
             assert f" {a} + {b} = {a + b} " in answer and not held_out(a, b)
             assert rewards([answer], [str(a + b)])["total"] == 2

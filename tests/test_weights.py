@@ -185,3 +185,108 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder):
 def test_eos_is_also_read_from_the_generation_config(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     assert read_model_config(folder).eos_ids == (2, 5, 7)
+
+
+def changed_config(tmp_path, case, change):
+    folder = Path(shutil.copytree(GOLDEN.parent / case, tmp_path / case))
+    raw = json.loads((folder / "config.json").read_text())
+    part = raw["text_config"] if "text_config" in raw else raw
+    rope = change.pop("rope", {})
+    part |= change
+    part["rope_parameters"] |= rope
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize("case, change", [
+    ("llama", {"eos_token_id": {}}), ("llama", {"eos_token_id": [[2]]}), ("llama", {"rms_norm_eps": float("nan")}),
+    ("llama", {"vocab_size": 2**40}), ("llama", {"num_hidden_layers": 10**9}), ("llama", {"intermediate_size": 10**400}),
+    ("llama", {"rope": {"rope_theta": None}}), ("llama", {"rope": {"rope_theta": "x"}}),
+    ("llama", {"rope": {"rope_theta": -1.0}}), ("llama31", {"rope": {"factor": 0.0}}),
+    ("llama31", {"rope": {"high_freq_factor": 0.5}}), ("mistral", {"sliding_window": -1}),
+    ("mistral", {"layer_types": ["full_attention"]}), ("gemma2", {"query_pre_attn_scalar": -1}),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 4}), ("mixtral", {"num_experts_per_tok": 6}),
+    ("mixtral", {"num_experts_per_tok": None}), ("mixtral", {"num_local_experts": 10**9}),
+    ("qwen3_moe", {"decoder_sparse_step": 0}), ("qwen3_moe", {"moe_intermediate_size": 0}),
+    ("deepseek_v3", {"first_k_dense_replace": None}), ("deepseek_v3", {"n_group": 0}), ("deepseek_v3", {"n_group": 3}),
+    ("deepseek_v3", {"topk_group": 5}), ("deepseek_v3", {"kv_lora_rank": 0}), ("deepseek_v3", {"v_head_dim": None}),
+    ("deepseek_v3", {"q_lora_rank": -1}), ("deepseek_v3", {"routed_scaling_factor": float("inf")}),
+    ("deepseek_v3", {"rope": {"beta_fast": float("nan")}}), ("deepseek_v3", {"rope": {"factor": "x"}}),
+    ("deepseek_v3", {"rope": {"mscale": 10**400}}), ("deepseek_v3", {"qk_nope_head_dim": 2**63})])
+def test_numbers_that_make_no_decoder_are_refused(tmp_path, case, change):
+    with pytest.raises(UserError, match=case):
+        load(changed_config(tmp_path, case, dict(change)))
+
+
+@pytest.mark.parametrize("case, change", [
+    ("llama", {"sliding_window": 3}), ("deepseek_v3", {"sliding_window": 3}), ("qwen2", {"mlp_bias": True}),
+    ("mistral", {"attention_bias": True}), ("llama", {"hidden_act": "swish"}),
+    ("gemma3_vision", {"final_logit_softcapping": 0.5}), ("mixtral", {"layer_types": ["full_attention"] * 2})])
+def test_fields_that_a_family_does_not_read_change_nothing(tmp_path, case, change):
+    tokens = jax.numpy.arange(1, 9)[None]
+    logits = forward(*load(changed_config(tmp_path, case, dict(change))), tokens)
+    np.testing.assert_array_equal(logits, forward(*load(GOLDEN.parent / case), tokens))
+
+
+def test_a_mistral_that_says_so_has_windows_in_some_layers(tmp_path):
+    types = ["sliding_attention", "full_attention"]
+    config, _ = load(changed_config(tmp_path, "mistral", {"layer_types": types}))
+    assert [layer.window for layer in config.layers] == [5, 0]
+
+
+def test_a_tied_head_goes_out_as_the_embedding_is_now(tmp_path):
+    """The copy of the head that some tied checkpoints carry must not stay behind: transformers would use it."""
+    source = Path(shutil.copytree(GOLDEN.parent / "llama31", tmp_path / "in"))
+    table = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(source, lambda t: t.update({"lm_head.weight": table.copy()}))
+    config, params = load(source)
+    save(tmp_path / "same", config, params)
+    assert load_file(tmp_path / "same/model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    save(tmp_path / "out", config, params | {"embed": {"embedding": params["embed"]["embedding"] + 1}})
+    out = load_file(tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(out["lm_head.weight"], table + 1)
+    np.testing.assert_array_equal(out["model.embed_tokens.weight"], table + 1)
+
+
+def test_a_tied_head_that_differs_is_refused(folder):
+    raw = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="lm_head.weight .* to equal the embedding.*tie_word_embeddings"):
+        load(folder)
+
+
+def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
+    source = Path(shutil.copytree(GOLDEN.parent / "qwen3", tmp_path / "in"))
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"1 missing, such as {shard.name}"):
+        load(source)
+    (source / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="weight_map"):
+        load(source)
+
+
+def test_a_config_nested_too_deep(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="readable config.json"):
+        load(folder)
+
+
+def test_one_gguf_of_several_is_not_guessed(tmp_path):
+    (tmp_path / "mmproj-x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    assert find_model(tmp_path) == tmp_path / "b.gguf"
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="one GGUF file .* found a.gguf, b.gguf"):
+        find_model(tmp_path)
+
+
+def test_an_image_token_without_a_row_is_no_mistake(folder):
+    """Gemma 3 1B: the id stands for an image; a text decoder has no row for it, and it is never drawn."""
+    raw = json.loads((find_model("tiny") / "tokenizer.json").read_text())
+    count = 1 + max(raw["model"]["vocab"].values())
+    raw["added_tokens"].append({"id": count, "content": "<image_soft_token>", "special": True, "single_word": False,
+                                "lstrip": False, "rstrip": False, "normalized": False})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=f"96 rows and {count} ids"):
+        read_model_config(folder)
