@@ -92,8 +92,8 @@ def newest_step(workdir: Path) -> int:
     return max(saved_steps(workdir), default=0)
 
 
-def restore_policy(workdir: Path, shapes, places, step: int | None = None) -> tuple[int, Any]:
-    """The policy of a run after an update, the newest by default, and its step.
+def choose_step(workdir: Path, step: int | None = None) -> int:
+    """The step of the checkpoint asked for, the newest by default.
 
     Raises:
       UserError: the run has no checkpoint yet, or not that one.
@@ -102,9 +102,18 @@ def restore_policy(workdir: Path, shapes, places, step: int | None = None) -> tu
     if not steps:
         raise UserError(f"expected a checkpoint in {folder(workdir)}; found none; "
                         "train first, or wait for the run's first checkpoint")
-    step = steps[-1] if step is None else step
-    if step not in steps:
+    if step is not None and step not in steps:
         raise UserError(f"expected a step that {folder(workdir)} has kept ({', '.join(map(str, steps))}); found {step}")
+    return steps[-1] if step is None else step
+
+
+def restore_policy(workdir: Path, shapes, places, step: int | None = None) -> tuple[int, Any]:
+    """The policy of a run after an update, the newest by default, and its step.
+
+    Raises:
+      UserError: as `choose_step`.
+    """
+    step = choose_step(workdir, step)
     with ocp.StandardCheckpointer() as checkpointer:
         return step, checkpointer.restore(folder(workdir) / str(step) / "policy", abstract(shapes, places))
 

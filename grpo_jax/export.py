@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from grpo_jax.checkpoint import restore_policy
+from grpo_jax.checkpoint import choose_step, restore_policy
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.processes import join_processes
@@ -29,6 +29,8 @@ def export(config, workdir: Path, out: Path, *, step: int | None = None, base: b
     source = find_model(config.model.path)
     model = read_model_config(source)
     open_checkpoint(source, model)  # its mistakes, before anything is restored
+    if not base:
+        step = choose_step(workdir, step)
     unfinished = out.with_name(f"{out.name}.partial")
     if jax.process_index() == 0:
         try:

@@ -17,8 +17,10 @@ FLAGS = [f"--config={ROOT}/configs/r1zero.py", "--config.rollout.prompts=4", "--
 LIMIT_S = 300  # of a run
 
 
-def run(logs: Path, workdirs: list[Path], *flags: str) -> tuple[list[int], list[str]]:
-    """Runs the main job on as many processes as there are workdirs; their exit codes and what they printed.
+def run(
+    logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.main"
+) -> tuple[list[int], list[str]]:
+    """Runs the main job, or another entry point, on as many processes as there are workdirs; their exit codes and what they printed.
 
     Files that process 1 makes are its own: no one else may read them.
     """
@@ -35,7 +37,7 @@ def run(logs: Path, workdirs: list[Path], *flags: str) -> tuple[list[int], list[
         for i, (workdir, path) in enumerate(zip(workdirs, files)):
             with open(path, "w") as out:
                 processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "grpo_jax.main", f"--workdir={workdir}", *FLAGS, *flags], cwd=logs,
+                    [sys.executable, "-m", module, f"--workdir={workdir}", *FLAGS, *flags], cwd=logs,
                     env=environ | {"JAX_PROCESS_ID": str(i)}, stdout=out, stderr=subprocess.STDOUT,
                     umask=0o077 if i else 0o022))
         end = time.monotonic() + LIMIT_S
@@ -77,6 +79,14 @@ def test_two_processes_compute_what_one_does_and_resume(tmp_path):
     assert not [path for path in files if not path.stat().st_mode & 0o004]  # process 0 writes them, all of them
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+    folders = []
+    for name, workdirs in (("by-two", [two, two]), ("by-one", [two])):
+        codes, printed = run(tmp_path, workdirs, f"--out={tmp_path / name}", module="grpo_jax.export")
+        assert codes == [0] * len(workdirs), printed[0][-3000:] + printed[-1][-3000:]
+        assert printed[1:] == [text for text in printed[1:] if "wrote" not in text] and "wrote" in printed[0]
+        folders.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert folders[0] == folders[1] and "model.safetensors" in folders[0]
 
 
 @pytest.mark.slow

@@ -183,7 +183,13 @@ def test_a_run_is_exported(run, tmp_path, argv, value, capsys):
 def test_mistakes_in_exporting(run, tmp_path, argv, says):
     with pytest.raises(UserError, match=says):
         export.main([f"--workdir={run}", f"--out={tmp_path}/out", *argv])
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_place_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="can be written at .*choose another --out"):
+        export.main([f"--workdir={run}", f"--out={tmp_path}/file/out"])
 
 
 def test_an_export_overwrites_nothing(run, tmp_path):
