@@ -255,7 +255,11 @@ def tensors_of(leaves: dict[str, Leaf], params: dict, dtypes: dict[str, np.dtype
 
 
 def write_tensors(folder: Path, todo: dict[str, Stored]) -> None:
-    """Writes safetensors, one file or several of at most `SHARD_BYTES` and an index; a file at a time is in memory."""
+    """Writes safetensors, one file or several of at most `SHARD_BYTES` and an index; a file at a time is in memory.
+
+    Raises:
+      UserError: the folder has safetensors that would stay and be read with the new ones.
+    """
     shards, room = [[]], SHARD_BYTES
     for name, tensor in todo.items():
         size = tensor.bytes
@@ -264,10 +268,14 @@ def write_tensors(folder: Path, todo: dict[str, Stored]) -> None:
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= size
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    stale = {path.name for path in folder.glob("*.safetensors")} - set(files)
+    if stale:
+        raise UserError(f"expected no other model in {folder}; found {min(stale)}; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for file, names in zip(files, shards):
         tensors = {name: todo[name].whole() for name in names}
         if jax.process_index() == 0:
             save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -142,6 +142,16 @@ def test_the_layer_that_predicts_further_ahead_is_skipped_and_carried(tmp_path, 
     assert numbers(tmp_path / "out") == numbers(source)
 
 
+def test_a_model_is_not_mixed_with_another(tmp_path):
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "out")
+    before = numbers(tmp_path / "out")
+    with pytest.raises(UserError, match="no other model in .*model-00001-of"):
+        save(tmp_path / "out", *load(GOLDEN / "llama"))
+    assert numbers(tmp_path / "out") == before
+    for _ in range(2):  # its own files are replaced
+        save(tmp_path / "again", *load(GOLDEN / "llama"))
+
+
 def test_saving_over_the_source_is_refused(tmp_path):
     source = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "in"))
     with pytest.raises(UserError, match="another folder"):
