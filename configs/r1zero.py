@@ -37,7 +37,7 @@ def smollm2():
 
     On 1 device: two CPU cores, about 10 minutes. In float32, which a CPU computes faster than bfloat16. A model of this size
     does not follow the template by itself, so each question, a sum of one-digit numbers, comes after two that are answered.
-    Accuracy on held-out sums goes from 0.44 to 0.97 in 20 updates; format stays 0, as the model goes on after its answer.
+    Accuracy on held-out sums goes from 0.48 to 0.98 in 20 updates; format stays 0, as the model goes on after its answer.
     """
     config = grpo_config.default()
     config.model.path = "smollm2"
