@@ -13,8 +13,9 @@ from grpo_jax.mesh import make_mesh
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json") if (path.parent / "reference.npz").is_file())
 WITH_EXPERTS = [case for case in CASES if case.startswith(("mixtral", "qwen3_moe", "deepseek"))]
-MESHES = [dict(fsdp=8), dict(fsdp=2, tensor=4)]
-EXPERT_MESHES = [dict(expert=2, fsdp=2, tensor=2), dict(expert=8)]
+SLOW = pytest.mark.slow
+MESHES = [pytest.param(dict(fsdp=8), marks=SLOW), dict(fsdp=2, tensor=4)]
+EXPERT_MESHES = [dict(expert=2, fsdp=2, tensor=2), pytest.param(dict(expert=8), marks=SLOW)]
 
 by_name = lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
