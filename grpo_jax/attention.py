@@ -1,11 +1,15 @@
-"""Attention: grouped-query, and multi-head latent (DeepSeek-V3's). Both read a key/value cache and never write it."""
+"""Attention: grouped-query, and multi-head latent (DeepSeek-V3's), over the tokens given or over a key/value cache.
+
+Column c of a row's cache holds the token at position c. With a cache, a layer first writes the tokens given into it and
+then attends to its columns: a compiled loop that carries the cache then updates it in place.
+"""
 
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.layers import Projection, RMSNorm, norm
@@ -16,58 +20,50 @@ from grpo_jax.rope import apart, rotate
 class KV(NamedTuple):
     """What is cached of some tokens, of one layer or stacked over layers.
 
-    Keys (after RoPE) and values of K heads. Latent attention: in `k` the latent vector, in `v` the rotated key that all
-    heads share; K is 1.
+    Keys (after RoPE) and values of K heads; the keys lie with their columns last, as their product wants them. Latent
+    attention: in `v` the latent vector, in `k` the rotated key that all heads share; K is 1.
     """
 
-    k: Float[Array, "*layers N K C E"]
+    k: Float[Array, "*layers N K E C"]
     v: Float[Array, "*layers N K C _"]
 
 
 class View(NamedTuple):
-    """What the tokens given see: their rotary tables, themselves, and the cache (None without one)."""
+    """What the tokens given see: their rotary tables, and the keys, which are the tokens given or a cache's columns."""
 
     tables: Any
-    mask: Bool[Array, "N L L"]
-    past_mask: Bool[Array, "N L C"] | None
-
-
-class Columns(NamedTuple):
-    """Some columns that a row of queries attends to; R = H / K query heads share a key/value head."""
-
-    scores: Float[Array, "N K R L C"]  # float32, before scale, cap and mask
     mask: Bool[Array, "N L C"]
-    values: Float[Array, "N K C E"]
+    columns: Int[Array, "N L"]  # where a cache takes the tokens given: their positions
 
 
-def grouped(q: Float[Array, "N L H E"], kv_heads: int) -> Float[Array, "N L K R E"]:
-    """The query heads by the key/value head that they share."""
+def write(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
+    """The cache with L new tokens a row in their columns."""
+    rows = jnp.arange(columns.shape[0])[:, None]
+    return KV(
+        cache.k.at[rows, :, :, columns].set(jnp.moveaxis(new.k, -1, 1)),
+        cache.v.at[rows, :, columns].set(jnp.swapaxes(new.v, 1, 2)))
+
+
+def score(q: Float[Array, "N L H E"], keys: Float[Array, "N K E C"]) -> Float[Array, "N K R L C"]:
+    """q k, in float32; R = H / K query heads share a key head."""
     rows, length, heads, width = q.shape
-    return q.reshape(rows, length, kv_heads, heads // kv_heads, width)
+    shared = jnp.moveaxis(q, 1, 2).reshape(rows, keys.shape[1], -1, width)  # heads and tokens: one matrix a key head
+    scores = jnp.matmul(shared, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(rows, keys.shape[1], -1, length, keys.shape[-1])
 
 
-def score(q: Float[Array, "N L H E"], keys: Float[Array, "N K C E"]) -> Float[Array, "N K R L C"]:
-    """q k, in float32."""
-    return jnp.einsum("nlkre,nkce->nkrlc", grouped(q, keys.shape[1]), keys, preferred_element_type=jnp.float32)
-
-
-def mix(config: ModelConfig, blocks: list[Columns]) -> Float[Array, "N L H E"]:
-    """softmax(scores) values over the columns of all blocks together."""
-
-    def ready(block):
-        s = block.scores / config.divisor
-        if config.score_cap:
-            s = config.score_cap * jnp.tanh(s / config.score_cap)
-        return jnp.where(block.mask[:, None, None], s, jnp.finfo(jnp.float32).min)
-
-    probs = jax.nn.softmax(jnp.concatenate([ready(block) for block in blocks], axis=-1), axis=-1)
-    out, first = 0, 0
-    for block in blocks:
-        last = first + block.values.shape[2]
-        part = probs[..., first:last].astype(block.values.dtype)
-        out = out + jnp.einsum("nkrlc,nkch->nlkrh", part, block.values).astype(jnp.float32)
-        first = last
-    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(blocks[0].values.dtype)
+def mix(
+    config: ModelConfig, scores: Float[Array, "N K R L C"], mask: Bool[Array, "N L C"], values: Float[Array, "N K C _"]
+) -> Float[Array, "N L H _"]:
+    """softmax(scores) values; the scores come before scale, cap and mask."""
+    scores = scores / config.divisor
+    if config.score_cap:
+        scores = config.score_cap * jnp.tanh(scores / config.score_cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    rows, heads, _, length, columns = probs.shape
+    out = jnp.matmul(probs.reshape(rows, heads, -1, columns), values)
+    return jnp.moveaxis(out.reshape(rows, -1, length, out.shape[-1]), 1, 2)
 
 
 class Attention(nn.Module):
@@ -76,7 +72,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, view: View, past: KV | None):
+    def __call__(self, x, view: View, cache: KV | None):
         c = self.config
         q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
         k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
@@ -85,11 +81,11 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
         q = rotate(q, view.tables)
-        own = KV(jnp.swapaxes(rotate(k, view.tables), 1, 2), jnp.swapaxes(v, 1, 2))
-        blocks = [Columns(score(q, own.k), view.mask, own.v)]
-        if past is not None:
-            blocks.insert(0, Columns(score(q, past.k), view.past_mask, past.v))
-        return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(mix(c, blocks)), own
+        kv = KV(jnp.moveaxis(rotate(k, view.tables), 1, -1), jnp.swapaxes(v, 1, 2))
+        if cache is not None:
+            kv = write(cache, kv, view.columns)
+        out = mix(c, score(q, kv.k), view.mask, kv.v)
+        return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv
 
 
 class LatentAttention(nn.Module):
@@ -102,7 +98,7 @@ class LatentAttention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, view: View, past: KV | None):
+    def __call__(self, x, view: View, cache: KV | None):
         c, z = self.config, self.config.latent
         heads, key_width = c.num_heads, z.plain_width + z.rope_width
         latent_norm = lambda name: RMSNorm(1e-6, name=name)  # the model's own code does not pass rms_norm_eps here
@@ -121,16 +117,15 @@ class LatentAttention(nn.Module):
         q = constrain(q, ROWS, None, "tensor", None)
         q_plain, q_rope = q[..., : z.plain_width], place(q[..., z.plain_width :])
         rope_key = place(compressed[..., None, z.kv_rank :])
-        own = KV(latent[:, None], jnp.swapaxes(rope_key, 1, 2))
-        if past is None:
-            keys = jnp.einsum("nlr,rhe->nhle", latent, to_key)
+        kv = KV(jnp.moveaxis(rope_key, 1, -1), latent[:, None])
+        if cache is None:
+            keys = jnp.einsum("nlr,rhe->nhel", latent, to_key)
             values = jnp.einsum("nlr,rhe->nhle", latent, to_value)
-            by_position = score(q_rope, own.v)  # [N, 1, H, L, L]
-            scores = score(q_plain, keys) + jnp.swapaxes(by_position, 1, 2)
-            out = mix(c, [Columns(scores, view.mask, values)])
+            by_position = score(q_rope, kv.k)  # [N, 1, H, L, L]
+            out = mix(c, score(q_plain, keys) + jnp.swapaxes(by_position, 1, 2), view.mask, values)
         else:
+            kv = write(cache, kv, view.columns)
             q_latent = jnp.einsum("nlhe,rhe->nlhr", q_plain, to_key)
-            blocks = [Columns(score(q_latent, kv.k) + score(q_rope, kv.v), mask, kv.k)
-                      for kv, mask in ((past, view.past_mask), (own, view.mask))]
-            out = jnp.einsum("nlhr,rhe->nlhe", mix(c, blocks), to_value)
-        return Projection((heads, z.value_width), (c.hidden_size,), c.out_bias, name="o")(out), own
+            scores = score(q_latent, jnp.swapaxes(kv.v, -1, -2)) + score(q_rope, kv.k)
+            out = jnp.einsum("nlhr,rhe->nlhe", mix(c, scores, view.mask, kv.v), to_value)
+        return Projection((heads, z.value_width), (c.hidden_size,), c.out_bias, name="o")(out), kv

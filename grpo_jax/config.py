@@ -8,8 +8,13 @@ from ml_collections import ConfigDict
 
 from grpo_jax.types import UserError
 
+# Keys that are not there for a reason, which a user who looks for them is told.
+REFUSED = dict.fromkeys(("rollout.top_k", "rollout.top_p", "rollout.min_p"), (
+    "the update scores the whole distribution, so the ratio of draws from a truncated one would be biased; "
+    "eval.top_k, eval.top_p and eval.min_p may be set"))
+
 # Keys that may differ when a run is resumed: they do not change what an update computes.
-RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "update.micro_batches")
+RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "rollout.slots", "update.micro_batches")
 
 
 def default() -> ConfigDict:
@@ -40,6 +45,8 @@ def default() -> ConfigDict:
             max_prompt_tokens=80,  # T; a longer prompt is an error
             max_tokens=56,  # S, where a completion is cut
             temperature=1.0,  # of sampling, and of every log-probability
+            stop_strings=("</answer>",),  # a completion ends with the token that completes one, or with an EOS
+            slots=0,  # completions drawn at a time; 0: as many as fit in memory
         ),
         update=dict(
             minibatches=1,  # updates a rollout is cut into
@@ -73,6 +80,9 @@ def default() -> ConfigDict:
             every_steps=0,  # updates; 0: before the first and after the last only
             questions=256,  # held-out problems
             temperature=1.0,  # 0 is greedy
+            top_k=0,  # draw among the k likeliest tokens; 0: all
+            top_p=1.0,  # among the fewest with this probability together
+            min_p=0.0,  # among those with this part of the largest probability
         ),
         log=dict(
             every_steps=5,  # updates between two lines on the console, and between two files of samples
@@ -137,7 +147,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.weight_decay",
-    "eval.every_steps", "eval.temperature", "log.samples", "task.shots",
+    "eval.every_steps", "eval.temperature", "eval.top_k", "log.samples", "task.shots", "rollout.slots",
 )
 
 
@@ -153,6 +163,8 @@ def check_keys(raw: ConfigDict, known: ConfigDict) -> None:
     expect(raw.get("job") == known.job, "job", repr(known.job), repr(raw.get("job")), "pass a --config of that job")
     job, known, found = known.job, flat(known.to_dict()), flat(raw.to_dict())
     odd = sorted(known.keys() ^ found.keys())
+    for key in REFUSED.keys() & set(odd):
+        raise UserError(f"expected no {key} in training; found {found[key]}; {REFUSED[key]}")
     if odd:
         raise UserError(f"expected the keys that grpo_jax/config.py lists for job={job!r}; found {odd[0]} "
                         f"{'missing' if odd[0] in known else 'unknown'}; start the config from the one there")
@@ -211,6 +223,10 @@ def check(raw: ConfigDict):
     expect(config.rollout.temperature >= 0.01, "rollout.temperature", "0.01 or more in training",
            config.rollout.temperature, "greedy answers of a group are all the same and teach nothing; "
            "eval.temperature may be 0")
+    expect(0 < config.eval.top_p <= 1, "eval.top_p", "in (0, 1]", config.eval.top_p, "set --config.eval.top_p")
+    expect(0 <= config.eval.min_p <= 1, "eval.min_p", "in [0, 1]", config.eval.min_p, "set --config.eval.min_p")
+    expect(all(isinstance(text, str) and text for text in config.rollout.stop_strings), "rollout.stop_strings",
+           "strings that are not empty", config.rollout.stop_strings, "set --config.rollout.stop_strings")
     expect(config.seed < 2**32, "seed", "below 2**32", config.seed, "set --config.seed")
     for key in ("optim.b1", "optim.b2"):
         expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
@@ -246,6 +262,13 @@ def flat(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
+
+
+def with_tuples(values):
+    """Parsed JSON with its lists as tuples, as a config has them."""
+    if isinstance(values, dict):
+        return {key: with_tuples(value) for key, value in values.items()}
+    return tuple(values) if isinstance(values, list) else values
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -300,7 +323,7 @@ def read_config(workdir: Path) -> ConfigDict:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
             raise ValueError(f"{str(values)[:40]!r}, no JSON object")
-        return ConfigDict(values)
+        return ConfigDict(with_tuples(values))
     except (OSError, ValueError) as error:
         raise UserError(f"expected the workdir of a run, with config.json, at {workdir}; found: {error}; "
                         "pass the --workdir of a training run") from None

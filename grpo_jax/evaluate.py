@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from grpo_jax.mesh import row_shards, split_rows, to_host
+from grpo_jax.draws import Filter
+from grpo_jax.mesh import row_shards, to_host
 from grpo_jax.processes import join_processes
 from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
@@ -24,7 +25,7 @@ def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key)
       params: placed for rollout.
     """
     shards = row_shards(setting.mesh)
-    rows = min(config.rollout.prompts * config.rollout.samples, -(-len(problems) // shards) * shards)
+    rows = min(setting.plan.slots, -(-len(problems) // shards) * shards)
     records = []
     for first in range(0, len(problems), rows):
         part = list(problems[first : first + rows])
@@ -32,9 +33,11 @@ def evaluate(config, setting: Setting, params, problems: Sequence[Problem], key)
         prompts = encode_prompts(
             setting.tokenizer, padded, range(first, first + rows), config.rollout.max_prompt_tokens)
         rollout = to_host(generate(
-            setting.model, params, split_rows(setting.mesh, prompts), key, samples=1,
-            max_tokens=config.rollout.max_tokens, temperature=config.eval.temperature, stop_ids=setting.stop_ids))
-        texts = completion_texts(setting.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], setting.stop_ids)
+            setting.model, params, prompts, key, samples=1, max_tokens=config.rollout.max_tokens,
+            temperature=config.eval.temperature, table=setting.stop_table,
+            filter=Filter(config.eval.top_k, config.eval.top_p, config.eval.min_p)))
+        texts = completion_texts(setting.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], setting.stop_ids,
+                                 config.rollout.stop_strings)
         parts = rewards(texts, [problem.answer for problem in padded])
         records += [
             {"prompt_id": first + i, "sample_id": 0, "prompt": format_prompt(problem.question),

@@ -7,6 +7,7 @@ with a value of the key's type. A mistake of the user ends with exit code 2 and 
 import argparse
 import difflib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import at, default, flat, read_config
+from grpo_jax.config import REFUSED, at, default, flat, read_config
 from grpo_jax.types import UserError
 
 
@@ -78,17 +79,25 @@ def parse_value(key: str, text: str, old):
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
+        if kind is tuple:
+            value = json.loads(text)
+            if not isinstance(value, list):
+                raise ValueError
+            return tuple(value)
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
         return value
     except (KeyError, ValueError):
-        raise UserError(f"expected --config.{key} to be of type {kind.__name__} (as {old!r}); found {text!r}") from None
+        form = f"a JSON list (as {json.dumps(old)})" if kind is tuple else f"of type {kind.__name__} (as {old!r})"
+        raise UserError(f"expected --config.{key} to be {form}; found {text!r}") from None
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets one key in place."""
     known = flat(config.to_dict())
+    if key in REFUSED:
+        raise UserError(f"expected no {key} in training; found {text}; {REFUSED[key]}")
     if key not in known:
         same_name = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
         close = difflib.get_close_matches(key, known, n=1) or same_name

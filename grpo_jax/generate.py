@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from grpo_jax.draws import Filter
 from grpo_jax.processes import several_processes
 from grpo_jax.prompt import completion_text, encode_prompts
-from grpo_jax.sampler import decode, place_for_rollout, start
+from grpo_jax.sampler import begin, decode, place_for_rollout
 from grpo_jax.setting import GENERATION, load_policy, prepare
 from grpo_jax.types import Problem, UserError
 
@@ -22,21 +23,24 @@ def stream(config, setting, params, question: str, temperature: float, key):
       params: placed for rollout.
     """
     prompts = encode_prompts(setting.tokenizer, [Problem(question, "", {})], [0], config.rollout.max_prompt_tokens)
-    how = dict(greedy=temperature == 0, stop_ids=setting.stop_ids)
-    scale = np.float32(temperature or 1.0)
-    limit = config.rollout.max_tokens
-    state = start(setting.model, params, prompts, key, scale, samples=1, max_tokens=limit, **how)
+    width, limit = prompts.tokens.shape[1], config.rollout.max_tokens
+    scale, nothing = np.float32(temperature or 1.0), np.int32(0)
+    how = dict(greedy=temperature == 0, filter=Filter(config.eval.top_k, config.eval.top_p, config.eval.min_p))
+    state, work = begin(
+        setting.model, params, prompts, key, np.full((1, 1), limit), slots=0, columns=width + limit)
     shown = ""
     while True:
-        text = completion_text(setting.tokenizer, state.tokens[0, : int(state.lengths[0])], setting.stop_ids)
-        ended = bool(state.done[0]) or int(state.time) >= limit
+        state = decode(
+            setting.model, params, state, work, setting.stop_table, scale, nothing, np.int32(TOKENS_A_CALL), **how)
+        drawn = state.tokens[0, : int(state.lengths[0])]
+        text = completion_text(setting.tokenizer, drawn, setting.stop_ids, config.rollout.stop_strings)
+        ended = int(state.longest) == 0
         # A character may span several tokens: hold back what does not decode yet.
         ready = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
         yield ready[len(shown):]
         shown = ready
         if ended:
             return
-        state = decode(setting.model, params, state, np.int32(TOKENS_A_CALL), scale, **how)
 
 
 def main(argv: Sequence[str]) -> None:

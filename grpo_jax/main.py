@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     from grpo_jax.setting import check_prompts, prepare
     from grpo_jax.train import train
 
-    setting = prepare(config)
+    setting = prepare(config, training=True)
     configs.check_model(config, setting.model)
     configs.check_mesh(config, row_shards(setting.mesh))
     check_prompts(config, setting.tokenizer)

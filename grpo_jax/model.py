@@ -1,15 +1,13 @@
 """The decoder, as pure functions of its parameters.
 
-`hidden_states` runs tokens through all layers. Each layer attends to the tokens given and, where there is one, to a
-key/value cache that it only reads: the new keys and values are returned, and the caller writes them.
+`hidden_states` runs tokens through all layers. Each layer attends to the tokens given, or writes their keys and values into
+a cache and attends to that.
 
 The parameters are a dict of dicts. `params["layers"]` is a tuple of runs: a run is a tree whose leaves are stacked over
 consecutive layers of one shape, and is scanned (compiled once, sharded as one array). Most models are one run;
 DeepSeek-V3 is two, its first layers having no experts. `unstack` cuts the runs into single layers, which are unrolled:
 decoding then copies no weight out of a stack for every token.
 """
-
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,14 +22,6 @@ from grpo_jax.mesh import ROWS, constrain
 from grpo_jax.rope import tables
 
 
-class Past(NamedTuple):
-    """What a layer may read besides the tokens given."""
-
-    kv: tuple[KV, ...]  # of all layers, in the runs of the parameters
-    mask: Bool[Array, "N L C"]  # True where token l of row n sees cache column c
-    positions: Int[Array, "N C"]  # of the cached tokens
-
-
 class Block(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); with `post_norms`, both are normed once more."""
 
@@ -39,10 +29,10 @@ class Block(nn.Module):
     experts: bool = False
 
     @nn.compact
-    def __call__(self, x, view: View, past: KV | None = None):
+    def __call__(self, x, view: View, cache: KV | None = None):
         c = self.config
         attention = LatentAttention if c.latent else Attention
-        mixed, own = attention(c, name="attention")(norm(c, "attention_norm")(x), view, past)
+        mixed, kv = attention(c, name="attention")(norm(c, "attention_norm")(x), view, cache)
         if c.post_norms:
             mixed = norm(c, "attention_post_norm")(mixed)
         x = constrain(x + mixed, ROWS, None, None)
@@ -50,25 +40,23 @@ class Block(nn.Module):
         mixed = mlp(norm(c, "mlp_norm")(x))
         if c.post_norms:
             mixed = norm(c, "mlp_post_norm")(mixed)
-        return constrain(x + mixed, ROWS, None, None), own
+        return constrain(x + mixed, ROWS, None, None), kv
 
 
-def make_view(config: ModelConfig, layer: Layer, positions, mask, past: Past | None) -> View:
-    """What a layer of that kind sees of the tokens that `mask` allows."""
+def make_view(config: ModelConfig, layer: Layer, positions, mask, key_positions) -> View:
+    """What a layer of that kind sees of the keys that `mask` allows."""
     width = config.latent.rope_width if config.latent else config.head_dim
-    past_mask = None if past is None else past.mask
     if layer.window:
-        near = lambda keys: positions[:, :, None] - keys[:, None, :] < layer.window
-        mask = mask & near(positions)
-        past_mask = None if past is None else past.mask & near(past.positions)
-    return View(tables(layer.rope, width, positions), mask, past_mask)
+        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < layer.window)
+    return View(tables(layer.rope, width, positions), mask, positions)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Random float32 parameters."""
     key_embed, key_layers, key_norm, key_head = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, config.hidden_size))
-    view = make_view(config, config.layers[0], jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool), None)
+    first = jnp.zeros((1, 1), jnp.int32)
+    view = make_view(config, config.layers[0], first, jnp.ones((1, 1, 1), bool), first)
     keys, runs = jax.random.split(key_layers, config.num_layers), []
     for run in config.runs:
         block = Block(config, run[0].experts)
@@ -103,28 +91,28 @@ def unstack(params: dict) -> dict:
     return params | {"layers": layers}
 
 
-def run_layers(config: ModelConfig, run, layers: tuple[Layer, ...], x, views: dict[Layer, View], kv: KV | None):
-    """x through consecutive layers of one shape; and their new keys and values, stacked."""
+def run_layers(config: ModelConfig, run, layers: tuple[Layer, ...], x, views: dict[Layer, View], cache: KV | None):
+    """x through consecutive layers of one shape; and their keys and values or written caches, stacked."""
     block = Block(config, layers[0].experts)
 
-    def apply(x, weights, view, kv):
-        return block.apply({"params": weights}, x, view, kv)
+    def apply(x, weights, view, cache):
+        return block.apply({"params": weights}, x, view, cache)
 
     if len(layers) == 1:
         first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-        x, own = apply(x, first(run), views[layers[0]], first(kv))
-        return x, jax.tree.map(lambda leaf: leaf[None], own)
+        x, kv = apply(x, first(run), views[layers[0]], first(cache))
+        return x, jax.tree.map(lambda leaf: leaf[None], kv)
     kinds = list(dict.fromkeys(layers))
     if len(kinds) == 1:
-        return jax.lax.scan(lambda x, scanned: apply(x, scanned[0], views[kinds[0]], scanned[1]), x, (run, kv))
+        return jax.lax.scan(lambda x, scanned: apply(x, scanned[0], views[kinds[0]], scanned[1]), x, (run, cache))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(views[kind] for kind in kinds))
     kind_of_layer = jnp.asarray([kinds.index(layer) for layer in layers])
 
     def step(x, scanned):
-        weights, kv, kind = scanned
-        return apply(x, weights, jax.tree.map(lambda leaf: leaf[kind], stacked), kv)
+        weights, cache, kind = scanned
+        return apply(x, weights, jax.tree.map(lambda leaf: leaf[kind], stacked), cache)
 
-    return jax.lax.scan(step, x, (run, kv, kind_of_layer))
+    return jax.lax.scan(step, x, (run, cache, kind_of_layer))
 
 
 def hidden_states(
@@ -132,30 +120,32 @@ def hidden_states(
     params: dict,
     tokens: Int[Array, "N L"],
     positions: Int[Array, "N L"],
-    mask: Bool[Array, "N L L"],
-    past: Past | None = None,
+    mask: Bool[Array, "N L C"],
+    cache: tuple[KV, ...] | None = None,
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
-    """The final layer's output after its norm, and the new keys and values of all layers.
+    """The final layer's output after its norm, and the keys and values of all layers.
 
     Args:
-      mask: [n, l, m] is True where token l of row n sees token m of the same call; a layer with a window sees less.
-      past: a cache to read before them; None when there is none.
+      mask: [n, l, c] is True where token l of row n sees key c; a layer with a window sees less. The keys are the
+        tokens given (C = L), or with a cache its columns.
+      cache: a KV for each run of the parameters. The tokens given are written into the columns of their positions first.
     Returns:
-      hidden [N, L, D] in the compute dtype, and a KV [layers, N, K, L, E] for each run of the parameters.
+      hidden [N, L, D] in the compute dtype, and a KV for each run of the parameters: of the tokens given, or the cache.
     """
     x = Embed(config.vocab_size, config.hidden_size).apply({"params": params["embed"]}, tokens)
     x = x.astype(config.compute_dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     x = constrain(x, ROWS, None, None)
-    views = {layer: make_view(config, layer, positions, mask, past) for layer in dict.fromkeys(config.layers)}
-    new, first = [], 0
+    key_positions = positions if cache is None else jnp.arange(mask.shape[-1])[None]
+    views = {layer: make_view(config, layer, positions, mask, key_positions) for layer in dict.fromkeys(config.layers)}
+    kv, first = [], 0
     for index, run in enumerate(params["layers"]):
         layers = config.layers[first : first + run_length(run)]
-        x, own = run_layers(config, run, layers, x, views, None if past is None else past.kv[index])
-        new.append(own)
+        x, own = run_layers(config, run, layers, x, views, None if cache is None else cache[index])
+        kv.append(own)
         first += len(layers)
-    return norm(config).apply({"params": params["final_norm"]}, x), tuple(new)
+    return norm(config).apply({"params": params["final_norm"]}, x), tuple(kv)
 
 
 def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -177,8 +167,9 @@ def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows 
     Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
     """
     logits = logits_of(config, params, hidden) / temperature
-    drawable = jnp.arange(config.vocab_size) < config.drawable
-    return jnp.where(drawable, logits, -jnp.inf)
+    if config.drawable == config.vocab_size:
+        return logits
+    return jnp.where(jnp.arange(config.vocab_size) < config.drawable, logits, -jnp.inf)
 
 
 def causal_mask(rows: int, length: int) -> Bool[Array, "N L L"]:

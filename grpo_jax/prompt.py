@@ -86,28 +86,31 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], ids: Sequence[int], m
     return Prompts(tokens=tokens, lengths=lengths, ids=np.asarray(ids, np.int32))
 
 
-STOP_TEXT = "</answer>"
+ANSWER_END = ("</answer>",)
 
 
-def completion_text(tokenizer, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
+def completion_text(
+    tokenizer, tokens: Sequence[int], stop_ids: Sequence[int], stop_strings: Sequence[str] = ANSWER_END
+) -> str:
     """What the reward reads: the text from the prompt's end to the stop.
 
-    A stopping id at the end is left out. If the last token completes the first `</answer>` and brings further bytes
-    with it (`>\\n\\n` is one token in many vocabularies), those bytes are left out too: the model could not have
-    chosen to stop between them.
+    A stopping id at the end is left out. If the last token completes a stop string and brings further bytes with it
+    (`>\\n\\n` is one token in many vocabularies), those bytes are left out too: the model could not have chosen to stop
+    between them.
     """
     tokens = [int(token) for token in tokens]
     if tokens and tokens[-1] in stop_ids:
         tokens = tokens[:-1]
-    text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    end = text.find(STOP_TEXT)
-    if end >= 0 and STOP_TEXT not in tokenizer.decode(
-        tokens[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    ):
-        text = text[: end + len(STOP_TEXT)]
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = decode(tokens)
+    ends = [text.find(string) + len(string) for string in stop_strings if string in text]
+    if ends and not any(string in decode(tokens[:-1]) for string in stop_strings):
+        text = text[: min(ends)]
     return text
 
 
-def completion_texts(tokenizer, tokens, lengths, stop_ids: Sequence[int]) -> list[str]:
+def completion_texts(
+    tokenizer, tokens, lengths, stop_ids: Sequence[int], stop_strings: Sequence[str] = ANSWER_END
+) -> list[str]:
     """`completion_text` of N rows: tokens[N,S], lengths[N]."""
-    return [completion_text(tokenizer, row[:length], stop_ids) for row, length in zip(tokens, lengths)]
+    return [completion_text(tokenizer, row[:length], stop_ids, stop_strings) for row, length in zip(tokens, lengths)]

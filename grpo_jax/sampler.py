@@ -1,14 +1,21 @@
-"""Sampling: prefill each distinct prompt once, then decode all its completions in one compiled loop.
+"""Sampling: a rollout's sequences run through a fixed number of slots, in one compiled loop.
 
-    start   prefill B prompts, give each prompt's keys and values to its G rows, draw the first token
-    decode  up to k more tokens a row; stops when all rows are done. Takes and returns its state
-    finish  the state's arrays as a Rollout
+    start   prefill each distinct prompt once; take the first sequences into the slots
+    decode  a token for every slot, again and again; a slot whose sequence ends takes the next one of the queue
+    finish  what was drawn, as a Rollout
 
-Column c of a row's cache holds the keys and values of its token at position c, so a row sees the columns below its own
-position and nothing else: prompts of different lengths need no padding mask.
+Taking a sequence copies its prompt's keys and values into the slot and steps back by one token: the prompt's last token
+is decoded again, which gives the first token of the completion like any other. Column c of a slot's cache holds the token
+at position c, so prompts of different lengths need no padding.
+
+Attention costs as many columns as the cache has. It starts small and the loop is left when the longest sequence has
+filled it, or when the longest has ended and a smaller cache would do; there is one compiled program a size (`sizes`).
+
+On a mesh each shard of rows has its own prompts, queue and slots. Its rows never leave it: all that shards exchange for a
+token is how long the longest sequence is, which says when to stop.
 
 Randomness is counter-based: the key of a token is folded from (key, prompt id, sample id, index in the completion). A
-completion therefore does not depend on its row, on the batch or on the number of hosts, and can be drawn again.
+completion therefore does not depend on its slot, on the others or on the number of hosts, and can be drawn again.
 """
 
 import re
@@ -20,158 +27,310 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.attention import KV
-from grpo_jax.mesh import ROWS, constrain, path_name, shardings
-from grpo_jax.model import Past, causal_mask, hidden_states, param_shapes, token_logits, unstack
+from grpo_jax.draws import Filter, choose
+from grpo_jax.mesh import ROWS, constrain, path_name, row_shards, shardings
+from grpo_jax.model import causal_mask, hidden_states, param_shapes, token_logits, unstack
+from grpo_jax.prompt import load_tokenizer
+from grpo_jax.stops import STOPPED, stop_table
 from grpo_jax.types import Prompts, Rollout
 
-BLOCK = 256  # tokens a draw chooses among at a time
+PREFILL_TOKENS = 8192  # of prompts that a shard prefills at a time
 
 
 @flax.struct.dataclass
-class DecodeState:
-    """All that the decode loop carries. Rows are ordered by prompt, then by sample."""
+class Work:
+    """What a rollout draws, of all shards of rows one after another; constant while it lasts."""
 
-    kv: tuple[KV, ...]  # the cache, one KV [1, N, K, C, E] a layer
-    last: Int[Array, " N"]  # the token drawn last, not yet in the cache
-    prompt_lengths: Int[Array, " N"]
-    keys: Key[Array, " N"]  # of the row; a token's key is folded from it and the token's index
-    time: Int[Array, ""]  # tokens drawn so far by a row that is not done
-    done: Bool[Array, " N"]  # a stopping token was drawn
+    prompts: Prompts  # those that the shard's sequences have
+    kv: tuple[KV, ...]  # their keys and values, one KV [1, prompts, ...] of T columns a layer
+    prompt: Int[Array, " N"]  # of each sequence: which of the shard's prompts
+    limit: Int[Array, " N"]  # tokens to draw at most; 0 fills the last shards up and is no sequence
+    keys: Key[Array, " N"]
+
+
+@flax.struct.dataclass
+class Slots:
+    """All that the decode loop carries: M slots and what the N sequences have drawn."""
+
+    kv: tuple[KV, ...]  # the cache, one KV [1, M, ...] of C columns a layer
+    sequence: Int[Array, " M"]  # that the slot draws, counted in its shard; -1: the slot is idle
+    last: Int[Array, " M"]  # its last token, not yet in the cache
+    position: Int[Array, " M"]  # of `last`
+    index: Int[Array, " M"]  # of the token to be drawn next, in the completion
+    stop_state: Int[Array, " M"]  # in the stop table
+    taken: Int[Array, " shards"]  # sequences that have had a slot
+    longest: Int[Array, ""]  # columns that the longest sequence needs for its next token; 0: all are done
     tokens: Int[Array, "N S"]
     logps: Float[Array, "N S"]
     lengths: Int[Array, " N"]
+    stopped: Int[Array, " N"]  # 1: ended by a stopping token
 
 
-def draw(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """One token a row from softmax(logits), and its log-probability.
+def row_specs(tree):
+    """How the leaves of Work or Slots lie on the mesh: all but `longest` have rows, which are split; a cache has layers
+    in front of them."""
 
-    Hierarchical: a block of tokens by the Gumbel-max trick over the blocks' logsumexps, then a token in the block.
-    Exact, and V / 256 + 256 random numbers instead of V.
+    def of(path, leaf):
+        name = path_name(path)
+        return P() if name == "longest" else P(None, ROWS) if name.startswith("kv/") else P(ROWS)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def on_each_shard(function, *args):
+    """function(*args) of each shard's own rows, on the mesh in force. It returns what its first argument is.
+
+    Every leaf but `longest` has rows, which are split; a cache has layers in front of them.
     """
-    rows, vocab = logits.shape
-    blocks = -(-vocab // BLOCK)
-    padded = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocab)), constant_values=-jnp.inf)
-    padded = padded.reshape(rows, blocks, BLOCK)
-    masses = jax.nn.logsumexp(padded, axis=-1)
-    pair = jax.vmap(jax.random.split)(keys)
-    block = jnp.argmax(masses + jax.vmap(lambda key: jax.random.gumbel(key, (blocks,)))(pair[:, 0]), axis=-1)
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    token = jnp.argmax(inside + jax.vmap(lambda key: jax.random.gumbel(key, (BLOCK,)))(pair[:, 1]), axis=-1)
-    chosen = jnp.take_along_axis(inside, token[:, None], axis=-1)[:, 0]
-    return block * BLOCK + token, chosen - jax.nn.logsumexp(masses, axis=-1)
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*args)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(args)
+    names = [path_name(path) for path, _ in leaves]
+    specs = tuple(
+        P() if name.endswith("longest") else P(None, ROWS) if "/kv/" in name else P(ROWS) for name in names)
+
+    def run(*leaves):
+        return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
+
+    out, out_tree = jax.tree.flatten(args[0])
+    made = jax.shard_map(
+        run, in_specs=specs, out_specs=specs[: len(out)], axis_names=set(ROWS), check_vma=False)(
+            *(leaf for _, leaf in leaves))
+    return jax.tree.unflatten(out_tree, made)
 
 
-def choose(config: ModelConfig, params, hidden: Float[Array, "N D"], keys, temperature, greedy: bool):
-    """The next token of each row and its log-probability: at the temperature, or the likeliest, scored at 1."""
-    logits = constrain(token_logits(config, params, hidden, 1.0 if greedy else temperature), ROWS, None)
-    if not greedy:
-        return draw(keys, logits)
-    token = jnp.argmax(logits, axis=-1)
-    return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-
-
-def record(state: DecodeState, token, logp, stop_ids: tuple[int, ...]) -> DecodeState:
-    """Writes the drawn tokens at index `time` of the rows that are not done."""
-    token = jnp.where(state.done, 0, token)
-    return state.replace(
-        last=token,
-        time=state.time + 1,
-        tokens=state.tokens.at[:, state.time].set(token),
-        logps=state.logps.at[:, state.time].set(jnp.where(state.done, 0.0, logp)),
-        lengths=state.lengths + ~state.done,
-        done=state.done | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)),
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "samples", "max_tokens", "greedy", "stop_ids"))
-def start(
-    config: ModelConfig, params, prompts: Prompts, key, temperature, *, samples: int, max_tokens: int, greedy: bool,
-    stop_ids: tuple[int, ...],
-) -> DecodeState:
-    """Prefills B prompts and draws the first token of B * G rows."""
+def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
+    """The keys and values of prompts, T columns."""
     count, width = prompts.tokens.shape
-    rows = count * samples
-    positions = jnp.broadcast_to(jnp.arange(width), (count, width))
-    hidden, new = hidden_states(config, params, prompts.tokens, positions, causal_mask(count, width))
-    last_hidden = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
 
-    def to_cache(x):  # [1, B, K, T, E] -> [1, N, K, C, E]
-        x = jnp.pad(jnp.repeat(x, samples, axis=1), ((0, 0),) * 3 + ((0, max_tokens), (0, 0)))
-        return constrain(x, None, ROWS, "tensor", None, None)
+    def run(tokens):
+        rows = tokens.shape[0]
+        positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
+        return hidden_states(config, params, tokens, positions, causal_mask(rows, width))[1]
 
-    ids = jnp.stack([jnp.repeat(prompts.ids, samples), jnp.tile(jnp.arange(samples), count)], axis=1)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else row_shards(mesh)
+    at_once = max(1, PREFILL_TOKENS // width) * shards
+    if count <= at_once:
+        return run(prompts.tokens)
+    pieces = -(-count // at_once)
+    padded = jnp.pad(prompts.tokens, ((0, pieces * at_once - count), (0, 0)))
+    # Every piece takes prompts from all shards, so that all of them work.
+    split = constrain(jnp.swapaxes(padded.reshape(-1, pieces, width), 0, 1), None, ROWS, None)
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(1, pieces * at_once, *x.shape[3:])[:, :count]
+    return jax.tree.map(join, jax.lax.map(run, split))
+
+
+def refill(slots: Slots, work: Work) -> Slots:
+    """The idle slots of a shard take the next sequences of its queue."""
+    free = slots.sequence < 0
+    turn = slots.taken[0] + jnp.cumsum(free) - 1
+    takes = free & (turn < jnp.sum(work.limit > 0))
+    sequence = jnp.where(takes, turn, slots.sequence)
+    prompt = work.prompt[jnp.where(takes, turn, 0)]
+    before_last = work.prompts.lengths[prompt] - 1
+    filled = jnp.nonzero(takes, size=len(takes), fill_value=0)[0]
+
+    def copy(i, kv):
+        slot = filled[i]
+
+        def put(cache, of_prompts):
+            one = jax.lax.dynamic_slice_in_dim(of_prompts, prompt[slot], 1, axis=1)
+            return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
+
+        return jax.tree.map(put, kv, work.kv)
+
+    return slots.replace(
+        kv=jax.lax.fori_loop(0, jnp.sum(takes), copy, slots.kv),
+        sequence=sequence,
+        last=jnp.where(takes, work.prompts.tokens[prompt, before_last], slots.last),
+        position=jnp.where(takes, before_last, jnp.where(sequence < 0, 0, slots.position)),
+        index=jnp.where(takes, 0, slots.index),
+        stop_state=jnp.where(takes, 0, slots.stop_state),
+        taken=slots.taken + jnp.sum(takes),
+    )
+
+
+def record(slots: Slots, work: Work, token: Int[Array, " M"], logp: Float[Array, " M"], state: Int[Array, " M"]) -> Slots:
+    """Writes down the tokens that a shard's slots drew, which led to `state`; slots whose sequence ends become idle."""
+    live = slots.sequence >= 0
+    to = jnp.where(live, slots.sequence, len(work.limit))  # an idle slot writes beyond the end: nowhere
+    drawn = slots.index + 1
+    ended = (state == STOPPED) | (drawn >= work.limit[jnp.maximum(slots.sequence, 0)])
+    return slots.replace(
+        sequence=jnp.where(live & ~ended, slots.sequence, -1),
+        last=token,
+        position=slots.position + 1,
+        index=drawn,
+        stop_state=jnp.maximum(state, 0),
+        tokens=slots.tokens.at[to, slots.index].set(token, mode="drop"),
+        logps=slots.logps.at[to, slots.index].set(logp, mode="drop"),
+        lengths=slots.lengths.at[to].set(drawn, mode="drop"),
+        stopped=slots.stopped.at[to].set((state == STOPPED).astype(jnp.int32), mode="drop"),
+    )
+
+
+def vote(slots: Slots) -> Slots:
+    """Sets `longest`, of all shards."""
+    return slots.replace(longest=jnp.max(jnp.where(slots.sequence >= 0, slots.position + 1, 0)))
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "columns", "sampled"))
+def start(
+    config: ModelConfig, params, prompts: Prompts, prompt, limit, ids: Int[Array, "N 2"], key, *, slots: int,
+    columns: int, sampled: int,
+) -> tuple[Slots, Work]:
+    """Prefills the prompts and fills `slots` slots with caches of `columns` columns.
+
+    Args:
+      prompts, prompt, limit: as in Work.
+      ids: prompt id and sample id of each sequence.
+    """
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
-    state = DecodeState(
-        kv=jax.tree.map(to_cache, new),
-        last=jnp.zeros(rows, jnp.int32),
-        prompt_lengths=jnp.repeat(prompts.lengths, samples),
-        keys=keys,
-        time=jnp.int32(0),
-        done=jnp.zeros(rows, bool),
-        tokens=jnp.zeros((rows, max_tokens), jnp.int32),
-        logps=jnp.zeros((rows, max_tokens), jnp.float32),
-        lengths=jnp.zeros(rows, jnp.int32),
-    )
-    token, logp = choose(
-        config, params, jnp.repeat(last_hidden, samples, axis=0), token_keys(state), temperature, greedy
-    )
-    return record(state, token, logp, stop_ids)
+    prompts, prompt, limit, keys = jax.tree.map(lambda x: constrain(x, ROWS), (prompts, prompt, limit, keys))
+    work = Work(prompts=prompts, kv=prefill(config, params, prompts), prompt=prompt, limit=limit, keys=keys)
+    empty = lambda x, c: constrain(jnp.zeros((1, slots, *x.shape[2:-2], *c), x.dtype), None, ROWS, "tensor", None, None)
+    cache = [KV(empty(kv.k, (kv.k.shape[-2], columns)), empty(kv.v, (columns, kv.v.shape[-1]))) for kv in work.kv]
+    mesh = jax.sharding.get_abstract_mesh()
+    zeros = lambda *shape, dtype=jnp.int32: constrain(jnp.zeros(shape, dtype), ROWS)
+    state = Slots(
+        kv=tuple(cache), sequence=zeros(slots) - 1, last=zeros(slots), position=zeros(slots), index=zeros(slots),
+        stop_state=zeros(slots), taken=zeros(1 if mesh.empty else row_shards(mesh)), longest=jnp.int32(0),
+        tokens=zeros(len(limit), sampled), logps=zeros(len(limit), sampled, dtype=jnp.float32),
+        lengths=zeros(len(limit)), stopped=zeros(len(limit)))
+    return vote(on_each_shard(refill, state, work)), work
 
 
-def token_keys(state: DecodeState):
-    """The keys of the tokens to be drawn next."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.time)
-
-
-@partial(jax.jit, static_argnames=("config", "greedy", "stop_ids"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "greedy", "filter"), donate_argnames=("slots",))
 def decode(
-    config: ModelConfig, params, state: DecodeState, count, temperature, *, greedy: bool, stop_ids: tuple[int, ...]
-) -> DecodeState:
-    """Draws up to `count` more tokens for each row that is not done; ends early when all rows are."""
-    rows, capacity = state.tokens.shape
-    until = jnp.minimum(state.time + count, capacity)
-    row_index = jnp.arange(rows)
-    columns = jnp.broadcast_to(jnp.arange(state.kv[0].k.shape[-2]), (rows, state.kv[0].k.shape[-2]))
-    itself = jnp.ones((rows, 1, 1), bool)
+    config: ModelConfig, params, slots: Slots, work: Work, table, temperature, floor, count, *, greedy: bool,
+    filter: Filter,
+) -> Slots:
+    """Draws up to `count` tokens a slot; ends early when all is done, the cache is full, or `floor` columns would do."""
+    columns = jnp.arange(slots.kv[0].k.shape[-1])
 
-    def unfinished(state):
-        return (state.time < until) & ~jnp.all(state.done)
+    def going(carry):
+        slots, steps = carry
+        return (slots.longest > floor) & (slots.longest <= len(columns)) & (steps < count)
 
-    def step(state):
-        position = state.prompt_lengths + state.time - 1  # of `last`
-        past = Past(state.kv, (columns < position[:, None])[:, None, :], columns)
-        hidden, new = hidden_states(config, params, state.last[:, None], position[:, None], itself, past)
-        put = lambda cache, x: cache.at[0, row_index, :, position].set(x[0, :, :, 0])
-        state = state.replace(kv=jax.tree.map(put, state.kv, new))
-        token, logp = choose(config, params, hidden[:, 0], token_keys(state), temperature, greedy)
-        return record(state, token, logp, stop_ids)
+    def own_keys(sequence, work):
+        return work.keys[jnp.maximum(sequence, 0)]
 
-    return jax.lax.while_loop(unfinished, step, state)
+    def step(carry):
+        slots, steps = carry
+        position = slots.position[:, None]
+        hidden, kv = hidden_states(
+            config, params, slots.last[:, None], position, columns <= position[:, :, None], slots.kv)
+        logits = token_logits(config, params, hidden[:, 0], 1.0 if greedy else temperature)
+        keys = jax.vmap(jax.random.fold_in)(on_each_shard(own_keys, slots.sequence, work), slots.index)
+        token, logp = choose(keys, constrain(logits, ROWS, None), greedy, filter)
+        state = table[slots.stop_state, token].astype(jnp.int32)
+        slots = on_each_shard(record, slots.replace(kv=kv), work, token, logp, state)
+        return vote(on_each_shard(refill, slots, work)), steps + 1
+
+    return jax.lax.while_loop(going, step, (slots, jnp.int32(0)))[0]
 
 
-def finish(state: DecodeState, prompts: Prompts) -> Rollout:
-    """The rows of a state as B groups of G."""
+def finish(slots: Slots, prompts: Prompts, samples: int) -> Rollout:
+    """What was drawn, as B groups of G."""
     count = len(prompts.ids)
-    group = lambda x: x.reshape(count, -1, *x.shape[1:])
+    group = lambda x: x[: count * samples].reshape(count, samples, *x.shape[1:])
     return Rollout(
-        tokens=group(state.tokens), logps=group(state.logps), lengths=group(state.lengths),
-        truncated=~group(state.done), prompt_ids=jnp.asarray(prompts.ids),
-    )
+        tokens=group(slots.tokens), logps=group(slots.logps), lengths=group(slots.lengths),
+        truncated=group(slots.stopped) == 0, prompt_ids=jnp.asarray(prompts.ids))
+
+
+def sizes(width: int, most: int) -> list[int]:
+    """The numbers of columns that a cache may have: 128, 192, 256, 384, 512, ..., and `most` in the end.
+
+    Args:
+      width: T, the columns of a prompt, which every size exceeds.
+      most: what the longest sequence can need.
+    """
+    steps = sorted({step << shift for step in (128, 192) for shift in range(most.bit_length())})
+    return [step for step in steps if step > width and step * 1.2 < most] + [most]
+
+
+def queue(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
+    """The sequences split over shards: (prompts of the shards, and by sequence prompt, limit and ids), numpy.
+
+    Sequence n is sample n % G of prompt n // G; shard w draws the w-th part of them. Each shard has the prompts of its own
+    sequences, so a group that is cut has its prompt in two shards.
+    """
+    count, samples = limits.shape
+    each = -(-count * samples // shards)
+    number = np.arange(shards * each)
+    real = number < count * samples
+    prompt = np.minimum(number // samples, count - 1)
+    first = prompt.reshape(shards, each)[:, :1]
+    local = prompt.reshape(shards, each) - first
+    taken = np.minimum(first + np.arange(local.max() + 1), count - 1).reshape(-1)
+    of_shards = jax.tree.map(lambda x: np.asarray(x)[taken], prompts)
+    limit = np.where(real, limits.reshape(-1)[np.minimum(number, count * samples - 1)], 0)
+    ids = np.stack([np.asarray(prompts.ids)[prompt], number % samples], axis=1)
+    return of_shards, local.reshape(-1).astype(np.int32), limit.astype(np.int32), ids.astype(np.int32)
+
+
+def begin(
+    config: ModelConfig, params, prompts: Prompts, key, limits: Int[np.ndarray, "B G"], *, slots: int, columns: int
+) -> tuple[Slots, Work]:
+    """`start` for whole prompts (numpy) and the number of tokens that each completion may have."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else row_shards(mesh)
+    of_shards, prompt, limit, ids = queue(prompts, limits, shards)
+    slots = min(-(-slots // shards) * shards or len(limit), len(limit))
+    return start(config, params, of_shards, prompt, limit, ids, key, slots=slots, columns=columns,
+                 sampled=int(limits.max()))
+
+
+@partial(jax.jit, static_argnames=("columns",))
+def resize(kv: KV, columns: int) -> KV:
+    """A layer's cache with another number of columns; the first are kept."""
+
+    def fit(x, axis):
+        if columns <= x.shape[axis]:
+            return jax.lax.slice_in_dim(x, 0, columns, axis=axis)
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, columns - x.shape[axis])
+        return jnp.pad(x, pad)
+
+    return KV(fit(kv.k, 4), fit(kv.v, 3))
 
 
 def generate(
     config: ModelConfig, params, prompts: Prompts, key, *, samples: int, max_tokens: int, temperature: float,
-    stop_ids: tuple[int, ...],
+    table: Int[np.ndarray, "states V"], slots: int = 0, limits: Int[np.ndarray, "B G"] | None = None,
+    filter: Filter = Filter(),
 ) -> Rollout:
-    """`sample` for prompts that are encoded and parameters that are placed (`place_for_rollout`)."""
-    how = dict(greedy=temperature == 0, stop_ids=tuple(stop_ids))
-    scale = np.float32(temperature or 1.0)
-    state = start(config, params, prompts, key, scale, samples=samples, max_tokens=max_tokens, **how)
-    return finish(decode(config, params, state, np.int32(max_tokens), scale, **how), prompts)
+    """`sample` for prompts that are encoded (numpy) and parameters that are placed (`place_for_rollout`).
+
+    Args:
+      table: of stops.stop_table.
+      slots: sequences drawn at a time, of all shards of rows together; 0: all of them.
+    """
+    width = prompts.tokens.shape[1]
+    limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
+    ladder, level = sizes(width, width + max_tokens), 0
+    state, work = begin(config, params, prompts, key, limits, slots=slots, columns=ladder[0])
+    scale, forever = np.float32(temperature or 1.0), np.int32(2**31 - 1)
+    while True:
+        # A quarter below the size beneath: going down and soon up again would cost two copies.
+        floor = ladder[level - 1] * 3 // 4 if level else 0
+        state = decode(config, params, state, work, table, scale, np.int32(floor), forever,
+                       greedy=temperature == 0, filter=filter)
+        longest = int(state.longest)
+        if not longest:
+            return finish(state, prompts, samples)
+        level += 1 if longest > ladder[level] else -1
+        layers, state = list(state.kv), state.replace(kv=())
+        for i, kv in enumerate(layers):  # one by one, so that the old and the new cache never exist whole together
+            layers[i] = resize(kv, ladder[level])
+        state = state.replace(kv=tuple(layers))
 
 
 @lru_cache
@@ -219,36 +378,55 @@ def sample(
     key: jax.Array,
     *,
     samples: int,
-    max_tokens: int,
+    max_tokens: int | Int[np.ndarray, "B G"],
     temperature: float = 1.0,
     stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer=None,
     prompt_ids: Sequence[int] | None = None,
+    slots: int = 0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Rollout:
     """Draws `samples` completions of at most `max_tokens` tokens for each prompt.
 
     Args:
       prompts: a list of B lists of token ids.
       key: of this rollout; with the prompt's id, the sample's and the token's index it decides a draw.
+      max_tokens: of every completion, or an array with that of each.
       temperature: 0 is greedy; log-probabilities are then those at temperature 1.
       stop_ids: a row ends with the first of them, which is part of it. None given, no stop.
+      stop_strings: a row ends with the token that completes one of them, however they are cut into tokens.
+      tokenizer: for stop_strings; by default that of the folder which the model came from.
       prompt_ids: B integers that name the prompts in the keys, 0 to B - 1 by default.
+      slots: sequences drawn at a time; 0: all. It changes speed and memory, not what is drawn.
+      top_k, top_p, min_p: as in draws.Filter. The log-probabilities are those of the whole distribution.
     Raises:
-      ValueError: an empty prompt, an id that is no row of the embedding, a temperature below 0, nothing to draw, or a
+      ValueError: an empty prompt, an id that is no row of the embedding, a value out of its range, nothing to draw, or a
         prompt that with its completion exceeds the model's positions.
     """
     padded = pad_prompts(prompts, prompt_ids)
+    limits = np.broadcast_to(np.asarray(max_tokens), (len(prompts), max(samples, 0)))
+    most = int(limits.max(initial=0))
     longest = int(padded.lengths.max())
     for fine, expected, found in (
-        (samples > 0 and max_tokens > 0, "samples and max_tokens of 1 or more", (samples, max_tokens)),
+        (limits.size and limits.min() > 0, "samples and max_tokens of 1 or more", (samples, max_tokens)),
         (temperature >= 0, "a temperature of 0 or more", temperature),
         (0 <= padded.tokens.min() and padded.tokens.max() < model_config.vocab_size,
          f"token ids from 0 to {model_config.vocab_size - 1}", (padded.tokens.min(), padded.tokens.max())),
-        (longest + max_tokens <= model_config.max_positions,
-         f"prompt + max_tokens of at most {model_config.max_positions} positions", f"{longest} + {max_tokens}"),
+        (longest + most <= model_config.max_positions,
+         f"prompt + max_tokens of at most {model_config.max_positions} positions", f"{longest} + {most}"),
+        (slots >= 0, "slots of 0 or more", slots),
+        (top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1, "top_k of 0 or more, top_p in (0, 1] and min_p in [0, 1]",
+         (top_k, top_p, min_p)),
     ):
         if not fine:
             raise ValueError(f"expected {expected}; found {found}")
+    if stop_strings and tokenizer is None:
+        tokenizer = load_tokenizer(model_config.source)
+    table = stop_table(model_config.vocab_size, [int(i) for i in stop_ids], stop_strings, tokenizer)
     if len(params["layers"]) < model_config.num_layers:
         params = place_for_rollout(model_config, params)
-    return generate(model_config, params, padded, key, samples=samples, max_tokens=max_tokens,
-                    temperature=temperature, stop_ids=tuple(int(i) for i in stop_ids))
+    return generate(model_config, params, padded, key, samples=samples, max_tokens=most, temperature=temperature,
+                    table=table, slots=slots, limits=limits, filter=Filter(top_k, top_p, min_p))

@@ -4,15 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.checkpoint import restore_policy
+from grpo_jax.memory import Plan, placed_bytes, plan_rollout
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
 from grpo_jax.source import count_ids, find_model, read_model_config
+from grpo_jax.stops import stop_table
 from grpo_jax.tasks import held_out_problems, make_task, read_questions
+from grpo_jax.train_step import make_optimizer, state_shapes, state_shardings
 from grpo_jax.types import UserError
 from grpo_jax.weights import load, open_checkpoint
 
@@ -27,12 +31,16 @@ class Setting(NamedTuple):
     model: ModelConfig
     tokenizer: Any
     stop_ids: tuple[int, ...]
+    stop_table: np.ndarray  # of stop_ids and rollout.stop_strings
     mesh: Mesh
+    plan: Plan  # of the rollout's memory
 
 
-def prepare(config) -> Setting:
-    """Finds model, tokenizer and mesh of a checked config.
+def prepare(config, *, training: bool = False) -> Setting:
+    """Finds model, tokenizer and mesh of a checked config, and what of a rollout fits in memory.
 
+    Args:
+      training: besides the policy, the optimizer's state and the reference take memory.
     Raises:
       UserError: one of them is not as the config says.
     """
@@ -47,7 +55,15 @@ def prepare(config) -> Setting:
                         f"{model.vocab_size} rows; this tokenizer is not the model's")
     open_checkpoint(source, model)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.expert)
-    return Setting(source, model, tokenizer, eos_ids(tokenizer, model.eos_ids), mesh)
+    stop_ids = eos_ids(tokenizer, model.eos_ids)
+    table = stop_table(model.vocab_size, stop_ids, config.rollout.stop_strings, tokenizer)
+    shapes = param_shapes(model, config.model.param_dtype)
+    held = placed_bytes(shapes, shardings(mesh, shapes))
+    if training:
+        optimizer = make_optimizer(config.optim)
+        held *= 2 if config.loss.kl_coef else 1  # the reference
+        held += placed_bytes(state_shapes(shapes, optimizer).opt_state, state_shardings(mesh, shapes, optimizer).opt_state)
+    return Setting(source, model, tokenizer, stop_ids, table, mesh, plan_rollout(config, model, mesh, held))
 
 
 def check_prompts(config, tokenizer) -> None:

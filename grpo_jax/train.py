@@ -36,6 +36,7 @@ from grpo_jax.train_step import (
 from grpo_jax.types import Experience
 from grpo_jax.weights import load
 
+OF_THE_SAMPLER = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 ABOUT_THE_LOSS = (
     "loss/total is about 0 by design: a group's advantages sum to 0 and the ratio starts at 1. "
     "Watch reward, accuracy, format and length instead."
@@ -62,16 +63,18 @@ def collect(
     count, samples = config.rollout.prompts, config.rollout.samples
     ids = range(position * count, (position + 1) * count)
     problems = [problem(i) for i in ids]
-    prompts = split_rows(
-        setting.mesh, encode_prompts(setting.tokenizer, problems, ids, config.rollout.max_prompt_tokens))
+    prompts = encode_prompts(setting.tokenizer, problems, ids, config.rollout.max_prompt_tokens)
 
     rollout = generate(
         setting.model, place_for_rollout(setting.model, params, setting.mesh), prompts, key, samples=samples,
-        max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature, stop_ids=setting.stop_ids)
+        max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature, table=setting.stop_table,
+        slots=setting.plan.slots)
+    prompts = split_rows(setting.mesh, prompts)
     rows = to_host(rollout).rows()
     sampled = time.monotonic()
 
-    texts = completion_texts(setting.tokenizer, rows["tokens"], rows["lengths"], setting.stop_ids)
+    texts = completion_texts(
+        setting.tokenizer, rows["tokens"], rows["lengths"], setting.stop_ids, config.rollout.stop_strings)
     parts = rewards(texts, [p.answer for p in problems for _ in range(samples)])
     group_advantages = np.asarray(advantages(jnp.asarray(parts["total"].reshape(count, samples))))
     rewarded = time.monotonic()
@@ -121,7 +124,7 @@ def describe(config, setting: Setting, params) -> str:
     device = jax.devices()[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in setting.mesh.shape.items())
     return (f"{config.model.path}: {count:,} parameters on {jax.device_count()} {device.device_kind} device(s) ({axes}); "
-            f"{config.rollout.prompts} questions x {config.rollout.samples} answers a rollout")
+            f"{config.rollout.prompts} questions x {config.rollout.samples} answers a rollout, {setting.plan}")
 
 
 def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer):
@@ -192,7 +195,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         state, about_update = update(state, batch)
         metrics = {name: float(value) for name, value in to_host(about_update).items()}
         if inner == 0:  # only now is the policy still the one that the sampler used
-            about_rollout["policy/kl_sampler"] = metrics["policy/kl_sampler"]
+            about_rollout |= {name: metrics[name] for name in OF_THE_SAMPLER}
         now = time.monotonic()
         metrics |= about_rollout | {"time/update_s": now - updating, "time/step_s": now - begun}
         if inner:

@@ -111,10 +111,13 @@ def minibatch(experience: Experience, key, index, *, count: int) -> Experience:
     return jax.tree.map(lambda x: constrain(x[order], ROWS), experience)
 
 
+LARGEST = ("policy/ratio_max", "policy/logp_gap/max")  # metrics of which the largest of all parts counts
+
+
 def loss_and_metrics(
     config: ModelConfig, params, part: Experience, weights: Float[Array, "N S"], *, temperature: float, loss
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The GRPO loss of some rows under `params`, and its metrics; both sum over parts (`policy/ratio_max` does not)."""
+    """The GRPO loss of some rows under `params`, and its metrics; both sum over parts (those in LARGEST do not)."""
     sampled = part.mask.shape[1]
     logps, entropies = score_completions(config, params, part.tokens, part.prompt_lengths, sampled, temperature)
     value, metrics = weighted_loss(
@@ -123,7 +126,10 @@ def loss_and_metrics(
         clip_low=loss.clip_low, clip_high=loss.clip_high, kl_coef=loss.kl_coef)
     drift = jnp.sum(weights * k3(part.sampler_logps, jnp.where(weights > 0, logps, 0.0)))
     entropy = jnp.sum(jnp.where(weights > 0, weights * entropies, 0.0))
-    return value, metrics | jax.lax.stop_gradient({"policy/kl_sampler": drift, "policy/entropy": entropy})
+    gap = jnp.where(weights > 0, jnp.abs(logps - part.sampler_logps), 0.0)
+    return value, metrics | jax.lax.stop_gradient({
+        "policy/kl_sampler": drift, "policy/logp_gap/mean": jnp.sum(weights * gap), "policy/logp_gap/max": gap.max(),
+        "policy/entropy": entropy})
 
 
 def gradients(
@@ -138,7 +144,7 @@ def gradients(
 
     def add(total, part):
         grads, metrics = grad(params, *part)
-        most = {"policy/ratio_max": jnp.maximum(total[1]["policy/ratio_max"], metrics["policy/ratio_max"])}
+        most = {name: jnp.maximum(total[1][name], metrics[name]) for name in LARGEST}
         return (jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[0], grads),
                 jax.tree.map(jnp.add, total[1], metrics) | most), None
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,7 +241,7 @@ def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
 # What does not change an update's result may change between a run and its continuation.
 MAY_CHANGE = {
     "total_steps", "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.questions",
-    "eval.temperature", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+    "eval.temperature", "eval.top_k", "eval.top_p", "eval.min_p", "rollout.slots", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
     "update.micro_batches",
 }
 
@@ -250,8 +251,8 @@ def test_only_keys_that_change_no_update_may_change_on_a_resume(tmp_path, key):
     write_config(tmp_path, default())
     config = default()
     old = flat(config.to_dict())[key]
-    new = f"{old}x" if isinstance(old, str) else old + 1
-    override(config, key, str(new))
+    new = f"{old}x" if isinstance(old, str) else (*old, "x") if isinstance(old, tuple) else old + 1
+    override(config, key, json.dumps(new) if isinstance(old, tuple) else str(new))
     if key in MAY_CHANGE:
         check_workdir(tmp_path, config)
         return

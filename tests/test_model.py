@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax import forward
 from grpo_jax.attention import KV
-from grpo_jax.model import Past, causal_mask, hidden_states, logits_of, unstack
+from grpo_jax.model import causal_mask, hidden_states, logits_of, unstack
 from tests.tiny import CONFIG, params
 
 
@@ -34,17 +34,14 @@ def test_cached_decode_matches_full_forward(unrolled):
 
     positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
     hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], positions, causal_mask(3, 4))
-    grow = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, 5), (0, 0)))
-    kv = jax.tree.map(grow, kv)
+    def grow(x, axis):
+        return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(5)])
+
+    kv = tuple(KV(grow(layer.k, 4), grow(layer.v, 3)) for layer in kv)
     np.testing.assert_allclose(logits_of(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
     for at in range(4, 9):
-        seen = jnp.broadcast_to(jnp.arange(9) < at, (3, 1, 9))
-        here = jnp.full((3, 1), at)
-        past = Past(kv, seen, jnp.broadcast_to(jnp.arange(9), (3, 9)))
-        hidden, new = hidden_states(
-            CONFIG, weights, tokens[:, at : at + 1], here, jnp.ones((3, 1, 1), bool), past)
-        put = lambda cache, x: cache.at[..., at, :].set(x[..., 0, :])
-        kv = jax.tree.map(put, kv, new)
+        seen = jnp.broadcast_to(jnp.arange(9) <= at, (3, 1, 9))
+        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], jnp.full((3, 1), at), seen, kv)
         np.testing.assert_allclose(logits_of(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
     assert len(kv) == (2 if unrolled else 1) and isinstance(kv[0], KV)
 

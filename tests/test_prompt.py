@@ -152,6 +152,16 @@ def test_bytes_after_a_second_answer_are_kept():
     assert completion_text(tokenizer, encode(tokenizer, text), (tokenizer.eos_token_id,)) == text
 
 
+def test_the_cut_is_at_the_stop_string_that_is_complete_first():
+    tokenizer = byte_tokenizer(merges=MERGES)
+    ids = encode(tokenizer, "<a>5</a>\n\n")
+    stops = (tokenizer.eos_token_id,)
+    assert completion_text(tokenizer, ids, stops, ("</a>\n", "</a>")) == "<a>5</a>"
+    assert completion_text(tokenizer, ids, stops, ("</a>\n",)) == "<a>5</a>\n"
+    assert completion_text(tokenizer, ids, stops, ("<a>", "</a>")) == "<a>5</a>\n\n"  # the first was no stop
+    assert completion_text(tokenizer, ids, stops, ()) == "<a>5</a>\n\n"
+
+
 def test_rows_are_read_up_to_their_lengths():
     import numpy as np
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, sample
-from grpo_jax.sampler import BLOCK, decode, draw, finish, pad_prompts, place_for_rollout, placer, start
+from grpo_jax.draws import Filter, draw
+from grpo_jax.sampler import begin, decode, finish, pad_prompts, place_for_rollout, placer, start
+from grpo_jax.stops import stop_table
 from tests.tiny import CONFIG, params
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
@@ -107,7 +109,7 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
     assert rollout(weights=weights, temperature=0).tokens.max() < 45
 
 
-@pytest.mark.parametrize("vocab", [45, 3 * BLOCK + 17])
+@pytest.mark.parametrize("vocab", [45, 3 * 256 + 17])
 def test_draws_follow_the_exact_probabilities(vocab):
     """Chi-square of 20,000 draws against softmax, for a vocabulary of one block and of several; p-value over 1e-4."""
     logits = 2 * jax.random.normal(jax.random.key(3), (vocab,))
@@ -126,28 +128,29 @@ def test_draws_follow_the_exact_probabilities(vocab):
     np.testing.assert_allclose(logps, jax.nn.log_softmax(logits)[tokens], atol=1e-5)
 
 
+def pieces(stop_ids, counts, limit=9, samples=4):
+    """The prompts' rollout decoded a number of tokens at a time."""
+    weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), stop_table(48, stop_ids)
+    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41)
+    for count in counts:
+        state = decode(CONFIG, weights, state, work, table, np.float32(1), np.int32(0), np.int32(count), greedy=False,
+                       filter=Filter())
+    return state, finish(state, prompts, samples)
+
+
 def test_decoding_in_pieces_equals_decoding_at_once():
-    weights = place_for_rollout(CONFIG, params())
-    prompts = pad_prompts(PROMPTS)
-    how = dict(greedy=False, stop_ids=(7,))
-
-    def begin():
-        return start(CONFIG, weights, prompts, jax.random.key(0), np.float32(1), samples=4, max_tokens=9, **how)
-
-    state = begin()
-    for count in (1, 3, 2, 50):
-        state = decode(CONFIG, weights, state, np.int32(count), np.float32(1), **how)
-    pieces, whole = finish(state, prompts), finish(decode(CONFIG, weights, begin(), np.int32(50), np.float32(1), **how), prompts)
-    jax.tree.map(np.testing.assert_array_equal, pieces, whole)
+    _, apart = pieces((7,), (1, 3, 2, 50))
+    state, whole = pieces((7,), (50,))
+    jax.tree.map(np.testing.assert_array_equal, apart, whole)
+    assert int(state.longest) == 0 and int(state.taken[0]) == 12
 
 
 def test_the_loop_stops_when_all_rows_are_done():
-    """Every token stops: the state's clock stands at 1, not at max_tokens."""
-    weights = place_for_rollout(CONFIG, params())
-    how = dict(greedy=False, stop_ids=tuple(range(45)))
-    state = start(CONFIG, weights, pad_prompts(PROMPTS), jax.random.key(0), np.float32(1), samples=2, max_tokens=9, **how)
-    state = decode(CONFIG, weights, state, np.int32(50), np.float32(1), **how)
-    assert int(state.time) == 1 and (state.lengths == 1).all()
+    """Every token stops and all 6 rows fit: after one step nothing is left to do, and further ones change nothing."""
+    state, first = pieces(tuple(range(45)), (1,), samples=1)
+    assert int(state.longest) == 0 and (first.lengths == 1).all() and not first.truncated.any()
+    _, later = pieces(tuple(range(45)), (1, 50), samples=1)
+    jax.tree.map(np.testing.assert_array_equal, first, later)
 
 
 def test_another_rollout_of_the_same_shapes_compiles_nothing():
