@@ -27,7 +27,8 @@ def stream(config, setting, params, question: str, temperature: float, key):
     scale, nothing = np.float32(temperature or 1.0), np.int32(0)
     how = dict(greedy=temperature == 0, filter=Filter(config.eval.top_k, config.eval.top_p, config.eval.min_p))
     state, work = begin(
-        setting.model, params, prompts, key, np.full((1, 1), limit), slots=0, columns=width + limit)
+        setting.model, params, prompts, key, np.full((1, 1), limit), slots=0, columns=width + limit,
+        sampled=limit)
     shown = ""
     while True:
         state = decode(

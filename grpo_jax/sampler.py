@@ -277,15 +277,16 @@ def queue(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
 
 
 def begin(
-    config: ModelConfig, params, prompts: Prompts, key, limits: Int[np.ndarray, "B G"], *, slots: int, columns: int
+    config: ModelConfig, params, prompts: Prompts, key, limits: Int[np.ndarray, "B G"], *, slots: int, columns: int,
+    sampled: int,
 ) -> tuple[Slots, Work]:
-    """`start` for whole prompts (numpy) and the number of tokens that each completion may have."""
+    """`start` for whole prompts (numpy) and the number of tokens, at most S, that each completion may have."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
     of_shards, prompt, limit, ids = queue(prompts, limits, shards)
     slots = min(-(-slots // shards) * shards or len(limit), len(limit))
     return start(config, params, of_shards, prompt, limit, ids, key, slots=slots, columns=columns,
-                 sampled=int(limits.max()))
+                 sampled=sampled)
 
 
 @partial(jax.jit, static_argnames=("columns",))
@@ -304,7 +305,7 @@ def resize(kv: KV, columns: int) -> KV:
 
 def generate(
     config: ModelConfig, params, prompts: Prompts, key, *, samples: int, max_tokens: int, temperature: float,
-    table: Int[np.ndarray, "states V"], slots: int = 0, limits: Int[np.ndarray, "B G"] | None = None,
+    table: Int[np.ndarray, "A V"], slots: int = 0, limits: Int[np.ndarray, "B G"] | None = None,
     filter: Filter = Filter(),
 ) -> Rollout:
     """`sample` for prompts that are encoded (numpy) and parameters that are placed (`place_for_rollout`).
@@ -316,11 +317,13 @@ def generate(
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
     ladder, level = sizes(width, width + max_tokens), 0
-    state, work = begin(config, params, prompts, key, limits, slots=slots, columns=ladder[0])
+    state, work = begin(config, params, prompts, key, limits, slots=slots, columns=ladder[0],
+                        sampled=max_tokens)
     scale, forever = np.float32(temperature or 1.0), np.int32(2**31 - 1)
     while True:
-        # A quarter below the size beneath: going down and soon up again would cost two copies.
-        floor = ladder[level - 1] * 3 // 4 if level else 0
+        # Not right below the smaller size: a resize costs about two steps, and the longest soon grows again.
+        smaller = ladder[level - 1] if level else 0
+        floor = max(0, smaller - (ladder[level] - smaller) // 4)
         state = decode(config, params, state, work, table, scale, np.int32(floor), forever,
                        greedy=temperature == 0, filter=filter)
         longest = int(state.longest)
@@ -418,6 +421,7 @@ def sample(
         (longest + most <= model_config.max_positions,
          f"prompt + max_tokens of at most {model_config.max_positions} positions", f"{longest} + {most}"),
         (slots >= 0, "slots of 0 or more", slots),
+        (not isinstance(stop_strings, str), "a list of stop_strings", repr(stop_strings)),
         (top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1, "top_k of 0 or more, top_p in (0, 1] and min_p in [0, 1]",
          (top_k, top_p, min_p)),
     ):

@@ -11,6 +11,7 @@ Axes, one letter each, everywhere in the package:
     E  width of one head
     R  query heads on one key/value head  Z  rotating pairs of a head
     X  experts of a layer                 k  experts that a token takes
+    M  slots of the sampler               A  states of a stop table
 
 A row is a prompt, its completion and then padding, with nothing in between: the column of a token in
 a row is its position in the sequence. Alignment: `logps[n, t]` is the log-probability of `tokens[n, t]`.

@@ -13,6 +13,7 @@ from grpo_jax.architecture import Experts, Latent, Layer
 from grpo_jax.experts import choose_experts, run_experts
 from grpo_jax.mesh import make_mesh, shardings, split_rows
 from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
+from grpo_jax.stops import stop_table
 from grpo_jax.train_step import gradients
 from tests.tiny import CONFIG, experience, params
 
@@ -106,8 +107,8 @@ def test_completions_are_the_same_on_every_mesh(config):
         mesh = make_mesh(**sizes)
         with jax.set_mesh(mesh):
             placed = place_for_rollout(config, jax.device_put(weights, shardings(mesh, weights)), mesh)
-            made = generate(config, placed, split_rows(mesh, pad_prompts(prompts)), jax.random.key(3), temperature=1.0,
-                            stop_ids=(), **how)
+            made = generate(config, placed, pad_prompts(prompts), jax.random.key(3), temperature=1.0,
+                            table=stop_table(config.vocab_size, ()), **how)
         np.testing.assert_array_equal(made.tokens, expected.tokens)
 
 

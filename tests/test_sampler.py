@@ -1,13 +1,32 @@
-"""The sampler: draws, stops, log-probs, randomness by counters."""
+"""The sampler: slots and their refill, stops, log-probs, randomness by counters. Draws are tested in test_draws.py."""
+
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import forward, sample
-from grpo_jax.draws import Filter, draw
-from grpo_jax.sampler import begin, decode, finish, pad_prompts, place_for_rollout, placer, start
+from grpo_jax import forward, load, sample
+from grpo_jax.draws import Filter
+from grpo_jax.mesh import make_mesh, shardings
+from grpo_jax.prompt import encode, format_prompt, load_tokenizer
+from grpo_jax.sampler import (
+    begin,
+    decode,
+    finish,
+    generate,
+    pad_prompts,
+    place_for_rollout,
+    placer,
+    prefill,
+    queue,
+    resize,
+    sizes,
+    start,
+)
+from grpo_jax.source import find_model
 from grpo_jax.stops import stop_table
 from tests.tiny import CONFIG, params
 
@@ -109,29 +128,11 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
     assert rollout(weights=weights, temperature=0).tokens.max() < 45
 
 
-@pytest.mark.parametrize("vocab", [45, 3 * 256 + 17])
-def test_draws_follow_the_exact_probabilities(vocab):
-    """Chi-square of 20,000 draws against softmax, for a vocabulary of one block and of several; p-value over 1e-4."""
-    logits = 2 * jax.random.normal(jax.random.key(3), (vocab,))
-    count = 20_000
-    keys = jax.random.split(jax.random.key(4), count)
-    tokens, logps = draw(keys, jnp.broadcast_to(logits, (count, vocab)))
-    expected = np.asarray(jax.nn.softmax(logits), np.float64) * count
-    seen = np.bincount(tokens, minlength=vocab)
-    big = expected >= 5
-    chi = ((seen - expected)[big] ** 2 / expected[big]).sum() + (seen[~big].sum() - expected[~big].sum()) ** 2 / max(
-        expected[~big].sum(), 1)
-    freedom = big.sum()
-    # Wilson-Hilferty: (chi/k)^(1/3) is about normal; 3.72 standard deviations are a p-value of 1e-4.
-    z = ((chi / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom))
-    assert z < 3.72
-    np.testing.assert_allclose(logps, jax.nn.log_softmax(logits)[tokens], atol=1e-5)
-
-
 def pieces(stop_ids, counts, limit=9, samples=4):
     """The prompts' rollout decoded a number of tokens at a time."""
     weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), stop_table(48, stop_ids)
-    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41)
+    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41,
+                        sampled=limit)
     for count in counts:
         state = decode(CONFIG, weights, state, work, table, np.float32(1), np.int32(0), np.int32(count), greedy=False,
                        filter=Filter())
@@ -163,13 +164,140 @@ def test_another_rollout_of_the_same_shapes_compiles_nothing():
     assert (start._cache_size(), decode._cache_size(), place._cache_size()) == compiled
 
 
-def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
-    from grpo_jax.mesh import make_mesh, shardings
+LIMITS = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
 
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 12, 100])
+def test_slots_change_nothing_that_is_drawn(slots):
+    """Sequences of unequal lengths through few slots: each has the tokens, log-probs and end that it has alone."""
+    weights = params()
+    whole = rollout(max_tokens=9, stop_ids=(7, 20), weights=weights)
+    made = rollout(max_tokens=LIMITS, stop_ids=(7, 20), weights=weights, slots=slots)
+    for b, g in np.ndindex(3, 4):
+        length = min(int(whole.lengths[b, g]), LIMITS[b, g])
+        assert made.lengths[b, g] == length
+        assert bool(made.truncated[b, g]) == (int(made.tokens[b, g, length - 1]) not in (7, 20))
+        np.testing.assert_array_equal(made.tokens[b, g], np.where(np.arange(9) < length, whole.tokens[b, g], 0))
+        np.testing.assert_allclose(made.logps[b, g, :length], whole.logps[b, g, :length], atol=2e-5)
+        assert not made.logps[b, g, length:].any()
+
+
+def test_a_cache_that_grows_and_shrinks_changes_nothing():
+    """Sizes 128, 192 and 232 instead of 232 alone: completions that leave them and come back are those of one large cache."""
+    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
+    limits = np.asarray([[1, 9, 4, 200], [7, 1, 150, 3], [5, 8, 2, 6]])
+    config = dataclasses.replace(CONFIG, max_positions=512)
+    how = dict(samples=4, max_tokens=200, temperature=1.0, table=stop_table(48, ()), limits=limits)
+    assert sizes(32, 232) == [128, 192, 232]
+    grown = generate(config, weights, prompts, jax.random.key(0), **how, slots=1)
+    state, work = begin(config, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, sampled=200)
+    state = decode(config, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(0), np.int32(1000),
+                   greedy=False, filter=Filter())
+    whole = finish(state, prompts, 4)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.logps, whole.logps, atol=2e-5)
+
+
+def test_the_loop_is_left_to_grow_and_to_shrink():
+    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[1, 2, 3]])
+    limits = np.asarray([[60, 2, 2]])
+    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, sampled=60)
+    go = lambda state, floor: decode(
+        CONFIG, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(floor), np.int32(1000), greedy=False,
+        filter=Filter())
+    full = go(state, 0)
+    assert int(full.longest) == 41 and int(full.index[0]) == 38  # the token drawn last has no column any more
+    larger = full.replace(kv=tuple(resize(kv, 64) for kv in full.kv))
+    assert larger.kv[0].k.shape[-1] == larger.kv[0].v.shape[-2] == 64
+    left = go(larger, 20)
+    assert int(left.longest) == 3 and int(left.lengths[0]) == 60  # the long one has ended; the next is at its prompt
+    smaller = left.replace(kv=tuple(resize(kv, 32) for kv in left.kv))
+    assert int(go(smaller, 0).longest) == 0
+
+
+@pytest.mark.parametrize("count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (16, 8, 4)])
+def test_a_queue_gives_every_sequence_to_one_shard(count, samples, shards):
+    prompts = pad_prompts([[i + 1] * (i + 1) for i in range(count)], [10 + i for i in range(count)])
+    limits = np.arange(1, count * samples + 1).reshape(count, samples)
+    of_shards, prompt, limit, ids = queue(prompts, limits, shards)
+    each, per = len(limit) // shards, len(of_shards.ids) // shards
+    real = np.flatnonzero(limit)
+    np.testing.assert_array_equal(limit[real], limits.reshape(-1))
+    for n in real:
+        found = (n // each) * per + prompt[n]  # in the shard's own part of the prompts
+        assert of_shards.ids[found] == ids[n, 0] == 10 + n // samples and ids[n, 1] == n % samples
+        assert of_shards.lengths[found] == n // samples + 1 and of_shards.tokens[found, 0] == n // samples + 1
+    assert per == max(1, count // shards) or count % shards  # every distinct prompt once where that is possible
+
+
+def test_prompts_prefilled_in_pieces_are_the_same(monkeypatch):
+    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[i + 1, 5, i + 2] for i in range(7)])
+    prompts = jax.tree.map(jnp.asarray, prompts)
+    whole = prefill(CONFIG, weights, prompts)
+    monkeypatch.setattr("grpo_jax.sampler.PREFILL_TOKENS", 64)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill(CONFIG, weights, prompts), whole)
+
+
+def test_prompts_of_other_lengths_compile_nothing():
+    weights = params()
+    rollout(weights=weights)
+    compiled = start._cache_size(), decode._cache_size()
+    sample(CONFIG, weights, [[1] * 31, [8], [1, 2]], jax.random.key(3), samples=4, max_tokens=8)
+    assert (start._cache_size(), decode._cache_size()) == compiled
+
+
+def test_stop_strings_end_a_completion_however_they_are_cut():
+    """The tiny tokenizer's own text: a row ends with the token that completes the string, and only then."""
+    config, weights = load(find_model("tiny"))
+    tokenizer = load_tokenizer(find_model("tiny"))
+    prompt = encode(tokenizer, format_prompt("What is 1 + 2?"))
+    free = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24)
+    made = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=["ink>", "so"])
+    stopped = 0
+    for g in range(8):
+        texts = [tokenizer.decode(free.tokens[0, g, : t + 1]) for t in range(24)]
+        ends = [t for t, text in enumerate(texts) if "ink>" in text or "so" in text]
+        length = ends[0] + 1 if ends else 24
+        stopped += bool(ends)
+        assert made.lengths[0, g] == length and bool(made.truncated[0, g]) == (not ends)
+        np.testing.assert_array_equal(made.tokens[0, g, :length], free.tokens[0, g, :length])
+    assert stopped > 2
+
+
+def test_filters_of_sample():
+    weights = params()
+    likeliest = rollout(weights=weights, temperature=0)
+    np.testing.assert_array_equal(rollout(weights=weights, top_k=1).tokens, likeliest.tokens)
+    np.testing.assert_array_equal(rollout(weights=weights, top_p=1e-6).tokens, likeliest.tokens)
+    np.testing.assert_array_equal(rollout(weights=weights, min_p=1.0).tokens, likeliest.tokens)
+    np.testing.assert_allclose(rollout(weights=weights, top_k=1).logps, likeliest.logps, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_shards_exchange_one_number_a_token(shape):
+    """The compiled loop: no row, cache or weight leaves its shard. The sums over `tensor` are those of its matrices."""
+    mesh, weights = make_mesh(*shape), params()
+    with jax.set_mesh(mesh):
+        placed = place_for_rollout(CONFIG, jax.device_put(weights, shardings(mesh, weights)), mesh)
+        state, work = begin(CONFIG, placed, pad_prompts(PROMPTS), jax.random.key(0), np.full((3, 8), 8), slots=16,
+                            columns=40, sampled=8)
+        leaves, tree = jax.tree.flatten((state, work))
+        run = lambda *leaves: jax.tree.leaves(decode(
+            CONFIG, placed, *jax.tree.unflatten(tree, leaves), stop_table(48, ()), np.float32(1), np.int32(0),
+            np.int32(9), greedy=False, filter=Filter()))
+        compiled = jax.jit(run).lower(*leaves).compile().as_text()
+    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
+    between_rows = [move for move in moved if shape[2] == 1 or not move[0].startswith("f32")]
+    assert between_rows == [("s32[]", "all-reduce")]
+    per_shard = 16 // (shape[0] * shape[1])
+    assert all(re.match(rf"f32\[{per_shard},", kind) for kind, _ in moved if kind != "s32[]")
+
+
+def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
     weights = params()
     one = rollout(weights=weights, samples=8)
-    for sizes in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
-        mesh = make_mesh(*sizes)
+    for shape in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
+        mesh = make_mesh(*shape)
         with jax.set_mesh(mesh):
             placed = place_for_rollout(CONFIG, jax.device_put(weights, shardings(mesh, weights)), mesh)
             many = sample(CONFIG, placed, PROMPTS, jax.random.key(0), samples=8, max_tokens=8)
@@ -179,7 +307,9 @@ def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(samples=0), "samples"), (dict(max_tokens=0), "max_tokens"), (dict(temperature=-1), "temperature"),
-    (dict(max_tokens=60), "64 positions")])
+    (dict(max_tokens=60), "64 positions"), (dict(slots=-1), "slots"), (dict(top_p=0.0), "top_p"),
+    (dict(min_p=1.5), "min_p"), (dict(top_k=-1), "top_k"), (dict(stop_ids=[48]), "stop ids"),
+    (dict(stop_strings="</answer>"), "a list"), (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens")])
 def test_impossible_requests_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         rollout(**changes)

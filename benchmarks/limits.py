@@ -1,0 +1,148 @@
+"""What the machine allows for one decode step, measured in the process that also times the decoding.
+
+A step reads every weight once and multiplies `rows` hidden states with it. So it takes at least as long as the memory
+needs to deliver the weights and the rows' keys and values, and as long as its matrix products take with nothing between
+them. What a step needs beyond the larger of the two is attention, norms, drawing and overhead.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grpo_jax.architecture import ModelConfig
+from grpo_jax.types import UserError
+
+LITTLE = 1e-6  # of a product goes into the next one: enough to depend on it, too little to grow from step to step
+STEPS = 8  # in one compiled loop, so that calling it costs little of what is measured
+
+
+def seconds(call, repeats: int) -> list[float]:
+    """How long `call` took, `repeats` times; a first time that compiles is not counted."""
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def check_measurable(config: ModelConfig) -> None:
+    """Refuses what `measure` does not know.
+
+    Raises:
+      UserError: which weights a mixture reads depends on the tokens; latent attention is no chain of projections.
+    """
+    kind = "a mixture of experts" if config.experts else "latent attention" if config.latent else ""
+    if kind:
+        raise UserError(f"expected a dense model with grouped-query attention; found {kind}, which is not measured")
+
+
+def read_gb_s(repeats: int) -> float:
+    """The best rate of summing a buffer that no cache holds."""
+    size = 2**29 if jax.default_backend() == "cpu" else 2**32  # bytes
+    buffer = jnp.ones((size // 2**14, 2**12), jnp.float32)  # many short sums, for all cores
+    total = jax.jit(lambda x: x.sum(axis=1))
+    return size / min(seconds(lambda: total(buffer), repeats)) / 1e9
+
+
+def square_gflop_s(dtype: str, repeats: int) -> float:
+    """The rate of one large matrix product."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * side**3 / statistics.median(seconds(lambda: product(square), repeats)) / 1e9
+
+
+def head_of(config: ModelConfig, params) -> Float[Array, "D V"]:
+    """The matrix from hidden states to logits."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def widen(x: Float[Array, "N _"], width: int) -> Float[Array, "N _"]:
+    """x repeated or cut to a width."""
+    return jnp.tile(x, (1, -(-width // x.shape[1])))[:, :width]
+
+
+def through(block, last: str, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """x through the products of an attention or an MLP: all take x, but for the last, which takes what they give.
+
+    Args:
+      block: its parameters; a kernel is [1, D, *outputs], that of `last` [1, *inputs, D].
+    """
+    width = x.shape[1]
+    first = [leaf["kernel"].reshape(width, -1) for name, leaf in block.items() if "kernel" in leaf and name != last]
+    final = block[last]["kernel"].reshape(-1, width)
+    inner = sum(widen(x @ kernel, len(final)) for kernel in first)
+    return x + LITTLE * (inner @ final)
+
+
+def matmul_ms(config: ModelConfig, params, rows: int, repeats: int) -> float:
+    """The products of one step, one after another on the weights themselves, without all that is between them."""
+
+    def step(params, start, logits):
+        x = start + LITTLE * widen(logits, config.hidden_size).astype(start.dtype)
+        for layer in params["layers"]:
+            x = through(layer["mlp"], "down", through(layer["attention"], "o", x))
+        return jnp.matmul(x, head_of(config, params), preferred_element_type=config.logit_dtype)
+
+    @jax.jit
+    def steps(params, start, logits):
+        return jax.lax.fori_loop(0, STEPS, lambda _, logits: step(params, start, logits), logits)
+
+    start = jax.random.normal(jax.random.key(0), (rows, config.hidden_size), config.compute_dtype)
+    logits = jnp.zeros((rows, config.vocab_size), config.logit_dtype)
+    return 1e3 * statistics.median(seconds(lambda: steps(params, start, logits), repeats)) / STEPS
+
+
+def matmul_flops(config: ModelConfig, params, rows: int) -> int:
+    """Multiplications and additions of those products."""
+    leaves = jax.tree_util.tree_leaves_with_path(params["layers"])
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    return 2 * rows * (kernels + config.hidden_size * config.vocab_size)
+
+
+def kv_bytes(config: ModelConfig, columns: float, *, seen: bool = False) -> float:
+    """Bytes of a sequence's keys and values.
+
+    Args:
+      seen: count only what a layer with a window looks at.
+    """
+    held = sum(min(columns, layer.window) if seen and layer.window else columns for layer in config.layers)
+    return held * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+
+
+def step_bytes(config: ModelConfig, params, rows: int, columns: float) -> float:
+    """Bytes that a step must read: the weights (of a token table only `rows` rows), and the rows' keys and values."""
+    table = params["embed"]["embedding"]
+    unread = 0 if config.tie_embeddings else max(0, len(table) - rows) * table.shape[1] * table.dtype.itemsize
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return weights - unread + rows * kv_bytes(config, columns, seen=True)
+
+
+def measure(config: ModelConfig, params, rows: int, columns: float, repeats: int = 7) -> dict[str, float]:
+    """The limits of a decode step.
+
+    Args:
+      params: placed for rollout, on one device.
+      rows: sequences that take part in a step.
+      columns: tokens that each of them holds in the cache, on average.
+    Returns:
+      read_gb_s, square_gflop_s; matmul_ms and matmul_gflop_s of the step's products; bytes_ms to read what a step must
+      at read_gb_s; limit_ms, the larger of matmul_ms and bytes_ms. Medians of the repeats, but the best of read_gb_s.
+    """
+    check_measurable(config)
+    read = read_gb_s(repeats)
+    products = matmul_ms(config, params, rows, repeats)
+    needed = step_bytes(config, params, rows, columns) / read / 1e6
+    return {
+        "read_gb_s": read,
+        "square_gflop_s": square_gflop_s(config.compute_dtype, repeats),
+        "matmul_ms": products,
+        "matmul_gflop_s": matmul_flops(config, params, rows) / products / 1e6,
+        "bytes_ms": needed,
+        "limit_ms": max(products, needed),
+    }
