@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_jax.architecture import ModelConfig
+from grpo_jax.draws import draw
 from grpo_jax.types import UserError
 
 LITTLE = 1e-6  # of a product goes into the next one: enough to depend on it, too little to grow from step to step
@@ -121,6 +122,22 @@ def step_bytes(config: ModelConfig, params, rows: int, columns: float) -> float:
     unread = 0 if config.tie_embeddings else max(0, len(table) - rows) * table.shape[1] * table.dtype.itemsize
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return weights - unread + rows * kv_bytes(config, columns, seen=True)
+
+
+def draw_ms(rows: int, vocab: int, repeats: int = 7) -> float:
+    """Drawing a token a row from logits that are there, the keys of the tokens included."""
+
+    @jax.jit
+    def steps(keys, logits):
+        def step(i, last):
+            own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
+            return draw(own, logits + LITTLE * last[:, None])[1]
+
+        return jax.lax.fori_loop(0, STEPS, step, jnp.zeros(rows))
+
+    keys = jax.random.split(jax.random.key(0), rows)
+    logits = jax.random.normal(jax.random.key(1), (rows, vocab))
+    return 1e3 * statistics.median(seconds(lambda: steps(keys, logits), repeats)) / STEPS
 
 
 def measure(config: ModelConfig, params, rows: int, columns: float, repeats: int = 7) -> dict[str, float]:

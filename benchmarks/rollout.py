@@ -15,7 +15,7 @@ matmul_ms              a step's matrix products alone, on the same weights; matm
 bytes_ms               reading a step's weights and cached keys and values at read_gb_s, the rate of a plain sum
 limit_ms               the larger of the two: no step made of these products is faster
 limit_fraction         limit_ms / decode_ms: 1 is perfect, the rest is attention, norms, drawing and overhead
-draw_fraction          the time of drawing a token a row from given logits, alone, / decode_ms
+draw_fraction          the time of drawing a token a row from given logits, keys included, alone, / decode_ms
 kv_bytes_per_slot      the cache of a slot at its largest
 peak_rss_gib           the most main memory the process held until the rollouts were over; no accelerator's memory
 speedup                --compare: static_s / refill_s. Static: as many sequences as there are slots start together, and
@@ -38,10 +38,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from limits import check_measurable, kv_bytes, measure, seconds
+from limits import check_measurable, draw_ms, kv_bytes, measure
 
 from grpo_jax.architecture import ModelConfig
-from grpo_jax.draws import draw
 from grpo_jax.flags import OneLineParser, run
 from grpo_jax.model import init_params
 from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
@@ -186,10 +185,6 @@ def main(argv: Sequence[str]) -> None:
     say("the limits")
     columns = flags.prompt_tokens + (limits * (limits - 1)).sum() / limits.sum() / 2  # that the step of a token sees
     measured = measure(config, place_for_rollout(config, params), rows, columns)
-    logits = jax.random.normal(jax.random.key(flags.seed), (rows, config.vocab_size))
-    keys, drawing = jax.random.split(jax.random.key(flags.seed), rows), jax.jit(draw)
-    draw_ms = 1e3 * statistics.median(seconds(lambda: drawing(keys, logits), 7))
-
     result = {
         "model": Path(flags.model).resolve().name, "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         **{name: value for name, value in vars(flags).items() if name not in ("model", "compare")},
@@ -197,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
         "generate_s": median[chosen], "gen_tok_s": limits.sum() / median[chosen],
         "compile_s": times[chosen][0] - median[chosen],
         "decode_ms": decode_ms, "decode_steps": steps[chosen], "limit_fraction": measured["limit_ms"] / decode_ms,
-        **measured, "draw_fraction": draw_ms / decode_ms,
+        **measured, "draw_fraction": draw_ms(rows, config.vocab_size) / decode_ms,
         "kv_bytes_per_slot": int(kv_bytes(config, prompts.tokens.shape[1] + flags.new_tokens)), "peak_rss_gib": peak,
     }
     if flags.compare:

@@ -24,24 +24,43 @@ def block_width(vocab: int) -> int:
     return 2 ** round(math.log2(vocab) / 2)
 
 
+def stages(
+    keys: Key[Array, " N"], logits: Float[Array, "N V"]
+) -> tuple[Float[Array, "N blocks width"], Float[Array, "N blocks"], Float[Array, "N blocks"], Float[Array, "N width"]]:
+    """What a draw is made of: the logits in blocks, the blocks' logsumexps, and the noise of either stage."""
+    rows, vocab = logits.shape
+    width = block_width(vocab)
+    blocks = -(-vocab // width)
+    padded = jnp.pad(logits, ((0, 0), (0, blocks * width - vocab)), constant_values=-jnp.inf)
+    padded = padded.reshape(rows, blocks, width)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks + width,)))(keys)
+    return padded, jax.nn.logsumexp(padded, axis=-1), noise[:, :blocks], noise[:, blocks:]
+
+
 def draw(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """One token a row from softmax(logits), and its log-probability.
 
     Hierarchical: a block of tokens by the Gumbel-max trick over the blocks' logsumexps, then a token in the block.
     Exact, and with about 2 sqrt(V) random numbers instead of V.
     """
-    rows, vocab = logits.shape
-    width = block_width(vocab)
-    blocks = -(-vocab // width)
-    padded = jnp.pad(logits, ((0, 0), (0, blocks * width - vocab)), constant_values=-jnp.inf)
-    padded = padded.reshape(rows, blocks, width)
-    masses = jax.nn.logsumexp(padded, axis=-1)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks + width,)))(keys)
-    block = jnp.argmax(masses + noise[:, :blocks], axis=-1)
+    padded, masses, noise, noise_inside = stages(keys, logits)
+    block = jnp.argmax(masses + noise, axis=-1)
     inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    token = jnp.argmax(inside + noise[:, blocks:], axis=-1)
+    token = jnp.argmax(inside + noise_inside, axis=-1)
     chosen = jnp.take_along_axis(inside, token[:, None], axis=-1)[:, 0]
-    return block * width + token, chosen - jax.nn.logsumexp(masses, axis=-1)
+    return block * padded.shape[-1] + token, chosen - jax.nn.logsumexp(masses, axis=-1)
+
+
+def gap(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> Float[Array, " N"]:
+    """How near a draw was to another: between the two largest perturbed scores, of the nearer stage.
+
+    Rounding that moves logits by less cannot change the token.
+    """
+    padded, masses, noise, noise_inside = stages(keys, logits)
+    scores = masses + noise
+    inside = jnp.take_along_axis(padded, jnp.argmax(scores, axis=-1)[:, None, None], axis=1)[:, 0] + noise_inside
+    between = lambda x: -jnp.diff(jax.lax.top_k(x, 2)[0], axis=-1)[:, 0] if x.shape[-1] > 1 else jnp.inf
+    return jnp.minimum(between(scores), between(inside))
 
 
 def kept(logits: Float[Array, "N V"], filter: Filter) -> Bool[Array, "N V"]:

@@ -9,8 +9,9 @@ import numpy as np
 from grpo_jax.draws import Filter
 from grpo_jax.processes import several_processes
 from grpo_jax.prompt import completion_text, encode_prompts
-from grpo_jax.sampler import begin, decode, place_for_rollout
+from grpo_jax.sampler import begin, place_for_rollout
 from grpo_jax.setting import GENERATION, load_policy, prepare
+from grpo_jax.slots import decode
 from grpo_jax.types import Problem, UserError
 
 TOKENS_A_CALL = 4  # tokens between two prints

@@ -1,239 +1,27 @@
-"""Sampling: a rollout's sequences run through a fixed number of slots, in one compiled loop.
+"""Sampling: a rollout's sequences are split over the shards of rows and drawn through slots (slots.py).
 
-    start   prefill each distinct prompt once; take the first sequences into the slots
-    decode  a token for every slot, again and again; a slot whose sequence ends takes the next one of the queue
-    finish  what was drawn, as a Rollout
-
-Taking a sequence copies its prompt's keys and values into the slot and steps back by one token: the prompt's last token
-is decoded again, which gives the first token of the completion like any other. Column c of a slot's cache holds the token
-at position c, so prompts of different lengths need no padding.
-
-Attention costs as many columns as the cache has. It starts small and the loop is left when the longest sequence has
-filled it, or when the longest has ended and a smaller cache would do; there is one compiled program a size (`sizes`).
-
-On a mesh each shard of rows has its own prompts, queue and slots. Its rows never leave it: all that shards exchange for a
-token is how long the longest sequence is, which says when to stop.
-
-Randomness is counter-based: the key of a token is folded from (key, prompt id, sample id, index in the completion). A
-completion therefore does not depend on its slot, on the others or on the number of hosts, and can be drawn again.
+Attention costs as many columns as the cache has. It starts small and the compiled loop is left when the longest sequence
+has filled it, or when that has ended and a smaller cache would do; there is one compiled program a size (`sizes`).
 """
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Int
 
 from grpo_jax.architecture import ModelConfig
-from grpo_jax.attention import KV
-from grpo_jax.draws import Filter, choose
-from grpo_jax.mesh import ROWS, constrain, path_name, row_shards, shardings
-from grpo_jax.model import causal_mask, hidden_states, param_shapes, token_logits, unstack
+from grpo_jax.draws import Filter
+from grpo_jax.mesh import path_name, row_shards, shardings
+from grpo_jax.model import param_shapes, unstack
 from grpo_jax.prompt import load_tokenizer
-from grpo_jax.stops import STOPPED, stop_table
+from grpo_jax.slots import Slots, Work, decode, resize, start
+from grpo_jax.stops import stop_table
 from grpo_jax.types import Prompts, Rollout
-
-PREFILL_TOKENS = 8192  # of prompts that a shard prefills at a time
-
-
-@flax.struct.dataclass
-class Work:
-    """What a rollout draws, of all shards of rows one after another; constant while it lasts."""
-
-    prompts: Prompts  # those that the shard's sequences have
-    kv: tuple[KV, ...]  # their keys and values, one KV [1, prompts, ...] of T columns a layer
-    prompt: Int[Array, " N"]  # of each sequence: which of the shard's prompts
-    limit: Int[Array, " N"]  # tokens to draw at most; 0 fills the last shards up and is no sequence
-    keys: Key[Array, " N"]
-
-
-@flax.struct.dataclass
-class Slots:
-    """All that the decode loop carries: M slots and what the N sequences have drawn."""
-
-    kv: tuple[KV, ...]  # the cache, one KV [1, M, ...] of C columns a layer
-    sequence: Int[Array, " M"]  # that the slot draws, counted in its shard; -1: the slot is idle
-    last: Int[Array, " M"]  # its last token, not yet in the cache
-    position: Int[Array, " M"]  # of `last`
-    index: Int[Array, " M"]  # of the token to be drawn next, in the completion
-    stop_state: Int[Array, " M"]  # in the stop table
-    taken: Int[Array, " shards"]  # sequences that have had a slot
-    longest: Int[Array, ""]  # columns that the longest sequence needs for its next token; 0: all are done
-    tokens: Int[Array, "N S"]
-    logps: Float[Array, "N S"]
-    lengths: Int[Array, " N"]
-    stopped: Int[Array, " N"]  # 1: ended by a stopping token
-
-
-def row_specs(tree):
-    """How the leaves of Work or Slots lie on the mesh: all but `longest` have rows, which are split; a cache has layers
-    in front of them."""
-
-    def of(path, leaf):
-        name = path_name(path)
-        return P() if name == "longest" else P(None, ROWS) if name.startswith("kv/") else P(ROWS)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def on_each_shard(function, *args):
-    """function(*args) of each shard's own rows, on the mesh in force. It returns what its first argument is.
-
-    Every leaf but `longest` has rows, which are split; a cache has layers in front of them.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(*args)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(args)
-    names = [path_name(path) for path, _ in leaves]
-    specs = tuple(
-        P() if name.endswith("longest") else P(None, ROWS) if "/kv/" in name else P(ROWS) for name in names)
-
-    def run(*leaves):
-        return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
-
-    out, out_tree = jax.tree.flatten(args[0])
-    made = jax.shard_map(
-        run, in_specs=specs, out_specs=specs[: len(out)], axis_names=set(ROWS), check_vma=False)(
-            *(leaf for _, leaf in leaves))
-    return jax.tree.unflatten(out_tree, made)
-
-
-def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
-    """The keys and values of prompts, T columns."""
-    count, width = prompts.tokens.shape
-
-    def run(tokens):
-        rows = tokens.shape[0]
-        positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        return hidden_states(config, params, tokens, positions, causal_mask(rows, width))[1]
-
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else row_shards(mesh)
-    at_once = max(1, PREFILL_TOKENS // width) * shards
-    if count <= at_once:
-        return run(prompts.tokens)
-    pieces = -(-count // at_once)
-    padded = jnp.pad(prompts.tokens, ((0, pieces * at_once - count), (0, 0)))
-    # Every piece takes prompts from all shards, so that all of them work.
-    split = constrain(jnp.swapaxes(padded.reshape(-1, pieces, width), 0, 1), None, ROWS, None)
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(1, pieces * at_once, *x.shape[3:])[:, :count]
-    return jax.tree.map(join, jax.lax.map(run, split))
-
-
-def refill(slots: Slots, work: Work) -> Slots:
-    """The idle slots of a shard take the next sequences of its queue."""
-    free = slots.sequence < 0
-    turn = slots.taken[0] + jnp.cumsum(free) - 1
-    takes = free & (turn < jnp.sum(work.limit > 0))
-    sequence = jnp.where(takes, turn, slots.sequence)
-    prompt = work.prompt[jnp.where(takes, turn, 0)]
-    before_last = work.prompts.lengths[prompt] - 1
-    filled = jnp.nonzero(takes, size=len(takes), fill_value=0)[0]
-
-    def copy(i, kv):
-        slot = filled[i]
-
-        def put(cache, of_prompts):
-            one = jax.lax.dynamic_slice_in_dim(of_prompts, prompt[slot], 1, axis=1)
-            return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
-
-        return jax.tree.map(put, kv, work.kv)
-
-    return slots.replace(
-        kv=jax.lax.fori_loop(0, jnp.sum(takes), copy, slots.kv),
-        sequence=sequence,
-        last=jnp.where(takes, work.prompts.tokens[prompt, before_last], slots.last),
-        position=jnp.where(takes, before_last, jnp.where(sequence < 0, 0, slots.position)),
-        index=jnp.where(takes, 0, slots.index),
-        stop_state=jnp.where(takes, 0, slots.stop_state),
-        taken=slots.taken + jnp.sum(takes),
-    )
-
-
-def record(slots: Slots, work: Work, token: Int[Array, " M"], logp: Float[Array, " M"], state: Int[Array, " M"]) -> Slots:
-    """Writes down the tokens that a shard's slots drew, which led to `state`; slots whose sequence ends become idle."""
-    live = slots.sequence >= 0
-    to = jnp.where(live, slots.sequence, len(work.limit))  # an idle slot writes beyond the end: nowhere
-    drawn = slots.index + 1
-    ended = (state == STOPPED) | (drawn >= work.limit[jnp.maximum(slots.sequence, 0)])
-    return slots.replace(
-        sequence=jnp.where(live & ~ended, slots.sequence, -1),
-        last=token,
-        position=slots.position + 1,
-        index=drawn,
-        stop_state=jnp.maximum(state, 0),
-        tokens=slots.tokens.at[to, slots.index].set(token, mode="drop"),
-        logps=slots.logps.at[to, slots.index].set(logp, mode="drop"),
-        lengths=slots.lengths.at[to].set(drawn, mode="drop"),
-        stopped=slots.stopped.at[to].set((state == STOPPED).astype(jnp.int32), mode="drop"),
-    )
-
-
-def vote(slots: Slots) -> Slots:
-    """Sets `longest`, of all shards."""
-    return slots.replace(longest=jnp.max(jnp.where(slots.sequence >= 0, slots.position + 1, 0)))
-
-
-@partial(jax.jit, static_argnames=("config", "slots", "columns", "sampled"))
-def start(
-    config: ModelConfig, params, prompts: Prompts, prompt, limit, ids: Int[Array, "N 2"], key, *, slots: int,
-    columns: int, sampled: int,
-) -> tuple[Slots, Work]:
-    """Prefills the prompts and fills `slots` slots with caches of `columns` columns.
-
-    Args:
-      prompts, prompt, limit: as in Work.
-      ids: prompt id and sample id of each sequence.
-    """
-    keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
-    prompts, prompt, limit, keys = jax.tree.map(lambda x: constrain(x, ROWS), (prompts, prompt, limit, keys))
-    work = Work(prompts=prompts, kv=prefill(config, params, prompts), prompt=prompt, limit=limit, keys=keys)
-    empty = lambda x, c: constrain(jnp.zeros((1, slots, *x.shape[2:-2], *c), x.dtype), None, ROWS, "tensor", None, None)
-    cache = [KV(empty(kv.k, (kv.k.shape[-2], columns)), empty(kv.v, (columns, kv.v.shape[-1]))) for kv in work.kv]
-    mesh = jax.sharding.get_abstract_mesh()
-    zeros = lambda *shape, dtype=jnp.int32: constrain(jnp.zeros(shape, dtype), ROWS)
-    state = Slots(
-        kv=tuple(cache), sequence=zeros(slots) - 1, last=zeros(slots), position=zeros(slots), index=zeros(slots),
-        stop_state=zeros(slots), taken=zeros(1 if mesh.empty else row_shards(mesh)), longest=jnp.int32(0),
-        tokens=zeros(len(limit), sampled), logps=zeros(len(limit), sampled, dtype=jnp.float32),
-        lengths=zeros(len(limit)), stopped=zeros(len(limit)))
-    return vote(on_each_shard(refill, state, work)), work
-
-
-@partial(jax.jit, static_argnames=("config", "greedy", "filter"), donate_argnames=("slots",))
-def decode(
-    config: ModelConfig, params, slots: Slots, work: Work, table, temperature, floor, count, *, greedy: bool,
-    filter: Filter,
-) -> Slots:
-    """Draws up to `count` tokens a slot; ends early when all is done, the cache is full, or `floor` columns would do."""
-    columns = jnp.arange(slots.kv[0].k.shape[-1])
-
-    def going(carry):
-        slots, steps = carry
-        return (slots.longest > floor) & (slots.longest <= len(columns)) & (steps < count)
-
-    def own_keys(sequence, work):
-        return work.keys[jnp.maximum(sequence, 0)]
-
-    def step(carry):
-        slots, steps = carry
-        position = slots.position[:, None]
-        hidden, kv = hidden_states(
-            config, params, slots.last[:, None], position, columns <= position[:, :, None], slots.kv)
-        logits = token_logits(config, params, hidden[:, 0], 1.0 if greedy else temperature)
-        keys = jax.vmap(jax.random.fold_in)(on_each_shard(own_keys, slots.sequence, work), slots.index)
-        token, logp = choose(keys, constrain(logits, ROWS, None), greedy, filter)
-        state = table[slots.stop_state, token].astype(jnp.int32)
-        slots = on_each_shard(record, slots.replace(kv=kv), work, token, logp, state)
-        return vote(on_each_shard(refill, slots, work)), steps + 1
-
-    return jax.lax.while_loop(going, step, (slots, jnp.int32(0)))[0]
 
 
 def finish(slots: Slots, prompts: Prompts, samples: int) -> Rollout:
@@ -287,20 +75,6 @@ def begin(
     slots = min(-(-slots // shards) * shards or len(limit), len(limit))
     return start(config, params, of_shards, prompt, limit, ids, key, slots=slots, columns=columns,
                  sampled=sampled)
-
-
-@partial(jax.jit, static_argnames=("columns",))
-def resize(kv: KV, columns: int) -> KV:
-    """A layer's cache with another number of columns; the first are kept."""
-
-    def fit(x, axis):
-        if columns <= x.shape[axis]:
-            return jax.lax.slice_in_dim(x, 0, columns, axis=axis)
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, columns - x.shape[axis])
-        return jnp.pad(x, pad)
-
-    return KV(fit(kv.k, 4), fit(kv.v, 3))
 
 
 def generate(

@@ -12,20 +12,8 @@ from grpo_jax import forward, load, sample
 from grpo_jax.draws import Filter
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.prompt import encode, format_prompt, load_tokenizer
-from grpo_jax.sampler import (
-    begin,
-    decode,
-    finish,
-    generate,
-    pad_prompts,
-    place_for_rollout,
-    placer,
-    prefill,
-    queue,
-    resize,
-    sizes,
-    start,
-)
+from grpo_jax.sampler import begin, finish, generate, pad_prompts, place_for_rollout, placer, queue, sizes
+from grpo_jax.slots import decode, prefill, resize, start
 from grpo_jax.source import find_model
 from grpo_jax.stops import stop_table
 from tests.tiny import CONFIG, params
@@ -234,7 +222,7 @@ def test_prompts_prefilled_in_pieces_are_the_same(monkeypatch):
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[i + 1, 5, i + 2] for i in range(7)])
     prompts = jax.tree.map(jnp.asarray, prompts)
     whole = prefill(CONFIG, weights, prompts)
-    monkeypatch.setattr("grpo_jax.sampler.PREFILL_TOKENS", 64)
+    monkeypatch.setattr("grpo_jax.slots.PREFILL_TOKENS", 64)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill(CONFIG, weights, prompts), whole)
 
 
