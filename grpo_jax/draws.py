@@ -70,7 +70,7 @@ def kept(logits: Float[Array, "N V"], filter: Filter) -> Bool[Array, "N V"]:
     if filter.top_k or filter.top_p < 1:
         ordered = jnp.sort(probs, axis=-1, descending=True)
         before = jnp.cumsum(ordered, axis=-1) - ordered  # the probability of the likelier ones
-        enough = (before >= filter.top_p) & (before > 0)
+        enough = before >= filter.top_p
         if filter.top_k:
             enough = enough | (jnp.arange(ordered.shape[-1]) >= filter.top_k)
         least = jnp.maximum(least, jnp.min(jnp.where(enough, jnp.inf, ordered), axis=-1))

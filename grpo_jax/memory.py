@@ -15,6 +15,8 @@ from grpo_jax.types import UserError
 
 SPARE = 0.9  # of a device's memory may be planned for; the rest is for what XLA puts aside
 
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+
 
 class Plan(NamedTuple):
     """The slots of a rollout, of all devices together, and what they take of one device."""
@@ -34,9 +36,8 @@ def device_bytes() -> int:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = Path("/sys/fs/cgroup/memory.max")
-    if allowed.is_file() and allowed.read_text().strip().isdigit():
-        machine = min(machine, int(allowed.read_text()))
+    if CONTAINER.is_file() and CONTAINER.read_text().strip().isdigit():
+        machine = min(machine, int(CONTAINER.read_text()))
     return machine // jax.local_device_count()
 
 

@@ -1,6 +1,7 @@
 """What a rollout needs of a device's memory: counted as it is taken, and refused where it is too much."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -84,8 +85,29 @@ def test_what_cannot_fit_is_refused_with_the_largest_that_can(monkeypatch):
         plan(monkeypatch, total=2**21, held=2**21)
 
 
-def test_memory_of_this_machine_is_found():
-    assert 2**28 < memory.device_bytes() < 2**45
+def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
+    """Of 4 shards of rows and 2 of heads each device has a quarter of the prompts and half of the keys and values."""
+    mesh = make_mesh(2, 2, 2)
+    made = plan(monkeypatch, mesh=mesh, held=1000)
+    shapes = param_shapes(MODEL)
+    weights = placed_bytes(shapes, shardings(mesh, shapes, gathered=True))
+    assert weights < placed_bytes(shapes, shardings(make_mesh(8, 1, 1), shapes))
+    token = token_bytes(MODEL) // 2
+    slot = token * (80 + 56 + 80) + 12 * 48
+    assert made.slot_bytes == slot
+    assert made.most == (int(0.9 * 2**24) - 1000 - weights - 4 * 80 * token) // slot * 4
+
+
+def test_memory_of_a_device(monkeypatch, tmp_path):
+    """CPU devices share the machine's memory, or what the container has of it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**28 < memory.device_bytes() <= machine // 8
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
+    assert memory.device_bytes() == machine // 8
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.device_bytes() == machine // 8
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert memory.device_bytes() == 2**27
 
 
 def test_latent_attention_counts_the_latent():

@@ -131,6 +131,8 @@ def test_decoding_in_pieces_equals_decoding_at_once():
     _, apart = pieces((7,), (1, 3, 2, 50))
     state, whole = pieces((7,), (50,))
     jax.tree.map(np.testing.assert_array_equal, apart, whole)
+    early, two = pieces((), (2,))
+    assert two.lengths.max() == 2 and (early.index == 2).all()  # and not a token more
     assert int(state.longest) == 0 and int(state.taken[0]) == 12
 
 
@@ -170,14 +172,23 @@ def test_slots_change_nothing_that_is_drawn(slots):
         assert not made.logps[b, g, length:].any()
 
 
-def test_a_cache_that_grows_and_shrinks_changes_nothing():
+def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
     """Sizes 128, 192 and 232 instead of 232 alone: completions that leave them and come back are those of one large cache."""
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
     limits = np.asarray([[1, 9, 4, 200], [7, 1, 150, 3], [5, 8, 2, 6]])
     config = dataclasses.replace(CONFIG, max_positions=512)
     how = dict(samples=4, max_tokens=200, temperature=1.0, table=stop_table(48, ()), limits=limits)
     assert sizes(32, 232) == [128, 192, 232]
+    made = []
+
+    def spied(kv, columns):
+        made.append(columns)
+        return resize(kv, columns)
+
+    monkeypatch.setattr("grpo_jax.sampler.resize", spied)
     grown = generate(config, weights, prompts, jax.random.key(0), **how, slots=1)
+    # One slot, two layers: up for the sequence of 200, down after it, up for that of 150, down again.
+    assert made[::2] == made[1::2] == [192, 232, 192, 128, 192, 128]
     state, work = begin(config, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, sampled=200)
     state = decode(config, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(0), np.int32(1000),
                    greedy=False, filter=Filter())
@@ -194,6 +205,7 @@ def test_the_loop_is_left_to_grow_and_to_shrink():
         CONFIG, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(floor), np.int32(1000), greedy=False,
         filter=Filter())
     full = go(state, 0)
+    assert state.kv[0].k.is_deleted() and state.tokens.is_deleted()  # what is replaced is given up
     assert int(full.longest) == 41 and int(full.index[0]) == 38  # the token drawn last has no column any more
     larger = full.replace(kv=tuple(resize(kv, 64) for kv in full.kv))
     assert larger.kv[0].k.shape[-1] == larger.kv[0].v.shape[-2] == 64
@@ -250,6 +262,24 @@ def test_stop_strings_end_a_completion_however_they_are_cut():
         assert made.lengths[0, g] == length and bool(made.truncated[0, g]) == (not ends)
         np.testing.assert_array_equal(made.tokens[0, g, :length], free.tokens[0, g, :length])
     assert stopped > 2
+
+
+@pytest.mark.parametrize("slots", [2, 12])
+def test_stops_that_span_tokens(slots):
+    """A row ends with a token of 15 to 29 that follows one below 15: the state is kept from token to token, and not from
+    a slot's sequence to its next."""
+    token = np.arange(48)
+    table = np.where(token < 15, 1, [[0], [0]])
+    table[1, 15:30] = -1
+    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
+    how = dict(samples=4, max_tokens=12, temperature=1.0)
+    free = generate(CONFIG, weights, prompts, jax.random.key(0), table=stop_table(48, ()), **how)
+    made = generate(CONFIG, weights, prompts, jax.random.key(0), table=table.astype(np.int16), slots=slots, **how)
+    for b, g in np.ndindex(3, 4):
+        drawn = free.tokens[b, g].tolist()
+        ends = [t + 1 for t in range(1, 12) if drawn[t - 1] < 15 <= drawn[t] < 30]
+        assert made.lengths[b, g] == (ends[0] if ends else 12) and bool(made.truncated[b, g]) == (not ends)
+    assert 2 < made.truncated.sum() < 10
 
 
 def test_filters_of_sample():

@@ -75,7 +75,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsy
 
 NAMES = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac rollout/tokens_per_s
 groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max policy/clip_frac policy/entropy loss/total
-optim/grad_norm optim/lr time/rollout_s time/reward_s time/update_s time/step_s""".split()
+policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s time/reward_s time/update_s time/step_s""".split()
 
 
 def test_a_workdir_holds_what_is_documented(tmp_path, monkeypatch):
@@ -87,6 +87,7 @@ def test_a_workdir_holds_what_is_documented(tmp_path, monkeypatch):
     assert all(name in row for row in rows for name in ("eval/accuracy", "eval/format", "eval/length_mean"))
     assert all(isinstance(row[name], float) for row in rows[1:] for name in NAMES)
     assert abs(rows[1]["policy/kl_sampler"]) < 1e-6 and abs(rows[1]["policy/ratio_max"] - 1) < 1e-3
+    assert 0 < rows[1]["policy/logp_gap/mean"] < rows[1]["policy/logp_gap/max"] < 1e-3
     samples = [json.loads(line) for line in (run / "samples" / "train-000001.jsonl").read_text().splitlines()]
     assert len(samples) == 3
     assert samples[0].keys() >= {
