@@ -24,8 +24,8 @@ def tiny():
 
     python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero
 
-    On 1 device: two CPU cores, 3 min 10 s. Accuracy on 256 held-out questions at temperature 1 goes from about 0.25 to over
-    0.95, format from 0.8 to 0.99, response length from 22 to 46 tokens; the reward passes 1.75 of 2 at update 10.
+    On 1 device: two CPU cores, 3 min 10 s. Accuracy on 256 held-out questions at temperature 1 goes from about 0.2 to over
+    0.97, format from 0.8 to 0.99, response length from 20 to 45 tokens; the reward passes 1.75 of 2 at update 12.
     """
     return grpo_config.default()
 
@@ -37,7 +37,7 @@ def smollm2():
 
     On 1 device: two CPU cores, about 10 minutes. In float32, which a CPU computes faster than bfloat16. A model of this size
     does not follow the template by itself, so each question, a sum of one-digit numbers, comes after two that are answered.
-    Accuracy on held-out sums goes from 0.48 to 0.98 in 20 updates; format stays 0, as the model goes on after its answer.
+    Accuracy on held-out sums goes from 0.44 to 0.97 in 20 updates, format from 0.48 to 0.98.
     """
     config = grpo_config.default()
     config.model.path = "smollm2"

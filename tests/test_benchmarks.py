@@ -1,6 +1,8 @@
 """The benchmarks run and count what they say; no time is judged here."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,19 @@ def test_help_explains_every_number():
     text = run("rollout", "--help").stdout
     for name in ("limit_fraction", "decode_ms", "peak_rss_gib", "draw_fraction", "example:"):
         assert name in text
+
+
+COMMANDS = re.findall(r"```bash\npython (benchmarks/.*?)\n```", (ROOT / "docs" / "performance.md").read_text())
+SHORT = {"benchmarks/rollout.py": [*SMALL, "--slots=4", f"--model={find_model('tiny')}"],
+         "benchmarks/layouts.py": ["--prompts=1", "--samples=2", "--new_tokens=2", "--model=tiny"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_on_performance_runs(command):
+    script, *argv = shlex.split(command)
+    made = subprocess.run([sys.executable, script, *argv, *SHORT[script]], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    json.loads(made.stdout)
 
 
 def test_layouts_draw_the_same():
