@@ -22,19 +22,26 @@ NEAR = 1e-3
 
 def main(argv: Sequence[str]) -> None:
     from grpo_jax.flags import OneLineParser
+    from grpo_jax.types import UserError
 
     parser = OneLineParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python benchmarks/layouts.py --model=smollm2 --slots=8,64 --devices=1,8")
     parser.add_argument("--model", metavar="FOLDER", required=True, help="what model.path may be")
-    numbers = lambda text: [int(number) for number in text.split(",")]
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     parser.add_argument("--slots", type=numbers, default=[64, 8], metavar="N,N", help="default: 64,8")
     parser.add_argument("--devices", type=numbers, default=[1], metavar="N,N", help="default: 1; virtual ones on a CPU")
     for name, value in (("prompts", 16), ("samples", 4), ("prompt_tokens", 32), ("new_tokens", 64), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
     flags = parser.parse_args(argv)
-    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(flags.devices)}"
+    for name, value in vars(flags).items():
+        if name not in ("model", "seed") and min(value if isinstance(value, list) else [value]) < 1:
+            raise UserError(f"expected --{name} of 1 or more; found {value}")
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +  # of CPUs alone
+                               f" --xla_force_host_platform_device_count={max(flags.devices)}")
     print(json.dumps({"model": flags.model} | compare(flags)))
 
 
@@ -47,8 +54,11 @@ def compare(flags) -> dict:
     from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
     from grpo_jax.source import find_model
     from grpo_jax.stops import stop_table
+    from grpo_jax.types import UserError
     from grpo_jax.weights import load
 
+    if max(flags.devices) > jax.device_count():
+        raise UserError(f"expected --devices of at most {jax.device_count()}; found {max(flags.devices)}")
     key, first = jax.random.key(flags.seed), None
     found = {"sequences": flags.prompts * flags.samples, "layouts": 0, "differing": 0, "near_ties": 0,
              "unexplained": 0, "logp_gap": 0.0}
@@ -56,6 +66,9 @@ def compare(flags) -> dict:
         mesh = make_mesh(fsdp=-1, devices=jax.devices()[:devices])
         with jax.set_mesh(mesh):
             config, params = load(find_model(flags.model), mesh=mesh)
+            if flags.prompt_tokens + flags.new_tokens > config.max_positions:
+                raise UserError(f"expected prompt_tokens + new_tokens of at most {config.max_positions} positions; "
+                                f"found {flags.prompt_tokens} + {flags.new_tokens}")
             shape = flags.prompts, flags.prompt_tokens
             tokens = np.random.default_rng(flags.seed).integers(config.drawable, size=shape)
             placed = place_for_rollout(config, params, mesh)

@@ -44,6 +44,17 @@ def test_a_mistake_is_one_line(argv, message):
     assert line.startswith("error: expected") and message in line
 
 
+@pytest.mark.parametrize("argv, message", [
+    (["--model=tiny", "--slots=0"], "--slots of 1 or more"), (["--model=tiny", "--devices=a"], "--devices"),
+    (["--model=tiny", "--new_tokens=99999"], "at most 512 positions"), (["--model=nowhere/at/all"], "nowhere/at/all"),
+])
+def test_a_mistake_about_layouts_is_one_line(argv, message):
+    made = run("layouts", *argv)
+    assert made.returncode == 2 and not made.stdout
+    (line,) = made.stderr.splitlines()
+    assert line.startswith("error: expected") and message in line
+
+
 def test_help_explains_every_number():
     text = run("rollout", "--help").stdout
     for name in ("limit_fraction", "decode_ms", "peak_rss_gib", "draw_fraction", "example:"):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import grpo_jax.train
 from grpo_jax.main import main
 
 REPO = Path(__file__).parent.parent
@@ -80,8 +81,11 @@ policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s
 
 def test_a_workdir_holds_what_is_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
-    run = tmp_path / "run"
-    train(run, "--config.total_steps=2", "--config.eval.every_steps=1", "--config.loss.kl_coef=0")
+    run, slots, generate = tmp_path / "run", [], grpo_jax.train.generate
+    monkeypatch.setattr("grpo_jax.train.generate", lambda *args, **how: slots.append(how["slots"]) or generate(*args, **how))
+    train(run, "--config.total_steps=2", "--config.eval.every_steps=1", "--config.loss.kl_coef=0",
+          "--config.rollout.slots=6")
+    assert slots == [8, 8]  # two for each of the four shards of rows
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(name in row for row in rows for name in ("eval/accuracy", "eval/format", "eval/length_mean"))
