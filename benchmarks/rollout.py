@@ -14,7 +14,8 @@ matmul_ms              a step's matrix products alone, on the same weights; matm
                        that of one large product
 bytes_ms               reading a step's weights and cached keys and values at read_gb_s, the rate of a plain sum
 limit_ms               the larger of the two: no step made of these products is faster
-limit_fraction         limit_ms / decode_ms: 1 is perfect, the rest is attention, norms, drawing and overhead
+limit_fraction         limit_ms / decode_ms: 1 is perfect, the rest is attention, norms, drawing and overhead.
+                       A rollout of milliseconds has a decode_ms of noise alone
 draw_fraction          the time of drawing a token a row from given logits, keys included, alone, / decode_ms
 kv_bytes_per_slot      the cache of a slot at its largest
 peak_rss_gib           the most main memory the process held until the rollouts were over; no accelerator's memory

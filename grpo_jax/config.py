@@ -1,6 +1,7 @@
 """Every key of a training config with its meaning, and the check of all values before any device work."""
 
 import json
+import shlex
 from collections import namedtuple
 from pathlib import Path
 
@@ -227,6 +228,8 @@ def check(raw: ConfigDict):
     expect(0 <= config.eval.min_p <= 1, "eval.min_p", "in [0, 1]", config.eval.min_p, "set --config.eval.min_p")
     expect(all(isinstance(text, str) and text for text in config.rollout.stop_strings), "rollout.stop_strings",
            "strings that are not empty", config.rollout.stop_strings, "set --config.rollout.stop_strings")
+    expect(sum(len(text) for text in config.rollout.stop_strings) <= 4000, "rollout.stop_strings",
+           "at most 4000 characters together", f"{sum(len(text) for text in config.rollout.stop_strings)}", "shorten them")
     expect(config.seed < 2**32, "seed", "below 2**32", config.seed, "set --config.seed")
     for key in ("optim.b1", "optim.b2"):
         expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
@@ -264,6 +267,11 @@ def flat(config: dict, prefix: str = "") -> dict:
     return out
 
 
+def as_flag(value) -> str:
+    """A value as the command line takes it."""
+    return shlex.quote(json.dumps(value)) if isinstance(value, tuple) else str(value)
+
+
 def with_tuples(values):
     """Parsed JSON with its lists as tuples, as a config has them."""
     if isinstance(values, dict):
@@ -290,7 +298,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             if not same and not any(key == free or key.startswith(free + ".") for free in RESUMABLE):
                 raise UserError(
                     f"expected the config that {workdir} was begun with; found {key}={ours.get(key)!r} where the run "
-                    f"has {theirs.get(key)!r}; choose another --workdir or pass --config.{key}={theirs.get(key)}")
+                    f"has {theirs.get(key)!r}; choose another --workdir or pass --config.{key}={as_flag(theirs.get(key))}")
     elif path.parent.exists() and (not Path(workdir).is_dir() or any(Path(workdir).iterdir())):
         raise UserError(f"expected a new folder or one of an earlier run at {workdir}; found other files there; "
                         "choose another --workdir")

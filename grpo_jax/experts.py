@@ -76,7 +76,8 @@ def spread(x: Float[Array, "N L D"], chosen, weights, gate, up, down, activation
         return run(x, chosen, weights, gate, up, down).astype(x.dtype)
     rows = fit(P(ROWS), x.shape, mesh)[0]
     columns = fit(P("expert", None, "tensor"), gate.shape, mesh)
-    by_expert, by_column = columns[0] is not None, columns[2] is not None
+    by_expert = columns[0] is not None and mesh.shape["expert"] > 1
+    by_column = columns[2] is not None and mesh.shape["tensor"] > 1
 
     def on_device(x, chosen, weights, gate, up, down):
         if by_expert and rows:
@@ -107,8 +108,16 @@ class Router(nn.Module):
         correction = self.param("correction", nn.initializers.zeros, (experts.count,)) if experts.sigmoid else None
         flat = x.reshape(-1, width).astype(jnp.float32)
         logits = jnp.matmul(flat, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        chosen, weights = choose_experts(experts, logits, correction)
-        return chosen.reshape(*x.shape[:-1], -1), weights.reshape(*x.shape[:-1], -1)
+
+        def choose(logits, correction):
+            found = choose_experts(experts, logits.reshape(-1, experts.count), correction)
+            return tuple(y.reshape(*logits.shape[:-1], -1) for y in found)
+
+        logits, mesh = logits.reshape(*x.shape[:-1], -1), jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return choose(logits, correction)
+        rows = fit(P(ROWS), logits.shape, mesh)  # the partitioner would gather the rows for top_k
+        return jax.shard_map(choose, in_specs=(rows, P()), out_specs=(rows, rows), check_vma=False)(logits, correction)
 
 
 class MixtureOfExperts(nn.Module):

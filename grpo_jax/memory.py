@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.mesh import row_shards, shardings
 from grpo_jax.model import causal_mask, hidden_states, param_shapes
+from grpo_jax.slots import prefill_rows
 from grpo_jax.types import UserError
 
 SPARE = 0.9  # of a device's memory may be planned for; the rest is for what XLA puts aside
@@ -31,7 +33,17 @@ class Plan(NamedTuple):
 
 
 def device_bytes() -> int:
-    """The memory of one device. CPU devices share the machine's, or what the container may use of it."""
+    """The memory of one device, the least of all processes'. CPU devices share what the machine or container has."""
+    mine = local_device_bytes()
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.asarray(mine // 2**20, np.int32)).min()) * 2**20
+
+
+def local_device_bytes() -> int:
+    """The memory of a device of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -56,11 +68,19 @@ def token_bytes(config: ModelConfig, tensor: int = 1) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // split(leaf) for leaf in jax.tree.leaves(kv))
 
 
-def plan_rollout(config, model: ModelConfig, mesh, held_bytes: int) -> Plan:
+def prefill_bytes(config: ModelConfig, width: int, tensor: int = 1) -> int:
+    """What prefilling prompts of T columns takes for a while: scores and their softmax, and what a layer makes of x."""
+    heads = config.num_heads // tensor if config.num_heads % tensor == 0 else config.num_heads
+    wide = max(config.intermediate_size, config.hidden_size)
+    return prefill_rows(config, width) * width * 4 * (2 * heads * width + 2 * wide + 8 * config.hidden_size)
+
+
+def plan_rollout(config, model: ModelConfig, mesh, held_bytes: int, *, strict: bool = True) -> Plan:
     """The slots that a config asks for, or with `rollout.slots` 0 as many as fit and are of use.
 
     Args:
       held_bytes: what one device holds during a rollout, besides the rollout's own.
+      strict: refuse a `rollout.slots` that does not fit, instead of taking what fits.
     Raises:
       UserError: fewer slots fit.
     """
@@ -74,15 +94,19 @@ def plan_rollout(config, model: ModelConfig, mesh, held_bytes: int) -> Plan:
     slot = token * (rollout.max_prompt_tokens + rollout.max_tokens) + prompts + logits
     total = device_bytes()
     free = int(SPARE * total) - held_bytes - weight_bytes - prompts * -(-rollout.prompts // shards)
-    most = max(0, free // slot) * shards
-    wanted = rollout.slots or min(rollout.prompts * rollout.samples, max(most, shards))
+    free = max(0, free - prefill_bytes(model, rollout.max_prompt_tokens, tensor))
+    most = free // slot * shards
+    rows = rollout.prompts * rollout.samples
+    wanted = min(rollout.slots or rows, rows)
+    if not (rollout.slots and strict):
+        wanted = min(wanted, max(most, shards))
     wanted = -(-wanted // shards) * shards
     if wanted > most:
-        gib = lambda count: f"{count / 2**30:.2f} GiB"
+        mib = lambda count: f"{count / 2**20:,.1f} MiB"
         raise UserError(
             f"expected rollout.slots of at most {most}; found {wanted}: on each of {shards} device(s) a slot takes "
-            f"{gib(slot)} ({rollout.max_prompt_tokens} + {rollout.max_tokens} tokens of {token / 1024:.1f} KiB), and of "
-            f"{gib(total)} {gib(max(free, 0))} are left beside {gib(held_bytes)} of state and {gib(weight_bytes)} of "
+            f"{mib(slot)} ({rollout.max_prompt_tokens} + {rollout.max_tokens} tokens of {token / 1024:.1f} KiB), and of "
+            f"{mib(total)} {mib(free)} are left beside {mib(held_bytes)} of state and {mib(weight_bytes)} of "
             f"weights; " + ("lower rollout.slots, or set it to 0" if most else
                             "lower rollout.max_tokens, or spread the model over more devices"))
-    return Plan(wanted, most, slot, max(free, 0))
+    return Plan(wanted, most, slot, free)

@@ -48,8 +48,13 @@ def queue(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
     """The sequences split over shards: (prompts of the shards, and by sequence prompt, limit and ids), numpy.
 
     Sequence n is sample n % G of prompt n // G; shard w draws the w-th part of them. Each shard has the prompts of its own
-    sequences, so a group that is cut has its prompt in two shards.
+    sequences, so a group that is cut has its prompt in several.
+
+    Raises:
+      ValueError: a sequence of no tokens.
     """
+    if limits.min() < 1:
+        raise ValueError(f"expected limits of 1 or more; found {limits.min()}")
     count, samples = limits.shape
     each = -(-count * samples // shards)
     number = np.arange(shards * each)
@@ -105,8 +110,8 @@ def generate(
             return finish(state, prompts, samples)
         level += 1 if longest > ladder[level] else -1
         layers, state = list(state.kv), state.replace(kv=())
-        for i, kv in enumerate(layers):  # one by one, so that the old and the new cache never exist whole together
-            layers[i] = resize(kv, ladder[level])
+        for i in range(len(layers)):  # one by one, so that the old and the new cache never exist whole together
+            layers[i] = resize(layers[i], ladder[level])
         state = state.replace(kv=tuple(layers))
 
 
@@ -140,8 +145,8 @@ def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | No
     if not len(lengths) or not lengths.all():
         raise ValueError(f"expected prompts of one token or more; found lengths {lengths.tolist()}")
     ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
-    if ids.shape != lengths.shape or ids.min() < 0 or ids.max() >= 2**31:
-        raise ValueError(f"expected {len(lengths)} prompt ids from 0 to 2**31 - 1; found {ids.tolist()}")
+    if ids.shape != lengths.shape or ids.min() < 0 or ids.max() >= 2**31 or len(set(ids.tolist())) < len(ids):
+        raise ValueError(f"expected {len(lengths)} different prompt ids from 0 to 2**31 - 1; found {ids.tolist()}")
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // 32) * 32), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -186,14 +191,15 @@ def sample(
     padded = pad_prompts(prompts, prompt_ids)
     limits = np.broadcast_to(np.asarray(max_tokens), (len(prompts), max(samples, 0)))
     most = int(limits.max(initial=0))
-    longest = int(padded.lengths.max())
+    longest = int((padded.lengths[:, None] + limits).max(initial=0))
     for fine, expected, found in (
-        (limits.size and limits.min() > 0, "samples and max_tokens of 1 or more", (samples, max_tokens)),
+        (limits.size and limits.min() > 0 and limits.dtype.kind in "iu", "samples and max_tokens of 1 or more",
+         (samples, max_tokens)),
         (temperature >= 0, "a temperature of 0 or more", temperature),
         (0 <= padded.tokens.min() and padded.tokens.max() < model_config.vocab_size,
          f"token ids from 0 to {model_config.vocab_size - 1}", (padded.tokens.min(), padded.tokens.max())),
-        (longest + most <= model_config.max_positions,
-         f"prompt + max_tokens of at most {model_config.max_positions} positions", f"{longest} + {most}"),
+        (longest <= model_config.max_positions,
+         f"prompt + max_tokens of at most {model_config.max_positions} positions", longest),
         (slots >= 0, "slots of 0 or more", slots),
         (not isinstance(stop_strings, str), "a list of stop_strings", repr(stop_strings)),
         (top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1, "top_k of 0 or more, top_p in (0, 1] and min_p in [0, 1]",

@@ -63,7 +63,8 @@ def prepare(config, *, training: bool = False) -> Setting:
         optimizer = make_optimizer(config.optim)
         held *= 2 if config.loss.kl_coef else 1  # the reference
         held += placed_bytes(state_shapes(shapes, optimizer).opt_state, state_shardings(mesh, shapes, optimizer).opt_state)
-    return Setting(source, model, tokenizer, stop_ids, table, mesh, plan_rollout(config, model, mesh, held))
+    plan = plan_rollout(config, model, mesh, held, strict=training)
+    return Setting(source, model, tokenizer, stop_ids, table, mesh, plan)
 
 
 def check_prompts(config, tokenizer) -> None:

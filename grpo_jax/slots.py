@@ -30,7 +30,8 @@ from grpo_jax.model import causal_mask, hidden_states, token_logits
 from grpo_jax.stops import STOPPED
 from grpo_jax.types import Prompts
 
-PREFILL_TOKENS = 8192  # of prompts that a shard prefills at a time
+PREFILL_TOKENS = 8192  # that a shard prefills at a time, and the bytes of their attention scores; at least one prompt
+PREFILL_BYTES = 2**28
 
 
 @flax.struct.dataclass
@@ -62,17 +63,6 @@ class Slots:
     stopped: Int[Array, " N"]  # 1: ended by a stopping token
 
 
-def row_specs(tree):
-    """How the leaves of Work or Slots lie on the mesh: all but `longest` have rows, which are split; a cache has layers
-    in front of them."""
-
-    def of(path, leaf):
-        name = path_name(path)
-        return P() if name == "longest" else P(None, ROWS) if name.startswith("kv/") else P(ROWS)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
 def on_each_shard(function, *args):
     """function(*args) of each shard's own rows, on the mesh in force. It returns what its first argument is.
 
@@ -95,6 +85,11 @@ def on_each_shard(function, *args):
     return jax.tree.unflatten(out_tree, made)
 
 
+def prefill_rows(config: ModelConfig, width: int) -> int:
+    """How many prompts of T columns a shard prefills at a time. Scores and their softmax are float32 [H, T, T] a prompt."""
+    return max(1, min(PREFILL_TOKENS // width, PREFILL_BYTES // (8 * config.num_heads * width**2)))
+
+
 def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
     """The keys and values of prompts, T columns."""
     count, width = prompts.tokens.shape
@@ -106,7 +101,7 @@ def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
 
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
-    at_once = max(1, PREFILL_TOKENS // width) * shards
+    at_once = prefill_rows(config, width) * shards
     if count <= at_once:
         return run(prompts.tokens)
     pieces = -(-count // at_once)

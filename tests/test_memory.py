@@ -5,15 +5,17 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpo_jax import memory
 from grpo_jax.config import check, default
-from grpo_jax.memory import placed_bytes, plan_rollout, token_bytes
+from grpo_jax.memory import placed_bytes, plan_rollout, prefill_bytes, token_bytes
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
 from grpo_jax.sampler import begin, pad_prompts, place_for_rollout
+from grpo_jax.slots import prefill, prefill_rows
 from grpo_jax.source import read_model_config
 from grpo_jax.types import UserError
 from tests.tiny import CONFIG, params
@@ -21,7 +23,11 @@ from tests.tiny import CONFIG, params
 MODEL = dataclasses.replace(CONFIG, max_positions=1024)
 
 
-def plan(monkeypatch, *, total=2**24, held=0, mesh=None, **rollout):
+TOTAL = 2**26  # half of it is for prefill
+SHORT = int((prefill_bytes(MODEL, 80) + 2**21) / 0.9)
+
+
+def plan(monkeypatch, *, total=TOTAL, held=0, mesh=None, **rollout):
     monkeypatch.setattr(memory, "device_bytes", lambda: total)
     config = default()
     for key, value in rollout.items():
@@ -53,20 +59,20 @@ def test_placed_bytes_are_those_of_one_device():
 
 
 def test_slots_fill_what_is_left_of_the_memory(monkeypatch):
-    """By hand: 16 MiB * 0.9 less the weights and 16 prompts of 80 tokens, over what a slot takes."""
+    """By hand: 64 MiB * 0.9 less prefill, the weights and 16 prompts of 80 tokens, over what a slot takes."""
     made = plan(monkeypatch)
     token = token_bytes(MODEL)
     weights = sum(leaf.size for leaf in jax.tree.leaves(params())) * 4
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
-    assert made.most == (int(0.9 * 2**24) - weights - 16 * 80 * token) // slot
+    assert made.most == (int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_bytes(MODEL, 80)) // slot
     assert made.slots == min(128, made.most)
     assert made.most - plan(monkeypatch, held=100 * slot).most == 100
-    assert plan(monkeypatch, slots=7).slots == 7
+    assert plan(monkeypatch, slots=7).slots == 7 and plan(monkeypatch, slots=1000).slots == 128
 
 
 def test_fewer_slots_than_completions_where_memory_is_short(monkeypatch):
-    made = plan(monkeypatch, total=2**21, max_tokens=400)
+    made = plan(monkeypatch, total=SHORT, max_tokens=400)
     assert 0 < made.slots == made.most < 128
 
 
@@ -76,13 +82,25 @@ def test_slots_are_a_multiple_of_the_shards(monkeypatch):
     assert plan(monkeypatch, mesh=mesh).most % 8 == 0
 
 
+@pytest.mark.parametrize("width, count", [(128, 4), (512, 3)])
+def test_prefill_takes_no_more_than_is_planned(width, count):
+    """XLA's own count of what `start` needs besides weights, caches and prompts."""
+    config = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=256, num_heads=8, head_dim=16)
+    weights = place_for_rollout(config, params(config))
+    prompts = jax.tree.map(jnp.asarray, pad_prompts([[1] * width] * count))
+    memory = jax.jit(lambda w, p: prefill(config, w, p)).lower(weights, prompts).compile().memory_analysis()
+    assert 0.2 * prefill_bytes(config, width) < memory.temp_size_in_bytes * prefill_rows(config, width) / count
+    assert memory.temp_size_in_bytes / min(count, prefill_rows(config, width)) < prefill_bytes(config, width) / prefill_rows(
+        config, width)
+
+
 def test_what_cannot_fit_is_refused_with_the_largest_that_can(monkeypatch):
-    most = plan(monkeypatch, total=2**21).most
-    assert plan(monkeypatch, total=2**21, slots=most).slots == most
+    most = plan(monkeypatch, total=SHORT).most
+    assert plan(monkeypatch, total=SHORT, slots=most).slots == most
     with pytest.raises(UserError, match=rf"rollout.slots of at most {most}; found {most + 1}: .*lower rollout.slots"):
-        plan(monkeypatch, total=2**21, slots=most + 1)
+        plan(monkeypatch, total=SHORT, slots=most + 1)
     with pytest.raises(UserError, match="at most 0; .*lower rollout.max_tokens, or spread the model"):
-        plan(monkeypatch, total=2**21, held=2**21)
+        plan(monkeypatch, total=SHORT, held=2**22)
 
 
 def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
@@ -95,7 +113,7 @@ def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
     token = token_bytes(MODEL) // 2
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
-    assert made.most == (int(0.9 * 2**24) - 1000 - weights - 4 * 80 * token) // slot * 4
+    assert made.most == (int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_bytes(MODEL, 80, 2)) // slot * 4
 
 
 def test_memory_of_a_device(monkeypatch, tmp_path):

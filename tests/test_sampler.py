@@ -13,9 +13,10 @@ from grpo_jax.draws import Filter
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.prompt import encode, format_prompt, load_tokenizer
 from grpo_jax.sampler import begin, finish, generate, pad_prompts, place_for_rollout, placer, queue, sizes
-from grpo_jax.slots import decode, prefill, resize, start
+from grpo_jax.slots import decode, prefill, prefill_rows, resize, start
 from grpo_jax.source import find_model
 from grpo_jax.stops import stop_table
+from tests.test_experts import SIGMOID, SOFTMAX
 from tests.tiny import CONFIG, params
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
@@ -235,6 +236,7 @@ def test_prompts_prefilled_in_pieces_are_the_same(monkeypatch):
     prompts = jax.tree.map(jnp.asarray, prompts)
     whole = prefill(CONFIG, weights, prompts)
     monkeypatch.setattr("grpo_jax.slots.PREFILL_TOKENS", 64)
+    assert prefill_rows(CONFIG, 32) == 2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill(CONFIG, weights, prompts), whole)
 
 
@@ -252,11 +254,11 @@ def test_stop_strings_end_a_completion_however_they_are_cut():
     tokenizer = load_tokenizer(find_model("tiny"))
     prompt = encode(tokenizer, format_prompt("What is 1 + 2?"))
     free = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24)
-    made = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=["ink>", "so"])
+    made = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=["</think> <answer>", "hink> I", "carry 1. "])
     stopped = 0
     for g in range(8):
         texts = [tokenizer.decode(free.tokens[0, g, : t + 1]) for t in range(24)]
-        ends = [t for t, text in enumerate(texts) if "ink>" in text or "so" in text]
+        ends = [t for t, text in enumerate(texts) if any(string in text for string in ("</think> <answer>", "hink> I", "carry 1. "))]
         length = ends[0] + 1 if ends else 24
         stopped += bool(ends)
         assert made.lengths[0, g] == length and bool(made.truncated[0, g]) == (not ends)
@@ -291,17 +293,18 @@ def test_filters_of_sample():
     np.testing.assert_allclose(rollout(weights=weights, top_k=1).logps, likeliest.logps, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_shards_exchange_one_number_a_token(shape):
+@pytest.mark.parametrize("shape, config", [
+    ((8, 1, 1), CONFIG), ((1, 8, 1), CONFIG), ((2, 2, 2), CONFIG), ((8, 1, 1), SOFTMAX), ((4, 2, 1), SIGMOID)])
+def test_shards_exchange_one_number_a_token(shape, config):
     """The compiled loop: no row, cache or weight leaves its shard. The sums over `tensor` are those of its matrices."""
-    mesh, weights = make_mesh(*shape), params()
+    mesh, weights = make_mesh(*shape), params(config)
     with jax.set_mesh(mesh):
-        placed = place_for_rollout(CONFIG, jax.device_put(weights, shardings(mesh, weights)), mesh)
-        state, work = begin(CONFIG, placed, pad_prompts(PROMPTS), jax.random.key(0), np.full((3, 8), 8), slots=16,
+        placed = place_for_rollout(config, jax.device_put(weights, shardings(mesh, weights)), mesh)
+        state, work = begin(config, placed, pad_prompts(PROMPTS), jax.random.key(0), np.full((3, 8), 8), slots=16,
                             columns=40, sampled=8)
         leaves, tree = jax.tree.flatten((state, work))
         run = lambda *leaves: jax.tree.leaves(decode(
-            CONFIG, placed, *jax.tree.unflatten(tree, leaves), stop_table(48, ()), np.float32(1), np.int32(0),
+            config, placed, *jax.tree.unflatten(tree, leaves), stop_table(config.vocab_size, ()), np.float32(1), np.int32(0),
             np.int32(9), greedy=False, filter=Filter()))
         compiled = jax.jit(run).lower(*leaves).compile().as_text()
     moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
@@ -318,14 +321,14 @@ def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
         mesh = make_mesh(*shape)
         with jax.set_mesh(mesh):
             placed = place_for_rollout(CONFIG, jax.device_put(weights, shardings(mesh, weights)), mesh)
-            many = sample(CONFIG, placed, PROMPTS, jax.random.key(0), samples=8, max_tokens=8)
+            many = sample(CONFIG, placed, PROMPTS, jax.random.key(0), samples=8, max_tokens=8, slots=11)
         np.testing.assert_array_equal(many.tokens, one.tokens)
         np.testing.assert_allclose(many.logps, one.logps, atol=2e-5)
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(samples=0), "samples"), (dict(max_tokens=0), "max_tokens"), (dict(temperature=-1), "temperature"),
-    (dict(max_tokens=60), "64 positions"), (dict(slots=-1), "slots"), (dict(top_p=0.0), "top_p"),
+    (dict(max_tokens=59), "64 positions"), (dict(slots=-1), "slots"), (dict(top_p=0.0), "top_p"),
     (dict(min_p=1.5), "min_p"), (dict(top_k=-1), "top_k"), (dict(stop_ids=[48]), "stop ids"),
     (dict(stop_strings="</answer>"), "a list"), (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens")])
 def test_impossible_requests_are_refused(changes, message):
@@ -334,6 +337,8 @@ def test_impossible_requests_are_refused(changes, message):
 
 
 def test_wrong_prompts_are_refused():
+    with pytest.raises(ValueError, match="different prompt ids"):
+        rollout(prompt_ids=[1, 2, 1])
     for prompts, message in (([[]], "one token"), ([[99]], "token ids"), ([], "one token")):
         with pytest.raises(ValueError, match=message):
             sample(CONFIG, params(), prompts, jax.random.key(0), samples=2, max_tokens=2)
