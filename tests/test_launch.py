@@ -208,8 +208,10 @@ def test_what_it_did_not_create_it_does_not_delete(stub, repository):
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_an_interrupt_or_a_closed_terminal_deletes_the_slice(stub, repository, sent, status):
     command = ["bash", str(repository / "launch" / "tpu_pod.sh"), *FLAGS]
+    # A suite started in the background ignores these signals, and a shell that ignores one at its start cannot trap it.
     process = subprocess.Popen(command, env=environment(stub, JOB="sleep"), start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))
     try:
         end = time.monotonic() + 30
         while verbs(calls(stub)).count("ssh") < 2 and time.monotonic() < end:

@@ -294,7 +294,8 @@ def test_filters_of_sample():
 
 
 @pytest.mark.parametrize("shape, config", [
-    ((8, 1, 1), CONFIG), ((1, 8, 1), CONFIG), ((2, 2, 2), CONFIG), ((8, 1, 1), SOFTMAX), ((4, 2, 1), SIGMOID)])
+    ((8, 1, 1), CONFIG), ((1, 8, 1), CONFIG), ((2, 2, 2), CONFIG),
+    pytest.param((8, 1, 1), SOFTMAX, marks=pytest.mark.slow), pytest.param((4, 2, 1), SIGMOID, marks=pytest.mark.slow)])
 def test_shards_exchange_one_number_a_token(shape, config):
     """The compiled loop: no row, cache or weight leaves its shard. The sums over `tensor` are those of its matrices."""
     mesh, weights = make_mesh(*shape), params(config)
