@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
         __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.",
         'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"', of_a_run=True)
     parser.add_argument("--prompt", metavar="TEXT", help="the question; it is put into the template")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: rollout.temperature (eval.top_k and the like apply)")
+    parser.add_argument("--temperature", type=float,
+                        help="0 is greedy; default: rollout.temperature (eval.top_k and the like apply)")
     options, raw, workdir = flags.parse(parser, argv)
     if not options.prompt:
         raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
