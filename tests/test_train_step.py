@@ -115,15 +115,15 @@ def test_first_step_gradient_equals_policy_gradient():
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_gap_between_sampler_and_trainer_is_that_of_the_tokens(micro_batches):
-    """One token of 0.5 among log-probs that agree: the largest gap is 0.5, the mean its share of the weights."""
+    """Tokens of 0.5 and 0.3, in two parts, among log-probs that agree: the largest is 0.5, the mean their shares."""
     batch = on_policy(params())
-    moved = batch.replace(sampler_logps=batch.sampler_logps.at[5, 0].add(0.5).at[5, -1].add(9.0))
+    moved = batch.replace(sampler_logps=batch.sampler_logps.at[5, 0].add(0.5).at[5, -1].add(9.0).at[0, 1].add(-0.3))
     assert batch.mask[5, 0] and not batch.mask[5, -1]  # the second stands behind the completion and is no token
     loss = SimpleNamespace(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
     _, metrics = gradients(CONFIG, params(), moved, temperature=0.9, loss=loss, micro_batches=micro_batches)
     np.testing.assert_allclose(metrics["policy/logp_gap/max"], 0.5, atol=1e-5)
     np.testing.assert_allclose(
-        metrics["policy/logp_gap/mean"], 0.5 * token_weights(batch.mask)[5, 0], atol=1e-5)
+        metrics["policy/logp_gap/mean"], token_weights(batch.mask)[[5, 0], [0, 1]] @ jnp.asarray([0.5, 0.3]), atol=1e-5)
 
 
 def test_prompt_and_padding_carry_no_gradient():
