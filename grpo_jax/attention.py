@@ -1,7 +1,10 @@
-"""Attention: grouped-query, and multi-head latent (DeepSeek-V3's), over the tokens given or over a key/value cache.
+"""The layers' attention: grouped-query, and multi-head latent (DeepSeek-V3's), over the tokens given or a cache.
 
 Column c of a row's cache holds the token at position c. With a cache, a layer first writes the tokens given into it and
 then attends to its columns: a compiled loop that carries the cache then updates it in place.
+
+`attend` is the one function that attention is computed by. On each platform it takes the way that is best there; all
+follow `attend.sees`, and `attend.plain` is what they are tested against.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +12,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from grpo_jax.architecture import ModelConfig
+from grpo_jax.architecture import Layer, ModelConfig
+from grpo_jax.attend import UNLIMITED, alone, mix, plain, score, sees
 from grpo_jax.layers import Projection, RMSNorm, norm
-from grpo_jax.mesh import ROWS, constrain
-from grpo_jax.rope import apart, rotate
+from grpo_jax.mesh import ROWS, constrain, fit
+from grpo_jax.rope import apart, rotate, tables
+from grpo_jax.types import Segments
 
 
 class KV(NamedTuple):
@@ -29,11 +35,28 @@ class KV(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the tokens given see: their rotary tables, and the keys, which are the tokens given or a cache's columns."""
+    """What the tokens given see, for all layers of one kind."""
 
-    tables: Any
-    mask: Bool[Array, "N L C"]
-    columns: Int[Array, "N L"]  # where a cache takes the tokens given: their positions
+    rotation: Any  # their rotary tables
+    queries: Segments  # whose tokens they are
+    keys: Segments  # the same tokens, or a cache's columns
+    window: Int[Array, ""]
+    prepared: Any  # what the way in use makes of the mask, once for all layers
+
+
+def make_view(config: ModelConfig, layer: Layer, queries: Segments, columns: int = 0) -> View:
+    """The view of a layer of that kind.
+
+    Args:
+      columns: of the cache; 0: no cache, the tokens given are the keys.
+    """
+    width = config.latent.rope_width if config.latent else config.head_dim
+    keys = queries
+    if columns:
+        position = jnp.broadcast_to(jnp.arange(columns), (queries.position.shape[0], columns))
+        keys = alone(position)
+    window = jnp.int32(layer.window or UNLIMITED)
+    return View(tables(layer.rope, width, queries.position), queries, keys, window, sees(queries, keys, window))
 
 
 def write(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
@@ -45,26 +68,9 @@ def write(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
     return jax.vmap(put)(cache, new, columns)
 
 
-def score(q: Float[Array, "N L H E"], keys: Float[Array, "N K E C"]) -> Float[Array, "N K R L C"]:
-    """q k, in float32; R = H / K query heads share a key head."""
-    rows, length, heads, width = q.shape
-    shared = jnp.moveaxis(q, 1, 2).reshape(rows, keys.shape[1], -1, width)  # heads and tokens: one matrix a key head
-    scores = jnp.matmul(shared, keys, preferred_element_type=jnp.float32)
-    return scores.reshape(rows, keys.shape[1], -1, length, keys.shape[-1])
-
-
-def mix(
-    config: ModelConfig, scores: Float[Array, "N K R L C"], mask: Bool[Array, "N L C"], values: Float[Array, "N K C _"]
-) -> Float[Array, "N L H _"]:
-    """softmax(scores) values; the scores come before scale, cap and mask."""
-    scores = scores / config.divisor
-    if config.score_cap:
-        scores = config.score_cap * jnp.tanh(scores / config.score_cap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    rows, heads, _, length, columns = probs.shape
-    out = jnp.matmul(probs.reshape(rows, heads, -1, columns), values)
-    return jnp.moveaxis(out.reshape(rows, -1, length, out.shape[-1]), 1, 2)
+def attend(config: ModelConfig, q: Float[Array, "N L H E"], kv: KV, view: View) -> Float[Array, "N L H _"]:
+    """softmax(q k) v of one layer."""
+    return plain(q, kv.k, kv.v, view.prepared, divisor=config.divisor, cap=config.score_cap)
 
 
 class Attention(nn.Module):
@@ -81,11 +87,11 @@ class Attention(nn.Module):
         q, k, v = (constrain(y, ROWS, None, "tensor", None) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
-        q = rotate(q, view.tables)
-        kv = KV(jnp.moveaxis(rotate(k, view.tables), 1, -1), jnp.swapaxes(v, 1, 2))
+        q = rotate(q, view.rotation)
+        kv = KV(jnp.moveaxis(rotate(k, view.rotation), 1, -1), jnp.swapaxes(v, 1, 2))
         if cache is not None:
-            kv = write(cache, kv, view.columns)
-        out = mix(c, score(q, kv.k), view.mask, kv.v)
+            kv = write(cache, kv, view.queries.position)
+        out = attend(c, q, kv, view)
         return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv
 
 
@@ -114,7 +120,7 @@ class LatentAttention(nn.Module):
         expand = self.param("kv_b", init, (z.kv_rank, heads, z.plain_width + z.value_width))
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.plain_width], axis=-1)
 
-        place = lambda y: rotate(apart(y) if z.interleaved else y, view.tables)
+        place = lambda y: rotate(apart(y) if z.interleaved else y, view.rotation)
         q = constrain(q, ROWS, None, "tensor", None)
         q_plain, q_rope = q[..., : z.plain_width], place(q[..., z.plain_width :])
         rope_key = place(compressed[..., None, z.kv_rank :])
@@ -122,11 +128,13 @@ class LatentAttention(nn.Module):
         if cache is None:
             keys = jnp.einsum("nlr,rhe->nhel", latent, to_key)
             values = jnp.einsum("nlr,rhe->nhle", latent, to_value)
-            by_position = score(q_rope, kv.k)  # [N, 1, H, L, L]
-            out = mix(c, score(q_plain, keys) + jnp.swapaxes(by_position, 1, 2), view.mask, values)
+            by_position = jnp.broadcast_to(kv.k, (*keys.shape[:2], *kv.k.shape[2:]))
+            both = KV(jnp.concatenate([keys, by_position], axis=2), values)
+            out = attend(c, jnp.concatenate([q_plain, q_rope], axis=-1), both, view)
         else:
-            kv = write(cache, kv, view.columns)
+            kv = write(cache, kv, view.queries.position)
             q_latent = jnp.einsum("nlhe,rhe->nlhr", q_plain, to_key)
             scores = score(q_latent, jnp.swapaxes(kv.v, -1, -2)) + score(q_rope, kv.k)
-            out = jnp.einsum("nlhr,rhe->nlhe", mix(c, scores, view.mask, kv.v), to_value)
+            mixed = mix(scores, kv.v, view.prepared, divisor=c.divisor, cap=c.score_cap)
+            out = jnp.einsum("nlhr,rhe->nlhe", mixed, to_value)
         return Projection((heads, z.value_width), (c.hidden_size,), c.out_bias, name="o")(out), kv

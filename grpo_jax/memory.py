@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.architecture import ModelConfig
+from grpo_jax.attend import alone
 from grpo_jax.mesh import row_shards, shardings
-from grpo_jax.model import causal_mask, hidden_states, param_shapes
+from grpo_jax.model import hidden_states, param_shapes
 from grpo_jax.slots import prefill_rows
 from grpo_jax.types import UserError
 
@@ -63,7 +64,7 @@ def token_bytes(config: ModelConfig, tensor: int = 1) -> int:
     """What the keys and values of one token take in a cache, all layers; heads are split over `tensor` devices."""
     one = jnp.zeros((1, 1), jnp.int32)
     _, kv = jax.eval_shape(
-        lambda params: hidden_states(config, params, one, one, causal_mask(1, 1)), param_shapes(config))
+        lambda params: hidden_states(config, params, one, alone(one)), param_shapes(config))
     split = lambda leaf: tensor if leaf.shape[2] % tensor == 0 else 1
     return sum(leaf.size * leaf.dtype.itemsize // split(leaf) for leaf in jax.tree.leaves(kv))
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.architecture import Layer, ModelConfig
-from grpo_jax.attention import KV, Attention, LatentAttention, View
+from grpo_jax.attend import alone
+from grpo_jax.attention import KV, Attention, LatentAttention, View, make_view
 from grpo_jax.experts import MixtureOfExperts
 from grpo_jax.layers import MLP, Embed, Projection, norm
 from grpo_jax.mesh import ROWS, constrain
-from grpo_jax.rope import tables
+from grpo_jax.types import Segments
 
 
 class Block(nn.Module):
@@ -43,24 +44,15 @@ class Block(nn.Module):
         return constrain(x + mixed, ROWS, None, None), kv
 
 
-def make_view(config: ModelConfig, layer: Layer, positions, mask, key_positions) -> View:
-    """What a layer of that kind sees of the keys that `mask` allows."""
-    width = config.latent.rope_width if config.latent else config.head_dim
-    if layer.window:
-        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < layer.window)
-    return View(tables(layer.rope, width, positions), mask, positions)
-
-
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Random float32 parameters."""
     key_embed, key_layers, key_norm, key_head = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, config.hidden_size))
-    first = jnp.zeros((1, 1), jnp.int32)
-    view = make_view(config, config.layers[0], first, jnp.ones((1, 1, 1), bool), first)
+    seen = make_view(config, config.layers[0], alone(jnp.zeros((1, 1), jnp.int32)))
     keys, runs = jax.random.split(key_layers, config.num_layers), []
     for run in config.runs:
         block = Block(config, run[0].experts)
-        runs.append(jax.vmap(lambda key: block.init(key, x, view)["params"])(keys[: len(run)]))
+        runs.append(jax.vmap(lambda key: block.init(key, x, seen)["params"])(keys[: len(run)]))
         keys = keys[len(run) :]
     embed = Embed(config.vocab_size, config.hidden_size)
     params = {
@@ -119,16 +111,15 @@ def hidden_states(
     config: ModelConfig,
     params: dict,
     tokens: Int[Array, "N L"],
-    positions: Int[Array, "N L"],
-    mask: Bool[Array, "N L C"],
+    segments: Segments,
     cache: tuple[KV, ...] | None = None,
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
     """The final layer's output after its norm, and the keys and values of all layers.
 
     Args:
-      mask: [n, l, c] is True where token l of row n sees key c; a layer with a window sees less. The keys are the
-        tokens given (C = L), or with a cache its columns.
-      cache: a KV for each run of the parameters. The tokens given are written into the columns of their positions first.
+      segments: whose tokens they are, [N, L]. They see each other as `attend.sees` says.
+      cache: a KV for each run of the parameters, of rows that are one sequence each. The tokens given are written into
+        the columns of their positions, and then see all columns up to their own.
     Returns:
       hidden [N, L, D] in the compute dtype, and a KV for each run of the parameters: of the tokens given, or the cache.
     """
@@ -137,8 +128,8 @@ def hidden_states(
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     x = constrain(x, ROWS, None, None)
-    key_positions = positions if cache is None else jnp.arange(mask.shape[-1])[None]
-    views = {layer: make_view(config, layer, positions, mask, key_positions) for layer in dict.fromkeys(config.layers)}
+    columns = 0 if cache is None else cache[0].v.shape[-2]
+    views = {layer: make_view(config, layer, segments, columns) for layer in dict.fromkeys(config.layers)}
     kv, first = [], 0
     for index, run in enumerate(params["layers"]):
         layers = config.layers[first : first + run_length(run)]
@@ -172,11 +163,6 @@ def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows 
     return jnp.where(jnp.arange(config.vocab_size) < config.drawable, logits, -jnp.inf)
 
 
-def causal_mask(rows: int, length: int) -> Bool[Array, "N L L"]:
-    """Each token sees itself and those before it."""
-    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
-
-
 def forward(
     config: ModelConfig,
     params: dict,
@@ -188,13 +174,13 @@ def forward(
     """Logits of every token of every row, float32.
 
     Args:
-      positions: each token's position; by default its place among the real tokens of its row.
+      positions: each token's position; by default its place among the real tokens of its row. A token sees the real
+        tokens of its row whose position is not after its own.
       mask: 1 on real tokens, 0 on padding, which may stand on either side. By default all tokens are real.
     """
     tokens = jnp.asarray(tokens)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    seen = causal_mask(*tokens.shape) & real[:, None, :]
-    hidden, _ = hidden_states(config, params, tokens, jnp.asarray(positions), seen)
+    hidden, _ = hidden_states(config, params, tokens, alone(jnp.asarray(positions), real))
     return logits_of(config, params, hidden)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from grpo_jax.architecture import Layer, ModelConfig
+from grpo_jax.attend import alone
 from grpo_jax.corpus import EOS, page, train_tokenizer
-from grpo_jax.model import causal_mask, hidden_states, init_params
+from grpo_jax.model import hidden_states, init_params
 from grpo_jax.score import score_hidden
 from grpo_jax.types import UserError
 from grpo_jax.weights import hf_config, save
@@ -30,7 +31,7 @@ def next_token_loss(
     """-log p(token | tokens before it), in nats, mean over the real tokens but each row's first."""
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    hidden, _ = hidden_states(config, params, tokens, positions, causal_mask(rows, length))
+    hidden, _ = hidden_states(config, params, tokens, alone(positions))
     logps, _ = score_hidden(config, params, hidden[:, :-1], tokens[:, 1:], temperature=1.0)
     return -jnp.sum(logps * mask[:, 1:]) / jnp.sum(mask[:, 1:])
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import ModelConfig
+from grpo_jax.attend import alone
 from grpo_jax.mesh import ROWS, constrain
-from grpo_jax.model import causal_mask, hidden_states, token_logits
+from grpo_jax.model import hidden_states, token_logits
 
 CHUNK_TOKENS = 2048  # tokens whose logits exist at a time
 
@@ -67,10 +68,9 @@ def score_completions(
     The only place that shifts: column t of the result belongs to the token at column `prompt_lengths + t` of the row,
     which the hidden state one column before it predicts.
     """
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # Padding stands behind every real token, so causality alone keeps it out of sight.
-    hidden, _ = hidden_states(config, params, tokens, positions, causal_mask(rows, length))
+    hidden, _ = hidden_states(config, params, tokens, alone(positions))
     columns = prompt_lengths[:, None] + jnp.arange(sampled)
     targets = jnp.take_along_axis(tokens, columns, axis=1)
     before = jnp.take_along_axis(hidden, (columns - 1)[..., None], axis=1)

@@ -23,10 +23,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.architecture import ModelConfig
+from grpo_jax.attend import alone
 from grpo_jax.attention import KV
 from grpo_jax.draws import Filter, choose
 from grpo_jax.mesh import ROWS, constrain, path_name, row_shards
-from grpo_jax.model import causal_mask, hidden_states, token_logits
+from grpo_jax.model import hidden_states, token_logits
 from grpo_jax.stops import STOPPED
 from grpo_jax.types import Prompts
 
@@ -97,7 +98,7 @@ def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
     def run(tokens):
         rows = tokens.shape[0]
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        return hidden_states(config, params, tokens, positions, causal_mask(rows, width))[1]
+        return hidden_states(config, params, tokens, alone(positions))[1]
 
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
@@ -198,11 +199,11 @@ def decode(
     filter: Filter,
 ) -> Slots:
     """Draws up to `count` tokens a slot; ends early when all is done, the cache is full, or `floor` columns would do."""
-    columns = jnp.arange(slots.kv[0].k.shape[-1])
+    columns = slots.kv[0].k.shape[-1]
 
     def going(carry):
         slots, steps = carry
-        return (slots.longest > floor) & (slots.longest <= len(columns)) & (steps < count)
+        return (slots.longest > floor) & (slots.longest <= columns) & (steps < count)
 
     def own_keys(sequence, work):
         return work.keys[jnp.maximum(sequence, 0)]
@@ -210,8 +211,7 @@ def decode(
     def step(carry):
         slots, steps = carry
         position = slots.position[:, None]
-        hidden, kv = hidden_states(
-            config, params, slots.last[:, None], position, columns <= position[:, :, None], slots.kv)
+        hidden, kv = hidden_states(config, params, slots.last[:, None], alone(position), slots.kv)
         logits = token_logits(config, params, hidden[:, 0], 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(on_each_shard(own_keys, slots.sequence, work), slots.index)
         token, logp = choose(keys, constrain(logits, ROWS, None), greedy, filter)

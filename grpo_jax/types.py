@@ -74,6 +74,17 @@ class Rollout:
         }
 
 
+class Segments(NamedTuple):
+    """Whose tokens these are. Prompts and completions lie in a row one after another, in any order.
+
+    A completion's tokens see their prompt and what stands before them in the completion (grpo_jax.attend.sees).
+    """
+
+    position: Int[Array, "N L"]  # in the sequence of prompt and completion, from 0
+    prompt: Int[Array, "N L"]  # which prompt of the row, from 1; 0: padding, which nothing sees
+    answer: Int[Array, "N L"]  # which completion in the row, from 1; 0: the prompt itself
+
+
 @flax.struct.dataclass
 class Experience:
     """N rows ready to be learned from. Completion arrays are aligned with the completion, not with the row."""

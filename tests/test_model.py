@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward
+from grpo_jax.attend import alone
 from grpo_jax.attention import KV
-from grpo_jax.model import causal_mask, hidden_states, logits_of, unstack
+from grpo_jax.model import hidden_states, logits_of, unstack
 from tests.tiny import CONFIG, params
 
 
@@ -33,15 +34,14 @@ def test_cached_decode_matches_full_forward(unrolled):
     full = forward(CONFIG, weights, tokens)
 
     positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
-    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], positions, causal_mask(3, 4))
+    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], alone(positions))
     def grow(x, axis):
         return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(5)])
 
     kv = tuple(KV(grow(layer.k, 4), grow(layer.v, 3)) for layer in kv)
     np.testing.assert_allclose(logits_of(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
     for at in range(4, 9):
-        seen = jnp.broadcast_to(jnp.arange(9) <= at, (3, 1, 9))
-        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], jnp.full((3, 1), at), seen, kv)
+        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], alone(jnp.full((3, 1), at)), kv)
         np.testing.assert_allclose(logits_of(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
     assert len(kv) == (2 if unrolled else 1) and isinstance(kv[0], KV)
 
@@ -49,11 +49,11 @@ def test_cached_decode_matches_full_forward(unrolled):
 def test_padding_on_either_side_changes_nothing():
     weights = params()
     tokens = jax.random.randint(jax.random.key(2), (1, 6), 1, 45)
-    alone = forward(CONFIG, weights, tokens)
+    expected = forward(CONFIG, weights, tokens)
     left = jnp.concatenate([jnp.full((1, 3), 7), tokens], axis=1)
     right = jnp.concatenate([tokens, jnp.full((1, 3), 7)], axis=1)
     on_left = forward(CONFIG, weights, left, mask=jnp.asarray([[0] * 3 + [1] * 6]))
     on_right = forward(CONFIG, weights, right, mask=jnp.asarray([[1] * 6 + [0] * 3]))
-    np.testing.assert_allclose(on_left[:, 3:], alone, atol=2e-5)
-    np.testing.assert_allclose(on_right[:, :6], alone, atol=2e-5)
+    np.testing.assert_allclose(on_left[:, 3:], expected, atol=2e-5)
+    np.testing.assert_allclose(on_right[:, :6], expected, atol=2e-5)
     assert np.isfinite(on_left).all()
