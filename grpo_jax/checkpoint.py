@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax.mesh import split_rows, to_host
 from grpo_jax.types import Experience, TrainState, UserError
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every save at INFO
@@ -50,7 +50,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict, experien
         "meta": ocp.args.JsonSave(meta),
     }
     if experience is not None:
-        items["experience"] = ocp.args.StandardSave(to_host(experience))
+        items["experience"] = ocp.args.StandardSave(vars(experience))
     manager.save(meta["step"], args=ocp.args.Composite(**items))
 
 
@@ -59,7 +59,7 @@ def abstract(tree, places):
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainState, mesh) -> Resumed | None:
+def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainState) -> Resumed | None:
     """The newest checkpoint, placed on the mesh; None if there is none.
 
     Args:
@@ -77,7 +77,7 @@ def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainSta
     if unfinished:
         items["experience"] = ocp.args.StandardRestore()
     found = manager.restore(step, args=ocp.args.Composite(**items))
-    experience = Experience(**split_rows(mesh, dict(found["experience"]))) if unfinished else None
+    experience = Experience(**jax.tree.map(np.asarray, dict(found["experience"]))) if unfinished else None
     state = TrainState(jax.device_put(shapes.step.dtype.type(step), places.step), found["policy"], found["optimizer"])
     return Resumed(state, found["meta"], experience)
 

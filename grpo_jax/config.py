@@ -15,7 +15,7 @@ REFUSED = dict.fromkeys(("rollout.top_k", "rollout.top_p", "rollout.min_p"), (
     "eval.top_k, eval.top_p and eval.min_p may be set"))
 
 # Keys that may differ when a run is resumed: they do not change what an update computes.
-RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "rollout.slots", "update.micro_batches")
+RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "rollout.slots", "update.micro_tokens", "update.chunk_tokens")
 
 
 def default() -> ConfigDict:
@@ -52,7 +52,8 @@ def default() -> ConfigDict:
         update=dict(
             minibatches=1,  # updates a rollout is cut into
             epochs=1,  # times a rollout is gone through
-            micro_batches=1,  # slices of a minibatch whose gradients are added up: less memory, same result
+            micro_tokens=1024,  # that each shard of rows computes on at a time, or the longest sequence's: less memory, same result
+            chunk_tokens=1024,  # of those, how many have logits at a time
         ),
         loss=dict(
             kl_coef=0.001,  # beta; 0: no reference model is kept
@@ -88,6 +89,7 @@ def default() -> ConfigDict:
         log=dict(
             every_steps=5,  # updates between two lines on the console, and between two files of samples
             samples=16,  # completions in such a file
+            entropy=True,  # policy/entropy among the metrics: a pass over the logits
         ),
     ))
 
@@ -143,7 +145,7 @@ def expect(fine: bool, key: str, expected: str, found, cure: str) -> None:
 
 POSITIVE = (
     "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
-    "update.epochs", "update.micro_batches", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
+    "update.epochs", "update.micro_tokens", "update.chunk_tokens", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
     "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
 )
 NOT_NEGATIVE = (
@@ -234,10 +236,9 @@ def check(raw: ConfigDict):
     for key in ("optim.b1", "optim.b2"):
         expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
     rows = config.rollout.prompts * config.rollout.samples
-    parts = config.update.minibatches * config.update.micro_batches
-    expect(rows % parts == 0, "update.minibatches * update.micro_batches",
-           f"a divisor of the {rows} rows (rollout.prompts * rollout.samples)",
-           f"{config.update.minibatches} * {config.update.micro_batches}", "change one of the four")
+    expect(rows % config.update.minibatches == 0, "update.minibatches",
+           f"a divisor of the {rows} rows (rollout.prompts * rollout.samples)", config.update.minibatches,
+           "change one of the three")
     return config
 
 
@@ -247,16 +248,6 @@ def check_model(config, model_config) -> None:
     expect(longest <= model_config.max_positions, "rollout.max_prompt_tokens + rollout.max_tokens",
            f"at most the model's {model_config.max_positions} positions (max_position_embeddings)",
            f"{config.rollout.max_prompt_tokens} + {config.rollout.max_tokens}", "lower one of them")
-
-
-def check_mesh(config, shards: int) -> None:
-    """Checks that every slice of a rollout's rows can be split over the mesh."""
-    rows = config.rollout.prompts * config.rollout.samples
-    part = rows // (config.update.minibatches * config.update.micro_batches)
-    expect(part % shards == 0, "rollout.prompts * rollout.samples / update.minibatches / update.micro_batches",
-           f"divisible by the {shards} devices over which rows are split (mesh.data * mesh.fsdp * mesh.expert)",
-           f"{config.rollout.prompts} * {config.rollout.samples} / {config.update.minibatches} / "
-           f"{config.update.micro_batches} = {part}", "change rollout.prompts or the mesh")
 
 
 def flat(config: dict, prefix: str = "") -> dict:

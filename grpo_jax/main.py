@@ -32,13 +32,11 @@ def main(argv: Sequence[str]) -> None:
     join_processes(os.environ)
 
     from grpo_jax.checkpoint import newest_step
-    from grpo_jax.mesh import row_shards
     from grpo_jax.setting import check_prompts, prepare
     from grpo_jax.train import train
 
     setting = prepare(config, training=True)
     configs.check_model(config, setting.model)
-    configs.check_mesh(config, row_shards(setting.mesh))
     check_prompts(config, setting.tokenizer)
     configs.expect(newest_step(workdir) <= config.total_steps, "total_steps",
                    f"{newest_step(workdir)} or more, which {workdir} has done", config.total_steps,

@@ -90,6 +90,20 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
+def spec_of(name: str, *, gathered: bool = False) -> P:
+    """The spec of the last dimensions of the parameter of that path.
+
+    Args:
+      gathered: leave the fsdp axis out.
+    Raises:
+      ValueError: the table has no row for it.
+    """
+    for pattern, spec in TABLE:
+        if re.search(pattern, name):
+            return P(*(None if gathered and axis == "fsdp" else axis for axis in spec))
+    raise ValueError(f"grpo_jax.mesh.TABLE has no row for the parameter {name}")
+
+
 def shardings(mesh: Mesh, tree, *, gathered: bool = False):
     """The sharding of every leaf of a tree of parameters, optimizer state or both.
 
@@ -104,15 +118,9 @@ def shardings(mesh: Mesh, tree, *, gathered: bool = False):
         name = path_name(path)
         if not leaf.shape:
             return NamedSharding(mesh, P())
-        for pattern, spec in TABLE:
-            if re.search(pattern, name):
-                break
-        else:
-            raise ValueError(f"grpo_jax.mesh.TABLE has no row for the parameter {name} {leaf.shape}")
-        if gathered:
-            spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        spec = spec_of(name, gathered=gathered)
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, pattern.rstrip("$")))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, "/".join(name.split("/")[-2:])))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

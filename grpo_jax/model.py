@@ -139,28 +139,37 @@ def hidden_states(
     return norm(config).apply({"params": params["final_norm"]}, x), tuple(kv)
 
 
-def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-    """Hidden states through the head, float32 (computed in `config.logit_dtype`)."""
-    if config.tie_embeddings:
-        head = params["embed"]["embedding"].T
-    else:
-        head = params["head"]["kernel"]
+def head_of(config: ModelConfig, params: dict) -> dict:
+    """The part of the parameters that makes logits."""
+    name = "embed" if config.tie_embeddings else "head"
+    return {name: params[name]}
+
+
+def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
+    """Hidden states through the head, float32 (computed in `config.logit_dtype`): [*rows, V], or as wide as the head."""
+    head = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
     flat = hidden.reshape(-1, config.hidden_size)
     logits = jnp.matmul(flat, head.astype(hidden.dtype), preferred_element_type=config.logit_dtype).astype(jnp.float32)
     if config.logit_cap:
         logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-    return logits.reshape(*hidden.shape[:-1], config.vocab_size)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""]):
+def token_logits(
+    config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""],
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "*rows _"]:
     """The logits that tokens are drawn from and scored with: at the temperature, and -inf for rows that are no token.
 
     Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
+
+    Args:
+      first: the id of the head's first column, where `params` hold a part of it.
     """
     logits = logits_of(config, params, hidden) / temperature
     if config.drawable == config.vocab_size:
         return logits
-    return jnp.where(jnp.arange(config.vocab_size) < config.drawable, logits, -jnp.inf)
+    return jnp.where(first + jnp.arange(logits.shape[-1]) < config.drawable, logits, -jnp.inf)
 
 
 def forward(

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from grpo_jax import checkpoint
 from grpo_jax.evaluate import evaluate
 from grpo_jax.grpo import advantages
-from grpo_jax.mesh import shardings, split_rows, to_host
+from grpo_jax.mesh import row_shards, shardings, split_rows, to_host
 from grpo_jax.metrics import MetricsLog, before_and_after, console_line, write_samples
 from grpo_jax.model import param_shapes
+from grpo_jax.packing import pack, packed_shape, unpack
 from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
 from grpo_jax.sampler import generate, place_for_rollout
@@ -33,7 +34,7 @@ from grpo_jax.train_step import (
     state_shapes,
     state_shardings,
 )
-from grpo_jax.types import Experience
+from grpo_jax.types import Experience, Packed
 from grpo_jax.weights import load
 
 OF_THE_SAMPLER = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
@@ -69,8 +70,8 @@ def collect(
         setting.model, place_for_rollout(setting.model, params, setting.mesh), prompts, key, samples=samples,
         max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature, table=setting.stop_table,
         slots=setting.plan.slots)
-    prompts = split_rows(setting.mesh, prompts)
-    rows = to_host(rollout).rows()
+    rollout = to_host(rollout)
+    rows = rollout.rows()
     sampled = time.monotonic()
 
     texts = completion_texts(
@@ -79,13 +80,13 @@ def collect(
     group_advantages = np.asarray(advantages(jnp.asarray(parts["total"].reshape(count, samples))))
     rewarded = time.monotonic()
 
-    ref_logps = None
+    experience = make_experience(prompts, rollout, group_advantages, None)
     if reference is not None:
-        ref_logps = score_reference(
-            setting.model, reference, prompts, rollout, temperature=config.rollout.temperature,
-            micro_batches=config.update.minibatches * config.update.micro_batches)
-    experience = make_experience(prompts, rollout, split_rows(setting.mesh, group_advantages), ref_logps)
-    jax.block_until_ready(experience)
+        packed = pack_batch(config, setting.mesh, experience)
+        ref_logps = to_host(score_reference(
+            setting.model, reference, split_rows(setting.mesh, packed), temperature=config.rollout.temperature,
+            chunk_tokens=config.update.chunk_tokens))
+        experience = experience.replace(ref_logps=unpack(ref_logps, packed.place, experience.mask.shape))
 
     metrics = {
         "reward/mean": parts["total"].mean(),
@@ -107,6 +108,15 @@ def collect(
         for n in range(min(config.log.samples, len(texts)))
     ]
     return experience, {name: float(value) for name, value in metrics.items()}, records
+
+
+def pack_batch(config, mesh, experience: Experience) -> Packed:
+    """A batch in packed rows, on the host."""
+    shards = row_shards(mesh)
+    shape = packed_shape(
+        len(experience.advantages), config.rollout.samples, config.rollout.max_prompt_tokens,
+        config.rollout.max_tokens, config.update.micro_tokens, shards)
+    return pack(experience, shape, shards)
 
 
 def train(config, setting: Setting, workdir: Path) -> None:
@@ -131,7 +141,7 @@ def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer)
     """(state, reference, meta, experience): of the newest checkpoint, or of a new run."""
     shapes, mesh = param_shapes(setting.model, config.model.param_dtype), setting.mesh
     resumed = checkpoint.restore(
-        manager, state_shapes(shapes, optimizer), state_shardings(mesh, shapes, optimizer), mesh)
+        manager, state_shapes(shapes, optimizer), state_shardings(mesh, shapes, optimizer))
     if resumed:
         reference = None
         if config.loss.kl_coef:
@@ -192,7 +202,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
             batch = minibatch(experience, key, index, count=config.update.minibatches)
 
         updating = time.monotonic()
-        state, about_update = update(state, batch)
+        state, about_update = update(state, split_rows(setting.mesh, pack_batch(config, setting.mesh, batch)))
         metrics = {name: float(value) for name, value in to_host(about_update).items()}
         if inner == 0:  # only now is the policy still the one that the sampler used
             about_rollout |= {name: metrics[name] for name in OF_THE_SAMPLER}

@@ -12,6 +12,7 @@ Axes, one letter each, everywhere in the package:
     R  query heads on one key/value head  Z  rotating pairs of a head
     X  experts of a layer                 k  experts that a token takes
     M  slots of the sampler               A  states of a stop table
+    P  packed rows                        W  columns of a packed row
 
 A row is a prompt, its completion and then padding, with nothing in between: the column of a token in
 a row is its position in the sequence. Alignment: `logps[n, t]` is the log-probability of `tokens[n, t]`.
@@ -87,7 +88,7 @@ class Segments(NamedTuple):
 
 @flax.struct.dataclass
 class Experience:
-    """N rows ready to be learned from. Completion arrays are aligned with the completion, not with the row."""
+    """N rows ready to be learned from, on the host. Completion arrays are aligned with the completion, not the row."""
 
     tokens: Int[Array, "N L"]  # prompt, completion, padding
     prompt_lengths: Int[Array, " N"]  # the completion's first token stands in this column
@@ -95,6 +96,25 @@ class Experience:
     sampler_logps: Float[Array, "N S"]  # log pi_old, from the sampler
     ref_logps: Float[Array, "N S"]  # log pi_ref; zeros when no reference is used
     advantages: Float[Array, " N"]
+    prompt_ids: Int[Array, " N"]  # rows with one id have one prompt
+
+
+@flax.struct.dataclass
+class Packed:
+    """Completions as the update computes on them: several in a row, after a prompt that they share.
+
+    A row is what one shard of a mesh works on at a time. In each array the value at a column belongs to its token.
+    """
+
+    tokens: Int[Array, "P W"]
+    segments: Segments  # [P, W]
+    before: Int[Array, "P W"]  # the column whose hidden state predicts the token, if it belongs to a completion
+    place: Int[Array, "P W"]  # n * S + t for token t of completion n of the experience; -1 on prompts and padding
+    weights: Float[Array, "P W"]  # of a token in the loss (grpo.token_weights); 0 on prompts and padding
+    sampler_logps: Float[Array, "P W"]
+    ref_logps: Float[Array, "P W"]
+    advantages: Float[Array, "P W"]
+    micro_batches: Int[Array, ""]  # that hold a token; the rows after them are padding
 
 
 @flax.struct.dataclass

@@ -1,5 +1,6 @@
 """The learning step: one gradient, however the batch is split, padded, ordered or placed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -8,23 +9,33 @@ import numpy as np
 import optax
 import pytest
 
-import grpo_jax.score
 from grpo_jax import forward, sample
 from grpo_jax.grpo import token_weights
-from grpo_jax.mesh import make_mesh, shardings, split_rows
+from grpo_jax.mesh import make_mesh, row_shards, shardings, split_rows
+from grpo_jax.model import token_logits
+from grpo_jax.packing import unpack
 from grpo_jax.sampler import pad_prompts
-from grpo_jax.score import score_completions, score_hidden
-from grpo_jax.train_step import gradients, init_state, join, make_experience, make_schedule, make_update, minibatch
-from tests.tiny import CONFIG, experience, params
+from grpo_jax.score import score, score_hidden
+from grpo_jax.train_step import (
+    gradients,
+    init_state,
+    make_experience,
+    make_schedule,
+    make_update,
+    minibatch,
+    score_reference,
+)
+from tests.tiny import CONFIG, experience, packed, padded, params
 
 LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
-OPTIM = SimpleNamespace(lr=1.0, warmup_steps=0)
+TRAIN = SimpleNamespace(
+    rollout=SimpleNamespace(temperature=0.9), loss=LOSS, optim=SimpleNamespace(lr=1.0, warmup_steps=0),
+    update=SimpleNamespace(chunk_tokens=5), log=SimpleNamespace(entropy=True))
+GRADIENTS = jax.jit(lambda params, batch: gradients(CONFIG, params, batch, temperature=0.9, loss=LOSS))
 
 
-def grads_of(batch, weights=None, micro_batches=1, temperature=0.9):
-    run = jax.jit(lambda p, b: gradients(
-        CONFIG, p, b, temperature=temperature, loss=LOSS, micro_batches=micro_batches))
-    return run(params() if weights is None else weights, batch)
+def grads_of(batch, weights=None):
+    return GRADIENTS(params() if weights is None else weights, batch)
 
 
 def assert_same(made, expected):
@@ -36,19 +47,28 @@ def assert_same(made, expected):
         np.testing.assert_allclose(made[1][name], expected[1][name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_split_batch_has_same_gradient(micro_batches):
-    """Rows of 1 to 6 tokens: dividing by each slice's own tokens would give another gradient."""
-    batch = experience()
-    assert_same(grads_of(batch, micro_batches=micro_batches), grads_of(batch))
+@pytest.mark.parametrize("micro_tokens, micro_batches", [(1, 4), (30, 2)])
+def test_micro_batches_have_the_gradient_of_the_whole(micro_tokens, micro_batches):
+    """Rows of 1 to 6 tokens: dividing by each part's own tokens would give another gradient. 16 tokens split groups."""
+    batch = packed(experience(), micro_tokens)
+    assert batch.micro_batches == micro_batches < len(batch.tokens)  # the last rows are empty
+    assert_same(grads_of(batch), grads_of(packed(experience())))
 
 
-def test_padding_and_order_of_rows_change_nothing():
-    batch = experience()
-    wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 7))) if x.ndim == 2 else x, batch)
-    assert_same(grads_of(wider), grads_of(batch))
-    order = jnp.asarray([3, 1, 7, 0, 2, 6, 5, 4])
-    assert_same(grads_of(jax.tree.map(lambda x: x[order], batch)), grads_of(batch))
+def test_padding_packing_and_order_of_rows_change_nothing():
+    """A row for each completion after its own prompt; all in one row; shuffled."""
+    expected = grads_of(padded(experience()))
+    assert_same(grads_of(packed(experience())), expected)
+    order = np.asarray([3, 1, 7, 0, 2, 6, 5, 4])
+    assert_same(grads_of(packed(jax.tree.map(lambda x: x[order], experience()), 30)), expected)
+
+
+def test_order_of_tokens_in_a_row_changes_nothing():
+    """Who sees whom comes from the segments alone."""
+    batch = packed(experience())
+    order = np.random.default_rng(0).permutation(batch.tokens.shape[1])
+    moved = jax.tree.map(lambda x: x[..., order] if x.ndim else x, batch)
+    assert_same(grads_of(moved.replace(before=np.argsort(order)[moved.before])), grads_of(batch))
 
 
 SLOW = pytest.mark.slow
@@ -57,27 +77,26 @@ MESHES = [(1, 8, 1), (2, 2, 2), (1, 1, 8), *(pytest.param(x, marks=SLOW) for x i
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_same_loss_and_grads_on_one_and_eight_devices(sizes):
-    """4 heads, 2 KV heads, 48 tokens: some axes do not divide."""
-    expected = grads_of(experience())
+    """4 heads, 2 KV heads, 48 tokens: some axes do not divide. Micro-batches where there are fewer than 8 rows at once."""
+    expected = grads_of(packed(experience()))
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params(), shardings(mesh, params()))
-        made = grads_of(split_rows(mesh, experience()), placed, micro_batches=1)
+        made = jax.jit(lambda params, batch: gradients(CONFIG, params, batch, temperature=0.9, loss=LOSS))(
+            placed, split_rows(mesh, packed(experience(), 16, row_shards(mesh))))
     assert_same(made, expected)
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), *(pytest.param(x, marks=SLOW) for x in ((1, 8, 1), (2, 2, 2)))])
 def test_same_parameters_after_one_sgd_step(sizes):
-    batch, train = experience(), SimpleNamespace(
-        rollout=SimpleNamespace(temperature=0.9), loss=LOSS, optim=OPTIM, update=SimpleNamespace(micro_batches=1))
-    grads, metrics = grads_of(batch)
+    grads, metrics = grads_of(packed(experience()))
     expected = jax.tree.map(jnp.subtract, params(), grads)
     mesh, optimizer = make_mesh(*sizes), optax.sgd(1.0)
     with jax.set_mesh(mesh):
         weights = jax.device_put(params(), shardings(mesh, params()))
         state = init_state(mesh, weights, optimizer)
-        update = make_update(CONFIG, train, mesh, state.params, optimizer)
-        after, made = update(state, split_rows(mesh, batch))
+        update = make_update(CONFIG, TRAIN, mesh, state.params, optimizer)
+        after, made = update(state, split_rows(mesh, packed(experience(), 16, row_shards(mesh))))
     assert after.step == 1
     for want, grad, have in zip(*map(jax.tree.leaves, (expected, grads, after.params))):
         assert np.abs(np.asarray(have) - want).max() <= 1e-5 * np.abs(grad).max() + 1e-6
@@ -89,11 +108,18 @@ def test_same_parameters_after_one_sgd_step(sizes):
     assert jax.tree.map(lambda x: x.sharding, moments) == shardings(mesh, params())
 
 
-def on_policy(weights, temperature=0.9):
+def logps_of(batch, weights, temperature=0.9):
+    """The policy's log-probs by completion, [N, S]."""
+    rows = packed(batch)
+    return unpack(np.asarray(score(CONFIG, weights, rows, temperature)[0]), np.asarray(rows.place), batch.mask.shape)
+
+
+def on_policy(weights):
     """Experience whose sampler log-probs are the policy's own."""
-    batch = experience()
-    logps, _ = score_completions(CONFIG, weights, batch.tokens, batch.prompt_lengths, 6, temperature)
-    return batch.replace(sampler_logps=logps)
+    return experience().replace(sampler_logps=logps_of(experience(), weights))
+
+
+NO_KL = SimpleNamespace(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
 
 
 def test_first_step_gradient_equals_policy_gradient():
@@ -102,117 +128,160 @@ def test_first_step_gradient_equals_policy_gradient():
     batch = on_policy(weights)
 
     def plain(weights):
-        logps, _ = score_completions(CONFIG, weights, batch.tokens, batch.prompt_lengths, 6, 0.9)
-        return -jnp.sum(token_weights(batch.mask) * batch.advantages[:, None] * logps)
+        rows = padded(batch)
+        return -jnp.sum(rows.weights * rows.advantages * score(CONFIG, weights, rows, 0.9)[0])
 
-    loss = SimpleNamespace(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
-    made, metrics = gradients(CONFIG, weights, batch, temperature=0.9, loss=loss, micro_batches=1)
+    made, metrics = gradients(CONFIG, weights, packed(batch), temperature=0.9, loss=NO_KL)
     for have, want in zip(jax.tree.leaves(made), jax.tree.leaves(jax.grad(plain)(weights))):
         np.testing.assert_allclose(have, want, atol=1e-6)
     np.testing.assert_allclose(metrics["policy/ratio_max"], 1, rtol=1e-6)
     assert metrics["policy/clip_frac"] == 0 and abs(metrics["policy/kl_sampler"]) < 1e-9
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_gap_between_sampler_and_trainer_is_that_of_the_tokens(micro_batches):
+@pytest.mark.parametrize("micro_tokens", [16, 1000])
+def test_gap_between_sampler_and_trainer_is_that_of_the_tokens(micro_tokens):
     """Tokens of 0.5 and 0.3, in two parts, among log-probs that agree: the largest is 0.5, the mean their shares."""
     batch = on_policy(params())
-    moved = batch.replace(sampler_logps=batch.sampler_logps.at[5, 0].add(0.5).at[5, -1].add(9.0).at[0, 1].add(-0.3))
+    moved = batch.sampler_logps.copy()
+    moved[5, 0] += 0.5
+    moved[5, -1] += 9.0
+    moved[0, 1] -= 0.3
     assert batch.mask[5, 0] and not batch.mask[5, -1]  # the second stands behind the completion and is no token
-    loss = SimpleNamespace(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
-    _, metrics = gradients(CONFIG, params(), moved, temperature=0.9, loss=loss, micro_batches=micro_batches)
+    assert batch.mask[0, 1]
+    _, metrics = gradients(
+        CONFIG, params(), packed(batch.replace(sampler_logps=moved), micro_tokens), temperature=0.9, loss=NO_KL)
     np.testing.assert_allclose(metrics["policy/logp_gap/max"], 0.5, atol=1e-5)
     np.testing.assert_allclose(
-        metrics["policy/logp_gap/mean"], token_weights(batch.mask)[[5, 0], [0, 1]] @ jnp.asarray([0.5, 0.3]), atol=1e-5)
+        metrics["policy/logp_gap/mean"], token_weights(jnp.asarray(batch.mask))[[5, 0], [0, 1]] @ jnp.asarray([0.5, 0.3]), atol=1e-5)
 
 
-def test_prompt_and_padding_carry_no_gradient():
-    """Only the hidden states before a completion's tokens matter: other padding, the same gradient."""
+def test_what_stands_behind_a_completion_carries_no_gradient():
     batch = experience()
-    columns = jnp.arange(batch.tokens.shape[1])
-    behind = columns >= (batch.prompt_lengths + batch.mask.sum(axis=1))[:, None]
+    behind = np.arange(batch.tokens.shape[1]) >= (batch.prompt_lengths + batch.mask.sum(axis=1))[:, None]
     assert behind.any()
-    assert_same(grads_of(batch.replace(tokens=jnp.where(behind, 9, batch.tokens))), grads_of(batch))
+    other = batch.replace(tokens=np.where(behind, 9, batch.tokens))
+    assert_same(grads_of(packed(other)), grads_of(packed(batch)))
 
 
 def test_scores_match_a_plain_computation():
     """log-softmax of full logits at the temperature, over the tokenizer's ids alone; and the entropy by its sum."""
     weights, batch = params(), experience()
-    logps, entropies = score_completions(CONFIG, weights, batch.tokens, batch.prompt_lengths, 6, 0.7)
-    plain = jax.nn.log_softmax(forward(CONFIG, weights, batch.tokens)[..., : CONFIG.token_count] / 0.7)
-    for n, t in np.argwhere(np.asarray(batch.mask)):
+    rows = packed(batch)
+    logps, entropies = (unpack(np.asarray(x), np.asarray(rows.place), batch.mask.shape)
+                        for x in score(CONFIG, weights, rows, 0.7))
+    plain = jax.nn.log_softmax(forward(CONFIG, weights, jnp.asarray(batch.tokens))[..., : CONFIG.token_count] / 0.7)
+    for n, t in np.argwhere(batch.mask):
         column = int(batch.prompt_lengths[n]) + t
         at = plain[n, column - 1]
         np.testing.assert_allclose(logps[n, t], at[batch.tokens[n, column]], atol=2e-5)
         np.testing.assert_allclose(entropies[n, t], -jnp.sum(jnp.exp(at) * at), atol=2e-5)
 
 
-def test_chunks_of_the_head_change_nothing(monkeypatch):
-    weights = params()
+def test_entropy_is_not_computed_when_it_is_off():
+    weights, rows = params(), packed(experience())
+    off = score(CONFIG, weights, rows, 0.7, entropy=False)
+    assert (off[1] == 0).all()
+    np.testing.assert_allclose(off[0], score(CONFIG, weights, rows, 0.7)[0], atol=2e-6)
+    _, metrics = gradients(CONFIG, weights, rows, temperature=0.7, loss=LOSS, entropy=False)
+    assert "policy/entropy" not in metrics
+    cost = lambda entropy: jax.jit(
+        lambda params: score(CONFIG, params, rows, 0.7, entropy=entropy)).lower(weights).compile().cost_analysis()
+    vocabulary = rows.tokens.size * CONFIG.vocab_size  # of which the entropy takes a product and a sum
+    assert cost(True)["flops"] - cost(False)["flops"] > 2 * vocabulary
+
+
+def test_reference_is_scored_like_the_policy():
+    batch = experience()
+    for micro_tokens in (16, 1000):
+        rows = packed(batch, micro_tokens)
+        made = score_reference(CONFIG, params(), rows, temperature=0.9, chunk_tokens=5)
+        have = unpack(np.asarray(made), np.asarray(rows.place), batch.mask.shape)
+        np.testing.assert_allclose(have, logps_of(batch, params()), atol=1e-5)
+
+
+@pytest.mark.parametrize("cap, tied", [(0.0, False), (3.0, True)])
+def test_chunks_of_the_head_change_nothing(cap, tied):
+    """Against log-softmax of whole logits under jax's own derivative; columns beyond the counts have none."""
+    config = replace(CONFIG, logit_cap=cap, tie_embeddings=tied)
+    weights = params(config)
     hidden = jax.random.normal(jax.random.key(0), (4, 11, 32))
     targets = jax.random.randint(jax.random.key(1), (4, 11), 0, 45)
+    counts, weigh = jnp.asarray([11, 3, 0, 7]), jax.random.normal(jax.random.key(2), (4, 11))
+    asked = jnp.arange(11) < counts[:, None]
 
-    def both():
-        score = lambda p, h: score_hidden(CONFIG, p, h, targets, 0.8)[0].sum()
-        return score_hidden(CONFIG, weights, hidden, targets, 0.8), jax.grad(score, argnums=(0, 1))(weights, hidden)
+    def plain(weights, hidden):
+        logps = jax.nn.log_softmax(token_logits(config, weights, hidden, 0.8))
+        return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
 
-    whole = both()
-    monkeypatch.setattr(grpo_jax.score, "CHUNK_TOKENS", 12)  # 3 columns at a time, the last chunk padded
-    for have, want in zip(jax.tree.leaves(both()), jax.tree.leaves(whole)):
-        np.testing.assert_allclose(have, want, atol=2e-5)
+    def both(score):
+        total = lambda weights, hidden: jnp.sum(jnp.where(asked, weigh * score(weights, hidden), 0))
+        return jnp.where(asked, score(weights, hidden), 0), jax.grad(total, argnums=(0, 1))(weights, hidden)
+
+    expected = jax.tree.leaves(both(plain))
+    for chunk_tokens in (12, 1000):  # 3 columns at a time, the last chunk padded
+        made = both(lambda weights, hidden: score_hidden(
+            config, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)[0])
+        for have, want in zip(jax.tree.leaves(made), expected):
+            np.testing.assert_allclose(have, want, atol=2e-5)
 
 
-def test_no_logits_of_all_tokens_exist():
-    """16 x 512 tokens and 2,048 ids would be 67 MB of logits; forward and backward need less than a third of that."""
-    from dataclasses import replace
-
+def test_temporaries_of_the_head_are_those_of_a_chunk():
+    """Of 2,048 ids, 512 tokens a chunk: twice the tokens need no more, but for the hidden states' own gradient."""
     config = replace(CONFIG, vocab_size=2048, token_count=2048)
     weights = params(config)
-    hidden, targets = jnp.zeros((16, 512, 32)), jnp.zeros((16, 512), jnp.int32)
-    loss = lambda p, h: score_hidden(config, p, h, targets, 1.0)[0].sum()
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, hidden).compile()
-    whole = 16 * 512 * 2048 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < whole
+
+    def temporaries(tokens):
+        hidden, targets = jnp.zeros((1, tokens, 32)), jnp.zeros((1, tokens), jnp.int32)
+        loss = lambda p, h: score_hidden(config, p, h, targets, 1.0, chunk_tokens=512)[0].sum()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunk = 512 * 2048 * 4
+    assert temporaries(2048) < 4 * chunk
+    assert temporaries(4096) - temporaries(2048) < 0.1 * chunk
 
 
 def test_sampler_logprobs_match_training_logprobs():
     """From the sampler's cache and from the training graph, at a temperature; prompts of unequal length."""
     weights, prompts = params(), [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
     rollout = sample(CONFIG, weights, prompts, jax.random.key(0), samples=4, max_tokens=8, temperature=0.7, stop_ids=(7, 20))
-    made = make_experience(pad_prompts(prompts), rollout, jnp.zeros((3, 4)), None)
-    logps, _ = score_completions(CONFIG, weights, made.tokens, made.prompt_lengths, 8, 0.7)
-    assert np.abs(jnp.where(made.mask, logps - made.sampler_logps, 0)).max() < 2e-5
+    made = make_experience(pad_prompts(prompts), rollout, np.zeros((3, 4)), None)
+    logps = logps_of(made, weights, 0.7)
+    assert np.abs(np.where(made.mask, logps - made.sampler_logps, 0)).max() < 2e-5
     np.testing.assert_array_equal(made.mask.sum(axis=1), rollout.lengths.reshape(-1))
 
 
 def test_rows_join_prompt_and_completion_without_a_gap():
     rollout = sample(CONFIG, params(), [[3, 4, 5], [6]], jax.random.key(0), samples=2, max_tokens=4)
-    tokens, lengths = join(pad_prompts([[3, 4, 5], [6]]), rollout)
-    np.testing.assert_array_equal(lengths, [3, 3, 1, 1])
+    made = make_experience(pad_prompts([[3, 4, 5], [6]]), rollout, np.zeros((2, 2)), None)
+    tokens = made.tokens
+    np.testing.assert_array_equal(made.prompt_lengths, [3, 3, 1, 1])
+    np.testing.assert_array_equal(made.prompt_ids, [0, 0, 1, 1])
     for n, (prompt, drawn) in enumerate([([3, 4, 5], rollout.tokens[0, 0]), ([3, 4, 5], rollout.tokens[0, 1]),
                                          ([6], rollout.tokens[1, 0]), ([6], rollout.tokens[1, 1])]):
         row = prompt + drawn.tolist()
         assert tokens[n].tolist() == row + [0] * (tokens.shape[1] - len(row))
 
 
-def test_minibatches_of_an_epoch_hold_each_row_once():
-    batch = experience().replace(advantages=jnp.arange(8.0))
+def test_minibatches_of_an_epoch_hold_each_row_once_and_groups_together():
+    batch = experience().replace(advantages=np.arange(8.0))
     key = jax.random.key(0)
-    parts = [minibatch(batch, key, i, count=4).advantages for i in range(4)]
-    assert sorted(np.concatenate(parts)) == list(range(8))
-    other = [minibatch(batch, jax.random.key(1), i, count=4).advantages for i in range(4)]
-    assert not np.array_equal(np.concatenate(parts), np.concatenate(other))
+    parts = [minibatch(batch, key, i, count=2) for i in range(2)]
+    assert sorted(np.concatenate([part.advantages for part in parts])) == list(range(8))
+    for part in parts:
+        assert len(np.unique(part.prompt_ids)) == 2
+    orders = {tuple(minibatch(batch, jax.random.key(seed), 0, count=2).prompt_ids) for seed in range(8)}
+    assert len(orders) > 2
 
 
 def test_step_compiles_once():
+    """Whatever the lengths of the completions are."""
     mesh, optimizer = make_mesh(8), optax.sgd(0.1)
-    train = SimpleNamespace(
-        rollout=SimpleNamespace(temperature=1.0), loss=LOSS, optim=OPTIM, update=SimpleNamespace(micro_batches=1))
     with jax.set_mesh(mesh):
         state = init_state(mesh, jax.device_put(params(), shardings(mesh, params())), optimizer)
-        update = make_update(CONFIG, train, mesh, state.params, optimizer)
+        update = make_update(CONFIG, TRAIN, mesh, state.params, optimizer)
         for seed in range(3):
-            state, _ = update(state, split_rows(mesh, experience(seed=seed)))
+            state, _ = update(state, split_rows(mesh, packed(experience(seed=seed), 1, 8)))
     assert update._cache_size() == 1 and int(state.step) == 3
 
 
