@@ -89,6 +89,8 @@ class ModelConfig:
     dtype: str = "float32"  # of the weights there
     compute_dtype: str = "float32"  # of activations, and of weights where they are used
     logit_dtype: str = "float32"  # that the head's product comes in; probabilities are float32
+    attention: str = "auto"  # how it is computed: "plain", "blocks", "splash", "cudnn", or what suits the platform
+    remat: str = "none"  # what a backward pass computes again of a layer: "none", "matmuls" (all but them) or "layers"
 
     @property
     def num_layers(self) -> int:

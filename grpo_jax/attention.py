@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import Layer, ModelConfig
 from grpo_jax.attend import UNLIMITED, alone, mix, plain, score, sees
+from grpo_jax.blockwise import BLOCK, blockwise, plan
+from grpo_jax.kernels import cudnn, cudnn_fits, splash, splash_fits, splash_masks
 from grpo_jax.layers import Projection, RMSNorm, norm
-from grpo_jax.mesh import ROWS, constrain, fit
+from grpo_jax.mesh import ROWS, constrain, fit, mesh_platform
 from grpo_jax.rope import apart, rotate, tables
 from grpo_jax.types import Segments
 
@@ -44,6 +46,23 @@ class View(NamedTuple):
     prepared: Any  # what the way in use makes of the mask, once for all layers
 
 
+def way(config: ModelConfig, length: int, cached: bool) -> str:
+    """How attention of rows of L tokens is computed: `plain`, `blocks`, `splash` or `cudnn`."""
+    if cached:
+        return "plain"  # a few queries: their scores are no larger than the cache
+    if config.attention != "auto":
+        return config.attention
+    platform = mesh_platform()
+    if platform == "tpu" and splash_fits(length):
+        return "splash"
+    widths = (config.head_dim,) * 2
+    if config.latent:
+        widths = config.latent.plain_width + config.latent.rope_width, config.latent.value_width
+    if platform in ("gpu", "cuda") and length % 2 == 0 and cudnn_fits(config.compute_dtype, *widths, config.score_cap):
+        return "cudnn"
+    return "blocks" if length > 2 * BLOCK else "plain"
+
+
 def make_view(config: ModelConfig, layer: Layer, queries: Segments, columns: int = 0) -> View:
     """The view of a layer of that kind.
 
@@ -51,12 +70,21 @@ def make_view(config: ModelConfig, layer: Layer, queries: Segments, columns: int
       columns: of the cache; 0: no cache, the tokens given are the keys.
     """
     width = config.latent.rope_width if config.latent else config.head_dim
+    rows, length = queries.position.shape
     keys = queries
     if columns:
-        position = jnp.broadcast_to(jnp.arange(columns), (queries.position.shape[0], columns))
-        keys = alone(position)
+        keys = alone(jnp.broadcast_to(jnp.arange(columns), (rows, columns)))
     window = jnp.int32(layer.window or UNLIMITED)
-    return View(tables(layer.rope, width, queries.position), queries, keys, window, sees(queries, keys, window))
+    chosen = way(config, length, columns > 0)
+    if chosen == "blocks":  # of each shard's own rows
+        first = lambda *args: jax.tree.map(lambda x: x[None], plan(*args))
+        split = row_spec(rows)
+        prepared = on_mesh(first, (split, split, P()), split)(queries, keys, window)
+    else:
+        prepared = constrain(sees(queries, keys, window), ROWS)
+        if chosen == "splash":
+            prepared = on_mesh(splash_masks, (row_spec(rows),), row_spec(rows))(prepared)
+    return View(tables(layer.rope, width, queries.position), queries, keys, window, prepared)
 
 
 def write(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
@@ -68,9 +96,51 @@ def write(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
     return jax.vmap(put)(cache, new, columns)
 
 
-def attend(config: ModelConfig, q: Float[Array, "N L H E"], kv: KV, view: View) -> Float[Array, "N L H _"]:
-    """softmax(q k) v of one layer."""
-    return plain(q, kv.k, kv.v, view.prepared, divisor=config.divisor, cap=config.score_cap)
+def row_spec(rows: int) -> P:
+    """The spec of an array of that many rows on the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return P() if mesh.empty else fit(P(ROWS), (rows,), mesh)
+
+
+def on_mesh(function, in_specs, out_specs):
+    """The function of each device's own part, on the mesh in force."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def copies(heads: int, key_heads: int, devices: int) -> int:
+    """How often each key head must stand for the heads to be split over devices; 0: they cannot be."""
+    fine = lambda times: key_heads * times % devices == 0 and heads % (key_heads * times) == 0
+    return next((times for times in range(1, heads // key_heads + 1) if fine(times)), 0)
+
+
+def attend(
+    config: ModelConfig, q: Float[Array, "N L H E"], kv: KV, view: View, *, cached: bool
+) -> Float[Array, "N L H _"]:
+    """softmax(q k) v of one layer. Where a query sees nothing, the result is finite and of no meaning."""
+    scale = dict(divisor=config.divisor, cap=config.score_cap)
+    chosen = way(config, q.shape[1], cached)
+    if chosen == "plain":
+        return plain(q, kv.k, kv.v, view.prepared, **scale)
+
+    def run(q, keys, values, view):
+        if chosen == "splash":
+            return splash(q, keys, values, view.prepared, interpret=mesh_platform() != "tpu", **scale)
+        if chosen == "cudnn":
+            return cudnn(q, keys, values, view.prepared, divisor=config.divisor)
+        own = jax.tree.map(lambda x: x[0], view.prepared)
+        return blockwise(q, keys, values, view.queries, view.keys, view.window, own, **scale)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    times = 0 if mesh.empty else copies(q.shape[2], kv.k.shape[1], mesh.shape["tensor"])
+    heads, (rows,) = ("tensor" if times else None), tuple(row_spec(q.shape[0])) or (None,)
+    keys, values = (jnp.repeat(x, times, axis=1) if times > 1 else x for x in kv)
+    by_row = view._replace(rotation=(), window=None)
+    specs = jax.tree.map(lambda _: P(rows), by_row)._replace(window=P())
+    return on_mesh(
+        run, (P(rows, None, heads), P(rows, heads), P(rows, heads), specs), P(rows, None, heads))(
+            q, keys, values, view._replace(rotation=()))
 
 
 class Attention(nn.Module):
@@ -91,7 +161,7 @@ class Attention(nn.Module):
         kv = KV(jnp.moveaxis(rotate(k, view.rotation), 1, -1), jnp.swapaxes(v, 1, 2))
         if cache is not None:
             kv = write(cache, kv, view.queries.position)
-        out = attend(c, q, kv, view)
+        out = attend(c, q, kv, view, cached=cache is not None)
         return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv
 
 
@@ -130,7 +200,7 @@ class LatentAttention(nn.Module):
             values = jnp.einsum("nlr,rhe->nhle", latent, to_value)
             by_position = jnp.broadcast_to(kv.k, (*keys.shape[:2], *kv.k.shape[2:]))
             both = KV(jnp.concatenate([keys, by_position], axis=2), values)
-            out = attend(c, jnp.concatenate([q_plain, q_rope], axis=-1), both, view)
+            out = attend(c, jnp.concatenate([q_plain, q_rope], axis=-1), both, view, cached=False)
         else:
             kv = write(cache, kv, view.queries.position)
             q_latent = jnp.einsum("nlhe,rhe->nlhr", q_plain, to_key)

@@ -133,6 +133,12 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fit(P(*spec), x.shape, mesh))
 
 
+def mesh_platform() -> str:
+    """What the devices are that a program is traced for: of the mesh in force, or the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def split_rows(mesh: Mesh, tree):
     """Places host arrays with their first dimension split over the mesh; every process passes the same values."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, fit(P(ROWS), x.shape, mesh))), tree)

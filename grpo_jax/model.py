@@ -90,6 +90,10 @@ def run_layers(config: ModelConfig, run, layers: tuple[Layer, ...], x, views: di
     def apply(x, weights, view, cache):
         return block.apply({"params": weights}, x, view, cache)
 
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "matmuls" else None
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(layers) == 1)
+
     if len(layers) == 1:
         first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
         x, kv = apply(x, first(run), views[layers[0]], first(cache))
@@ -145,18 +149,32 @@ def head_of(config: ModelConfig, params: dict) -> dict:
     return {name: params[name]}
 
 
-def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
-    """Hidden states through the head, float32 (computed in `config.logit_dtype`): [*rows, V], or as wide as the head."""
-    head = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+def head_kernel(config: ModelConfig, head: dict) -> Float[Array, "D _"]:
+    """The matrix from hidden states to logits."""
+    return head["embed"]["embedding"].T if config.tie_embeddings else head["head"]["kernel"]
+
+
+def head_product(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
+    """Hidden states times the head, in `config.logit_dtype`; [*rows, V], or as wide as the head is."""
     flat = hidden.reshape(-1, config.hidden_size)
-    logits = jnp.matmul(flat, head.astype(hidden.dtype), preferred_element_type=config.logit_dtype).astype(jnp.float32)
-    if config.logit_cap:
-        logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-    return logits.reshape(*hidden.shape[:-1], -1)
+    kernel = head_kernel(config, params).astype(hidden.dtype)
+    out = jnp.matmul(flat, kernel, preferred_element_type=config.logit_dtype)
+    return out.reshape(*hidden.shape[:-1], -1)
 
 
-def token_logits(
-    config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""],
+def cap_logits(config: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
+    """Logits from what `head_product` gives, float32."""
+    logits = product.astype(jnp.float32)
+    return config.logit_cap * jnp.tanh(logits / config.logit_cap) if config.logit_cap else logits
+
+
+def logits_of(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """Hidden states through the head, float32."""
+    return cap_logits(config, head_product(config, params, hidden))
+
+
+def temper(
+    config: ModelConfig, product: Float[Array, "*rows _"], temperature: float | Float[Array, ""],
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "*rows _"]:
     """The logits that tokens are drawn from and scored with: at the temperature, and -inf for rows that are no token.
@@ -164,12 +182,18 @@ def token_logits(
     Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
 
     Args:
-      first: the id of the head's first column, where `params` hold a part of it.
+      product: of `head_product`,
+      first: and the id of its first column, where it is a part of the vocabulary's.
     """
-    logits = logits_of(config, params, hidden) / temperature
+    logits = cap_logits(config, product) / temperature
     if config.drawable == config.vocab_size:
         return logits
     return jnp.where(first + jnp.arange(logits.shape[-1]) < config.drawable, logits, -jnp.inf)
+
+
+def token_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""]):
+    """`temper` of hidden states."""
+    return temper(config, head_product(config, params, hidden), temperature)
 
 
 def forward(

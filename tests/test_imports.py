@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 # The data's way. A module imports only modules that stand before it.
 ORDER = (
     "types", "config", "flags", "processes", "tasks", "gguf_file", "prompt", "stops", "mesh", "architecture",
-    "attend", "rope", "layers", "attention", "experts", "model", "families", "source", "tensors", "weights", "draws", "slots", "memory", "sampler", "answers", "reward", "grpo",
+    "attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "families", "source", "tensors", "weights", "draws", "slots", "memory", "sampler", "answers", "reward", "grpo",
     "packing", "score", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
     "main",
 )
