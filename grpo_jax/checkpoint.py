@@ -3,7 +3,8 @@
     WORKDIR/checkpoints/reference      the frozen reference, written once
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
-                            /meta      step (which is the position in the problems too), key, the rollout's metrics
+                            /meta      step (which is the position in the problems too), key, updates left out, the
+                                       rollout's metrics
                             /experience  the rollout under way, if its updates were not all done
 
 Saving is asynchronous; all processes call it. A checkpoint restores onto any mesh.
@@ -47,7 +48,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict, experien
     items = {
         "policy": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave(state.opt_state),
-        "meta": ocp.args.JsonSave(meta),
+        "meta": ocp.args.JsonSave(meta | {"skipped": int(state.skipped)}),
     }
     if experience is not None:
         items["experience"] = ocp.args.StandardSave(vars(experience))
@@ -78,7 +79,9 @@ def restore(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainSta
         items["experience"] = ocp.args.StandardRestore()
     found = manager.restore(step, args=ocp.args.Composite(**items))
     experience = Experience(**jax.tree.map(np.asarray, dict(found["experience"]))) if unfinished else None
-    state = TrainState(jax.device_put(shapes.step.dtype.type(step), places.step), found["policy"], found["optimizer"])
+    scalar = lambda value, place: jax.device_put(np.int32(value), place)
+    state = TrainState(
+        scalar(step, places.step), found["policy"], found["optimizer"], scalar(found["meta"]["skipped"], places.skipped))
     return Resumed(state, found["meta"], experience)
 
 

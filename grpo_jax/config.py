@@ -15,7 +15,9 @@ REFUSED = dict.fromkeys(("rollout.top_k", "rollout.top_p", "rollout.min_p"), (
     "eval.top_k, eval.top_p and eval.min_p may be set"))
 
 # Keys that may differ when a run is resumed: they do not change what an update computes.
-RESUMABLE = ("total_steps", "checkpoint", "eval", "log", "mesh", "rollout.slots", "update.micro_tokens", "update.chunk_tokens")
+RESUMABLE = (
+    "total_steps", "checkpoint", "eval", "log", "mesh", "rollout.slots", "model.attention", "update.micro_tokens",
+    "update.chunk_tokens", "update.remat", "optim.max_skips")
 
 
 def default() -> ConfigDict:
@@ -29,9 +31,11 @@ def default() -> ConfigDict:
         total_steps=80,  # updates
         model=dict(
             path="tiny",  # a Hugging Face folder, hub id or GGUF file; "tiny" is the base model in the package
-            param_dtype="float32",  # of the master weights, the optimizer's state and the reference
+            param_dtype="float32",  # of the master weights
+            reference_dtype="float32",  # of the frozen reference; none is kept where loss.kl_coef is 0
             compute_dtype="float32",  # of activations, and of weights where they are used; "bfloat16" on accelerators
             logit_dtype="float32",  # that the head's product comes in; probabilities are always float32
+            attention="auto",  # "plain", "blocks", "splash" (TPU), "cudnn" (NVIDIA), or the best there is; all mean the same
         ),
         task=dict(
             name="addition",  # "addition" or "jsonl"
@@ -52,8 +56,9 @@ def default() -> ConfigDict:
         update=dict(
             minibatches=1,  # updates a rollout is cut into
             epochs=1,  # times a rollout is gone through
-            micro_tokens=1024,  # that each shard of rows computes on at a time, or the longest sequence's: less memory, same result
-            chunk_tokens=1024,  # of those, how many have logits at a time
+            micro_tokens=1024,  # that a shard of rows computes on at a time, if the longest sequence is not longer
+            chunk_tokens=512,  # of those, how many have logits at a time
+            remat="layers",  # what is computed again backwards: "layers", "matmuls" (all but these), "none": more memory
         ),
         loss=dict(
             kl_coef=0.001,  # beta; 0: no reference model is kept
@@ -61,12 +66,18 @@ def default() -> ConfigDict:
             clip_high=0.2,
         ),
         optim=dict(
-            lr=1.5e-4,  # of AdamW, after the warm-up
+            name="adamw",  # "adamw", "adafactor", "lion" or "muon" (the matrices of the layers; the rest is AdamW's)
+            lr=1.5e-4,  # the largest, after the warm-up; of a step of about 1 in root mean square (Muon's: 0.2)
+            schedule="constant",  # after the warm-up: "constant", or down as "linear" or "cosine"
             warmup_steps=0,  # updates
-            b1=0.9,
-            b2=0.999,
-            weight_decay=0.0,
+            decay_steps=0,  # updates until the end of a schedule that goes down, the warm-up's included
+            end_lr_fraction=0.0,  # of lr, at the end of a schedule that goes down, and after it
+            b1=0.9,  # decay of AdamW's and Muon's first moment; Lion's step: b1 * moment + (1 - b1) * gradient
+            b2=0.999,  # decay of AdamW's second moment, and of Lion's only one; Adafactor uses neither
+            mu_dtype="float32",  # of the moment that averages gradients, or "bfloat16"; Adafactor has none
+            weight_decay=0.0,  # an update takes lr * weight_decay of a parameter away
             grad_clip=1.0,  # largest global norm of a gradient
+            max_skips=5,  # updates in a row whose gradient is not finite and that are left out, before the run ends
         ),
         mesh=dict(  # the sizes multiply to the number of devices; one may be -1 and takes what is left
             data=-1,  # rows are split, parameters copied
@@ -145,12 +156,13 @@ def expect(fine: bool, key: str, expected: str, found, cure: str) -> None:
 
 POSITIVE = (
     "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
-    "update.epochs", "update.micro_tokens", "update.chunk_tokens", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
-    "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
+    "update.epochs", "update.micro_tokens", "update.chunk_tokens", "optim.lr", "optim.grad_clip", "optim.max_skips",
+    "checkpoint.every_steps", "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
 )
 NOT_NEGATIVE = (
-    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.weight_decay",
-    "eval.every_steps", "eval.temperature", "eval.top_k", "log.samples", "task.shots", "rollout.slots",
+    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.decay_steps",
+    "optim.weight_decay", "eval.every_steps", "eval.temperature", "eval.top_k", "log.samples", "task.shots",
+    "rollout.slots",
 )
 
 
@@ -213,9 +225,15 @@ def check(raw: ConfigDict):
         expect(at(raw, key) > 0, key, "more than 0", at(raw, key), f"set --config.{key}")
     for key in NOT_NEGATIVE:
         expect(at(raw, key) >= 0, key, "0 or more", at(raw, key), f"set --config.{key}")
-    for key in ("model.param_dtype", "model.compute_dtype", "model.logit_dtype"):
+    for key in ("model.param_dtype", "model.reference_dtype", "model.compute_dtype", "model.logit_dtype",
+                "optim.mu_dtype"):
         expect(at(raw, key) in ("float32", "bfloat16"), key, "'float32' or 'bfloat16'", repr(at(raw, key)),
                f"set --config.{key}")
+    ways = ("auto", "plain", "blocks", "splash", "cudnn")
+    expect(config.model.attention in ways, "model.attention", f"one of {', '.join(ways)}", repr(config.model.attention),
+           "set --config.model.attention")
+    expect(config.update.remat in ("none", "matmuls", "layers"), "update.remat", "'none', 'matmuls' or 'layers'",
+           repr(config.update.remat), "set --config.update.remat")
     expect(config.task.name in ("addition", "jsonl"), "task.name", "'addition' or 'jsonl'", repr(config.task.name),
            "for your own questions use task.name=jsonl and task.path=FILE.jsonl")
     expect(config.task.name != "jsonl" or config.task.path, "task.path", "a JSONL file, as task.name is 'jsonl'",
@@ -235,11 +253,37 @@ def check(raw: ConfigDict):
     expect(config.seed < 2**32, "seed", "below 2**32", config.seed, "set --config.seed")
     for key in ("optim.b1", "optim.b2"):
         expect(0 <= at(raw, key) < 1, key, "in [0, 1)", at(raw, key), f"set --config.{key}")
+    check_optim(config)
     rows = config.rollout.prompts * config.rollout.samples
     expect(rows % config.update.minibatches == 0, "update.minibatches",
            f"a divisor of the {rows} rows (rollout.prompts * rollout.samples)", config.update.minibatches,
            "change one of the three")
     return config
+
+
+def check_optim(config) -> None:
+    """Checks the combinations of the `optim` section."""
+    optim = config.optim
+    expect(optim.name in ("adamw", "adafactor", "lion", "muon"), "optim.name",
+           "'adamw', 'adafactor', 'lion' or 'muon'", repr(optim.name), "set --config.optim.name")
+    expect(optim.schedule in ("constant", "linear", "cosine"), "optim.schedule", "'constant', 'linear' or 'cosine'",
+           repr(optim.schedule), "set --config.optim.schedule")
+    expect(0 <= optim.end_lr_fraction <= 1, "optim.end_lr_fraction", "in [0, 1]", optim.end_lr_fraction,
+           "set --config.optim.end_lr_fraction")
+    if optim.schedule != "constant":
+        # A length of its own: total_steps may change when a run is resumed, and the learning rates must not.
+        expect(optim.decay_steps > optim.warmup_steps, "optim.decay_steps",
+               f"more than optim.warmup_steps, as optim.schedule is {optim.schedule!r}",
+               f"{optim.decay_steps} and {optim.warmup_steps}",
+               "set --config.optim.decay_steps, to total_steps or more")
+        expect(optim.end_lr_fraction or config.total_steps <= optim.decay_steps, "total_steps",
+               "at most optim.decay_steps, after which the learning rate is 0",
+               f"{config.total_steps} and {optim.decay_steps}",
+               "lower it, or begin a run with more optim.decay_steps or an optim.end_lr_fraction")
+    key = "b2" if optim.name == "lion" else "b1"
+    if optim.mu_dtype == "bfloat16" and optim.name != "adafactor":
+        expect(getattr(optim, key) <= 0.99, f"optim.{key}", "at most 0.99 with optim.mu_dtype='bfloat16', whose 8 bits "
+               "do not hold smaller changes of the moment", getattr(optim, key), f"set --config.optim.{key}")
 
 
 def check_model(config, model_config) -> None:

@@ -12,11 +12,11 @@ from grpo_jax.checkpoint import restore_policy
 from grpo_jax.memory import Plan, placed_bytes, plan_rollout
 from grpo_jax.mesh import make_mesh, shardings
 from grpo_jax.model import param_shapes
+from grpo_jax.optimizer import make_optimizer, state_shapes, state_shardings
 from grpo_jax.prompt import encode_prompts, eos_ids, load_tokenizer
 from grpo_jax.source import count_ids, find_model, read_model_config
 from grpo_jax.stops import stop_table
 from grpo_jax.tasks import held_out_problems, make_task, read_questions
-from grpo_jax.train_step import make_optimizer, state_shapes, state_shardings
 from grpo_jax.types import UserError
 from grpo_jax.weights import load, open_checkpoint
 
@@ -49,7 +49,8 @@ def prepare(config, *, training: bool = False) -> Setting:
     tokenizer = load_tokenizer(source)
     count = count_ids(tokenizer.get_vocab())
     model = replace(
-        model, token_count=count, compute_dtype=config.model.compute_dtype, logit_dtype=config.model.logit_dtype)
+        model, token_count=count, compute_dtype=config.model.compute_dtype, logit_dtype=config.model.logit_dtype,
+        attention=config.model.attention, remat=config.update.remat)
     if count > model.vocab_size:
         raise UserError(f"expected a row of the embedding for each of the tokenizer's {count} ids in {source}; found "
                         f"{model.vocab_size} rows; this tokenizer is not the model's")
@@ -61,7 +62,9 @@ def prepare(config, *, training: bool = False) -> Setting:
     held = placed_bytes(shapes, shardings(mesh, shapes))
     if training:
         optimizer = make_optimizer(config.optim)
-        held *= 2 if config.loss.kl_coef else 1  # the reference
+        if config.loss.kl_coef:
+            reference = param_shapes(model, config.model.reference_dtype)
+            held += placed_bytes(reference, shardings(mesh, reference))
         held += placed_bytes(state_shapes(shapes, optimizer).opt_state, state_shardings(mesh, shapes, optimizer).opt_state)
     plan = plan_rollout(config, model, mesh, held, strict=training)
     return Setting(source, model, tokenizer, stop_ids, table, mesh, plan)

@@ -18,23 +18,15 @@ from grpo_jax.grpo import advantages
 from grpo_jax.mesh import row_shards, shardings, split_rows, to_host
 from grpo_jax.metrics import MetricsLog, before_and_after, console_line, write_samples
 from grpo_jax.model import param_shapes
+from grpo_jax.optimizer import init_state, make_optimizer, state_shapes, state_shardings
 from grpo_jax.packing import pack, packed_shape, unpack
 from grpo_jax.prompt import completion_texts, encode_prompts, format_prompt
 from grpo_jax.reward import rewards
 from grpo_jax.sampler import generate, place_for_rollout
 from grpo_jax.setting import EVALUATION, SAMPLING, SHUFFLING, Setting
 from grpo_jax.tasks import Task, held_out_problems, make_task
-from grpo_jax.train_step import (
-    init_state,
-    make_experience,
-    make_optimizer,
-    make_update,
-    minibatch,
-    score_reference,
-    state_shapes,
-    state_shardings,
-)
-from grpo_jax.types import Experience, Packed
+from grpo_jax.train_step import make_experience, make_update, minibatch, score_reference
+from grpo_jax.types import Experience, Packed, UserError
 from grpo_jax.weights import load
 
 OF_THE_SAMPLER = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
@@ -145,14 +137,16 @@ def start_or_resume(config, setting: Setting, manager, workdir: Path, optimizer)
     if resumed:
         reference = None
         if config.loss.kl_coef:
+            shapes = param_shapes(setting.model, config.model.reference_dtype)
             reference = checkpoint.restore_reference(workdir, shapes, shardings(mesh, shapes))
         return resumed.state, reference, resumed.meta, resumed.experience
     _, params = load(setting.source, mesh=mesh, param_dtype=config.model.param_dtype)
     reference = None
     if config.loss.kl_coef:
-        reference = jax.tree.map(jnp.copy, params)
+        reference = jax.tree.map(lambda x: jnp.array(x, config.model.reference_dtype), params)
         checkpoint.save_reference(workdir, reference)
-    meta = {"step": 0, "key": jax.random.key_data(jax.random.key(config.seed)).tolist(), "rollout": {}}
+    key = jax.random.key_data(jax.random.key(config.seed)).tolist()
+    meta = {"step": 0, "key": key, "rollout": {}, "skipped_in_a_row": 0}
     return init_state(mesh, params, optimizer), reference, meta, None
 
 
@@ -204,6 +198,7 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         updating = time.monotonic()
         state, about_update = update(state, split_rows(setting.mesh, pack_batch(config, setting.mesh, batch)))
         metrics = {name: float(value) for name, value in to_host(about_update).items()}
+        meta["skipped_in_a_row"] = meta["skipped_in_a_row"] + 1 if metrics["optim/skipped"] else 0
         if inner == 0:  # only now is the policy still the one that the sampler used
             about_rollout |= {name: metrics[name] for name in OF_THE_SAMPLER}
         now = time.monotonic()
@@ -216,6 +211,11 @@ def _train(config, setting: Setting, workdir: Path) -> None:
             metrics |= evaluated(step)
         log.write(step, metrics)
         bar.update()
+        if meta["skipped_in_a_row"] >= config.optim.max_skips:
+            raise UserError(
+                f"expected finite gradients; found none in {config.optim.max_skips} updates in a row, the last one step "
+                f"{step}; the policy is that of step {step - config.optim.max_skips}; look at metrics.jsonl, then "
+                "lower optim.lr or optim.grad_clip")
         if due(step):
             say(console_line(step, config.total_steps, metrics))
         if last or step % config.checkpoint.every_steps == 0:

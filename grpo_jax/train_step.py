@@ -13,51 +13,10 @@ from jaxtyping import Array, Float
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.grpo import k3, weighted_loss
-from grpo_jax.mesh import ROWS, constrain, path_name, row_shards, shardings
+from grpo_jax.mesh import ROWS, constrain, row_shards
+from grpo_jax.optimizer import apply_gradients, make_schedule, state_shardings
 from grpo_jax.score import CHUNK_TOKENS, score
 from grpo_jax.types import Experience, Packed, Prompts, Rollout, TrainState
-
-
-def make_schedule(optim) -> optax.Schedule:
-    """Linear warm-up that reaches `optim.lr` at update `optim.warmup_steps`, then constant."""
-    return lambda step: optim.lr * jnp.minimum(1.0, (step + 1) / max(1, optim.warmup_steps))
-
-
-def make_optimizer(optim) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm, from a config's `optim` section."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.grad_clip),
-        optax.adamw(
-            make_schedule(optim), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=decays))
-
-
-def decays(params):
-    """Which leaves weight decay draws to 0: not norms, biases and the correction of a router."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "correction"), params)
-
-
-def state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Where each leaf of a train state lives; optimizer moments lie as their parameters do."""
-    opt_state = jax.eval_shape(optimizer.init, params)
-    return TrainState(
-        step=NamedSharding(mesh, P()), params=shardings(mesh, params), opt_state=shardings(mesh, opt_state))
-
-
-def fresh_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-
-
-def state_shapes(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes and dtypes of a train state, from those of its parameters."""
-    return jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
-
-
-def init_state(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
-    """`fresh_state` on the mesh; `params` are taken over (donated)."""
-    places = state_shardings(mesh, params, optimizer)
-    return jax.jit(lambda params: fresh_state(params, optimizer), out_shardings=places, donate_argnums=0)(params)
 
 
 def make_experience(
@@ -191,9 +150,8 @@ def make_update(
             config, state.params, batch, temperature=train_config.rollout.temperature, loss=train_config.loss,
             entropy=train_config.log.entropy, chunk_tokens=train_config.update.chunk_tokens)
         grads = jax.lax.with_sharding_constraint(grads, places.params)
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {"optim/grad_norm": optax.tree.norm(grads), "optim/lr": jnp.asarray(schedule(state.step))}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, changes), opt_state), metrics
+        state, about_step = apply_gradients(state, grads, optimizer, schedule)
+        return state, metrics | about_step
 
     everywhere = NamedSharding(mesh, P())
     return jax.jit(update, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, everywhere))

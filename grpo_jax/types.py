@@ -121,6 +121,7 @@ class Packed:
 class TrainState:
     """All that an update replaces."""
 
-    step: Int[Array, ""]  # updates done
+    step: Int[Array, ""]  # updates done, those left out included
     params: Any  # the policy
     opt_state: Any
+    skipped: Int[Array, ""]  # updates left out so far, as their gradient was not finite

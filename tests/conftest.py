@@ -14,5 +14,5 @@ from jaxtyping import install_import_hook  # noqa: E402
 import tests.strict  # noqa: E402,F401  (named below)
 
 # In the tests the annotated shapes and dtypes of these modules are checked, at trace time too.
-CHECKED = ("attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "score", "stops", "draws", "slots", "sampler", "grpo", "train_step", "pretrain")
+CHECKED = ("attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "score", "stops", "draws", "slots", "sampler", "grpo", "optimizer", "train_step", "pretrain")
 install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "tests.strict.check")

@@ -101,8 +101,8 @@ def test_a_frozen_config_does_not_follow_its_source():
 
 @pytest.mark.parametrize("key", [
     "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
-    "update.epochs", "update.micro_batches", "optim.lr", "optim.grad_clip", "checkpoint.every_steps",
-    "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
+    "update.epochs", "update.micro_batches", "optim.lr", "optim.grad_clip", "optim.max_skips",
+    "checkpoint.every_steps", "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
 ])
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_value_must_be_more_than_0(key, value):
@@ -113,8 +113,8 @@ def test_value_must_be_more_than_0(key, value):
 
 
 @pytest.mark.parametrize("key", [
-    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.weight_decay",
-    "eval.every_steps", "eval.temperature", "log.samples",
+    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.decay_steps",
+    "optim.weight_decay", "eval.every_steps", "eval.temperature", "log.samples",
 ])
 def test_value_must_be_0_or_more(key):
     config = default()
@@ -135,6 +135,21 @@ def test_value_must_be_0_or_more(key):
     (dict(rollout__temperature=-1), "expected rollout.temperature to be 0.01 or more in training; found -1.0; "),
     (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
     (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
+    (dict(optim__name="sgd"), "expected optim.name to be 'adamw', 'adafactor', 'lion' or 'muon'; found 'sgd'"),
+    (dict(optim__schedule="sqrt"), "expected optim.schedule to be 'constant', 'linear' or 'cosine'; found 'sqrt'"),
+    (dict(optim__mu_dtype="float16"), "expected optim.mu_dtype to be 'float32' or 'bfloat16'; found 'float16'"),
+    (dict(optim__end_lr_fraction=1.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found 1.5"),
+    (dict(optim__end_lr_fraction=-0.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found -0.5"),
+    (dict(optim__schedule="linear"),
+     "expected optim.decay_steps to be more than optim.warmup_steps.*'linear'; found 0 and 0; set --config"),
+    (dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
+     "expected optim.decay_steps to be more than optim.warmup_steps.*'cosine'; found 90 and 90"),
+    (dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90),  # the last update would change nothing
+     "expected total_steps to be at most optim.decay_steps, .* is 0; found 91 and 90; "),
+    (dict(optim__name="lion", optim__mu_dtype="bfloat16"),
+     "expected optim.b2 to be at most 0.99 with .*'bfloat16'.*found 0.999"),
+    (dict(optim__b1=0.995, optim__mu_dtype="bfloat16"),
+     "expected optim.b1 to be at most 0.99 with .*'bfloat16'.*found 0.995"),
     # 16 * 8 = 128 rows; 128 / 3 and 128 / (32 * 8) are no whole numbers.
     (dict(update__minibatches=3), r"update.micro_batches to be a divisor of the 128 rows .*found 3 \* 1"),
     (dict(update__micro_batches=3), r"a divisor of the 128 rows .*found 1 \* 3; change one of the four"),
@@ -149,7 +164,14 @@ def test_rule_of_check(values, says):
 
 @pytest.mark.parametrize("values", [
     dict(task__digits=9), dict(task__digits=1), dict(rollout__samples=2), dict(rollout__temperature=0.01),
-    dict(optim__b1=0), dict(optim__b2=0.999), dict(loss__kl_coef=0), dict(eval__temperature=0),
+    dict(optim__b1=0), dict(optim__b2=0.999), dict(optim__decay_steps=0, optim__warmup_steps=100),
+    *(dict(optim__name=name) for name in ("adafactor", "lion", "muon")), dict(optim__mu_dtype="bfloat16"),
+    dict(optim__name="lion", optim__mu_dtype="bfloat16", optim__b1=0.995, optim__b2=0.99),
+    dict(optim__name="adafactor", optim__mu_dtype="bfloat16", optim__b1=0.995),
+    dict(total_steps=90, optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=89),
+    dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=0.1),
+    dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=1),
+    dict(loss__kl_coef=0), dict(eval__temperature=0),
     dict(update__minibatches=32, update__micro_batches=4), dict(task__name="jsonl", task__path="q.jsonl"),
     dict(seed=2**32 - 1),
 ])

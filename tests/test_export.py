@@ -166,7 +166,7 @@ def run(tmp_path):
     _, params = load(find_model("tiny"))
     for step in (3, 7):
         marked = params | {"embed": {"embedding": jnp.full_like(params["embed"]["embedding"], step)}}
-        state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)})
+        state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0))
         manager = checkpoint.open_manager(tmp_path / "run", 2)
         checkpoint.save(manager, state, {"step": step}, None)
         manager.close()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 ORDER = (
     "types", "config", "flags", "processes", "tasks", "gguf_file", "prompt", "stops", "mesh", "architecture",
     "attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "families", "source", "tensors", "weights", "draws", "slots", "memory", "sampler", "answers", "reward", "grpo",
-    "packing", "score", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
+    "packing", "score", "optimizer", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
     "main",
 )
 
