@@ -6,9 +6,11 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import ModelConfig
-from grpo_jax.mesh import ROWS, constrain
+from grpo_jax.mesh import ROWS, constrain, fit
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -60,6 +62,37 @@ def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "N L"]) -> Float[Array, "N L D"]:
+    """The tokens' rows of a table that lies split over the mesh in force.
+
+    Not the table travels but what is asked of it: each device looks all tokens of the fsdp axis up in its own columns,
+    and the answers are exchanged.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table[tokens]
+    split = fit(P("tensor", "fsdp"), table.shape, mesh)
+    rows = fit(P(ROWS), tokens.shape, mesh)
+    by_id = split[0] is not None and mesh.shape["tensor"] > 1
+    by_column = split[1] is not None and mesh.shape["fsdp"] > 1
+
+    def on_device(table, tokens):
+        if by_column and rows[0]:
+            tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
+        if by_id:
+            tokens = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+            mine = (tokens >= 0) & (tokens < table.shape[0])
+            found = jnp.where(mine[..., None], table[jnp.where(mine, tokens, 0)], 0)
+            found = jax.lax.psum(found, "tensor")
+        else:
+            found = table[tokens]
+        if by_column and rows[0]:
+            return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.all_gather(found, "fsdp", axis=2, tiled=True) if by_column else found
+
+    return jax.shard_map(on_device, in_specs=(split, rows), out_specs=P(rows[0]), check_vma=False)(table, tokens)
+
+
 class Embed(nn.Module):
     """The token table."""
 
@@ -69,8 +102,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         init = nn.initializers.normal(1 / math.sqrt(self.width))
-        table = self.param("embedding", init, (self.vocab_size, self.width))
-        return constrain(table, "tensor", None)[tokens]  # gathered over fsdp here, so that activations need not be
+        return look_up(self.param("embedding", init, (self.vocab_size, self.width)), tokens)
 
 
 class MLP(nn.Module):

@@ -143,19 +143,18 @@ def hidden_states(
     return norm(config).apply({"params": params["final_norm"]}, x), tuple(kv)
 
 
-def head_of(config: ModelConfig, params: dict) -> dict:
-    """The part of the parameters that makes logits."""
-    name = "embed" if config.tie_embeddings else "head"
-    return {name: params[name]}
+def head_name(config: ModelConfig) -> str:
+    """The path of the parameter that makes logits."""
+    return "embed/embedding" if config.tie_embeddings else "head/kernel"
 
 
-def head_kernel(config: ModelConfig, head: dict) -> Float[Array, "D _"]:
+def head_kernel(config: ModelConfig, params: dict) -> Float[Array, "D V"]:
     """The matrix from hidden states to logits."""
-    return head["embed"]["embedding"].T if config.tie_embeddings else head["head"]["kernel"]
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
-def head_product(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
-    """Hidden states times the head, in `config.logit_dtype`; [*rows, V], or as wide as the head is."""
+def head_product(config: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """Hidden states times the head, in `config.logit_dtype`."""
     flat = hidden.reshape(-1, config.hidden_size)
     kernel = head_kernel(config, params).astype(hidden.dtype)
     out = jnp.matmul(flat, kernel, preferred_element_type=config.logit_dtype)
@@ -182,7 +181,7 @@ def temper(
     Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
 
     Args:
-      product: of `head_product`,
+      product: of hidden states and the head, as of `head_product`,
       first: and the id of its first column, where it is a part of the vocabulary's.
     """
     logits = cap_logits(config, product) / temperature

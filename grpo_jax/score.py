@@ -1,10 +1,12 @@
 """Log-probabilities and entropies of given tokens: the one scoring function of training.
 
-Only tokens of completions go through the head, a chunk of them at a time: forward and backward, no array of [tokens,
-vocabulary] is larger than a chunk's. The chunks are counted when the program runs, so padding costs nothing.
+Only tokens of completions go through the head, some tokens and some of the vocabulary at a time: forward and backward,
+no logits but those of such a block exist, and on a mesh no more than that part of the head is gathered. Blocks of tokens
+are counted when the program runs, so padding costs nothing.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +14,38 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import ModelConfig
-from grpo_jax.mesh import ROWS, fit, path_name, row_shards, spec_of
-from grpo_jax.model import head_kernel, head_of, head_product, hidden_states, temper
+from grpo_jax.mesh import ROWS, fit, row_shards, spec_of
+from grpo_jax.model import head_kernel, head_name, hidden_states, temper
 from grpo_jax.types import Packed
 
-CHUNK_TOKENS = 1024  # of one shard, whose logits exist at a time
+CHUNK_TOKENS = 512  # of one shard, whose logits exist at a time,
+CHUNK_IDS = 16384  # and of how many ids
+LOWEST = -1e30  # below every logit, and finite
 
 
-def vocabulary_axis(config: ModelConfig) -> str | None:
-    """The mesh axis that splits the head's columns inside `score_hidden`, if one does."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or config.vocab_size % mesh.shape["tensor"] else "tensor"
+class How(NamedTuple):
+    """What is known of `blocks` when it is compiled."""
+
+    config: ModelConfig
+    temperature: float
+    columns: int  # of a block of tokens
+    entropy: bool
+    fsdp: bool  # the mesh axis splits the head's rows: they are gathered, a block of ids at a time
+    tensor: bool  # the mesh axis splits its columns: each device has its own part of the vocabulary
 
 
-def first_id(axis, head, config: ModelConfig):
-    """The first id of this device's part of the vocabulary."""
-    return jax.lax.axis_index(axis) * head_kernel(config, head).shape[1] if axis else 0
-
-
-def total(x, axis):
+def total(x, how: How):
     """The sum over the devices that share the vocabulary."""
-    return jax.lax.psum(x, axis) if axis else x
+    return jax.lax.psum(x, "tensor") if how.tensor else x
 
 
 def cut(x, index, columns):
-    """Chunk `index` of x[N, S, ...]."""
+    """Block `index` of x[N, S, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, index * columns, columns, axis=1)
 
 
 def put(x, part, index, columns):
-    """x[N, S, ...] with another chunk `index`."""
+    """x[N, S, ...] with another block `index`."""
     return jax.lax.dynamic_update_slice_in_dim(x, part, index * columns, axis=1)
 
 
@@ -51,69 +55,122 @@ def sum_last(*arrays):
     return jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def chunked(config: ModelConfig, temperature, axis, columns, entropy, head, hidden, targets, counts):
-    """`score_hidden` on one device: of columns below counts[n]; S is a multiple of the columns of a chunk."""
-    return chunked_forward(config, temperature, axis, columns, entropy, head, hidden, targets, counts)[0]
+def id_blocks(how: How, kernel) -> tuple[int, int]:
+    """How many blocks of how many ids the columns of a device's kernel are."""
+    width = min(kernel.shape[1], CHUNK_IDS)
+    return -(-kernel.shape[1] // width), width
 
 
-def chunked_forward(config, temperature, axis, columns, entropy, head, hidden, targets, counts):
+def take_ids(how: How, kernel, block, dtype):
+    """The kernel's columns in a block of ids, whole, in the dtype; where they begin here and in the vocabulary.
+
+    The last block begins early enough to be as wide as the others.
+    """
+    _, width = id_blocks(how, kernel)
+    start = jnp.minimum(block * width, kernel.shape[1] - width)
+    part = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis=1).astype(dtype)
+    part = jax.lax.all_gather(part, "fsdp", axis=0, tiled=True) if how.fsdp else part
+    return part, start, start + (jax.lax.axis_index("tensor") * kernel.shape[1] if how.tensor else 0)
+
+
+def block_logits(how: How, part, hidden, first, skip):
+    """The logits of a block of tokens and ids; -inf for the first `skip` ids, which the block before had."""
+    product = jnp.matmul(hidden.reshape(-1, hidden.shape[-1]), part, preferred_element_type=how.config.logit_dtype)
+    logits = temper(how.config, product.reshape(*hidden.shape[:-1], -1), how.temperature, first)
+    return jnp.where(jnp.arange(logits.shape[-1]) < skip, -jnp.inf, logits)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blocks(how: How, kernel, hidden, targets, counts):
+    """`score_hidden` on one device: of columns below counts[n]; S is a multiple of the columns of a block."""
+    return blocks_forward(how, kernel, hidden, targets, counts)[0]
+
+
+def blocks_forward(how: How, kernel, hidden, targets, counts):
     """The result, and what the backward pass needs."""
+    number, width = id_blocks(how, kernel)
 
-    first = first_id(axis, head, config)
+    def of_ids(block, found):
+        part, start, first = take_ids(how, kernel, block, hidden.dtype)
+        skip = block * width - start
 
-    def body(index, found):
-        logits = temper(config, head_product(config, head, cut(hidden, index, columns)), temperature, first)
-        highest = jnp.max(logits, axis=-1)
-        highest = jax.lax.pmax(highest, axis) if axis else highest
-        below = logits - highest[..., None]
-        powers = jnp.exp(below)
-        sums = [powers]
-        if entropy:  # -inf logits belong to rows that are no token: they have probability 0 and add 0
-            sums.append(powers * jnp.where(powers > 0, below, 0.0))
-        mass, *mean = (total(x, axis) for x in sum_last(*sums))
-        log_mass = highest + jnp.log(mass)
-        local = cut(targets, index, columns) - first
-        here = (local >= 0) & (local < logits.shape[-1])
-        chosen = jnp.take_along_axis(logits, jnp.clip(local, 0, logits.shape[-1] - 1)[..., None], axis=-1)[..., 0]
-        parts = [total(jnp.where(here, chosen, 0.0), axis) - log_mass, log_mass]
-        parts += [jnp.log(mass) - x / mass for x in mean]
-        return tuple(put(x, part, index, columns) for x, part in zip(found, parts))
+        def of_tokens(index, found):
+            chosen, highest, mass, *mean = (cut(x, index, how.columns) for x in found)
+            logits = block_logits(how, part, cut(hidden, index, how.columns), first, skip)
+            local = cut(targets, index, how.columns) - first
+            here = (local >= skip) & (local < width)
+            target = jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[..., None], axis=-1)[..., 0]
+            higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            below = logits - higher[..., None]
+            powers = jnp.exp(below)
+            sums = [powers]
+            shrink = jnp.exp(highest - higher)
+            old = [mass * shrink]
+            if how.entropy:  # the mean of logits less the highest; what has no probability adds 0
+                sums.append(powers * jnp.where(powers > 0, below, 0.0))
+                old.append((mean[0] + mass * (highest - higher)) * shrink)
+            more = [x + y for x, y in zip(old, sum_last(*sums))]
+            made = (chosen + jnp.where(here, target, 0.0), higher, *more)
+            return tuple(put(x, y, index, how.columns) for x, y in zip(found, made))
+
+        return jax.lax.fori_loop(0, -(-counts.max() // how.columns), of_tokens, found)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    logps, log_mass, *rest = jax.lax.fori_loop(0, -(-counts.max() // columns), body, (zeros,) * (2 + entropy))
-    return (logps, rest[0] if entropy else zeros), (head, hidden, targets, counts, log_mass)
+    chosen, highest, mass, *mean = jax.lax.fori_loop(
+        0, number, of_ids, (zeros, zeros + LOWEST, zeros, *(zeros,) * how.entropy))
+    if how.tensor:
+        top = jax.lax.pmax(highest, "tensor")
+        shrink = jnp.exp(highest - top)
+        mean = [total((x + mass * (highest - top)) * shrink, how) for x in mean]
+        mass, highest, chosen = total(mass * shrink, how), top, total(chosen, how)
+    mass = jnp.where(mass > 0, mass, 1.0)  # columns beyond the counts
+    log_mass = highest + jnp.log(mass)
+    entropies = jnp.log(mass) - mean[0] / mass if how.entropy else zeros
+    return (chosen - log_mass, entropies), (kernel, hidden, targets, counts, log_mass)
 
 
-def chunked_backward(config, temperature, axis, columns, entropy, saved, gradient):
+def blocks_backward(how: How, saved, gradient):
     """d log pi(target) / d logits is 1 at the target, less pi; the entropy, a metric, has no gradient."""
-    head, hidden, targets, counts, log_mass = saved
-    gradient = total(gradient[0], axis)  # each device of the axis was handed its share
+    kernel, hidden, targets, counts, log_mass = saved
+    gradient = total(gradient[0], how)  # each device of the axis was handed its share
+    number, width = id_blocks(how, kernel)
 
-    first, kernel = first_id(axis, head, config), head_kernel(config, head)
-
-    def body(index, found):
+    def of_ids(block, found):
         of_kernel, of_hidden = found
-        part = cut(hidden, index, columns)
-        logits, pull = jax.vjp(
-            lambda product: temper(config, product, temperature, first), head_product(config, head, part))
-        at_target = jnp.arange(logits.shape[-1]) == (cut(targets, index, columns) - first)[..., None]
-        probs = jnp.exp(logits - cut(log_mass, index, columns)[..., None])
-        (of_product,) = pull(cut(gradient, index, columns)[..., None] * (at_target - probs))
-        # Both products as matrices lie in memory: the transposed forms are up to fifteen times slower on a CPU.
-        flat = of_product.reshape(-1, logits.shape[-1]).astype(hidden.dtype)
-        upright = jax.lax.optimization_barrier(part.reshape(-1, part.shape[-1]).T)
-        more = jnp.matmul(upright, flat, preferred_element_type=jnp.float32)
-        back = jnp.matmul(flat, kernel.T.astype(hidden.dtype)).reshape(part.shape)
-        return of_kernel + more, put(of_hidden, back, index, columns)
+        part, start, first = take_ids(how, kernel, block, hidden.dtype)
+        skip, upright = block * width - start, jax.lax.optimization_barrier(part.T)
 
-    zeros = jnp.zeros(kernel.shape, jnp.float32), jnp.zeros_like(hidden)
-    of_kernel, of_hidden = jax.lax.fori_loop(0, -(-counts.max() // columns), body, zeros)
-    of_kernel = of_kernel.T if config.tie_embeddings else of_kernel
-    return jax.tree.map(lambda x: of_kernel.astype(x.dtype), head), of_hidden, None, None
+        def of_tokens(index, found):
+            of_part, of_hidden = found
+            x = cut(hidden, index, how.columns)
+            flat = x.reshape(-1, x.shape[-1])
+            raw = jnp.matmul(flat, part, preferred_element_type=how.config.logit_dtype).reshape(*x.shape[:-1], -1)
+            logits, pull = jax.vjp(lambda raw: temper(how.config, raw, how.temperature, first), raw)
+            ids = jnp.arange(width)
+            at_target = ids == (cut(targets, index, how.columns) - first)[..., None]
+            probs = jnp.exp(logits - cut(log_mass, index, how.columns)[..., None])
+            weight = cut(gradient, index, how.columns)[..., None]
+            (moved,) = pull(jnp.where(ids < skip, 0.0, weight * (at_target - probs)))
+            moved = moved.reshape(-1, width).astype(hidden.dtype)
+            # Products of matrices as they lie in memory: a CPU takes many times as long for transposed ones.
+            columns = jax.lax.optimization_barrier(flat.T)
+            of_part += jnp.matmul(columns, moved, preferred_element_type=jnp.float32)
+            back = jnp.matmul(moved, upright, preferred_element_type=jnp.float32).reshape(x.shape)
+            return of_part, put(of_hidden, cut(of_hidden, index, how.columns) + back, index, how.columns)
+
+        of_part, of_hidden = jax.lax.fori_loop(
+            0, -(-counts.max() // how.columns), of_tokens, (jnp.zeros(part.shape, jnp.float32), of_hidden))
+        if how.fsdp:
+            of_part = jax.lax.psum_scatter(of_part, "fsdp", scatter_dimension=0, tiled=True)
+        more = jax.lax.dynamic_slice_in_dim(of_kernel, start, width, axis=1) + of_part
+        return jax.lax.dynamic_update_slice_in_dim(of_kernel, more, start, axis=1), of_hidden
+
+    zeros = jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
+    of_kernel, of_hidden = jax.lax.fori_loop(0, number, of_ids, zeros)
+    return of_kernel.astype(kernel.dtype), of_hidden.astype(hidden.dtype), None, None
 
 
-chunked.defvjp(chunked_forward, chunked_backward)
+blocks.defvjp(blocks_forward, blocks_backward)
 
 
 def score_hidden(
@@ -136,21 +193,21 @@ def score_hidden(
       entropy: else zeros are returned in its place, and nothing is computed for it.
       chunk_tokens: of a shard of rows, how many go through the head at a time.
     """
-    mesh, axis = jax.sharding.get_abstract_mesh(), vocabulary_axis(config)
-    length = hidden.shape[1]
-    rows = P(None) if mesh.empty else fit(P(ROWS), targets.shape[:1], mesh)
+    mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(config, params)
+    rows, split = P(None), P(None, None)
+    if not mesh.empty:
+        rows = fit(P(ROWS), targets.shape[:1], mesh)
+        split = spec_of(head_name(config))
+        split = fit(P(*reversed(split)) if config.tie_embeddings else split, kernel.shape, mesh)
     local_rows = targets.shape[0] // (row_shards(mesh) if rows[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts
     columns = max(1, min(length, chunk_tokens // local_rows))
-    pad = -length % columns
-    wide = lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    run = partial(chunked, config, temperature, axis, columns, entropy)
-    head = head_of(config, params)
+    wide = lambda x: jnp.pad(x, ((0, 0), (0, -length % columns)) + ((0, 0),) * (x.ndim - 2))
+    many = lambda axis: axis is not None and mesh.shape[axis] > 1
+    run = partial(blocks, How(config, temperature, columns, entropy, many(split[0]), many(split[1])))
     if not mesh.empty:
-        of_head = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: fit(spec_of(path_name(path), gathered=True), leaf.shape, mesh), head)
-        run = jax.shard_map(run, in_specs=(of_head, rows, rows, rows), out_specs=(rows, rows), check_vma=False)
-    return tuple(x[:, :length] for x in run(head, wide(hidden), wide(targets), counts))
+        run = jax.shard_map(run, in_specs=(split, rows, rows, rows), out_specs=(rows, rows), check_vma=False)
+    return tuple(x[:, :length] for x in run(kernel, wide(hidden), wide(targets), counts))
 
 
 def score(

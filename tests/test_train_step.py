@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import grpo_jax.score
 from grpo_jax import forward, sample
 from grpo_jax.grpo import token_weights
 from grpo_jax.mesh import make_mesh, row_shards, shardings, split_rows
@@ -193,7 +194,7 @@ def test_reference_is_scored_like_the_policy():
 
 
 @pytest.mark.parametrize("cap, tied", [(0.0, False), (3.0, True)])
-def test_chunks_of_the_head_change_nothing(cap, tied):
+def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
     """Against log-softmax of whole logits under jax's own derivative; columns beyond the counts have none."""
     config = replace(CONFIG, logit_cap=cap, tie_embeddings=tied)
     weights = params(config)
@@ -211,7 +212,8 @@ def test_chunks_of_the_head_change_nothing(cap, tied):
         return jnp.where(asked, score(weights, hidden), 0), jax.grad(total, argnums=(0, 1))(weights, hidden)
 
     expected = jax.tree.leaves(both(plain))
-    for chunk_tokens in (12, 1000):  # 3 columns at a time, the last chunk padded
+    for chunk_tokens, ids in ((12, 20), (1000, 16384)):  # 3 columns at a time, the last padded; 20 + 20 + 8 of 48 ids
+        monkeypatch.setattr(grpo_jax.score, "CHUNK_IDS", ids)
         made = both(lambda weights, hidden: score_hidden(
             config, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)[0])
         for have, want in zip(jax.tree.leaves(made), expected):
