@@ -1,8 +1,10 @@
-"""What the machine allows for one decode step, measured in the process that also times the decoding.
+"""What the machine allows, measured in the process that also times what is compared with it.
 
-A step reads every weight once and multiplies `rows` hidden states with it. So it takes at least as long as the memory
-needs to deliver the weights and the rows' keys and values, and as long as its matrix products take with nothing between
-them. What a step needs beyond the larger of the two is attention, norms, drawing and overhead.
+A decode step reads every weight once and multiplies `rows` hidden states with it. So it takes at least as long as the
+memory needs to deliver the weights and the rows' keys and values, and as long as its matrix products take with nothing
+between them. What a step needs beyond the larger of the two is attention, norms, drawing and overhead.
+
+Learning multiplies many rows with every weight, so that its matrix products are its limit, forwards and backwards.
 """
 
 import statistics
@@ -10,7 +12,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.draws import draw
@@ -163,3 +166,83 @@ def measure(config: ModelConfig, params, rows: int, columns: float, repeats: int
         "bytes_ms": needed,
         "limit_ms": max(products, needed),
     }
+
+
+def layer_kernels(config: ModelConfig, params) -> list[tuple[int, Array]]:
+    """The matrices of all layers, each with the number of its inputs.
+
+    Args:
+      params: placed for rollout: every layer is on its own.
+    """
+    return [
+        (leaf["kernel"].size // config.hidden_size if name in ("o", "down") else config.hidden_size, leaf["kernel"])
+        for layer in params["layers"] for block in (layer["attention"], layer["mlp"])
+        for name, leaf in block.items() if "kernel" in leaf]
+
+
+def products_s(products: list[tuple[int, int, Array]], repeats: int) -> float:
+    """Seconds of matrix products, one after another: [rows, inputs] @ [inputs, outputs].
+
+    Each waits for the one before through a single element of its left side, which costs nothing. No right side is
+    transposed, as that may be slow: its numbers, as they lie in memory, are taken for a matrix of the shape asked for.
+
+    Args:
+      products: rows, inputs, and an array of inputs * outputs numbers.
+    """
+    shapes, rights = [(rows, inputs) for rows, inputs, _ in products], [right for *_, right in products]
+    lefts = {shape: jax.random.normal(jax.random.key(0), shape, rights[0].dtype) for shape in set(shapes)}
+
+    @jax.jit
+    def run(lefts, rights):
+        seen = jnp.zeros((), rights[0].dtype)
+        for shape, right in zip(shapes, rights):
+            left = lefts[shape].at[0, 0].set(seen)
+            lefts = lefts | {shape: left}
+            seen = LITTLE * (left @ right.reshape(shape[1], -1))[0, 0]
+        return seen
+
+    return statistics.median(seconds(lambda: run(lefts, rights), repeats))
+
+
+def passes_s(kernels: list[tuple[int, Array]], rows: int, repeats: int) -> tuple[float, float]:
+    """Seconds of `rows` hidden states through matrices, and of the two products a matrix backwards."""
+    outputs = [kernel.size // inputs for inputs, kernel in kernels]
+    normal = lambda width: jax.random.normal(jax.random.key(1), (rows, width), kernels[0][1].dtype)
+    gradient = {width: normal(width) for width in set(outputs)}
+    backward = []
+    for (inputs, kernel), width in zip(kernels, outputs):
+        backward += [(rows, width, kernel), (inputs, rows, gradient[width])]  # of the hidden states; of the matrix
+    return products_s([(rows, *kernel) for kernel in kernels], repeats), products_s(backward, repeats)
+
+
+def learn_limit_s(
+    config: ModelConfig, params, *, width: int, micro_batches: int, chunk: int, chunks: int, scored: bool, repeats: int
+) -> float:
+    """The matrix products of an update, and of scoring by a reference, with nothing between them.
+
+    Args:
+      params: placed for rollout, on one device.
+      width: hidden states of a micro-batch.
+      chunk, chunks: hidden states that go through the head at a time, and how often.
+      scored: there is a reference, which is a forward pass more.
+    """
+    check_measurable(config)
+    table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
+    layers = passes_s(layer_kernels(config, params), width, repeats)
+    head = passes_s([(config.hidden_size, table)] * STEPS, chunk, repeats)
+    forward, backward = (micro_batches * x + chunks * y / STEPS for x, y in zip(layers, head))
+    return (1 + scored) * forward + backward
+
+
+def forward_flops(config: ModelConfig, params, positions: Int[np.ndarray, " _"], sampled: int) -> int:
+    """Multiplications and additions that a forward pass needs: of the layers, of attention's two products, of the head.
+
+    Args:
+      params: placed for rollout.
+      positions: of all tokens; a token sees itself and those before it, as far as a layer's window reaches.
+      sampled: how many of the tokens belong to completions; these alone go through the head.
+    """
+    kernels = sum(kernel.size for _, kernel in layer_kernels(config, params))
+    seen = sum(np.minimum(positions + 1, layer.window or config.max_positions).sum() for layer in config.layers)
+    return 2 * int(kernels * len(positions) + 2 * config.num_heads * config.head_dim * seen
+                   + config.hidden_size * config.vocab_size * sampled)

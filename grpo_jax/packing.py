@@ -6,11 +6,9 @@ lie in one row. A group that does not fit in a row is split, and its prompt then
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from grpo_jax.grpo import token_weights
 from grpo_jax.types import Experience, Packed, Segments
 
 
@@ -32,7 +30,7 @@ def packed_shape(
       micro_tokens: what a shard of rows should compute on at a time; a row is as long as the longest sequence at least.
     """
     longest = longest_prompt + longest_completion
-    prompts = min(completions, -(-(completions - 1) // samples) + 1)  # a group may be cut at either end
+    prompts = -(-(completions - 1) // samples) + 1  # a group may be cut at either end
     if completions % samples == 0:
         prompts = completions // samples
     most = prompts * longest_prompt + completions * longest_completion
@@ -40,8 +38,8 @@ def packed_shape(
     width = max(longest, -(-most // (shards * parts)))
     step = 128 if width > 256 else 8  # what kernels of accelerators ask for
     width = -(-width // step) * step
-    # Whenever a row is begun, all others have less room left than the longest sequence needs.
-    rows = 1 if most <= width else min(completions, completions * longest // (width - longest + 1) + 1)
+    # A row is begun only when each of the others holds width // longest completions, or they would leave room for one.
+    rows = 1 if most <= width else -(-completions // (width // longest))
     return Shape(-(-rows // shards) * shards, width)
 
 
@@ -50,8 +48,8 @@ def assign(
 ) -> list[list[list[int]]]:
     """Rows as lists of groups, which are lists of completions; together at most `width` tokens.
 
-    Best fit by decreasing size: a completion goes to a row that has its prompt; or to the fullest that takes all that is
-    left of its group; or to the emptiest that takes it; or to a new one.
+    Best fit by decreasing size: a completion goes to the fullest row that has its prompt and room for it; or to the
+    fullest that takes all that is left of its group; or to the emptiest that takes it; or to a new one.
     """
     order = np.lexsort((-lengths, group))
     groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
@@ -98,9 +96,10 @@ def pack(experience: Experience, shape: Shape, shards: int) -> Packed:
     if len(rows) > shape.rows:
         raise ValueError(f"expected at most {shape.rows} rows of {shape.width} tokens; found {len(rows)}")
     each = shape.rows // shards
-    zeros = lambda dtype: np.zeros((shape.rows, shape.width), dtype)
+    zeros = lambda dtype: np.zeros((shape.rows, shape.width), dtype)  # rows that stay empty take no memory of the host
     tokens, position, prompt, answer, before = (zeros(np.int32) for _ in range(5))
-    place = zeros(np.int32) - 1
+    weights, sampler_logps, ref_logps, advantages = (zeros(np.float32) for _ in range(4))
+    place = np.full((shape.rows, shape.width), -1, np.int32)
     for index, row in enumerate(rows):
         at, column, answers = index % shards * each + index // shards, 0, 0
         for number, members in enumerate(row, 1):
@@ -117,13 +116,14 @@ def pack(experience: Experience, shape: Shape, shards: int) -> Packed:
                 position[at, here], prompt[at, here], answer[at, here] = length + steps, number, answers
                 before[at, here] = np.where(steps == 0, last, column + steps - 1)
                 place[at, here] = n * sampled + steps
+                weights[at, here] = 1 / (len(lengths) * lengths[n])  # grpo.token_weights
+                sampler_logps[at, here] = data["sampler_logps"][n, : lengths[n]]
+                ref_logps[at, here] = data["ref_logps"][n, : lengths[n]]
+                advantages[at, here] = data["advantages"][n]
                 column += lengths[n]
-    weights = np.asarray(token_weights(jnp.asarray(data["mask"])))
-    spread = lambda values: np.where(place < 0, 0, values.reshape(-1)[place]).astype(np.float32)
     return Packed(
-        tokens=tokens, segments=Segments(position, prompt, answer), before=before, place=place, weights=spread(weights),
-        sampler_logps=spread(data["sampler_logps"]), ref_logps=spread(data["ref_logps"]),
-        advantages=np.where(place < 0, 0, data["advantages"][place // sampled]).astype(np.float32),
+        tokens=tokens, segments=Segments(position, prompt, answer), before=before, place=place, weights=weights,
+        sampler_logps=sampler_logps, ref_logps=ref_logps, advantages=advantages,
         micro_batches=np.int32(-(-len(rows) // shards)))
 
 

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.config import (
     check,
-    check_mesh,
     check_model,
     check_workdir,
     default,
@@ -101,7 +100,7 @@ def test_a_frozen_config_does_not_follow_its_source():
 
 @pytest.mark.parametrize("key", [
     "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
-    "update.epochs", "update.micro_batches", "optim.lr", "optim.grad_clip", "optim.max_skips",
+    "update.epochs", "update.micro_tokens", "update.chunk_tokens", "optim.lr", "optim.grad_clip", "optim.max_skips",
     "checkpoint.every_steps", "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
 ])
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -150,10 +149,11 @@ def test_value_must_be_0_or_more(key):
      "expected optim.b2 to be at most 0.99 with .*'bfloat16'.*found 0.999"),
     (dict(optim__b1=0.995, optim__mu_dtype="bfloat16"),
      "expected optim.b1 to be at most 0.99 with .*'bfloat16'.*found 0.995"),
-    # 16 * 8 = 128 rows; 128 / 3 and 128 / (32 * 8) are no whole numbers.
-    (dict(update__minibatches=3), r"update.micro_batches to be a divisor of the 128 rows .*found 3 \* 1"),
-    (dict(update__micro_batches=3), r"a divisor of the 128 rows .*found 1 \* 3; change one of the four"),
-    (dict(update__minibatches=32, update__micro_batches=8), r"a divisor of the 128 rows .*found 32 \* 8"),
+    (dict(update__minibatches=3),
+     "expected update.minibatches to be a divisor of the 128 rows .*found 3; change one of the three"),
+    (dict(update__remat="all"), "expected update.remat to be 'none', 'matmuls' or 'layers'; found 'all'"),
+    (dict(model__attention="flash"), "expected model.attention to be one of auto, plain, blocks, splash, cudnn; found"),
+    (dict(model__reference_dtype="int8"), "expected model.reference_dtype to be 'float32' or 'bfloat16'; found 'int8'"),
     (dict(seed=2**32), "expected seed to be "),  # JAX drops the upper bits: the same keys as of 0
     (dict(seed=10**30), "expected seed to be "),
 ])
@@ -172,7 +172,7 @@ def test_rule_of_check(values, says):
     dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=0.1),
     dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=1),
     dict(loss__kl_coef=0), dict(eval__temperature=0),
-    dict(update__minibatches=32, update__micro_batches=4), dict(task__name="jsonl", task__path="q.jsonl"),
+    dict(update__minibatches=32), dict(task__name="jsonl", task__path="q.jsonl"),
     dict(seed=2**32 - 1),
 ])
 def test_values_at_the_edge_pass(values):
@@ -224,25 +224,6 @@ def test_prompt_and_completion_fit_the_model():
         check_model(config, SimpleNamespace(max_positions=143))
 
 
-@pytest.mark.parametrize("values, shards, fine", [
-    (dict(), 8, True),
-    (dict(), 128, True),
-    (dict(), 256, False),
-    (dict(), 3, False),
-    (dict(rollout__prompts=3, rollout__samples=4), 8, False),  # 12 rows
-    (dict(update__minibatches=4, update__micro_batches=4), 8, True),  # 128 / 4 / 4 = 8
-    (dict(update__minibatches=4, update__micro_batches=8), 8, False),  # 4
-])
-def test_rows_are_divisible_by_the_mesh(values, shards, fine):
-    config = check(changed(**values))
-    if fine:
-        check_mesh(config, shards)
-        return
-    with pytest.raises(UserError, match=rf"divisible by the {shards} devices .*\(mesh.data \* mesh.fsdp \* mesh.expert\); found "
-                                        rf"{config.rollout.prompts} \* {config.rollout.samples} / "):
-        check_mesh(config, shards)
-
-
 def test_config_of_a_run_is_read_back(tmp_path):
     config = changed(optim__lr=1e-5, task__path="q.jsonl")
     write_config(tmp_path / "a" / "run", config)
@@ -264,7 +245,8 @@ def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
 MAY_CHANGE = {
     "total_steps", "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.questions",
     "eval.temperature", "eval.top_k", "eval.top_p", "eval.min_p", "rollout.slots", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-    "update.micro_batches",
+    "update.micro_tokens", "update.chunk_tokens", "update.remat", "model.attention",
+    "log.entropy", "optim.max_skips",
 }
 
 

@@ -11,11 +11,11 @@ import pytest
 from grpo_jax import sample
 from grpo_jax.architecture import Experts, Latent, Layer
 from grpo_jax.experts import choose_experts, run_experts
-from grpo_jax.mesh import make_mesh, shardings, split_rows
+from grpo_jax.mesh import make_mesh, row_shards, shardings, split_rows
 from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
 from grpo_jax.stops import stop_table
 from grpo_jax.train_step import gradients
-from tests.tiny import CONFIG, experience, params
+from tests.tiny import CONFIG, experience, packed, params
 
 LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
 # One layer without experts and two with, the last of which sees 3 tokens; 5 experts, which no axis divides.
@@ -80,18 +80,19 @@ def test_the_correction_chooses_and_does_not_weigh():
 
 
 def grads_of(config, batch, weights):
-    run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS, micro_batches=1))
+    run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS))
     return run(weights, batch)
 
 
 @pytest.mark.parametrize("config", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_gradients_are_the_same_on_every_mesh(config):
     weights, batch = params(config), experience(config=config)
-    expected = grads_of(config, batch, weights)
+    expected = grads_of(config, packed(batch), weights)
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         with jax.set_mesh(mesh):
-            made = grads_of(config, split_rows(mesh, batch), jax.device_put(weights, shardings(mesh, weights)))
+            rows = packed(batch, 16, row_shards(mesh))
+            made = grads_of(config, split_rows(mesh, rows), jax.device_put(weights, shardings(mesh, weights)))
         for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected[0]), jax.tree.leaves(made[0])):
             gap = np.abs(np.asarray(have) - np.asarray(want)).max()
             assert gap <= 1e-5 * np.abs(want).max(), (sizes, path, gap)
@@ -116,9 +117,9 @@ def test_experts_are_split_and_their_weights_never_gathered_over_the_expert_axis
     mesh = make_mesh(expert=8)
     placed = shardings(mesh, params(SIGMOID))["layers"][1]["moe"]
     assert placed["experts_gate"].spec == jax.P(None, "expert", "fsdp", "tensor")
-    weights, batch = params(SIGMOID), experience(config=SIGMOID)
+    weights, batch = params(SIGMOID), packed(experience(prompt=9, sampled=9, config=SIGMOID), 24, 8)
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda p, b: gradients(SIGMOID, p, b, temperature=0.9, loss=LOSS, micro_batches=1))
+        run = jax.jit(lambda p, b: gradients(SIGMOID, p, b, temperature=0.9, loss=LOSS))
         text = run.lower(jax.device_put(weights, shardings(mesh, weights)), split_rows(mesh, batch)).compile().as_text()
     gathers = [line for line in text.splitlines() if " all-gather(" in line]
     assert gathers and not [line for line in gathers if "f32[8,32,16]" in line or "f32[8,16,32]" in line]

@@ -13,10 +13,12 @@ from grpo_jax import checkpoint, forward, main, sample
 from grpo_jax.architecture import Experts, Layer
 from grpo_jax.config import check, default, read_config
 from grpo_jax.model import param_shapes
-from grpo_jax.sampler import place_for_rollout
-from grpo_jax.score import score_completions
+from grpo_jax.packing import unpack
+from grpo_jax.sampler import pad_prompts, place_for_rollout
+from grpo_jax.score import score
+from grpo_jax.train_step import make_experience
 from grpo_jax.types import UserError
-from tests.tiny import CONFIG, params
+from tests.tiny import CONFIG, packed, params
 
 LOW = replace(CONFIG, compute_dtype="bfloat16")
 MIXTURE = replace(LOW, layers=(Layer(experts=True),) * 2, experts=Experts(4, 2, 24))
@@ -65,11 +67,17 @@ def test_sampler_and_trainer_agree_in_low_precision(config):
     assert placed["layers"][0]["attention_norm"]["scale"].dtype == jnp.float32
     rollout = sample(config, weights, [[5, 6, 7]] * 4, jax.random.key(0), samples=4, max_tokens=12)
     rows = rollout.rows()
-    tokens = jnp.concatenate([jnp.full((16, 3), jnp.asarray([5, 6, 7])), rows["tokens"]], axis=1)
-    logps, _ = score_completions(config, weights, tokens, jnp.full(16, 3), 12, 1.0)
-    gap = np.abs(logps - rows["logps"])
-    assert gap.mean() < 0.01 and gap.max() < 0.15
-    full, _ = score_completions(replace(config, compute_dtype="float32"), weights, tokens, jnp.full(16, 3), 12, 1.0)
+    batch = packed(make_experience(pad_prompts([[5, 6, 7]] * 4), rollout, np.zeros((4, 4)), None))
+
+    def logps(config):
+        return unpack(np.asarray(score(config, weights, batch, 1.0)[0]), np.asarray(batch.place), (16, 12))
+
+    gap = np.abs(logps(config) - rows["logps"])
+    if config.experts:  # a token near a tie between experts may be sent elsewhere by a rounding
+        assert np.median(gap) < 0.01 and np.mean(gap > 0.15) < 0.02
+    else:
+        assert gap.mean() < 0.01 and gap.max() < 0.15
+    full = logps(replace(config, compute_dtype="float32"))
     assert np.abs(full - rows["logps"]).mean() > gap.mean()  # the rounding that both share is larger
 
 
