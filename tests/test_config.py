@@ -255,7 +255,7 @@ def test_only_keys_that_change_no_update_may_change_on_a_resume(tmp_path, key):
     write_config(tmp_path, default())
     config = default()
     old = flat(config.to_dict())[key]
-    new = f"{old}x" if isinstance(old, str) else (*old, "x") if isinstance(old, tuple) else old + 1
+    new = not old if isinstance(old, bool) else f"{old}x" if isinstance(old, str) else (*old, "x") if isinstance(old, tuple) else old + 1
     override(config, key, json.dumps(new) if isinstance(old, tuple) else str(new))
     if key in MAY_CHANGE:
         check_workdir(tmp_path, config)

@@ -59,7 +59,7 @@ def test_nothing_is_gathered_whole(sizes, monkeypatch):
             assert not [shape for shape in made if shape[0] == layers and np.prod(shape) >= leaf.size > 5 * 64], name
         elif leaf.ndim == 2:
             assert not [shape for shape in made if sorted(shape)[-2:] == sorted(leaf.shape)], name
-    assert not [shape for shape in made if np.prod(shape) > 64 * 96]
+    assert not [shape for shape in made if np.prod(shape) > 64 * 128]  # the largest matrix of a layer
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
