@@ -90,7 +90,7 @@ class ModelConfig:
     compute_dtype: str = "float32"  # of activations, and of weights where they are used
     logit_dtype: str = "float32"  # that the head's product comes in; probabilities are float32
     attention: str = "auto"  # how it is computed: "plain", "blocks", "splash", "cudnn", or what suits the platform
-    remat: str = "none"  # what a backward pass computes again of a layer: "none", "matmuls" (all but them) or "layers"
+    remat: str = "none"  # what a backward pass computes again: "none", "matmuls" (all but them), "layers" (but attention)
 
     @property
     def num_layers(self) -> int:

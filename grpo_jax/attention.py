@@ -46,20 +46,25 @@ class View(NamedTuple):
     prepared: Any  # what the way in use makes of the mask, once for all layers
 
 
+BEST = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes on a platform, where it fits
+
+
 def way(config: ModelConfig, length: int, cached: bool) -> str:
-    """How attention of rows of L tokens is computed: `plain`, `blocks`, `splash` or `cudnn`."""
+    """How attention of rows of L tokens is computed: `plain`, `blocks`, `splash` or `cudnn`.
+
+    Rows that an accelerator's kernel does not take are computed in blocks, short ones by the definition.
+    """
     if cached:
         return "plain"  # a few queries: their scores are no larger than the cache
-    if config.attention != "auto":
-        return config.attention
-    platform = mesh_platform()
-    if platform == "tpu" and splash_fits(length):
-        return "splash"
+    wanted = config.attention if config.attention != "auto" else BEST.get(mesh_platform(), "")
     widths = (config.head_dim,) * 2
     if config.latent:
         widths = config.latent.plain_width + config.latent.rope_width, config.latent.value_width
-    if platform in ("gpu", "cuda") and length % 2 == 0 and cudnn_fits(config.compute_dtype, *widths, config.score_cap):
-        return "cudnn"
+    fits = {
+        "plain": True, "blocks": True, "splash": splash_fits(length),
+        "cudnn": length % 2 == 0 and cudnn_fits(config.compute_dtype, *widths, config.score_cap)}
+    if fits.get(wanted):
+        return wanted
     return "blocks" if length > 2 * BLOCK else "plain"
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.attend import sees
@@ -155,7 +156,8 @@ def attention(size, divisor, cap, q, keys, values, sight):
 
 
 def attention_forward(size, divisor, cap, q, keys, values, sight):
-    out, lse = forward(size, divisor, cap, q, keys, values, sight)
+    # Named, so that a layer that is computed again backwards can keep them: they cost the most and weigh the least.
+    out, lse = checkpoint_name(forward(size, divisor, cap, q, keys, values, sight), "attention")
     return out, (q, keys, values, sight, out, lse)
 
 

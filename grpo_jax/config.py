@@ -58,7 +58,7 @@ def default() -> ConfigDict:
             epochs=1,  # times a rollout is gone through
             micro_tokens=1024,  # that a shard of rows computes on at a time, if the longest sequence is not longer
             chunk_tokens=512,  # of those, how many have logits at a time
-            remat="layers",  # what is computed again backwards: "layers", "matmuls" (all but these), "none": more memory
+            remat="layers",  # what is computed again backwards: "layers" (but attention), "matmuls" (all but them), "none"
         ),
         loss=dict(
             kl_coef=0.001,  # beta; 0: no reference model is kept

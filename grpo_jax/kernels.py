@@ -69,7 +69,7 @@ def splash(
         kernel = library.SplashAttentionKernel(
             forward, forward, backward, block_sizes=sizes, is_mqa=False, attn_logits_soft_cap=cap or None,
             mask_value=library.DEFAULT_MASK_VALUE, mask_function=None, save_residuals=False,
-            residual_checkpoint_name=None, interpret=interpret)
+            residual_checkpoint_name="attention", interpret=interpret)
         return kernel(q, keys, values)
 
     out = jax.lax.map(of_row, (jnp.moveaxis(q, 1, 2), jnp.swapaxes(keys, 2, 3), values, masks))

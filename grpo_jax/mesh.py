@@ -134,9 +134,10 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 
 
 def mesh_platform() -> str:
-    """What the devices are that a program is traced for: of the mesh in force, or the default ones."""
+    """`cpu`, `gpu` or `tpu`: what a program is traced for, the mesh in force or the default devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def split_rows(mesh: Mesh, tree):

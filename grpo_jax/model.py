@@ -91,7 +91,8 @@ def run_layers(config: ModelConfig, run, layers: tuple[Layer, ...], x, views: di
         return block.apply({"params": weights}, x, view, cache)
 
     if config.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "matmuls" else None
+        kept = ("attention", "matmul") if config.remat == "matmuls" else ("attention",)
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(layers) == 1)
 
     if len(layers) == 1:

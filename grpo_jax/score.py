@@ -57,27 +57,30 @@ def sum_last(*arrays):
 
 def id_blocks(how: How, kernel) -> tuple[int, int]:
     """How many blocks of how many ids the columns of a device's kernel are."""
-    width = min(kernel.shape[1], CHUNK_IDS)
-    return -(-kernel.shape[1] // width), width
+    ids = kernel.shape[1]
+    least = -(-ids // CHUNK_IDS)
+    number = next((number for number in range(least, 2 * least) if ids % number == 0), least)
+    return number, -(-ids // number)
 
 
 def take_ids(how: How, kernel, block, dtype):
     """The kernel's columns in a block of ids, whole, in the dtype; where they begin here and in the vocabulary.
 
-    The last block begins early enough to be as wide as the others.
+    The last block begins early enough to be as wide as the others; what it shares with the one before is to be skipped.
     """
-    _, width = id_blocks(how, kernel)
+    number, width = id_blocks(how, kernel)
     start = jnp.minimum(block * width, kernel.shape[1] - width)
+    skip = None if number * width == kernel.shape[1] else block * width - start
     part = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis=1).astype(dtype)
     part = jax.lax.all_gather(part, "fsdp", axis=0, tiled=True) if how.fsdp else part
-    return part, start, start + (jax.lax.axis_index("tensor") * kernel.shape[1] if how.tensor else 0)
+    return part, start, start + (jax.lax.axis_index("tensor") * kernel.shape[1] if how.tensor else 0), skip
 
 
 def block_logits(how: How, part, hidden, first, skip):
-    """The logits of a block of tokens and ids; -inf for the first `skip` ids, which the block before had."""
+    """The logits of a block of tokens and ids; -inf for the first `skip` ids, if any, which the block before had."""
     product = jnp.matmul(hidden.reshape(-1, hidden.shape[-1]), part, preferred_element_type=how.config.logit_dtype)
     logits = temper(how.config, product.reshape(*hidden.shape[:-1], -1), how.temperature, first)
-    return jnp.where(jnp.arange(logits.shape[-1]) < skip, -jnp.inf, logits)
+    return logits if skip is None else jnp.where(jnp.arange(logits.shape[-1]) < skip, -jnp.inf, logits)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,14 +94,13 @@ def blocks_forward(how: How, kernel, hidden, targets, counts):
     number, width = id_blocks(how, kernel)
 
     def of_ids(block, found):
-        part, start, first = take_ids(how, kernel, block, hidden.dtype)
-        skip = block * width - start
+        part, _, first, skip = take_ids(how, kernel, block, hidden.dtype)
 
         def of_tokens(index, found):
             chosen, highest, mass, *mean = (cut(x, index, how.columns) for x in found)
             logits = block_logits(how, part, cut(hidden, index, how.columns), first, skip)
             local = cut(targets, index, how.columns) - first
-            here = (local >= skip) & (local < width)
+            here = (local >= (0 if skip is None else skip)) & (local < width)
             target = jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[..., None], axis=-1)[..., 0]
             higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
             below = logits - higher[..., None]
@@ -137,8 +139,8 @@ def blocks_backward(how: How, saved, gradient):
 
     def of_ids(block, found):
         of_kernel, of_hidden = found
-        part, start, first = take_ids(how, kernel, block, hidden.dtype)
-        skip, upright = block * width - start, jax.lax.optimization_barrier(part.T)
+        part, start, first, skip = take_ids(how, kernel, block, hidden.dtype)
+        upright = jax.lax.optimization_barrier(part.T)
 
         def of_tokens(index, found):
             of_part, of_hidden = found
@@ -150,7 +152,8 @@ def blocks_backward(how: How, saved, gradient):
             at_target = ids == (cut(targets, index, how.columns) - first)[..., None]
             probs = jnp.exp(logits - cut(log_mass, index, how.columns)[..., None])
             weight = cut(gradient, index, how.columns)[..., None]
-            (moved,) = pull(jnp.where(ids < skip, 0.0, weight * (at_target - probs)))
+            of_logits = weight * (at_target - probs)
+            (moved,) = pull(of_logits if skip is None else jnp.where(ids < skip, 0.0, of_logits))
             moved = moved.reshape(-1, width).astype(hidden.dtype)
             # Products of matrices as they lie in memory: a CPU takes many times as long for transposed ones.
             columns = jax.lax.optimization_barrier(flat.T)

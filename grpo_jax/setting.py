@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -55,6 +56,10 @@ def prepare(config, *, training: bool = False) -> Setting:
         raise UserError(f"expected a row of the embedding for each of the tokenizer's {count} ids in {source}; found "
                         f"{model.vocab_size} rows; this tokenizer is not the model's")
     open_checkpoint(source, model)
+    needs = {"splash": "tpu", "cudnn": "gpu"}.get(config.model.attention, jax.default_backend())
+    if needs != jax.default_backend():
+        raise UserError(f"expected devices of kind {needs} for model.attention={config.model.attention}; found "
+                        f"{jax.default_backend()}; set --config.model.attention=auto")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.expert)
     stop_ids = eos_ids(tokenizer, model.eos_ids)
     table = stop_table(model.vocab_size, stop_ids, config.rollout.stop_strings, tokenizer)

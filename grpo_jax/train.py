@@ -214,8 +214,8 @@ def _train(config, setting: Setting, workdir: Path) -> None:
         if meta["skipped_in_a_row"] >= config.optim.max_skips:
             raise UserError(
                 f"expected finite gradients; found none in {config.optim.max_skips} updates in a row, the last one step "
-                f"{step}; the policy is that of step {step - config.optim.max_skips}; look at metrics.jsonl, then "
-                "lower optim.lr or optim.grad_clip")
+                f"{step}; the policy has not changed since step {step - config.optim.max_skips}; look at metrics.jsonl, "
+                "and begin again with a lower optim.lr")
         if due(step):
             say(console_line(step, config.total_steps, metrics))
         if last or step % config.checkpoint.every_steps == 0:

@@ -51,6 +51,7 @@ def asking(path: Path, *questions: str) -> str:
     (["--config.optim.lr=fast"], r"expected --config.optim.lr to be of type float \(as [\d.]+\); found 'fast'"),
     (["--config.optim.lr=nan"], "expected --config.optim.lr to be of type float .*found 'nan'"),
     (["--config.optim.lr=inf"], "expected --config.optim.lr to be of type float .*found 'inf'"),
+    (["--config.model.attention=cudnn"], "expected devices of kind gpu for model.attention=cudnn; found cpu; set --config"),
     (["--config.seed"], "expected a value for --config.seed; found none; write --config.seed=VALUE"),
     (["--config.seed", "--config.total_steps=5"], "expected a value for --config.seed; found none"),
     (["--config.seed="], "expected --config.seed to be of type int .*found ''"),

@@ -82,9 +82,10 @@ def test_sampler_and_trainer_agree_in_low_precision(config):
 
 
 def test_parameters_are_kept_in_their_dtype(tmp_path):
-    """A run with bfloat16 master weights; the reference and the optimizer's moments follow them."""
+    """A run with bfloat16 master weights and reference."""
     main.main([f"--config={Path(__file__).parent.parent}/configs/r1zero.py", f"--workdir={tmp_path}",
-               "--config.model.param_dtype=bfloat16", "--config.model.compute_dtype=bfloat16", "--config.total_steps=1",
+               "--config.model.param_dtype=bfloat16", "--config.model.compute_dtype=bfloat16",
+               "--config.model.reference_dtype=bfloat16", "--config.total_steps=1",
                "--config.rollout.prompts=4", "--config.rollout.samples=2", "--config.eval.questions=8"])
     from grpo_jax.mesh import make_mesh, shardings
     from grpo_jax.source import find_model, read_model_config

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 import grpo_jax.train
 from grpo_jax.main import main
+from grpo_jax.types import UserError
 
 REPO = Path(__file__).parent.parent
 FEW = ["--config.rollout.prompts=4", "--config.rollout.samples=4", "--config.rollout.max_tokens=14",
@@ -72,6 +74,27 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsy
     jax.tree.map(np.testing.assert_array_equal, reference, saved(tmp_path / "run", "reference", ""))
     policy = saved(tmp_path / "run", 1, "policy")
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), reference, policy)))
+
+
+def test_a_run_stops_after_updates_that_are_not_finite(tmp_path, monkeypatch):
+    """Two may be left out; between step 1, left out, and steps 3 and 4 is one that is fine, and counts from 0 again."""
+    monkeypatch.chdir(REPO)
+    calls, pack_batch = [], grpo_jax.train.pack_batch
+
+    def broken(*args):
+        calls.append(args)
+        batch = pack_batch(*args)
+        return batch if len(calls) == 2 else batch.replace(advantages=batch.advantages * np.nan)
+
+    monkeypatch.setattr("grpo_jax.train.pack_batch", broken)
+    with pytest.raises(UserError, match="2 updates in a row, the last one step 4; the policy has not changed since step 2"):
+        train(tmp_path / "run", "--config.total_steps=9", "--config.optim.max_skips=2", "--config.loss.kl_coef=0",
+              "--config.checkpoint.every_steps=1")
+    assert [row["optim/skipped"] for row in lines(tmp_path / "run")[1:]] == [1, 0, 1, 1]
+    policies = [saved(tmp_path / "run", step, "policy") for step in (2, 3)]
+    jax.tree.map(np.testing.assert_array_equal, *policies)
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "3" / "meta" / "metadata").read_text())
+    assert meta["skipped"] == 2 and meta["skipped_in_a_row"] == 1
 
 
 NAMES = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac rollout/tokens_per_s

@@ -196,7 +196,7 @@ def test_reference_is_scored_like_the_policy():
 @pytest.mark.parametrize("cap, tied", [(0.0, False), (3.0, True)])
 def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
     """Against log-softmax of whole logits under jax's own derivative; columns beyond the counts have none."""
-    config = replace(CONFIG, logit_cap=cap, tie_embeddings=tied)
+    config = replace(CONFIG, vocab_size=47, logit_cap=cap, tie_embeddings=tied)
     weights = params(config)
     hidden = jax.random.normal(jax.random.key(0), (4, 11, 32))
     targets = jax.random.randint(jax.random.key(1), (4, 11), 0, 45)
@@ -212,7 +212,7 @@ def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
         return jnp.where(asked, score(weights, hidden), 0), jax.grad(total, argnums=(0, 1))(weights, hidden)
 
     expected = jax.tree.leaves(both(plain))
-    for chunk_tokens, ids in ((12, 20), (1000, 16384)):  # 3 columns at a time, the last padded; 20 + 20 + 8 of 48 ids
+    for chunk_tokens, ids in ((12, 20), (1000, 16384)):  # 3 columns at a time, the last padded; 16 + 16 + 15 of 47 ids
         monkeypatch.setattr(grpo_jax.score, "CHUNK_IDS", ids)
         made = both(lambda weights, hidden: score_hidden(
             config, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)[0])
