@@ -31,7 +31,7 @@ def default() -> ConfigDict:
         total_steps=80,  # updates
         model=dict(
             path="tiny",  # a Hugging Face folder, hub id or GGUF file; "tiny" is the base model in the package
-            param_dtype="float32",  # of the master weights
+            param_dtype="float32",  # of the master weights; bfloat16 loses steps below 1/256 of a weight
             reference_dtype="float32",  # of the frozen reference; none is kept where loss.kl_coef is 0
             compute_dtype="float32",  # of activations, and of weights where they are used; "bfloat16" on accelerators
             logit_dtype="float32",  # that the head's product comes in; probabilities are always float32

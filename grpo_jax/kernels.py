@@ -78,7 +78,7 @@ def splash(
 
 def cudnn_fits(dtype: DTypeLike, width: int, value_width: int, cap: float) -> bool:
     """Whether cuDNN takes such heads; it also wants even L and C. (Widths up to 256 need a GPU from Hopper on.)"""
-    return dtype in (jnp.bfloat16, jnp.float16) and width == value_width <= 128 and width % 8 == 0 and not cap
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and width == value_width <= 128 and width % 8 == 0 and not cap
 
 
 def cudnn(

@@ -78,16 +78,21 @@ def norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
-def look_up(table: Float[Array, "V D"], tokens: Int[Array, "N L"]) -> Float[Array, "N L D"]:
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "N L"], *, gathered: bool = False
+) -> Float[Array, "N L D"]:
     """The tokens' rows of a table that lies split over the mesh in force.
 
     Not the table travels but what is asked of it: each device looks all tokens of the fsdp axis up in its own columns,
     and the answers are exchanged.
+
+    Args:
+      gathered: the table is whole over fsdp, as a rollout has it: nothing is exchanged over that axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table[tokens]
-    split = fit(P("tensor", "fsdp"), table.shape, mesh)
+    split = fit(P("tensor", None if gathered else "fsdp"), table.shape, mesh)
     rows = fit(P(ROWS), tokens.shape, mesh)
     by_id = split[0] is not None and mesh.shape["tensor"] > 1
     by_column = split[1] is not None and mesh.shape["fsdp"] > 1
@@ -114,11 +119,12 @@ class Embed(nn.Module):
 
     vocab_size: int
     width: int
+    gathered: bool = False  # as in look_up
 
     @nn.compact
     def __call__(self, tokens):
         init = nn.initializers.normal(1 / math.sqrt(self.width))
-        return look_up(self.param("embedding", init, (self.vocab_size, self.width)), tokens)
+        return look_up(self.param("embedding", init, (self.vocab_size, self.width)), tokens, gathered=self.gathered)
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ from grpo_jax.architecture import ModelConfig
 from grpo_jax.attend import alone
 from grpo_jax.mesh import row_shards, shardings
 from grpo_jax.model import hidden_states, param_shapes
-from grpo_jax.slots import prefill_rows
+from grpo_jax.slots import prefill_rows, scored_columns
 from grpo_jax.types import UserError
 
 SPARE = 0.9  # of a device's memory may be planned for; the rest is for what XLA puts aside
@@ -73,7 +73,7 @@ def prefill_bytes(config: ModelConfig, width: int, tensor: int = 1) -> int:
     """What prefilling prompts of T columns takes for a while: scores and their softmax, and what a layer makes of x."""
     heads = config.num_heads // tensor if config.num_heads % tensor == 0 else config.num_heads
     wide = max(config.intermediate_size, config.hidden_size)
-    return prefill_rows(config, width) * width * 4 * (2 * heads * width + 2 * wide + 8 * config.hidden_size)
+    return prefill_rows(config, width) * width * 4 * (2 * heads * scored_columns(config, width) + 2 * wide + 8 * config.hidden_size)
 
 
 def plan_rollout(config, model: ModelConfig, mesh, held_bytes: int, *, strict: bool = True) -> Plan:

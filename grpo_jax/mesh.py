@@ -90,17 +90,15 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
-def spec_of(name: str, *, gathered: bool = False) -> P:
-    """The spec of the last dimensions of the parameter of that path.
+def row_of(name: str) -> tuple[str, P]:
+    """The table's row for the parameter of that path: its pattern, and the spec of the last dimensions.
 
-    Args:
-      gathered: leave the fsdp axis out.
     Raises:
-      ValueError: the table has no row for it.
+      ValueError: the table has none.
     """
     for pattern, spec in TABLE:
         if re.search(pattern, name):
-            return P(*(None if gathered and axis == "fsdp" else axis for axis in spec))
+            return pattern, spec
     raise ValueError(f"grpo_jax.mesh.TABLE has no row for the parameter {name}")
 
 
@@ -118,9 +116,11 @@ def shardings(mesh: Mesh, tree, *, gathered: bool = False):
         name = path_name(path)
         if not leaf.shape:
             return NamedSharding(mesh, P())
-        spec = spec_of(name, gathered=gathered)
+        pattern, spec = row_of(name)
+        if gathered:
+            spec = P(*(None if axis == "fsdp" else axis for axis in spec))
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, "/".join(name.split("/")[-2:])))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh, pattern.rstrip("$")))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -118,6 +118,8 @@ def hidden_states(
     tokens: Int[Array, "N L"],
     segments: Segments,
     cache: tuple[KV, ...] | None = None,
+    *,
+    gathered: bool = False,
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
     """The final layer's output after its norm, and the keys and values of all layers.
 
@@ -125,10 +127,11 @@ def hidden_states(
       segments: whose tokens they are, [N, L]. They see each other as `attend.sees` says.
       cache: a KV for each run of the parameters, of rows that are one sequence each. The tokens given are written into
         the columns of their positions, and then see all columns up to their own.
+      gathered: the parameters lie on the mesh as a rollout has them, not as training does.
     Returns:
       hidden [N, L, D] in the compute dtype, and a KV for each run of the parameters: of the tokens given, or the cache.
     """
-    x = Embed(config.vocab_size, config.hidden_size).apply({"params": params["embed"]}, tokens)
+    x = Embed(config.vocab_size, config.hidden_size, gathered).apply({"params": params["embed"]}, tokens)
     x = x.astype(config.compute_dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.architecture import ModelConfig
-from grpo_jax.mesh import ROWS, fit, row_shards, spec_of
+from grpo_jax.mesh import ROWS, fit, row_of, row_shards
 from grpo_jax.model import head_kernel, head_name, hidden_states, temper
 from grpo_jax.types import Packed
 
@@ -55,7 +55,7 @@ def sum_last(*arrays):
     return jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,))
 
 
-def id_blocks(how: How, kernel) -> tuple[int, int]:
+def id_blocks(kernel) -> tuple[int, int]:
     """How many blocks of how many ids the columns of a device's kernel are."""
     ids = kernel.shape[1]
     least = -(-ids // CHUNK_IDS)
@@ -68,7 +68,7 @@ def take_ids(how: How, kernel, block, dtype):
 
     The last block begins early enough to be as wide as the others; what it shares with the one before is to be skipped.
     """
-    number, width = id_blocks(how, kernel)
+    number, width = id_blocks(kernel)
     start = jnp.minimum(block * width, kernel.shape[1] - width)
     skip = None if number * width == kernel.shape[1] else block * width - start
     part = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis=1).astype(dtype)
@@ -91,7 +91,7 @@ def blocks(how: How, kernel, hidden, targets, counts):
 
 def blocks_forward(how: How, kernel, hidden, targets, counts):
     """The result, and what the backward pass needs."""
-    number, width = id_blocks(how, kernel)
+    number, width = id_blocks(kernel)
 
     def of_ids(block, found):
         part, _, first, skip = take_ids(how, kernel, block, hidden.dtype)
@@ -135,7 +135,7 @@ def blocks_backward(how: How, saved, gradient):
     """d log pi(target) / d logits is 1 at the target, less pi; the entropy, a metric, has no gradient."""
     kernel, hidden, targets, counts, log_mass = saved
     gradient = total(gradient[0], how)  # each device of the axis was handed its share
-    number, width = id_blocks(how, kernel)
+    number, width = id_blocks(kernel)
 
     def of_ids(block, found):
         of_kernel, of_hidden = found
@@ -200,7 +200,7 @@ def score_hidden(
     rows, split = P(None), P(None, None)
     if not mesh.empty:
         rows = fit(P(ROWS), targets.shape[:1], mesh)
-        split = spec_of(head_name(config))
+        _, split = row_of(head_name(config))
         split = fit(P(*reversed(split)) if config.tie_embeddings else split, kernel.shape, mesh)
     local_rows = targets.shape[0] // (row_shards(mesh) if rows[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts

@@ -51,14 +51,14 @@ def prepare(config, *, training: bool = False) -> Setting:
     count = count_ids(tokenizer.get_vocab())
     model = replace(
         model, token_count=count, compute_dtype=config.model.compute_dtype, logit_dtype=config.model.logit_dtype,
-        attention=config.model.attention, remat=config.update.remat)
+        attention=config.model.attention if training else "auto", remat=config.update.remat)
     if count > model.vocab_size:
         raise UserError(f"expected a row of the embedding for each of the tokenizer's {count} ids in {source}; found "
                         f"{model.vocab_size} rows; this tokenizer is not the model's")
     open_checkpoint(source, model)
-    needs = {"splash": "tpu", "cudnn": "gpu"}.get(config.model.attention, jax.default_backend())
+    needs = {"splash": "tpu", "cudnn": "gpu"}.get(model.attention, jax.default_backend())
     if needs != jax.default_backend():
-        raise UserError(f"expected devices of kind {needs} for model.attention={config.model.attention}; found "
+        raise UserError(f"expected devices of kind {needs} for model.attention={model.attention}; found "
                         f"{jax.default_backend()}; set --config.model.attention=auto")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.expert)
     stop_ids = eos_ids(tokenizer, model.eos_ids)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.architecture import ModelConfig
 from grpo_jax.attend import alone
-from grpo_jax.attention import KV
+from grpo_jax.attention import KV, way
+from grpo_jax.blockwise import BLOCK
 from grpo_jax.draws import Filter, choose
 from grpo_jax.mesh import ROWS, constrain, path_name, row_shards
 from grpo_jax.model import hidden_states, token_logits
@@ -86,9 +87,15 @@ def on_each_shard(function, *args):
     return jax.tree.unflatten(out_tree, made)
 
 
+def scored_columns(config: ModelConfig, width: int) -> int:
+    """How many columns of scores a row of a prompt of T columns holds at most."""
+    return width if way(config, width, cached=False) == "plain" else BLOCK
+
+
 def prefill_rows(config: ModelConfig, width: int) -> int:
-    """How many prompts of T columns a shard prefills at a time. Scores and their softmax are float32 [H, T, T] a prompt."""
-    return max(1, min(PREFILL_TOKENS // width, PREFILL_BYTES // (8 * config.num_heads * width**2)))
+    """How many prompts of T columns a shard prefills at a time. Scores and their softmax are float32."""
+    scores = 8 * config.num_heads * width * scored_columns(config, width)
+    return max(1, min(PREFILL_TOKENS // width, PREFILL_BYTES // scores))
 
 
 def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
@@ -98,7 +105,7 @@ def prefill(config: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
     def run(tokens):
         rows = tokens.shape[0]
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        return hidden_states(config, params, tokens, alone(positions))[1]
+        return hidden_states(config, params, tokens, alone(positions), gathered=True)[1]
 
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
@@ -211,7 +218,8 @@ def decode(
     def step(carry):
         slots, steps = carry
         position = slots.position[:, None]
-        hidden, kv = hidden_states(config, params, slots.last[:, None], alone(position), slots.kv)
+        hidden, kv = hidden_states(
+            config, params, slots.last[:, None], alone(position), slots.kv, gathered=True)
         logits = token_logits(config, params, hidden[:, 0], 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(on_each_shard(own_keys, slots.sequence, work), slots.index)
         token, logp = choose(keys, constrain(logits, ROWS, None), greedy, filter)

@@ -211,16 +211,19 @@ def _train(config, setting: Setting, workdir: Path) -> None:
             metrics |= evaluated(step)
         log.write(step, metrics)
         bar.update()
-        if meta["skipped_in_a_row"] >= config.optim.max_skips:
-            raise UserError(
-                f"expected finite gradients; found none in {config.optim.max_skips} updates in a row, the last one step "
-                f"{step}; the policy has not changed since step {step - config.optim.max_skips}; look at metrics.jsonl, "
-                "and begin again with a lower optim.lr")
         if due(step):
             say(console_line(step, config.total_steps, metrics))
-        if last or step % config.checkpoint.every_steps == 0:
+        broken = meta["skipped_in_a_row"] >= config.optim.max_skips
+        if last or broken or step % config.checkpoint.every_steps == 0:
             unfinished = experience if step % updates else None
             checkpoint.save(manager, state, meta | {"step": step, "rollout": about_rollout}, unfinished)
+        if broken:
+            break
     bar.close()
     log.close()
     manager.close()
+    if meta["skipped_in_a_row"] >= config.optim.max_skips:
+        raise UserError(
+            f"expected finite gradients; found none in {meta['skipped_in_a_row']} updates in a row, the last one step "
+            f"{step}; the policy has not changed since step {step - meta['skipped_in_a_row']}; look at metrics.jsonl and "
+            "samples/, and begin again with a lower optim.lr in another --workdir")

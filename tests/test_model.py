@@ -1,5 +1,7 @@
 """The decoder: causality, caching, padding. tests/test_families.py compares it with `transformers`."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from grpo_jax import forward
 from grpo_jax.attend import alone
-from grpo_jax.attention import KV
+from grpo_jax.attention import KV, way
 from grpo_jax.model import hidden_states, logits_of, unstack
 from tests.tiny import CONFIG, params
 
@@ -57,3 +59,18 @@ def test_padding_on_either_side_changes_nothing():
     np.testing.assert_allclose(on_left[:, 3:], expected, atol=2e-5)
     np.testing.assert_allclose(on_right[:, :6], expected, atol=2e-5)
     assert np.isfinite(on_left).all()
+
+
+@pytest.mark.parametrize("platform, length, changed, expected", [
+    ("cpu", 200, {}, "plain"), ("cpu", 1000, {}, "blocks"), ("tpu", 1024, {}, "splash"), ("tpu", 1000, {}, "blocks"),
+    ("gpu", 1000, {}, "blocks"), ("gpu", 1000, dict(compute_dtype="bfloat16"), "cudnn"),
+    ("gpu", 1001, dict(compute_dtype="bfloat16"), "blocks"),
+    ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0), "blocks"),
+    ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0, attention="cudnn"), "blocks"),
+    ("tpu", 1, dict(attention="splash"), "plain"), ("cpu", 200, dict(attention="blocks"), "blocks"),
+])
+def test_attention_is_computed_in_the_way_that_suits_platform_and_rows(monkeypatch, platform, length, changed, expected):
+    monkeypatch.setattr("grpo_jax.attention.mesh_platform", lambda: platform)
+    config = replace(CONFIG, **changed)
+    assert way(config, length, cached=False) == expected
+    assert way(config, length, cached=True) == "plain"

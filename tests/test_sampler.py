@@ -308,7 +308,7 @@ def test_shards_exchange_one_number_a_token(shape, config):
             config, placed, *jax.tree.unflatten(tree, leaves), stop_table(config.vocab_size, ()), np.float32(1), np.int32(0),
             np.int32(9), greedy=False, filter=Filter()))
         compiled = jax.jit(run).lower(*leaves).compile().as_text()
-    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
+    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-[\w-]+?|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
     between_rows = [move for move in moved if shape[2] == 1 or not move[0].startswith("f32")]
     assert between_rows == [("s32[]", "all-reduce")]
     per_shard = 16 // (shape[0] * shape[1])

@@ -91,10 +91,10 @@ def test_a_run_stops_after_updates_that_are_not_finite(tmp_path, monkeypatch):
         train(tmp_path / "run", "--config.total_steps=9", "--config.optim.max_skips=2", "--config.loss.kl_coef=0",
               "--config.checkpoint.every_steps=1")
     assert [row["optim/skipped"] for row in lines(tmp_path / "run")[1:]] == [1, 0, 1, 1]
-    policies = [saved(tmp_path / "run", step, "policy") for step in (2, 3)]
+    policies = [saved(tmp_path / "run", step, "policy") for step in (3, 4)]
     jax.tree.map(np.testing.assert_array_equal, *policies)
-    meta = json.loads((tmp_path / "run" / "checkpoints" / "3" / "meta" / "metadata").read_text())
-    assert meta["skipped"] == 2 and meta["skipped_in_a_row"] == 1
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    assert meta["skipped"] == 3 and meta["skipped_in_a_row"] == 2
 
 
 NAMES = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac rollout/tokens_per_s

@@ -184,6 +184,57 @@ def test_entropy_is_not_computed_when_it_is_off():
     assert cost(True)["flops"] - cost(False)["flops"] > 2 * vocabulary
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)])
+def test_reference_is_scored_the_same_on_every_mesh(sizes):
+    batch, mesh = experience(), make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        rows = packed(batch, 16, row_shards(mesh))
+        weights = jax.device_put(params(), shardings(mesh, params()))
+        made = score_reference(CONFIG, weights, split_rows(mesh, rows), temperature=0.9, chunk_tokens=5)
+    have = unpack(np.asarray(made), np.asarray(rows.place), batch.mask.shape)
+    np.testing.assert_allclose(have, logps_of(batch, params()), atol=1e-5)
+
+
+def test_rows_that_hold_nothing_are_not_run():
+    """They would turn everything into NaN."""
+    batch = packed(experience(), 16)
+    unused = np.arange(len(batch.tokens)) >= batch.micro_batches
+    assert unused.any()
+    poisoned = batch.replace(advantages=jnp.where(unused[:, None], jnp.nan, batch.advantages),
+                             sampler_logps=jnp.where(unused[:, None], jnp.nan, batch.sampler_logps))
+    poisoned = poisoned.replace(weights=jnp.where(unused[:, None], 1.0, batch.weights))
+    assert_same(grads_of(poisoned), grads_of(batch))
+
+
+@pytest.mark.parametrize("micro_tokens", [16, 1000])
+def test_gradients_of_low_precision_are_near_those_of_float32_and_added_up_in_it(micro_tokens):
+    low = replace(CONFIG, compute_dtype="bfloat16")
+    batch = packed(on_policy(params()), micro_tokens)
+    made = gradients(low, params(), batch, temperature=0.9, loss=NO_KL)[0]
+    expected = gradients(CONFIG, params(), batch, temperature=0.9, loss=NO_KL)[0]
+    for have, want in zip(jax.tree.leaves(made), jax.tree.leaves(expected)):
+        assert have.dtype == jnp.float32
+        assert np.abs(have - want).max() < 0.1 * np.abs(want).max()
+    kernel = np.asarray(made["layers"][0]["mlp"]["up"]["kernel"])
+    assert (kernel != kernel.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.5  # not rounded to bfloat16 anywhere
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "layers"])
+def test_what_is_computed_again_changes_no_gradient(remat):
+    batch, config = packed(experience()), replace(CONFIG, remat=remat)
+    run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS))
+    assert_same(run(params(), batch), grads_of(batch))
+
+
+def test_less_is_kept_the_more_is_computed_again():
+    def flops(remat):
+        config = replace(CONFIG, remat=remat)
+        run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS)[0])
+        return run.lower(params(), packed(experience())).compile().cost_analysis()["flops"]
+
+    assert flops("none") < flops("matmuls") < flops("layers")
+
+
 def test_reference_is_scored_like_the_policy():
     batch = experience()
     for micro_tokens in (16, 1000):
@@ -212,12 +263,17 @@ def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
         return jnp.where(asked, score(weights, hidden), 0), jax.grad(total, argnums=(0, 1))(weights, hidden)
 
     expected = jax.tree.leaves(both(plain))
+    logits = token_logits(config, weights, hidden, 0.8)
+    probs = jax.nn.softmax(logits)
+    entropies = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0), axis=-1)
     for chunk_tokens, ids in ((12, 20), (1000, 16384)):  # 3 columns at a time, the last padded; 16 + 16 + 15 of 47 ids
         monkeypatch.setattr(grpo_jax.score, "CHUNK_IDS", ids)
         made = both(lambda weights, hidden: score_hidden(
             config, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)[0])
         for have, want in zip(jax.tree.leaves(made), expected):
             np.testing.assert_allclose(have, want, atol=2e-5)
+        found = score_hidden(config, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)[1]
+        np.testing.assert_allclose(jnp.where(asked, found, 0), jnp.where(asked, entropies, 0), atol=2e-5)
 
 
 def test_temporaries_of_the_head_are_those_of_a_chunk():
