@@ -27,6 +27,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $(INSTALLED)
 
+# A step's temporaries stay with the process instead of being mapped, and faulted in, again.
+r1zero smollm2: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
+
 r1zero: $(INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
 

@@ -25,7 +25,7 @@ def tiny():
 
     python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero
 
-    On 1 device: two CPU cores, 3 min 10 s. Accuracy on 256 held-out questions at temperature 1 goes from about 0.2 to over
+    On 1 device: two CPU cores, 1 min 20 s. Accuracy on 256 held-out questions at temperature 1 goes from about 0.2 to over
     0.97, format from 0.8 to 0.99, response length from 20 to 45 tokens; the reward passes 1.75 of 2 at update 12.
     """
     return grpo_config.default()

@@ -118,6 +118,7 @@ def test_splash_does_not_compute_empty_tiles(small_tiles):
     assert np.isnan(plain(q, keys, values, mask, divisor=4.0)[:, :128]).all()
 
 
+@pytest.mark.slow
 def test_splash_in_layers_that_are_recomputed_on_two_devices(small_tiles):
     """One set of masks for a scan of layers, under jax.checkpoint, in shard_map."""
     rows, length, width = 2, 256, 8

@@ -115,6 +115,7 @@ def test_first_step_has_its_size_and_goes_down(name):
             np.testing.assert_allclose(change, -0.01 * jnp.sign(grad), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_quadratic_is_lowered(name):
     """The sum of squares, whose gradient is 2x."""
@@ -253,7 +254,7 @@ def test_learning_rates(values, rates):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, 1e30))])
 def test_gradient_that_is_not_finite_is_left_out(name, bad):
     """As if it had not been: bit by bit, in the schedule and in every count. The norm of 1e30 overflows."""
     optim = section(name=name, lr=0.01, warmup_steps=4, weight_decay=0.1)
@@ -368,6 +369,7 @@ def test_split_of_adafactors_rows_and_columns():
     assert np.ptp(row[0]) > 1 and np.ptp(column[0]) == 0  # v_row is by the first of the two, which fsdp splits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, config", [*((name, CONFIG) for name in NAMES), ("adafactor", WIDE)])
 def test_same_update_on_eight_devices(name, config):
     """Made, kept and updated in its place, in the memory of the state before."""
