@@ -66,6 +66,7 @@ def test_without_a_reference_learning_is_three_passes_and_no_score():
     assert found["tokens"] - found["prompt_tokens_computed"] == lengths.sum()
 
 
+@pytest.mark.slow
 def test_a_step_is_one_json_line_with_what_is_promised():
     made = run("step", f"--model={find_model('tiny')}", "--random", *SMALL, *CUT)
     assert made.returncode == 0, made.stderr

@@ -28,6 +28,7 @@ from grpo_jax.optimizer import (
 from tests.tiny import CONFIG
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
+SOME = ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "adamw")]
 MIXTURE = replace(  # every kind of parameter there is
     CONFIG, layers=(Layer(), Layer(experts=True), Layer(experts=True)), num_kv_heads=4, mlp_bias=True,
     experts=Experts(8, 2, 24, shared_width=16, sigmoid=True), latent=Latent(16, 8, 8, 4, 8))
@@ -127,7 +128,7 @@ def test_quadratic_is_lowered(name):
         assert (value**2).sum() < 0.5 * (start**2).sum()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_decay_is_a_part_of_the_parameter_by_the_learning_rate(name):
     """Without a gradient nothing else moves, and a bias not at all; so for every rule."""
     (before, after), _ = run(
@@ -283,7 +284,7 @@ def test_learning_rate_of_the_metrics_is_the_optimizers():
     np.testing.assert_allclose(metrics["optim/lr"], 0.4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_state_of_bfloat16_parameters_is_float32(name):
     """Gradients in bfloat16 too. The state is that of the same values in float32, and the parameters its rounding."""
     weights, grads = small(dtype=jnp.bfloat16), small(1, dtype=jnp.bfloat16)
@@ -327,7 +328,7 @@ WIDE = replace(CONFIG, hidden_size=256, intermediate_size=384, head_dim=128)  # 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("config", [CONFIG, WIDE, MIXTURE])
+@pytest.mark.parametrize("config", [CONFIG, *(pytest.param(x, marks=pytest.mark.slow) for x in (WIDE, MIXTURE))])
 def test_state_is_split_as_its_parameters(name, config):
     """On 1 x 4 x 2 devices no matrix of the state is on each device as a whole if its parameter is not."""
     mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(config), make_optimizer(section(name=name))

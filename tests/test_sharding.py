@@ -44,7 +44,7 @@ def compiled_update(mesh, config=WIDE):
         return state, batch, update, update.lower(state, batch).compile()
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(1, 4, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_nothing_is_gathered_whole(sizes, monkeypatch):
     """Gathered are single layers in the scan, a block of ids of the head, and token ids; no stack, table or head."""
     monkeypatch.setattr(grpo_jax.score, "CHUNK_IDS", 22)
@@ -81,7 +81,7 @@ def test_state_stays_split(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2)])
-@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.parametrize("rows", [8, pytest.param(3, marks=pytest.mark.slow)])
 def test_tokens_are_looked_up_where_the_table_lies(sizes, rows):
     table = jax.random.normal(jax.random.key(0), (48, 32))
     tokens = jax.random.randint(jax.random.key(1), (rows, 5), 0, 48)

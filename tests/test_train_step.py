@@ -171,6 +171,7 @@ def test_scores_match_a_plain_computation():
         np.testing.assert_allclose(entropies[n, t], -jnp.sum(jnp.exp(at) * at), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_entropy_is_not_computed_when_it_is_off():
     weights, rows = params(), packed(experience())
     off = score(CONFIG, weights, rows, 0.7, entropy=False)
@@ -219,13 +220,14 @@ def test_gradients_of_low_precision_are_near_those_of_float32_and_added_up_in_it
     assert (kernel != kernel.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.5  # not rounded to bfloat16 anywhere
 
 
-@pytest.mark.parametrize("remat", ["none", "matmuls", "layers"])
+@pytest.mark.parametrize("remat", ["layers", pytest.param("matmuls", marks=pytest.mark.slow)])
 def test_what_is_computed_again_changes_no_gradient(remat):
     batch, config = packed(experience()), replace(CONFIG, remat=remat)
     run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS))
     assert_same(run(params(), batch), grads_of(batch))
 
 
+@pytest.mark.slow
 def test_less_is_kept_the_more_is_computed_again():
     def flops(remat):
         config = replace(CONFIG, remat=remat)
