@@ -19,17 +19,19 @@ import numpy as np
 from jax.sharding import Mesh
 from limits import check_measurable
 
-from grpo_jax.architecture import ModelConfig
 from grpo_jax.config import check, default
+from grpo_jax.errors import UserError
 from grpo_jax.flags import OneLineParser
-from grpo_jax.mesh import make_mesh
-from grpo_jax.model import init_params
-from grpo_jax.optimizer import init_state, make_optimizer
-from grpo_jax.sampler import pad_prompts
-from grpo_jax.source import find_model, read_model_config
-from grpo_jax.train_step import make_update
-from grpo_jax.types import Prompts, TrainState, UserError
-from grpo_jax.weights import load
+from grpo_jax.learn.optimizer import init_train_state, make_optimizer
+from grpo_jax.learn.update import make_update
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.model.decoder import init_params
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.rollout.sampler import pad_prompts
+from grpo_jax.text.problem import Prompts
+from grpo_jax.types import TrainState
+from grpo_jax.weights.model_io import load
+from grpo_jax.weights.source import find_model, read_model_config
 
 NUMBERS = {  # flag: its default, the least that it may be, and what it is
     "prompts": (4, 1, "distinct prompts"),
@@ -49,15 +51,22 @@ LEARNING = NUMBERS | {
 def make_parser(doc: str, examples: str, numbers: dict[str, tuple], of_dtype: str) -> OneLineParser:
     """The flags that all share, and whole numbers as in NUMBERS."""
     parser = OneLineParser(
-        description=doc, epilog=f"example:\n{examples}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=doc,
+        epilog=f"example:\n{examples}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", metavar="FOLDER", required=True, help="what model.path may be")
     parser.add_argument("--random", action="store_true", help="random weights; of FOLDER only config.json is read")
     for name, (value, _, what) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{what}; default: {value}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=of_dtype)
-    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed",
-                        help="all new_tokens long, or drawn: median 32, sigma 1, cut to 1..new_tokens")
+    parser.add_argument(
+        "--lengths",
+        choices=("fixed", "lognormal"),
+        default="fixed",
+        help="all new_tokens long, or drawn: median 32, sigma 1, cut to 1..new_tokens",
+    )
     return parser
 
 
@@ -78,12 +87,22 @@ def read_learning_flags(doc: str, examples: str, argv: Sequence[str]):
     Raises:
       UserError: a value that no update can have.
     """
-    parser = make_parser(doc, examples, LEARNING,
-                         "of products and activations; master weights and the optimizer's state are float32")
-    parser.add_argument("--remat", choices=("layers", "matmuls", "none"), default="layers",
-                        help="update.remat: what is computed again backwards; default: layers")
-    parser.add_argument("--kl_coef", type=float, default=0.001, metavar="X",
-                        help="loss.kl_coef; 0: no reference is scored; default: 0.001")
+    parser = make_parser(
+        doc, examples, LEARNING, "of products and activations; master weights and the optimizer's state are float32"
+    )
+    parser.add_argument(
+        "--remat",
+        choices=("layers", "matmuls", "none"),
+        default="layers",
+        help="update.remat: what is computed again backwards; default: layers",
+    )
+    parser.add_argument(
+        "--kl_coef",
+        type=float,
+        default=0.001,
+        metavar="X",
+        help="loss.kl_coef; 0: no reference is scored; default: 0.001",
+    )
     flags = parser.parse_args(argv)
     check_numbers(flags, LEARNING)
     if not 0 <= flags.kl_coef < math.inf:
@@ -97,16 +116,18 @@ def load_model(flags, param_dtype: str) -> tuple[ModelConfig, dict]:
     Raises:
       UserError: there is none, or none that the benchmarks can measure with these flags.
     """
-    config = read_model_config(flags.model if flags.random else find_model(flags.model))
-    config = replace(config, compute_dtype=flags.dtype)
-    check_measurable(config)
-    if flags.prompt_tokens + flags.new_tokens > config.max_positions:
-        raise UserError(f"expected prompt_tokens + new_tokens of at most {config.max_positions} positions; "
-                        f"found {flags.prompt_tokens} + {flags.new_tokens}")
+    model_cfg = read_model_config(flags.model if flags.random else find_model(flags.model))
+    model_cfg = replace(model_cfg, compute_dtype=flags.dtype)
+    check_measurable(model_cfg)
+    if flags.prompt_tokens + flags.new_tokens > model_cfg.max_positions:
+        raise UserError(
+            f"expected prompt_tokens + new_tokens of at most {model_cfg.max_positions} positions; "
+            f"found {flags.prompt_tokens} + {flags.new_tokens}"
+        )
     if not flags.random:
-        return config, load(flags.model, param_dtype=param_dtype)[1]
-    cast = lambda key: jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_params(config, key))
-    return config, jax.block_until_ready(jax.jit(cast)(jax.random.key(flags.seed)))
+        return model_cfg, load(flags.model, param_dtype=param_dtype)[1]
+    cast = lambda key: jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_params(model_cfg, key))
+    return model_cfg, jax.block_until_ready(jax.jit(cast)(jax.random.key(flags.seed)))
 
 
 def draw_lengths(flags) -> np.ndarray:
@@ -118,16 +139,16 @@ def draw_lengths(flags) -> np.ndarray:
     return np.clip(np.round(drawn), 1, flags.new_tokens).astype(int)
 
 
-def draw_prompts(flags, config: ModelConfig) -> Prompts:
+def draw_prompts(flags, model_cfg: ModelConfig) -> Prompts:
     """Prompts of random tokens."""
     shape = flags.prompts, flags.prompt_tokens
-    return pad_prompts(np.random.default_rng(flags.seed).integers(config.drawable, size=shape).tolist())
+    return pad_prompts(np.random.default_rng(flags.seed).integers(model_cfg.drawable, size=shape).tolist())
 
 
 class Learner(NamedTuple):
     """What learns, on one device."""
 
-    config: Any  # as training checks and freezes it
+    model_cfg: Any  # as training checks and freezes it
     model: ModelConfig
     mesh: Mesh
     state: TrainState
@@ -142,30 +163,41 @@ def make_learner(flags) -> Learner:
       UserError: as load_model.
     """
     raw = default()
-    raw.update({
-        "model": {"path": flags.model, "compute_dtype": flags.dtype},
-        "rollout": {"prompts": flags.prompts, "samples": flags.samples, "max_prompt_tokens": flags.prompt_tokens,
-                    "max_tokens": flags.new_tokens},
-        "update": {"micro_tokens": flags.micro_tokens, "chunk_tokens": flags.chunk_tokens, "remat": flags.remat},
-        "loss": {"kl_coef": flags.kl_coef},
-    })
-    config = check(raw)
-    model, params = load_model(flags, config.model.param_dtype)
+    raw.update(
+        {
+            "model": {"path": flags.model, "compute_dtype": flags.dtype},
+            "rollout": {
+                "prompts": flags.prompts,
+                "samples": flags.samples,
+                "max_prompt_tokens": flags.prompt_tokens,
+                "max_tokens": flags.new_tokens,
+            },
+            "update": {"micro_tokens": flags.micro_tokens, "chunk_tokens": flags.chunk_tokens, "remat": flags.remat},
+            "loss": {"kl_coef": flags.kl_coef},
+        }
+    )
+    cfg = check(raw)
+    model, params = load_model(flags, cfg.model.param_dtype)
     model, mesh = replace(model, remat=flags.remat), make_mesh(devices=jax.devices()[:1])
     reference = None
     if flags.kl_coef:
-        reference = jax.tree.map(lambda x: jnp.array(x, config.model.reference_dtype), params)
-    optimizer = make_optimizer(config.optim)
-    state = init_state(mesh, params, optimizer)
-    return Learner(config, model, mesh, state, reference, make_update(model, config, mesh, state.params, optimizer))
+        reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
+    optimizer = make_optimizer(cfg.optim)
+    state = init_train_state(mesh, params, optimizer)
+    return Learner(cfg, model, mesh, state, reference, make_update(model, cfg, mesh, state.params, optimizer))
 
 
 def about(flags, params) -> dict:
     """The fields that say what ran on what."""
     given = {name: value for name, value in vars(flags).items() if name not in ("model", "compare")}
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {"model": Path(flags.model).resolve().name, "parameters": count, **given,
-            "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+    return {
+        "model": Path(flags.model).resolve().name,
+        "parameters": count,
+        **given,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -21,12 +21,15 @@ NEAR = 1e-3
 
 
 def main(argv: Sequence[str]) -> None:
+    from grpo_jax.errors import UserError
     from grpo_jax.flags import OneLineParser
-    from grpo_jax.types import UserError
 
     parser = OneLineParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python benchmarks/layouts.py --model=smollm2 --slots=8,64 --devices=1,8")
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python benchmarks/layouts.py --model=smollm2 --slots=8,64 --devices=1,8",
+    )
     parser.add_argument("--model", metavar="FOLDER", required=True, help="what model.path may be")
 
     def numbers(text: str) -> list[int]:
@@ -40,8 +43,10 @@ def main(argv: Sequence[str]) -> None:
     for name, value in vars(flags).items():
         if name not in ("model", "seed") and min(value if isinstance(value, list) else [value]) < 1:
             raise UserError(f"expected --{name} of 1 or more; found {value}")
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +  # of CPUs alone
-                               f" --xla_force_host_platform_device_count={max(flags.devices)}")
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")  # of CPUs alone
+        + f" --xla_force_host_platform_device_count={max(flags.devices)}"
+    )
     print(json.dumps({"model": flags.model} | compare(flags)))
 
 
@@ -50,57 +55,75 @@ def compare(flags) -> dict:
     import jax
     import numpy as np
 
-    from grpo_jax.mesh import make_mesh
-    from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
-    from grpo_jax.source import find_model
-    from grpo_jax.stops import stop_table
-    from grpo_jax.types import UserError
-    from grpo_jax.weights import load
+    from grpo_jax.errors import UserError
+    from grpo_jax.parallel.mesh import make_mesh
+    from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
+    from grpo_jax.text.stops import build_stop_table
+    from grpo_jax.weights.model_io import load
+    from grpo_jax.weights.source import find_model
 
     if max(flags.devices) > jax.device_count():
         raise UserError(f"expected --devices of at most {jax.device_count()}; found {max(flags.devices)}")
     key, first = jax.random.key(flags.seed), None
-    found = {"sequences": flags.prompts * flags.samples, "layouts": 0, "differing": 0, "near_ties": 0,
-             "unexplained": 0, "logp_gap": 0.0}
+    found = {
+        "sequences": flags.prompts * flags.samples,
+        "layouts": 0,
+        "differing": 0,
+        "near_ties": 0,
+        "unexplained": 0,
+        "logp_gap": 0.0,
+    }
     for devices in flags.devices:
         mesh = make_mesh(fsdp=-1, devices=jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            config, params = load(find_model(flags.model), mesh=mesh)
-            if flags.prompt_tokens + flags.new_tokens > config.max_positions:
-                raise UserError(f"expected prompt_tokens + new_tokens of at most {config.max_positions} positions; "
-                                f"found {flags.prompt_tokens} + {flags.new_tokens}")
+            model_cfg, params = load(find_model(flags.model), mesh=mesh)
+            if flags.prompt_tokens + flags.new_tokens > model_cfg.max_positions:
+                raise UserError(
+                    f"expected prompt_tokens + new_tokens of at most {model_cfg.max_positions} positions; "
+                    f"found {flags.prompt_tokens} + {flags.new_tokens}"
+                )
             shape = flags.prompts, flags.prompt_tokens
-            tokens = np.random.default_rng(flags.seed).integers(config.drawable, size=shape)
-            placed = place_for_rollout(config, params, mesh)
+            tokens = np.random.default_rng(flags.seed).integers(model_cfg.drawable, size=shape)
+            placed = place_for_rollout(model_cfg, params, mesh)
             for slots in flags.slots:
-                drawn = jax.device_get(generate(
-                    config, placed, pad_prompts(tokens.tolist()), key, samples=flags.samples,
-                    max_tokens=flags.new_tokens, temperature=1.0, table=stop_table(config.vocab_size, ()), slots=slots))
+                drawn = jax.device_get(
+                    generate_rollout(
+                        model_cfg,
+                        placed,
+                        pad_prompts(tokens.tolist()),
+                        key,
+                        samples=flags.samples,
+                        max_tokens=flags.new_tokens,
+                        temperature=1.0,
+                        table=build_stop_table(model_cfg.vocab_size, ()),
+                        slots=slots,
+                    )
+                )
                 found["layouts"] += 1
                 print(f"{devices} device(s), {slots} slots", file=sys.stderr)
                 first = drawn if first is None else first
-                count(config, params, tokens, key, first, drawn, found)
+                count(model_cfg, params, tokens, key, first, drawn, found)
     return found
 
 
-def count(config, params, tokens, key, first, drawn, found: dict) -> None:
+def count(cfg, params, tokens, key, first, drawn, found: dict) -> None:
     """Adds what differs between two rollouts to `found`."""
     import jax
     import numpy as np
 
-    from grpo_jax.draws import gap
-    from grpo_jax.model import forward
+    from grpo_jax.model.decoder import forward
+    from grpo_jax.rollout.draws import runner_up_margin
 
     same = np.cumprod(first.tokens == drawn.tokens, axis=-1).astype(bool)
     found["logp_gap"] = max(found["logp_gap"], float(np.abs(first.logps - drawn.logps)[same].max(initial=0.0)))
     for b, g in np.argwhere(~same[..., -1]):
         t = int(same[b, g].sum())
         row = np.concatenate([tokens[b], first.tokens[b, g, :t]])[None]
-        logits = forward(config, params, row)[:, -1]
+        logits = forward(cfg, params, row)[:, -1]
         draw_key = key
         for counter in (int(b), int(g), t):
             draw_key = jax.random.fold_in(draw_key, counter)
-        near = float(gap(draw_key[None], logits)[0]) < NEAR
+        near = float(runner_up_margin(draw_key[None], logits)[0]) < NEAR
         found["differing"] += 1
         found["near_ties" if near else "unexplained"] += 1
 

@@ -37,24 +37,29 @@ import numpy as np
 from limits import forward_flops, learn_limit_s, square_gflop_s
 
 from grpo_jax.flags import run
-from grpo_jax.grpo import advantages
-from grpo_jax.mesh import split_rows, to_host
-from grpo_jax.sampler import place_for_rollout
-from grpo_jax.train import pack_batch
-from grpo_jax.train_step import make_experience, score_reference
-from grpo_jax.types import Packed, Rollout
+from grpo_jax.learn.grpo import advantages
+from grpo_jax.learn.update import make_experience, score_reference
+from grpo_jax.parallel.mesh import gather_to_host, shard_rows
+from grpo_jax.rollout.sampler import place_for_rollout
+from grpo_jax.run.train import pack_batch
+from grpo_jax.types import PackedBatch, Rollout
 
 EXAMPLES = """  python benchmarks/learn.py --model=smollm2 --prompts=4 --samples=8
   python benchmarks/learn.py --model=smollm2 --prompts=16 --new_tokens=512 --lengths=lognormal --remat=none"""
 
 
-def random_work(flags, learner) -> Packed:
+def random_work(flags, learner) -> PackedBatch:
     """A packed batch of random completions, on the host."""
     draws = np.random.default_rng(flags.seed + 1)
     lengths = common.draw_lengths(flags)
     tokens = draws.integers(learner.model.drawable, size=(*lengths.shape, flags.new_tokens), dtype=np.int32)
-    rollout = Rollout(tokens=tokens, logps=np.zeros(tokens.shape, np.float32), lengths=lengths,
-                      truncated=np.zeros(lengths.shape, bool), prompt_ids=np.arange(flags.prompts))
+    rollout = Rollout(
+        tokens=tokens,
+        logps=np.zeros(tokens.shape, np.float32),
+        lengths=lengths,
+        truncated=np.zeros(lengths.shape, bool),
+        prompt_ids=np.arange(flags.prompts),
+    )
     rewards = jnp.asarray(draws.standard_normal(lengths.shape), jnp.float32)
     prompts = common.draw_prompts(flags, learner.model)
     experience = make_experience(prompts, rollout, np.asarray(advantages(rewards)), None)
@@ -72,24 +77,25 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     flags = common.read_learning_flags(__doc__, EXAMPLES, argv)
     learner = common.make_learner(flags)
-    config, model, mesh, state, reference, _ = learner
+    cfg, model, mesh, state, reference, _ = learner
     jax.set_mesh(mesh)
     packed = random_work(flags, learner)
-    batch = split_rows(mesh, packed)
+    batch = shard_rows(mesh, packed)
     compiling = time.perf_counter()
-    score = score_reference.lower(model, state.params, batch, temperature=config.rollout.temperature,
-                                  chunk_tokens=config.update.chunk_tokens).compile()
+    score = score_reference.lower(
+        model, state.params, batch, temperature=cfg.rollout.temperature, chunk_tokens=cfg.update.chunk_tokens
+    ).compile()
     update = learner.update.lower(state, batch).compile()
     compile_s = time.perf_counter() - compiling
     common.say(began, f"compiled in {compile_s:.1f} s")
-    packed = packed.replace(sampler_logps=to_host(score(state.params, batch)))
+    packed = packed.replace(sampler_logps=gather_to_host(score(state.params, batch)))
 
     rounds = []
     for turn in range(flags.repeats + 1):
-        batch, score_s = split_rows(mesh, packed), 0.0
+        batch, score_s = shard_rows(mesh, packed), 0.0
         if reference is not None:
             ref_logps, score_s = timed(lambda: score(reference, batch))
-            batch = split_rows(mesh, packed.replace(ref_logps=to_host(ref_logps)))
+            batch = shard_rows(mesh, packed.replace(ref_logps=gather_to_host(ref_logps)))
         (state, metrics), update_s = timed(lambda: update(state, batch))
         if metrics["optim/skipped"]:
             raise RuntimeError("the gradient was not finite, and the update was left out")
@@ -100,27 +106,49 @@ def main(argv: Sequence[str]) -> None:
     common.say(began, "the limits")
     weights = place_for_rollout(model, state.params, mesh)
     del learner, state, reference  # what is left takes memory too
-    real, sampled = packed.segments.prompt > 0, (packed.place >= 0).sum(axis=1)
+    real, sampled = packed.segments.prompt > 0, (packed.flat_index >= 0).sum(axis=1)
     rows, width = packed.tokens.shape
     tokens, used, learn_s = int(real.sum()), int(packed.micro_batches), sum(times.values())
     chunk = min(width, flags.chunk_tokens)
     limit_s = learn_limit_s(
-        model, weights, width=width, micro_batches=used, chunk=chunk, chunks=int((-(-sampled // chunk)).sum()),
-        scored=flags.kl_coef > 0, repeats=flags.repeats)
+        model,
+        weights,
+        width=width,
+        micro_batches=used,
+        chunk=chunk,
+        chunks=int((-(-sampled // chunk)).sum()),
+        scored=flags.kl_coef > 0,
+        repeats=flags.repeats,
+    )
     square = square_gflop_s(flags.dtype, flags.repeats)
     passes = 4 if flags.kl_coef else 3  # the reference's forward pass; one forwards and twice that backwards
     needed = passes * forward_flops(model, weights, packed.segments.position[real], int(sampled.sum())) / 1e12
     gib = lambda program: program.memory_analysis().temp_size_in_bytes / 2**30
-    common.report(began, {
-        **common.about(flags, weights), **times, "learn_s": learn_s, "tok_s": tokens / learn_s,
-        "completion_tok_s": sampled.sum() / learn_s,
-        "tokens": tokens, "prompt_tokens_computed": tokens - int(sampled.sum()),
-        "padding_fraction": 1 - tokens / (used * width), "rows": rows, "width": width, "micro_batches": used,
-        "needed_tflop": needed, "square_gflop_s": square,
-        "model_flops_utilisation": 1e3 * needed / learn_s / square,
-        "limit_s": limit_s, "limit_fraction": limit_s / learn_s,
-        "score_temp_gib": gib(score) if flags.kl_coef else 0.0, "update_temp_gib": gib(update), "peak_rss_gib": peak,
-        "compile_s": compile_s})
+    common.report(
+        began,
+        {
+            **common.about(flags, weights),
+            **times,
+            "learn_s": learn_s,
+            "tok_s": tokens / learn_s,
+            "completion_tok_s": sampled.sum() / learn_s,
+            "tokens": tokens,
+            "prompt_tokens_computed": tokens - int(sampled.sum()),
+            "padding_fraction": 1 - tokens / (used * width),
+            "rows": rows,
+            "width": width,
+            "micro_batches": used,
+            "needed_tflop": needed,
+            "square_gflop_s": square,
+            "model_flops_utilisation": 1e3 * needed / learn_s / square,
+            "limit_s": limit_s,
+            "limit_fraction": limit_s / learn_s,
+            "score_temp_gib": gib(score) if flags.kl_coef else 0.0,
+            "update_temp_gib": gib(update),
+            "peak_rss_gib": peak,
+            "compile_s": compile_s,
+        },
+    )
 
 
 if __name__ == "__main__":

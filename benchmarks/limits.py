@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.architecture import ModelConfig
-from grpo_jax.draws import draw
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.rollout.draws import draw_tokens
 
 LITTLE = 1e-6  # of a product goes into the next one: enough to depend on it, too little to grow from step to step
 STEPS = 8  # in one compiled loop, so that calling it costs little of what is measured
@@ -34,13 +34,13 @@ def seconds(call, repeats: int) -> list[float]:
     return found
 
 
-def check_measurable(config: ModelConfig) -> None:
+def check_measurable(model_cfg: ModelConfig) -> None:
     """Refuses what `measure` does not know.
 
     Raises:
       UserError: which weights a mixture reads depends on the tokens; latent attention is no chain of projections.
     """
-    kind = "a mixture of experts" if config.experts else "latent attention" if config.latent else ""
+    kind = "a mixture of experts" if model_cfg.experts else "latent attention" if model_cfg.latent else ""
     if kind:
         raise UserError(f"expected a dense model with grouped-query attention; found {kind}, which is not measured")
 
@@ -61,9 +61,9 @@ def square_gflop_s(dtype: str, repeats: int) -> float:
     return 2 * side**3 / statistics.median(seconds(lambda: product(square), repeats)) / 1e9
 
 
-def head_of(config: ModelConfig, params) -> Float[Array, "D V"]:
+def head_of(model_cfg: ModelConfig, params) -> Float[Array, "D V"]:
     """The matrix from hidden states to logits."""
-    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+    return params["embed"]["embedding"].T if model_cfg.tie_embeddings else params["head"]["kernel"]
 
 
 def widen(x: Float[Array, "N _"], width: int) -> Float[Array, "N _"]:
@@ -84,47 +84,47 @@ def through(block, last: str, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
     return x + LITTLE * (inner @ final)
 
 
-def matmul_ms(config: ModelConfig, params, rows: int, repeats: int) -> float:
+def matmul_ms(model_cfg: ModelConfig, params, rows: int, repeats: int) -> float:
     """The products of one step, one after another on the weights themselves, without all that is between them."""
 
     def step(params, start, logits):
-        x = start + LITTLE * widen(logits, config.hidden_size).astype(start.dtype)
+        x = start + LITTLE * widen(logits, model_cfg.hidden_size).astype(start.dtype)
         for layer in params["layers"]:
             x = through(layer["mlp"], "down", through(layer["attention"], "o", x))
-        return jnp.matmul(x, head_of(config, params), preferred_element_type=config.logit_dtype)
+        return jnp.matmul(x, head_of(model_cfg, params), preferred_element_type=model_cfg.logit_dtype)
 
     @jax.jit
     def steps(params, start, logits):
         return jax.lax.fori_loop(0, STEPS, lambda _, logits: step(params, start, logits), logits)
 
-    start = jax.random.normal(jax.random.key(0), (rows, config.hidden_size), config.compute_dtype)
-    logits = jnp.zeros((rows, config.vocab_size), config.logit_dtype)
+    start = jax.random.normal(jax.random.key(0), (rows, model_cfg.hidden_size), model_cfg.compute_dtype)
+    logits = jnp.zeros((rows, model_cfg.vocab_size), model_cfg.logit_dtype)
     return 1e3 * statistics.median(seconds(lambda: steps(params, start, logits), repeats)) / STEPS
 
 
-def matmul_flops(config: ModelConfig, params, rows: int) -> int:
+def matmul_flops(model_cfg: ModelConfig, params, rows: int) -> int:
     """Multiplications and additions of those products."""
     leaves = jax.tree_util.tree_leaves_with_path(params["layers"])
     kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
-    return 2 * rows * (kernels + config.hidden_size * config.vocab_size)
+    return 2 * rows * (kernels + model_cfg.hidden_size * model_cfg.vocab_size)
 
 
-def kv_bytes(config: ModelConfig, columns: float, *, seen: bool = False) -> float:
+def kv_bytes(model_cfg: ModelConfig, columns: float, *, seen: bool = False) -> float:
     """Bytes of a sequence's keys and values.
 
     Args:
       seen: count only what a layer with a window looks at.
     """
-    held = sum(min(columns, layer.window) if seen and layer.window else columns for layer in config.layers)
-    return held * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+    held = sum(min(columns, layer.window) if seen and layer.window else columns for layer in model_cfg.layers)
+    return held * 2 * model_cfg.num_kv_heads * model_cfg.head_dim * jnp.dtype(model_cfg.compute_dtype).itemsize
 
 
-def step_bytes(config: ModelConfig, params, rows: int, columns: float) -> float:
+def step_bytes(model_cfg: ModelConfig, params, rows: int, columns: float) -> float:
     """Bytes that a step must read: the weights (of a token table only `rows` rows), and the rows' keys and values."""
     table = params["embed"]["embedding"]
-    unread = 0 if config.tie_embeddings else max(0, len(table) - rows) * table.shape[1] * table.dtype.itemsize
+    unread = 0 if model_cfg.tie_embeddings else max(0, len(table) - rows) * table.shape[1] * table.dtype.itemsize
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return weights - unread + rows * kv_bytes(config, columns, seen=True)
+    return weights - unread + rows * kv_bytes(model_cfg, columns, seen=True)
 
 
 def draw_ms(rows: int, vocab: int, repeats: int = 7) -> float:
@@ -134,7 +134,7 @@ def draw_ms(rows: int, vocab: int, repeats: int = 7) -> float:
     def steps(keys, logits):
         def step(i, last):
             own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-            return draw(own, logits + LITTLE * last[:, None])[1]
+            return draw_tokens(own, logits + LITTLE * last[:, None])[1]
 
         return jax.lax.fori_loop(0, STEPS, step, jnp.zeros(rows))
 
@@ -143,7 +143,7 @@ def draw_ms(rows: int, vocab: int, repeats: int = 7) -> float:
     return 1e3 * statistics.median(seconds(lambda: steps(keys, logits), repeats)) / STEPS
 
 
-def measure(config: ModelConfig, params, rows: int, columns: float, repeats: int = 7) -> dict[str, float]:
+def measure(model_cfg: ModelConfig, params, rows: int, columns: float, repeats: int = 7) -> dict[str, float]:
     """The limits of a decode step.
 
     Args:
@@ -154,30 +154,36 @@ def measure(config: ModelConfig, params, rows: int, columns: float, repeats: int
       read_gb_s, square_gflop_s; matmul_ms and matmul_gflop_s of the step's products; bytes_ms to read what a step must
       at read_gb_s; limit_ms, the larger of matmul_ms and bytes_ms. Medians of the repeats, but the best of read_gb_s.
     """
-    check_measurable(config)
+    check_measurable(model_cfg)
     read = read_gb_s(repeats)
-    products = matmul_ms(config, params, rows, repeats)
-    needed = step_bytes(config, params, rows, columns) / read / 1e6
+    products = matmul_ms(model_cfg, params, rows, repeats)
+    needed = step_bytes(model_cfg, params, rows, columns) / read / 1e6
     return {
         "read_gb_s": read,
-        "square_gflop_s": square_gflop_s(config.compute_dtype, repeats),
+        "square_gflop_s": square_gflop_s(model_cfg.compute_dtype, repeats),
         "matmul_ms": products,
-        "matmul_gflop_s": matmul_flops(config, params, rows) / products / 1e6,
+        "matmul_gflop_s": matmul_flops(model_cfg, params, rows) / products / 1e6,
         "bytes_ms": needed,
         "limit_ms": max(products, needed),
     }
 
 
-def layer_kernels(config: ModelConfig, params) -> list[tuple[int, Array]]:
+def layer_kernels(model_cfg: ModelConfig, params) -> list[tuple[int, Array]]:
     """The matrices of all layers, each with the number of its inputs.
 
     Args:
       params: placed for rollout: every layer is on its own.
     """
     return [
-        (leaf["kernel"].size // config.hidden_size if name in ("o", "down") else config.hidden_size, leaf["kernel"])
-        for layer in params["layers"] for block in (layer["attention"], layer["mlp"])
-        for name, leaf in block.items() if "kernel" in leaf]
+        (
+            leaf["kernel"].size // model_cfg.hidden_size if name in ("o", "down") else model_cfg.hidden_size,
+            leaf["kernel"],
+        )
+        for layer in params["layers"]
+        for block in (layer["attention"], layer["mlp"])
+        for name, leaf in block.items()
+        if "kernel" in leaf
+    ]
 
 
 def products_s(products: list[tuple[int, int, Array]], repeats: int) -> float:
@@ -216,7 +222,15 @@ def passes_s(kernels: list[tuple[int, Array]], rows: int, repeats: int) -> tuple
 
 
 def learn_limit_s(
-    config: ModelConfig, params, *, width: int, micro_batches: int, chunk: int, chunks: int, scored: bool, repeats: int
+    model_cfg: ModelConfig,
+    params,
+    *,
+    width: int,
+    micro_batches: int,
+    chunk: int,
+    chunks: int,
+    scored: bool,
+    repeats: int,
 ) -> float:
     """The matrix products of an update, and of scoring by a reference, with nothing between them.
 
@@ -226,15 +240,15 @@ def learn_limit_s(
       chunk, chunks: hidden states that go through the head at a time, and how often.
       scored: there is a reference, which is a forward pass more.
     """
-    check_measurable(config)
-    table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
-    layers = passes_s(layer_kernels(config, params), width, repeats)
-    head = passes_s([(config.hidden_size, table)] * STEPS, chunk, repeats)
+    check_measurable(model_cfg)
+    table = params["embed"]["embedding"] if model_cfg.tie_embeddings else params["head"]["kernel"]
+    layers = passes_s(layer_kernels(model_cfg, params), width, repeats)
+    head = passes_s([(model_cfg.hidden_size, table)] * STEPS, chunk, repeats)
     forward, backward = (micro_batches * x + chunks * y / STEPS for x, y in zip(layers, head))
     return (1 + scored) * forward + backward
 
 
-def forward_flops(config: ModelConfig, params, positions: Int[np.ndarray, " _"], sampled: int) -> int:
+def forward_flops(model_cfg: ModelConfig, params, positions: Int[np.ndarray, " _"], sampled: int) -> int:
     """Multiplications and additions that a forward pass needs: of the layers, of attention's two products, of the head.
 
     Args:
@@ -242,7 +256,10 @@ def forward_flops(config: ModelConfig, params, positions: Int[np.ndarray, " _"],
       positions: of all tokens; a token sees itself and those before it, as far as a layer's window reaches.
       sampled: how many of the tokens belong to completions; these alone go through the head.
     """
-    kernels = sum(kernel.size for _, kernel in layer_kernels(config, params))
-    seen = sum(np.minimum(positions + 1, layer.window or config.max_positions).sum() for layer in config.layers)
-    return 2 * int(kernels * len(positions) + 2 * config.num_heads * config.head_dim * seen
-                   + config.hidden_size * config.vocab_size * sampled)
+    kernels = sum(kernel.size for _, kernel in layer_kernels(model_cfg, params))
+    seen = sum(np.minimum(positions + 1, layer.window or model_cfg.max_positions).sum() for layer in model_cfg.layers)
+    return 2 * int(
+        kernels * len(positions)
+        + 2 * model_cfg.num_heads * model_cfg.head_dim * seen
+        + model_cfg.hidden_size * model_cfg.vocab_size * sampled
+    )

@@ -34,11 +34,11 @@ import jax
 import numpy as np
 from limits import draw_ms, kv_bytes, measure
 
-from grpo_jax.architecture import ModelConfig
+from grpo_jax.errors import UserError
 from grpo_jax.flags import run
-from grpo_jax.sampler import generate, place_for_rollout
-from grpo_jax.stops import stop_table
-from grpo_jax.types import UserError
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.text.stops import build_stop_table
 
 EXAMPLES = """  python benchmarks/rollout.py --model=smollm2 --prompts=4 --samples=8
   python benchmarks/rollout.py --model=smollm2 --prompts=16 --slots=32 --lengths=lognormal --compare"""
@@ -60,8 +60,10 @@ def read_flags(argv: Sequence[str]):
     if flags.slots > sequences:
         raise UserError(f"expected --slots of at most prompts * samples, {sequences}; found {flags.slots}")
     if (flags.static or flags.compare) and (not flags.slots or flags.slots % flags.samples or sequences % flags.slots):
-        raise UserError(f"expected --slots for batches of whole prompts: a multiple of {flags.samples} samples that "
-                        f"divides {sequences} sequences; found {flags.slots}")
+        raise UserError(
+            f"expected --slots for batches of whole prompts: a multiple of {flags.samples} samples that "
+            f"divides {sequences} sequences; found {flags.slots}"
+        )
     return flags
 
 
@@ -83,15 +85,26 @@ def steps_of(parts: list[tuple], slots: int) -> int:
     return total
 
 
-def rollout(config: ModelConfig, params, parts: list[tuple], flags) -> float:
+def rollout(model_cfg: ModelConfig, params, parts: list[tuple], flags) -> float:
     """Seconds of a whole rollout: the copy of the weights, then the parts one after another."""
-    table = stop_table(config.vocab_size, (), (), None)
+    table = build_stop_table(model_cfg.vocab_size, (), (), None)
     began = time.perf_counter()
-    placed = place_for_rollout(config, params)
+    placed = place_for_rollout(model_cfg, params)
     drawn = [
-        generate(config, placed, prompts, jax.random.key(flags.seed), samples=flags.samples,
-                 max_tokens=flags.new_tokens, temperature=1.0, table=table, slots=flags.slots, limits=limits)
-        for prompts, limits in parts]
+        generate_rollout(
+            model_cfg,
+            placed,
+            prompts,
+            jax.random.key(flags.seed),
+            samples=flags.samples,
+            max_tokens=flags.new_tokens,
+            temperature=1.0,
+            table=table,
+            slots=flags.slots,
+            limits=limits,
+        )
+        for prompts, limits in parts
+    ]
     jax.block_until_ready(drawn)
     took = time.perf_counter() - began
     if any((np.asarray(part.lengths) != limits).any() for part, (_, limits) in zip(drawn, parts)):
@@ -102,8 +115,8 @@ def rollout(config: ModelConfig, params, parts: list[tuple], flags) -> float:
 def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     flags = read_flags(argv)
-    config, params = common.load_model(flags, flags.dtype)
-    prompts, limits = common.draw_prompts(flags, config), common.draw_lengths(flags)
+    model_cfg, params = common.load_model(flags, flags.dtype)
+    prompts, limits = common.draw_prompts(flags, model_cfg), common.draw_lengths(flags)
     rows = flags.slots or limits.size
     whole, cut = [(prompts, limits)], lambda limits: batches(prompts, limits, flags.slots)
     plans = {"static" if flags.static else "refill": cut(limits) if flags.static else whole}
@@ -119,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     times = {name: [] for name in plans}
     for turn in range(flags.repeats + 1):
         for name, parts in plans.items():  # in turn, so that a slow minute of the machine is everyone's
-            times[name].append(rollout(config, params, parts, flags))
+            times[name].append(rollout(model_cfg, params, parts, flags))
             common.say(began, f"{name} rollout {turn}{'' if turn else ', which compiles'}: {times[name][-1]:.2f} s")
     median = {name: statistics.median(found[1:]) for name, found in times.items()}
     decode_ms = 1e3 * (median[chosen] - median["single"]) / (steps[chosen] - steps["single"])
@@ -127,14 +140,20 @@ def main(argv: Sequence[str]) -> None:
 
     common.say(began, "the limits")
     columns = flags.prompt_tokens + (limits * (limits - 1)).sum() / limits.sum() / 2  # that the step of a token sees
-    measured = measure(config, place_for_rollout(config, params), rows, columns)
+    measured = measure(model_cfg, place_for_rollout(model_cfg, params), rows, columns)
     result = {
-        **common.about(flags, params), "rows": rows,
-        "generate_s": median[chosen], "gen_tok_s": limits.sum() / median[chosen],
+        **common.about(flags, params),
+        "rows": rows,
+        "generate_s": median[chosen],
+        "gen_tok_s": limits.sum() / median[chosen],
         "compile_s": times[chosen][0] - median[chosen],
-        "decode_ms": decode_ms, "decode_steps": steps[chosen], "limit_fraction": measured["limit_ms"] / decode_ms,
-        **measured, "draw_fraction": draw_ms(rows, config.vocab_size) / decode_ms,
-        "kv_bytes_per_slot": int(kv_bytes(config, prompts.tokens.shape[1] + flags.new_tokens)), "peak_rss_gib": peak,
+        "decode_ms": decode_ms,
+        "decode_steps": steps[chosen],
+        "limit_fraction": measured["limit_ms"] / decode_ms,
+        **measured,
+        "draw_fraction": draw_ms(rows, model_cfg.vocab_size) / decode_ms,
+        "kv_bytes_per_slot": int(kv_bytes(model_cfg, prompts.tokens.shape[1] + flags.new_tokens)),
+        "peak_rss_gib": peak,
     }
     if flags.compare:
         for name in ("static", "refill"):

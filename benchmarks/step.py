@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.flags import run
-from grpo_jax.grpo import advantages
-from grpo_jax.mesh import split_rows, to_host
-from grpo_jax.packing import unpack
-from grpo_jax.sampler import generate, place_for_rollout
-from grpo_jax.stops import stop_table
-from grpo_jax.train import pack_batch
-from grpo_jax.train_step import make_experience, score_reference
+from grpo_jax.learn.grpo import advantages
+from grpo_jax.learn.packing import unpack_completions
+from grpo_jax.learn.update import make_experience, score_reference
+from grpo_jax.parallel.mesh import gather_to_host, shard_rows
+from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.run.train import pack_batch
+from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import TrainState
 
 EXAMPLES = """  python benchmarks/step.py --model=smollm2 --prompts=4 --samples=8
@@ -40,8 +40,8 @@ EXAMPLES = """  python benchmarks/step.py --model=smollm2 --prompts=4 --samples=
 
 
 def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainState, dict[str, float]]:
-    """The next state, and what took how long; as in grpo_jax.train.collect and what follows it there."""
-    config, model, mesh, state, reference, update = learner
+    """The next state, and what took how long; as in grpo_jax.run.train.collect and what follows it there."""
+    cfg, model, mesh, state, reference, update = learner
     times, began = dict.fromkeys(("generate_s", "score_s", "update_s", "pack_s"), 0.0), time.perf_counter()
 
     def timed(name: str, call):
@@ -50,19 +50,39 @@ def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainS
         times[name] += time.perf_counter() - begun
         return found
 
-    pack = lambda: split_rows(mesh, pack_batch(config, mesh, experience))
+    pack = lambda: shard_rows(mesh, pack_batch(cfg, mesh, experience))
     key = jax.random.fold_in(jax.random.key(flags.seed), turn)
-    rollout = timed("generate_s", lambda: to_host(generate(
-        model, place_for_rollout(model, state.params, mesh), prompts, key, samples=flags.samples,
-        max_tokens=flags.new_tokens, temperature=config.rollout.temperature,
-        table=stop_table(model.vocab_size, (), (), None), limits=limits)))
+    rollout = timed(
+        "generate_s",
+        lambda: gather_to_host(
+            generate_rollout(
+                model,
+                place_for_rollout(model, state.params, mesh),
+                prompts,
+                key,
+                samples=flags.samples,
+                max_tokens=flags.new_tokens,
+                temperature=cfg.rollout.temperature,
+                table=build_stop_table(model.vocab_size, (), (), None),
+                limits=limits,
+            )
+        ),
+    )
     rewards = jnp.asarray(np.random.default_rng([flags.seed, turn]).standard_normal(limits.shape), jnp.float32)
     experience = make_experience(prompts, rollout, np.asarray(advantages(rewards)), None)
     if reference is not None:
         packed = timed("pack_s", pack)
-        ref_logps = timed("score_s", lambda: to_host(score_reference(
-            model, reference, packed, temperature=config.rollout.temperature, chunk_tokens=config.update.chunk_tokens)))
-        experience = experience.replace(ref_logps=unpack(ref_logps, to_host(packed.place), experience.mask.shape))
+        ref_logps = timed(
+            "score_s",
+            lambda: gather_to_host(
+                score_reference(
+                    model, reference, packed, temperature=cfg.rollout.temperature, chunk_tokens=cfg.update.chunk_tokens
+                )
+            ),
+        )
+        experience = experience.replace(
+            ref_logps=unpack_completions(ref_logps, gather_to_host(packed.flat_index), experience.mask.shape)
+        )
     packed = timed("pack_s", pack)
     state, metrics = timed("update_s", lambda: update(state, packed))
     step_s = time.perf_counter() - began
@@ -84,10 +104,18 @@ def main(argv: Sequence[str]) -> None:
         rounds.append(times)
         common.say(began, f"step {turn}{'' if turn else ', which compiles'}: {times['step_s']:.2f} s")
     times, tokens = common.medians(rounds), int(limits.sum())
-    common.report(began, {
-        **common.about(flags, learner.state.params), **times, "tokens": tokens,
-        "gen_tok_s": tokens / times["generate_s"], "step_tok_s": tokens / times["step_s"],
-        "peak_rss_gib": common.peak_rss_gib(), "compile_s": rounds[0]["step_s"] - times["step_s"]})
+    common.report(
+        began,
+        {
+            **common.about(flags, learner.state.params),
+            **times,
+            "tokens": tokens,
+            "gen_tok_s": tokens / times["generate_s"],
+            "step_tok_s": tokens / times["step_s"],
+            "peak_rss_gib": common.peak_rss_gib(),
+            "compile_s": rounds[0]["step_s"] - times["step_s"],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Only `tiny` and `smollm2` have been run by us; the others are where a practition
 import difflib
 
 from grpo_jax import config as grpo_config
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
 
 
 def tiny():
@@ -52,8 +52,19 @@ def smollm2():
     return config
 
 
-def real(path: str, *, prompts: int = 32, samples: int = 16, max_tokens: int, lr: float, minibatches: int = 1,
-         steps: int = 1000, fsdp: int = -1, tensor: int = 1, expert: int = 1):
+def real(
+    path: str,
+    *,
+    prompts: int = 32,
+    samples: int = 16,
+    max_tokens: int,
+    lr: float,
+    minibatches: int = 1,
+    steps: int = 1000,
+    fsdp: int = -1,
+    tensor: int = 1,
+    expert: int = 1,
+):
     """What the presets of the hub's models have in common."""
     config = grpo_config.default()
     config.model.path, config.model.compute_dtype, config.model.reference_dtype = path, "bfloat16", "bfloat16"
@@ -186,14 +197,25 @@ def deepseek_v3():
     On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): experts over 64, matrices over 8. A rollout of 512 questions
     x 16 answers feeds 16 updates of 512 answers. R1-Zero allowed 32,768 tokens an answer, and 65,536 after update 8,200.
     """
-    return real("deepseek-ai/DeepSeek-V3-Base", prompts=512, max_tokens=32768, lr=3e-6, minibatches=16, steps=10400,
-                expert=64)
+    return real(
+        "deepseek-ai/DeepSeek-V3-Base", prompts=512, max_tokens=32768, lr=3e-6, minibatches=16, steps=10400, expert=64
+    )
 
 
 PRESETS = {
-    "tiny": tiny, "smollm2": smollm2, "qwen2.5-0.5b": qwen25_05b, "qwen2.5-1.5b": qwen25_15b, "qwen2.5-3b": qwen25_3b,
-    "qwen2.5-7b": qwen25_7b, "qwen2.5-32b": qwen25_32b, "qwen3-1.7b": qwen3_17b, "qwen3-8b": qwen3_8b,
-    "qwen3-30b-a3b": qwen3_30b_a3b, "llama3.2-3b": llama32_3b, "llama3.1-8b": llama31_8b, "gemma3-4b": gemma3_4b,
+    "tiny": tiny,
+    "smollm2": smollm2,
+    "qwen2.5-0.5b": qwen25_05b,
+    "qwen2.5-1.5b": qwen25_15b,
+    "qwen2.5-3b": qwen25_3b,
+    "qwen2.5-7b": qwen25_7b,
+    "qwen2.5-32b": qwen25_32b,
+    "qwen3-1.7b": qwen3_17b,
+    "qwen3-8b": qwen3_8b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "llama3.2-3b": llama32_3b,
+    "llama3.1-8b": llama31_8b,
+    "gemma3-4b": gemma3_4b,
     "deepseek-v3": deepseek_v3,
 }
 

@@ -1,7 +1,7 @@
 """Draws R1-Zero's two curves, accuracy and response length, from the metrics.jsonl of one or several runs.
 
-    pip install matplotlib
-    python docs/plot_curves.py docs/curves.png runs/seed0 runs/seed1 runs/seed2
+pip install matplotlib
+python docs/plot_curves.py docs/curves.png runs/seed0 runs/seed1 runs/seed2
 """
 
 import json

@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from grpo_jax.config import REFUSED, at, default, flat, read_config
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -35,8 +35,11 @@ def make_parser(doc: str, example: str, *, of_a_run: bool = False) -> OneLinePar
       of_a_run: the entry point reads the workdir of a run.
     """
     parser = OneLineParser(
-        description=doc, epilog=f"example:\n  {example}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=doc,
+        epilog=f"example:\n  {example}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE.py[:PRESET]", help="the config; --config.KEY=VALUE overrides a key")
     parser.add_argument("--workdir", metavar="DIR", help="where a run lives; default: runs/ plus the config's name")
     if of_a_run:
@@ -66,8 +69,10 @@ def load_config(spec: str) -> ConfigDict:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{file} line {lines[-1]}" if lines else file
-        raise UserError(f"expected get_config(preset) of {where} to give a config; "
-                        f"found {type(error).__name__}: {error}; mend it there") from None
+        raise UserError(
+            f"expected get_config(preset) of {where} to give a config; "
+            f"found {type(error).__name__}: {error}; mend it there"
+        ) from None
     if not isinstance(config, ConfigDict):
         raise UserError(f"expected get_config(preset) of {file} to return a ConfigDict; found {type(config).__name__}")
     return config
@@ -146,8 +151,9 @@ def parse(parser: OneLineParser, argv: Sequence[str]):
         either = " or --workdir=DIR" if of_a_run else ""
         raise UserError(f"expected --config=FILE.py{either}; found neither; see --help")
     if flags.workdir is not None and (not flags.workdir.strip() or "://" in flags.workdir):
-        raise UserError(f"expected --workdir to be a folder of a file system; found {flags.workdir!r}; "
-                        "mount it if need be")
+        raise UserError(
+            f"expected --workdir to be a folder of a file system; found {flags.workdir!r}; mount it if need be"
+        )
     workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
     if flags.config is not None:
         config = load_config(flags.config)

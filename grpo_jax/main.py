@@ -11,41 +11,46 @@ import jax
 
 from grpo_jax import config as configs
 from grpo_jax import flags
-from grpo_jax.processes import check_shared, join_processes, several_processes
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.parallel.processes import check_shared_workdir, is_multiprocess, join_processes
 
 
 def main(argv: Sequence[str]) -> None:
     parser = flags.make_parser(
         "Trains a language model with rule-based rewards (GRPO). Run again with the same workdir, it resumes.",
-        "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100")
+        "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
+    )
     _, raw, workdir = flags.parse(parser, argv)
     if raw.job == "pretrain":
-        from grpo_jax.pretrain import pretrain
+        from grpo_jax.tiny.pretrain import pretrain
 
-        if several_processes(os.environ):
+        if is_multiprocess(os.environ):
             raise UserError("expected one process for pretraining; found an environment of several; start it alone")
         pretrain(configs.check_pretrain(raw), workdir)
         return
-    config = configs.check(raw)
+    cfg = configs.check(raw)
     configs.check_workdir(workdir, raw)
     join_processes(os.environ)
 
-    from grpo_jax.checkpoint import newest_step
-    from grpo_jax.setting import check_prompts, prepare
-    from grpo_jax.train import train
+    from grpo_jax.run.checkpoint import newest_step
+    from grpo_jax.run.context import build_context, check_prompt_lengths
+    from grpo_jax.run.train import train
 
-    setting = prepare(config, training=True)
-    configs.check_model(config, setting.model)
-    check_prompts(config, setting.tokenizer)
-    configs.expect(newest_step(workdir) <= config.total_steps, "total_steps",
-                   f"{newest_step(workdir)} or more, which {workdir} has done", config.total_steps,
-                   "raise --config.total_steps or choose another --workdir")
+    context = build_context(cfg, training=True)
+    configs.check_model(cfg, context.model_cfg)
+    check_prompt_lengths(cfg, context.tokenizer)
+    configs.expect(
+        newest_step(workdir) <= cfg.total_steps,
+        "total_steps",
+        f"{newest_step(workdir)} or more, which {workdir} has done",
+        cfg.total_steps,
+        "raise --config.total_steps or choose another --workdir",
+    )
     if jax.process_index() == 0:
         configs.write_config(workdir, raw)
     if jax.process_count() > 1:
-        check_shared(workdir)
-    train(config, setting, workdir)
+        check_shared_workdir(workdir)
+    train(cfg, context, workdir)
 
 
 if __name__ == "__main__":

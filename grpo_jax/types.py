@@ -25,32 +25,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-LONGEST_ANSWER = 200  # characters; a longer answer is no answer, and a question may not ask for one
-
-
-class UserError(Exception):
-    """A user's mistake: one line that says what was expected, what was found and what to do.
-
-    Entry points print it as `error: ...` and exit with code 2, without a traceback.
-    """
-
-
-class Problem(NamedTuple):
-    """One question of a task."""
-
-    question: str
-    answer: str  # what the accuracy reward compares with
-    metadata: dict[str, Any]
-
-
-@flax.struct.dataclass
-class Prompts:
-    """B encoded prompts, padded on the right."""
-
-    tokens: Int[Array, "B T"]  # 0 beyond the prompt's length
-    lengths: Int[Array, " B"]
-    ids: Int[Array, " B"]  # position in the problem stream
-
 
 @flax.struct.dataclass
 class Rollout:
@@ -78,12 +52,12 @@ class Rollout:
 class Segments(NamedTuple):
     """Whose tokens these are. Prompts and completions lie in a row one after another, in any order.
 
-    A completion's tokens see their prompt and what stands before them in the completion (grpo_jax.attend.sees).
+    A completion's tokens see their prompt and what stands before them in the completion (grpo_jax.model.mask.sees).
     """
 
     position: Int[Array, "N L"]  # in the sequence of prompt and completion, from 0
     prompt: Int[Array, "N L"]  # which prompt of the row, from 1; 0: padding, which nothing sees
-    answer: Int[Array, "N L"]  # which completion in the row, from 1; 0: the prompt itself
+    completion: Int[Array, "N L"]  # which completion in the row, from 1; 0: the prompt itself
 
 
 @flax.struct.dataclass
@@ -100,7 +74,7 @@ class Experience:
 
 
 @flax.struct.dataclass
-class Packed:
+class PackedBatch:
     """Completions as the update computes on them: several in a row, after a prompt that they share.
 
     A row is what one shard of a mesh works on at a time. In each array the value at a column belongs to its token.
@@ -108,8 +82,8 @@ class Packed:
 
     tokens: Int[Array, "P W"]
     segments: Segments  # [P, W]
-    before: Int[Array, "P W"]  # the column whose hidden state predicts the token, if it belongs to a completion
-    place: Int[Array, "P W"]  # n * S + t for token t of completion n of the experience; -1 on prompts and padding
+    predict_from: Int[Array, "P W"]  # the column whose hidden state predicts the token, if it belongs to a completion
+    flat_index: Int[Array, "P W"]  # n * S + t for token t of completion n of the experience; -1 on prompts and padding
     weights: Float[Array, "P W"]  # of a token in the loss (grpo.token_weights); 0 on prompts and padding
     sampler_logps: Float[Array, "P W"]
     ref_logps: Float[Array, "P W"]

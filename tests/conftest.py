@@ -14,5 +14,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 import tests.strict  # noqa: E402,F401  (named below)
 
 # In the tests the annotated shapes and dtypes of these modules are checked, at trace time too.
-CHECKED = ("attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "score", "stops", "draws", "slots", "sampler", "grpo", "optimizer", "train_step", "pretrain")
-install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "tests.strict.check")
+CHECKED = (
+    "grpo_jax.model",
+    "grpo_jax.learn",
+    "grpo_jax.rollout.draws",
+    "grpo_jax.rollout.slots",
+    "grpo_jax.rollout.sampler",
+    "grpo_jax.text.stops",
+    "grpo_jax.tiny.pretrain",
+)
+install_import_hook(list(CHECKED), "tests.strict.check")

@@ -7,8 +7,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
-from grpo_jax import blockwise
-from grpo_jax.attend import UNLIMITED, plain, sees
+from grpo_jax.model import blockwise
+from grpo_jax.model.mask import NO_WINDOW, attention_mask, plain_attention
 from grpo_jax.types import Segments
 
 
@@ -47,21 +47,25 @@ def columns(segments: Segments, part: slice) -> Segments:
 def draw(queries: Segments, keys: Segments, heads=(2, 2), widths=(4, 4), dtype=jnp.float32):
     """q, keys, values and a cotangent of the output; scores differ enough for a softmax to matter."""
     (rows, length), count = queries.prompt.shape, keys.prompt.shape[1]
-    shapes = ((rows, length, heads[0], widths[0]), (rows, heads[1], widths[0], count),
-              (rows, heads[1], count, widths[1]), (rows, length, heads[0], widths[1]))
+    shapes = (
+        (rows, length, heads[0], widths[0]),
+        (rows, heads[1], widths[0], count),
+        (rows, heads[1], count, widths[1]),
+        (rows, length, heads[0], widths[1]),
+    )
     rng = np.random.default_rng(1)
     return [(scale * rng.standard_normal(shape)).astype(dtype) for scale, shape in zip((3, 1, 1, 1), shapes)]
 
 
 def attend(q, keys, values, queries, key_segments, window, **options):
-    plan = blockwise.plan(queries, key_segments, window)
-    return blockwise.blockwise(q, keys, values, queries, key_segments, window, plan, **options)
+    plan = blockwise.plan_blocks(queries, key_segments, window)
+    return blockwise.blockwise_attention(q, keys, values, queries, key_segments, window, plan, **options)
 
 
 def defined(q, keys, values, queries, key_segments, window, **options):
     """`plain`, but zeros for queries that see nothing."""
-    mask = sees(queries, key_segments, window)
-    return jnp.where(mask.any(-1)[..., None, None], plain(q, keys, values, mask, **options), 0)
+    mask = attention_mask(queries, key_segments, window)
+    return jnp.where(mask.any(-1)[..., None, None], plain_attention(q, keys, values, mask, **options), 0)
 
 
 def value_and_gradients(function, **options):
@@ -72,13 +76,15 @@ def value_and_gradients(function, **options):
     return both
 
 
-def compare(queries, keys=None, window=UNLIMITED, *, cap=0.0, tolerance=1e-5, traced=False, **shapes):
+def compare(queries, keys=None, window=NO_WINDOW, *, cap=0.0, tolerance=1e-5, traced=False, **shapes):
     keys = queries if keys is None else keys
 
     def results(q, k, v, dout, queries, keys, window):
-        dout = jnp.where(sees(queries, keys, window).any(-1)[..., None, None], dout, 0)
-        return [value_and_gradients(function, cap=cap)(q, k, v, dout, queries, keys, window)
-                for function in (attend, defined)]
+        dout = jnp.where(attention_mask(queries, keys, window).any(-1)[..., None, None], dout, 0)
+        return [
+            value_and_gradients(function, cap=cap)(q, k, v, dout, queries, keys, window)
+            for function in (attend, defined)
+        ]
 
     compiled = jax.jit(results, static_argnums=() if traced else 6)
     ours, plains = compiled(*draw(queries, keys, **shapes), queries, keys, window)
@@ -132,7 +138,7 @@ def test_products_take_the_queries_dtype_and_give_float32():
                 walk(inner)
 
     drawn = draw(tokens, tokens, dtype=jnp.bfloat16)
-    walk(jax.make_jaxpr(value_and_gradients(attend))(*drawn, tokens, tokens, UNLIMITED).jaxpr)
+    walk(jax.make_jaxpr(value_and_gradients(attend))(*drawn, tokens, tokens, NO_WINDOW).jaxpr)
     assert found == [("bfloat16", "bfloat16", "float32")] * 7  # two forward, five backward
 
 
@@ -140,20 +146,20 @@ def test_queries_that_see_nothing_get_zeros_and_no_gradient():
     tokens = packed(45)
     padding = np.asarray(tokens.prompt == 0)
     drawn = draw(tokens, tokens)
-    out, dq, dkeys, dvalues = jax.jit(value_and_gradients(attend))(*drawn, tokens, tokens, UNLIMITED)
+    out, dq, dkeys, dvalues = jax.jit(value_and_gradients(attend))(*drawn, tokens, tokens, NO_WINDOW)
     assert padding.any() and all(np.isfinite(x).all() for x in (out, dq, dkeys, dvalues))
     assert not out[padding].any() and not dq[padding].any()
     assert not np.moveaxis(dkeys, -1, 1)[padding].any() and not np.moveaxis(dvalues, 2, 1)[padding].any()
     assert out[~padding].all()
 
 
-@pytest.mark.parametrize("window", [UNLIMITED, 6])
+@pytest.mark.parametrize("window", [NO_WINDOW, 6])
 def test_plan_is_exact(window):
     keys = packed(61, rows=2, shuffled=False)
     queries = columns(keys, slice(13, 50))
-    mask = np.pad(sees(queries, keys, window), ((0, 0), (0, 3), (0, 3)))
+    mask = np.pad(attention_mask(queries, keys, window), ((0, 0), (0, 3), (0, 3)))
     needs = mask.reshape(2, 5, 8, 8, 8).any(axis=(0, 2, 4))
-    made = blockwise.plan(queries, keys, window)
+    made = blockwise.plan_blocks(queries, keys, window)
     np.testing.assert_array_equal(made.count, needs.sum(1))
     for order, count, need in zip(np.asarray(made.order), np.asarray(made.count), needs):
         assert sorted(order) == list(range(8)) and set(order[:count]) == set(np.flatnonzero(need))
@@ -164,12 +170,12 @@ def test_unneeded_blocks_are_not_touched():
     """Two prompts of two blocks each. What the second one's keys hold, NaN even, cannot reach the first one."""
     tokens = causal(32)
     tokens = tokens._replace(prompt=1 + tokens.position // 16, position=tokens.position % 16)
-    assert int(blockwise.plan(tokens, tokens, UNLIMITED).count.sum()) == 6  # of 16 pairs
+    assert int(blockwise.plan_blocks(tokens, tokens, NO_WINDOW).count.sum()) == 6  # of 16 pairs
     q, keys, values, dout = draw(tokens, tokens)
     spoilt = np.where(np.arange(32) < 16, keys, np.nan), np.where(np.arange(32)[:, None] < 16, values, np.nan)
     function = jax.jit(value_and_gradients(attend))
-    clean = function(q, keys, values, dout, tokens, tokens, UNLIMITED)
-    found = function(q, *spoilt, dout, tokens, tokens, UNLIMITED)
+    clean = function(q, keys, values, dout, tokens, tokens, NO_WINDOW)
+    found = function(q, *spoilt, dout, tokens, tokens, NO_WINDOW)
     first = lambda out, dq, dkeys, dvalues: (out[:, :16], dq[:, :16], dkeys[..., :16], dvalues[:, :, :16])
     for got, want in zip(first(*found), first(*clean)):
         np.testing.assert_array_equal(got, want)
@@ -202,7 +208,7 @@ def test_memory_is_linear_in_the_length(monkeypatch):
 
     def temporaries(length):
         tokens = causal(length)
-        drawn = *draw(tokens, tokens), tokens, tokens, UNLIMITED
+        drawn = *draw(tokens, tokens), tokens, tokens, NO_WINDOW
         compiled = jax.jit(value_and_gradients(attend)).lower(*drawn).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import evaluate, flags, generate, main, processes
+from grpo_jax import evaluate, flags, generate, main
 from grpo_jax.config import default, write_config
-from grpo_jax.source import find_model
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.parallel import processes
+from grpo_jax.weights.source import find_model
 
 ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"
 PRETRAIN = f"--config={ROOT}/configs/pretrain_tiny.py"
 # If a mistake below were not found, this little would be trained.
-LITTLE = ["--config.total_steps=1", "--config.rollout.prompts=4", "--config.rollout.samples=2",
-          "--config.rollout.max_tokens=2", "--config.eval.questions=2"]
+LITTLE = [
+    "--config.total_steps=1",
+    "--config.rollout.prompts=4",
+    "--config.rollout.samples=2",
+    "--config.rollout.max_tokens=2",
+    "--config.eval.questions=2",
+]
 
 
 def contents(folder: Path) -> dict:
@@ -41,66 +47,89 @@ def asking(path: Path, *questions: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--config.rollout.sample=4"], r"found --config.rollout.sample; Did you mean --config.rollout.samples\?"),
-    (["--config.lr=1"], r"found --config.lr; Did you mean --config.optim.lr\?"),
-    (["--config.rollout=4"], r"found --config.rollout; Did you mean --config.rollout\.\w+\?"),
-    (["--config.xyzzy=1"], "found --config.xyzzy; known keys: .*rollout.samples.*total_steps"),
-    (["--config.seed=many"], r"expected --config.seed to be of type int \(as 0\); found 'many'"),
-    (["--config.total_steps=2.5"], "expected --config.total_steps to be of type int .*found '2.5'"),
-    (["--config.optim.lr=fast"], r"expected --config.optim.lr to be of type float \(as [\d.]+\); found 'fast'"),
-    (["--config.optim.lr=nan"], "expected --config.optim.lr to be of type float .*found 'nan'"),
-    (["--config.optim.lr=inf"], "expected --config.optim.lr to be of type float .*found 'inf'"),
-    (["--config.model.attention=cudnn"], "expected devices of kind gpu for model.attention=cudnn; found cpu; set --config"),
-    (["--config.seed"], "expected a value for --config.seed; found none; write --config.seed=VALUE"),
-    (["--config.seed", "--config.total_steps=5"], "expected a value for --config.seed; found none"),
-    (["--config.seed="], "expected --config.seed to be of type int .*found ''"),
-    (["--config.rollout.stop_strings=</answer>"], r'a JSON list \(as \["</answer>"\]\); found'),
-    (["--config.rollout.stop_strings={}"], "a JSON list"),
-    (['--config.rollout.stop_strings=[""]'], "rollout.stop_strings to be strings that are not empty"),
-    (["--config.rollout.stop_strings=[1]"], "rollout.stop_strings to be strings that are not empty"),
-    (["--config.rollout.top_p=0.9"], "no rollout.top_p in training; found 0.9; .*ratio .* biased; eval.top_k"),
-    (["--config.rollout.top_k=5"], "no rollout.top_k in training"),
-    (["--config.eval.top_p=0"], "eval.top_p to be in"), (["--config.eval.min_p=2"], "eval.min_p to be in"),
-    (["--config.eval.top_k=-1"], "eval.top_k to be 0 or more"), (["--config.rollout.slots=-2"], "rollout.slots"),
-    (["--config.rollout.slots=4000000", "--config.rollout.prompts=4000", "--config.rollout.samples=1000"],
-     r"rollout.slots of at most [1-9]\d+; found 4000000: .*lower rollout.slots"),
-    (["--config.rollout.stop_strings=[\"" + "a" * 4001 + "\"]"], "at most 4000 characters"),
-    (["train"], "found the unknown argument 'train'"),
-    (["--config.seed=1", "2"], "found the unknown argument '2'"),
-    (["--resume"], "found the unknown flag '--resume'"),
-    (["--work=x"], "found the unknown flag '--work'"),  # no abbreviations
-    (["-h5"], "expected flags as --help lists them"),
-    (["--config.rollout.samples=1"], "expected rollout.samples to be 2 or more; found 1"),
-    (["--config.rollout.temperature=0"], "expected rollout.temperature to be 0.01 or more in training; found 0.0"),
-    (["--config.update.minibatches=3", "--config.rollout.prompts=16", "--config.rollout.samples=8"],
-     "a divisor of the 128 rows"),
-    (["--config.mesh.data=3"], r"mesh.data=3 .*on 8 device\(s\); set one of .* to -1"),
-    (["--config.mesh.fsdp=-1"], "at most one of them -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1"),
-    (["--config.model.path=no/such/model"], "expected a model folder at no/such/model; found none; set model.path"),
-    (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500; lower one"),
-    (["--config.task.name=jsonl"], "expected task.path to be a JSONL file.*set --config.task.path"),
-    (["--config.task.name=jsonl", "--config.task.path=none.jsonl"], "expected a JSONL file of questions at none.jsonl"),
-    (["--config.rollout.max_prompt_tokens=40"],
-     r"at most rollout.max_prompt_tokens=40 tokens; problem \d+ .* has \d+; raise rollout.max_prompt_tokens"),
-    (["--config.job=pretrain"], "job"),
-    (["--config.job=sft"], "job"),
-    (["--config.seed=100000000000000000000000000"], "expected seed"),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--config.rollout.sample=4"], r"found --config.rollout.sample; Did you mean --config.rollout.samples\?"),
+        (["--config.lr=1"], r"found --config.lr; Did you mean --config.optim.lr\?"),
+        (["--config.rollout=4"], r"found --config.rollout; Did you mean --config.rollout\.\w+\?"),
+        (["--config.xyzzy=1"], "found --config.xyzzy; known keys: .*rollout.samples.*total_steps"),
+        (["--config.seed=many"], r"expected --config.seed to be of type int \(as 0\); found 'many'"),
+        (["--config.total_steps=2.5"], "expected --config.total_steps to be of type int .*found '2.5'"),
+        (["--config.optim.lr=fast"], r"expected --config.optim.lr to be of type float \(as [\d.]+\); found 'fast'"),
+        (["--config.optim.lr=nan"], "expected --config.optim.lr to be of type float .*found 'nan'"),
+        (["--config.optim.lr=inf"], "expected --config.optim.lr to be of type float .*found 'inf'"),
+        (
+            ["--config.model.attention=cudnn"],
+            "expected devices of kind gpu for model.attention=cudnn; found cpu; set --config",
+        ),
+        (["--config.seed"], "expected a value for --config.seed; found none; write --config.seed=VALUE"),
+        (["--config.seed", "--config.total_steps=5"], "expected a value for --config.seed; found none"),
+        (["--config.seed="], "expected --config.seed to be of type int .*found ''"),
+        (["--config.rollout.stop_strings=</answer>"], r'a JSON list \(as \["</answer>"\]\); found'),
+        (["--config.rollout.stop_strings={}"], "a JSON list"),
+        (['--config.rollout.stop_strings=[""]'], "rollout.stop_strings to be strings that are not empty"),
+        (["--config.rollout.stop_strings=[1]"], "rollout.stop_strings to be strings that are not empty"),
+        (["--config.rollout.top_p=0.9"], "no rollout.top_p in training; found 0.9; .*ratio .* biased; eval.top_k"),
+        (["--config.rollout.top_k=5"], "no rollout.top_k in training"),
+        (["--config.eval.top_p=0"], "eval.top_p to be in"),
+        (["--config.eval.min_p=2"], "eval.min_p to be in"),
+        (["--config.eval.top_k=-1"], "eval.top_k to be 0 or more"),
+        (["--config.rollout.slots=-2"], "rollout.slots"),
+        (
+            ["--config.rollout.slots=4000000", "--config.rollout.prompts=4000", "--config.rollout.samples=1000"],
+            r"rollout.slots of at most [1-9]\d+; found 4000000: .*lower rollout.slots",
+        ),
+        (['--config.rollout.stop_strings=["' + "a" * 4001 + '"]'], "at most 4000 characters"),
+        (["train"], "found the unknown argument 'train'"),
+        (["--config.seed=1", "2"], "found the unknown argument '2'"),
+        (["--resume"], "found the unknown flag '--resume'"),
+        (["--work=x"], "found the unknown flag '--work'"),  # no abbreviations
+        (["-h5"], "expected flags as --help lists them"),
+        (["--config.rollout.samples=1"], "expected rollout.samples to be 2 or more; found 1"),
+        (["--config.rollout.temperature=0"], "expected rollout.temperature to be 0.01 or more in training; found 0.0"),
+        (
+            ["--config.update.minibatches=3", "--config.rollout.prompts=16", "--config.rollout.samples=8"],
+            "a divisor of the 128 rows",
+        ),
+        (["--config.mesh.data=3"], r"mesh.data=3 .*on 8 device\(s\); set one of .* to -1"),
+        (
+            ["--config.mesh.fsdp=-1"],
+            "at most one of them -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
+        ),
+        (["--config.model.path=no/such/model"], "expected a model folder at no/such/model; found none; set model.path"),
+        (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500; lower one"),
+        (["--config.task.name=jsonl"], "expected task.path to be a JSONL file.*set --config.task.path"),
+        (
+            ["--config.task.name=jsonl", "--config.task.path=none.jsonl"],
+            "expected a JSONL file of questions at none.jsonl",
+        ),
+        (
+            ["--config.rollout.max_prompt_tokens=40"],
+            r"at most rollout.max_prompt_tokens=40 tokens; problem \d+ .* has \d+; raise rollout.max_prompt_tokens",
+        ),
+        (["--config.job=pretrain"], "job"),
+        (["--config.job=sft"], "job"),
+        (["--config.seed=100000000000000000000000000"], "expected seed"),
+    ],
+)
 def test_mistake_in_training(tmp_path, argv, says):
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE[:1], *argv, says=says)
 
 
-@pytest.mark.parametrize("config, says", [
-    (f"{ROOT}/configs/r1zero.py:huge", "expected a preset of configs/r1zero.py: tiny.*; found 'huge'"),
-    (f"{ROOT}/configs/pretrain_tiny.py:huge", "expected no preset of configs/pretrain_tiny.py; found 'huge'"),
-    ("no/such.py", "expected --config to name a Python file such as configs/r1zero.py; found no file 'no/such.py'"),
-    (f"{ROOT}/pyproject.toml", "expected --config to name a Python file .*found no file .*pyproject.toml"),
-    (f"{ROOT}/tests/__init__.py", r"expected a function get_config\(preset\) in .*; found none"),
-    ("", "expected --config"),
-])
-def test_mistake_in_the_name_of_the_config(tmp_path, config, says):
-    refused(main.main, tmp_path / "run", f"--config={config}", says=says)
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (f"{ROOT}/configs/r1zero.py:huge", "expected a preset of configs/r1zero.py: tiny.*; found 'huge'"),
+        (f"{ROOT}/configs/pretrain_tiny.py:huge", "expected no preset of configs/pretrain_tiny.py; found 'huge'"),
+        ("no/such.py", "expected --config to name a Python file such as configs/r1zero.py; found no file 'no/such.py'"),
+        (f"{ROOT}/pyproject.toml", "expected --config to name a Python file .*found no file .*pyproject.toml"),
+        (f"{ROOT}/tests/__init__.py", r"expected a function get_config\(preset\) in .*; found none"),
+        ("", "expected --config"),
+    ],
+)
+def test_mistake_in_the_name_of_the_config(tmp_path, cfg, says):
+    refused(main.main, tmp_path / "run", f"--config={cfg}", says=says)
 
 
 def test_no_config_at_all(tmp_path):
@@ -125,8 +154,15 @@ def test_question_longer_than_the_prompt_is_found_before_training(tmp_path, plac
     paths = [f"--config.task.path={asking(tmp_path / 'q.jsonl', *questions)}"]
     if place == "eval_path":
         paths.append(f"--config.task.eval_path={asking(tmp_path / 'e.jsonl', *other)}")
-    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=jsonl", *paths,
-            says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.*; raise rollout.max_prompt_tokens")
+    refused(
+        main.main,
+        tmp_path / "run",
+        R1ZERO,
+        *LITTLE,
+        "--config.task.name=jsonl",
+        *paths,
+        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.*; raise rollout.max_prompt_tokens",
+    )
 
 
 def test_broken_file_of_questions_is_found_before_training(tmp_path):
@@ -142,10 +178,14 @@ def test_broken_file_of_questions_is_found_before_training(tmp_path):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=jsonl", *paths, says=says)
 
 
-@pytest.mark.parametrize("file, says", [
-    ("tokenizer.json", "tokenizer"), ("config.json", "expected a readable config.json"),
-    ("model.safetensors", "expected a whole safetensors file"),
-])
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("tokenizer.json", "tokenizer"),
+        ("config.json", "expected a readable config.json"),
+        ("model.safetensors", "expected a whole safetensors file"),
+    ],
+)
 def test_broken_model_folder_is_found_before_training(tmp_path, file, says):
     shutil.copytree(find_model("tiny"), tmp_path / "model")
     (tmp_path / "model" / file).write_text("{")
@@ -156,8 +196,12 @@ def test_workdir_of_another_config(tmp_path):
     other = default()
     other.seed = 5
     write_config(tmp_path / "run", other)
-    refused(main.main, tmp_path / "run", R1ZERO,
-            says="found seed=0 where the run has 5; choose another --workdir or pass --config.seed=5")
+    refused(
+        main.main,
+        tmp_path / "run",
+        R1ZERO,
+        says="found seed=0 where the run has 5; choose another --workdir or pass --config.seed=5",
+    )
 
 
 def test_workdir_with_other_files(tmp_path):
@@ -181,13 +225,16 @@ def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
-@pytest.mark.parametrize("change, says", [
-    ("--config.rollout.max_tokens=500", r"at most the model's 512 positions .*found \d+ \+ 500"),
-    ("--config.rollout.sample=4", "Did you mean --config.rollout.samples"),
-    ("--config.mesh.data=3", "mesh.data=3"),
-    ("--config.model.path=no/such/model", "expected model.path=tiny, with which .* was begun; found no/such/model"),
-    ("--steps=3", "found the unknown flag '--steps'"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("--config.rollout.max_tokens=500", r"at most the model's 512 positions .*found \d+ \+ 500"),
+        ("--config.rollout.sample=4", "Did you mean --config.rollout.samples"),
+        ("--config.mesh.data=3", "mesh.data=3"),
+        ("--config.model.path=no/such/model", "expected model.path=tiny, with which .* was begun; found no/such/model"),
+        ("--steps=3", "found the unknown flag '--steps'"),
+    ],
+)
 def test_mistake_in_reading_a_run(tmp_path, entry, argv, change, says):
     write_config(tmp_path / "run", default())
     refused(entry, tmp_path / "run", *argv, change, says=says)
@@ -204,15 +251,18 @@ def test_neither_config_nor_workdir():
             entry(argv)
 
 
-@pytest.mark.parametrize("argv, says", [
-    ([], "expected a question; found none; pass --prompt="),
-    (["--prompt="], "expected a question; found none"),
-    (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*raise rollout.max_prompt_tok"),
-    (["--prompt=hello", "--temperature=-1"], "expected --temperature of 0 or more; found -1.0"),
-    (["--prompt=hello", "--temperature=nan"], "expected --temperature of 0 or more; found nan"),
-    (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
-    (["hello"], "found the unknown argument 'hello'"),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ([], "expected a question; found none; pass --prompt="),
+        (["--prompt="], "expected a question; found none"),
+        (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*raise rollout.max_prompt_tok"),
+        (["--prompt=hello", "--temperature=-1"], "expected --temperature of 0 or more; found -1.0"),
+        (["--prompt=hello", "--temperature=nan"], "expected --temperature of 0 or more; found nan"),
+        (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
+        (["hello"], "found the unknown argument 'hello'"),
+    ],
+)
 def test_mistake_in_generating(tmp_path, argv, says):
     write_config(tmp_path / "run", default())
     refused(generate.main, tmp_path / "run", *argv, says=says)
@@ -223,20 +273,36 @@ def test_mistake_in_the_questions_to_evaluate(tmp_path):
     write_config(run, default())
     refused(evaluate.main, run, f"--questions={path}", says="expected a JSONL file of questions at .*No such file")
     path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "solution": 1}\n')
-    refused(evaluate.main, run, f"--questions={path}",
-            says=r"expected the field 'answer' .*q.jsonl line 2; found the fields \['question', 'solution'\]")
-    refused(evaluate.main, run, f"--questions={asking(path, 'q', 'word ' * 90)}",
-            says=r"at most rollout.max_prompt_tokens=\d+ tokens; problem 1 .*raise rollout.max_prompt_tokens")
+    refused(
+        evaluate.main,
+        run,
+        f"--questions={path}",
+        says=r"expected the field 'answer' .*q.jsonl line 2; found the fields \['question', 'solution'\]",
+    )
+    refused(
+        evaluate.main,
+        run,
+        f"--questions={asking(path, 'q', 'word ' * 90)}",
+        says=r"at most rollout.max_prompt_tokens=\d+ tokens; problem 1 .*raise rollout.max_prompt_tokens",
+    )
 
 
 def test_flags_give_values_of_the_keys_types():
     parse = lambda *argv: flags.parse(flags.make_parser("", ""), argv)
-    _, config, workdir = parse(
-        R1ZERO, "--config.seed=3", "--config.optim.lr=1", "--config.loss.kl_coef", "0", "--config.mesh.data", "-1",
-        "--config.task.path=a=b.jsonl", "--config.model.path=")
-    assert (config.seed, config.optim.lr, config.loss.kl_coef, config.mesh.data) == (3, 1.0, 0.0, -1)
-    assert isinstance(config.optim.lr, float) and isinstance(config.loss.kl_coef, float)
-    assert (config.task.path, config.model.path) == ("a=b.jsonl", "")
+    _, cfg, workdir = parse(
+        R1ZERO,
+        "--config.seed=3",
+        "--config.optim.lr=1",
+        "--config.loss.kl_coef",
+        "0",
+        "--config.mesh.data",
+        "-1",
+        "--config.task.path=a=b.jsonl",
+        "--config.model.path=",
+    )
+    assert (cfg.seed, cfg.optim.lr, cfg.loss.kl_coef, cfg.mesh.data) == (3, 1.0, 0.0, -1)
+    assert isinstance(cfg.optim.lr, float) and isinstance(cfg.loss.kl_coef, float)
+    assert (cfg.task.path, cfg.model.path) == ("a=b.jsonl", "")
     assert workdir == Path("runs/r1zero")
     assert parse(f"{R1ZERO}:tiny")[2] == Path("runs/r1zero-tiny")
     assert parse(R1ZERO, "--workdir=a/b")[2] == Path("a/b")
@@ -254,15 +320,23 @@ def test_a_run_is_read_with_its_own_config(tmp_path):
 
 def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"grpo_jax.{module}", *argv], cwd=folder, capture_output=True, text=True, timeout=120)
+        [sys.executable, "-m", f"grpo_jax.{module}", *argv], cwd=folder, capture_output=True, text=True, timeout=120
+    )
 
 
-@pytest.mark.parametrize("module, argv, says", [
-    ("main", ["--config.rollout.sam\nple=4"], "Did you mean --config.rollout.samples?"),  # a line's end in the message
-    ("evaluate", ["--config.rollout.max_tokens=4"], "train first"),
-    # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
-    ("generate", ["--prompt=" + "word " * 600], "raise rollout.max_prompt_tokens"),
-])
+@pytest.mark.parametrize(
+    "module, argv, says",
+    [
+        (
+            "main",
+            ["--config.rollout.sam\nple=4"],
+            "Did you mean --config.rollout.samples?",
+        ),  # a line's end in the message
+        ("evaluate", ["--config.rollout.max_tokens=4"], "train first"),
+        # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
+        ("generate", ["--prompt=" + "word " * 600], "raise rollout.max_prompt_tokens"),
+    ],
+)
 def test_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):
     done = command(tmp_path, module, R1ZERO, *argv)
     assert done.returncode == 2
@@ -280,14 +354,21 @@ def test_help_shows_the_flags_and_an_example(tmp_path, module):
     assert f"example:\n  python -m grpo_jax.{module} --" in done.stdout
 
 
-@pytest.mark.parametrize("text, says", [
-    ("def get_config():\n    return None\n", "to return a ConfigDict; found NoneType"),
-    ("def get_config(:\n", "mine.py to give a config; found SyntaxError"),
-    ("from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.rollout.samples = '8'\n    return c\n",
-     "mine.py line 5 to give a config; found TypeError"),
-    ("from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.update.epochs = 2\n    return c\n",
-     "mine.py line 5 to give a config; found AttributeError"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("def get_config():\n    return None\n", "to return a ConfigDict; found NoneType"),
+        ("def get_config(:\n", "mine.py to give a config; found SyntaxError"),
+        (
+            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.rollout.samples = '8'\n    return c\n",
+            "mine.py line 5 to give a config; found TypeError",
+        ),
+        (
+            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.update.epochs = 2\n    return c\n",
+            "mine.py line 5 to give a config; found AttributeError",
+        ),
+    ],
+)
 def test_mistake_in_a_config_file(tmp_path, text, says):
     (tmp_path / "mine.py").write_text(text)
     refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py", says=says)
@@ -309,23 +390,33 @@ def test_workdir_that_is_no_folder_of_a_file_system(tmp_path, monkeypatch, workd
 def test_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="expected a folder that can be written"):
-        main.main([R1ZERO, f"--workdir={tmp_path}/file/run", "--config.mesh.data=8", *LITTLE,
-                   "--config.rollout.prompts=8"])
+        main.main(
+            [R1ZERO, f"--workdir={tmp_path}/file/run", "--config.mesh.data=8", *LITTLE, "--config.rollout.prompts=8"]
+        )
 
 
 def test_fewer_steps_than_the_run_has_done(tmp_path):
     run = tmp_path / "run"
     write_config(run, default())
     (run / "checkpoints" / "40").mkdir(parents=True)
-    refused(main.main, run, R1ZERO, "--config.total_steps=20", says="expected total_steps to be 40 or more, which .* has done")
+    refused(
+        main.main,
+        run,
+        R1ZERO,
+        "--config.total_steps=20",
+        says="expected total_steps to be 40 or more, which .* has done",
+    )
 
 
-@pytest.mark.parametrize("flag, says", [
-    ("--config.model.num_heads=3", "model.num_heads to be a multiple of model.num_kv_heads"),
-    ("--config.batch.row_tokens=4096", "batch.row_tokens to be at most model.max_positions"),
-    ("--config.batch.rows=0", "batch.rows to be more than 0"),
-    ("--config.total_steps=3", "total_steps to be more than optim.warmup_steps"),
-])
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--config.model.num_heads=3", "model.num_heads to be a multiple of model.num_kv_heads"),
+        ("--config.batch.row_tokens=4096", "batch.row_tokens to be at most model.max_positions"),
+        ("--config.batch.rows=0", "batch.rows to be more than 0"),
+        ("--config.total_steps=3", "total_steps to be more than optim.warmup_steps"),
+    ],
+)
 def test_mistake_in_pretraining(tmp_path, flag, says):
     refused(main.main, tmp_path / "run", PRETRAIN, flag, says=says)
 
@@ -335,12 +426,22 @@ def test_pretraining_does_not_write_into_a_run(tmp_path):
     refused(main.main, tmp_path / "run", PRETRAIN, says="expected a workdir without a model or a run")
 
 
-@pytest.mark.parametrize("environ, several", [
-    ({}, False), ({"SLURM_NTASKS": "4"}, False), ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-    ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True), ({"JAX_COORDINATOR_ADDRESS": "h:1"}, True), ({"GRPO_JAX_DISTRIBUTED": "1"}, True)])
+@pytest.mark.parametrize(
+    "environ, several",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, True),
+        ({"GRPO_JAX_DISTRIBUTED": "1"}, True),
+    ],
+)
 def test_several_processes_are_seen_in_the_environment(environ, several):
-    assert processes.several_processes(environ) == several
+    assert processes.is_multiprocess(environ) == several
 
 
 def test_an_environment_that_says_too_little(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from grpo_jax.architecture import ModelConfig
 from grpo_jax.config import (
     check,
     check_model,
@@ -21,8 +20,9 @@ from grpo_jax.config import (
     read_config,
     write_config,
 )
+from grpo_jax.errors import UserError
 from grpo_jax.flags import override
-from grpo_jax.types import UserError
+from grpo_jax.model.architecture import ModelConfig
 
 PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 
@@ -98,11 +98,27 @@ def test_a_frozen_config_does_not_follow_its_source():
     assert config.loss.kl_coef == 0.001
 
 
-@pytest.mark.parametrize("key", [
-    "total_steps", "rollout.prompts", "rollout.max_prompt_tokens", "rollout.max_tokens", "update.minibatches",
-    "update.epochs", "update.micro_tokens", "update.chunk_tokens", "optim.lr", "optim.grad_clip", "optim.max_skips",
-    "checkpoint.every_steps", "checkpoint.keep", "eval.questions", "log.every_steps", "task.digits",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "total_steps",
+        "rollout.prompts",
+        "rollout.max_prompt_tokens",
+        "rollout.max_tokens",
+        "update.minibatches",
+        "update.epochs",
+        "update.micro_tokens",
+        "update.chunk_tokens",
+        "optim.lr",
+        "optim.grad_clip",
+        "optim.max_skips",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "eval.questions",
+        "log.every_steps",
+        "task.digits",
+    ],
+)
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_value_must_be_more_than_0(key, value):
     config = default()
@@ -111,10 +127,21 @@ def test_value_must_be_more_than_0(key, value):
         check(config)
 
 
-@pytest.mark.parametrize("key", [
-    "seed", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "optim.warmup_steps", "optim.decay_steps",
-    "optim.weight_decay", "eval.every_steps", "eval.temperature", "log.samples",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "loss.kl_coef",
+        "loss.clip_low",
+        "loss.clip_high",
+        "optim.warmup_steps",
+        "optim.decay_steps",
+        "optim.weight_decay",
+        "eval.every_steps",
+        "eval.temperature",
+        "log.samples",
+    ],
+)
 def test_value_must_be_0_or_more(key):
     config = default()
     override(config, key, "-1")
@@ -124,57 +151,94 @@ def test_value_must_be_0_or_more(key):
     check(config)
 
 
-@pytest.mark.parametrize("values, says", [
-    (dict(task__name="sums"), "expected task.name to be 'addition' or 'jsonl'; found 'sums'; .*task.path=FILE.jsonl"),
-    (dict(task__name="jsonl"), "expected task.path to be a JSONL file.*found none; set --config.task.path"),
-    (dict(task__digits=10), "expected task.digits to be at most 9; found 10"),
-    (dict(rollout__samples=1), "expected rollout.samples to be 2 or more; found 1; .*measured against the others"),
-    (dict(rollout__samples=0), "expected rollout.samples to be 2 or more; found 0"),
-    (dict(rollout__temperature=0), "expected rollout.temperature to be 0.01 or more in training; found 0.0; "),
-    (dict(rollout__temperature=-1), "expected rollout.temperature to be 0.01 or more in training; found -1.0; "),
-    (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
-    (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
-    (dict(optim__name="sgd"), "expected optim.name to be 'adamw', 'adafactor', 'lion' or 'muon'; found 'sgd'"),
-    (dict(optim__schedule="sqrt"), "expected optim.schedule to be 'constant', 'linear' or 'cosine'; found 'sqrt'"),
-    (dict(optim__mu_dtype="float16"), "expected optim.mu_dtype to be 'float32' or 'bfloat16'; found 'float16'"),
-    (dict(optim__end_lr_fraction=1.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found 1.5"),
-    (dict(optim__end_lr_fraction=-0.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found -0.5"),
-    (dict(optim__schedule="linear"),
-     "expected optim.decay_steps to be more than optim.warmup_steps.*'linear'; found 0 and 0; set --config"),
-    (dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
-     "expected optim.decay_steps to be more than optim.warmup_steps.*'cosine'; found 90 and 90"),
-    (dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90),  # the last update would change nothing
-     "expected total_steps to be at most optim.decay_steps, .* is 0; found 91 and 90; "),
-    (dict(optim__name="lion", optim__mu_dtype="bfloat16"),
-     "expected optim.b2 to be at most 0.99 with .*'bfloat16'.*found 0.999"),
-    (dict(optim__b1=0.995, optim__mu_dtype="bfloat16"),
-     "expected optim.b1 to be at most 0.99 with .*'bfloat16'.*found 0.995"),
-    (dict(update__minibatches=3),
-     "expected update.minibatches to be a divisor of the 128 rows .*found 3; change one of the three"),
-    (dict(update__remat="all"), "expected update.remat to be 'none', 'matmuls' or 'layers'; found 'all'"),
-    (dict(model__attention="flash"), "expected model.attention to be one of auto, plain, blocks, splash, cudnn; found"),
-    (dict(model__reference_dtype="int8"), "expected model.reference_dtype to be 'float32' or 'bfloat16'; found 'int8'"),
-    (dict(seed=2**32), "expected seed to be "),  # JAX drops the upper bits: the same keys as of 0
-    (dict(seed=10**30), "expected seed to be "),
-])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (
+            dict(task__name="sums"),
+            "expected task.name to be 'addition' or 'jsonl'; found 'sums'; .*task.path=FILE.jsonl",
+        ),
+        (dict(task__name="jsonl"), "expected task.path to be a JSONL file.*found none; set --config.task.path"),
+        (dict(task__digits=10), "expected task.digits to be at most 9; found 10"),
+        (dict(rollout__samples=1), "expected rollout.samples to be 2 or more; found 1; .*measured against the others"),
+        (dict(rollout__samples=0), "expected rollout.samples to be 2 or more; found 0"),
+        (dict(rollout__temperature=0), "expected rollout.temperature to be 0.01 or more in training; found 0.0; "),
+        (dict(rollout__temperature=-1), "expected rollout.temperature to be 0.01 or more in training; found -1.0; "),
+        (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
+        (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
+        (dict(optim__name="sgd"), "expected optim.name to be 'adamw', 'adafactor', 'lion' or 'muon'; found 'sgd'"),
+        (dict(optim__schedule="sqrt"), "expected optim.schedule to be 'constant', 'linear' or 'cosine'; found 'sqrt'"),
+        (dict(optim__mu_dtype="float16"), "expected optim.mu_dtype to be 'float32' or 'bfloat16'; found 'float16'"),
+        (dict(optim__end_lr_fraction=1.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found 1.5"),
+        (dict(optim__end_lr_fraction=-0.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found -0.5"),
+        (
+            dict(optim__schedule="linear"),
+            "expected optim.decay_steps to be more than optim.warmup_steps.*'linear'; found 0 and 0; set --config",
+        ),
+        (
+            dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
+            "expected optim.decay_steps to be more than optim.warmup_steps.*'cosine'; found 90 and 90",
+        ),
+        (
+            dict(
+                total_steps=91, optim__schedule="linear", optim__decay_steps=90
+            ),  # the last update would change nothing
+            "expected total_steps to be at most optim.decay_steps, .* is 0; found 91 and 90; ",
+        ),
+        (
+            dict(optim__name="lion", optim__mu_dtype="bfloat16"),
+            "expected optim.b2 to be at most 0.99 with .*'bfloat16'.*found 0.999",
+        ),
+        (
+            dict(optim__b1=0.995, optim__mu_dtype="bfloat16"),
+            "expected optim.b1 to be at most 0.99 with .*'bfloat16'.*found 0.995",
+        ),
+        (
+            dict(update__minibatches=3),
+            "expected update.minibatches to be a divisor of the 128 rows .*found 3; change one of the three",
+        ),
+        (dict(update__remat="all"), "expected update.remat to be 'none', 'matmuls' or 'layers'; found 'all'"),
+        (
+            dict(model__attention="flash"),
+            "expected model.attention to be one of auto, plain, blocks, splash, cudnn; found",
+        ),
+        (
+            dict(model__reference_dtype="int8"),
+            "expected model.reference_dtype to be 'float32' or 'bfloat16'; found 'int8'",
+        ),
+        (dict(seed=2**32), "expected seed to be "),  # JAX drops the upper bits: the same keys as of 0
+        (dict(seed=10**30), "expected seed to be "),
+    ],
+)
 def test_rule_of_check(values, says):
     with pytest.raises(UserError, match=says):
         check(changed(**values))
 
 
-@pytest.mark.parametrize("values", [
-    dict(task__digits=9), dict(task__digits=1), dict(rollout__samples=2), dict(rollout__temperature=0.01),
-    dict(optim__b1=0), dict(optim__b2=0.999), dict(optim__decay_steps=0, optim__warmup_steps=100),
-    *(dict(optim__name=name) for name in ("adafactor", "lion", "muon")), dict(optim__mu_dtype="bfloat16"),
-    dict(optim__name="lion", optim__mu_dtype="bfloat16", optim__b1=0.995, optim__b2=0.99),
-    dict(optim__name="adafactor", optim__mu_dtype="bfloat16", optim__b1=0.995),
-    dict(total_steps=90, optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=89),
-    dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=0.1),
-    dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=1),
-    dict(loss__kl_coef=0), dict(eval__temperature=0),
-    dict(update__minibatches=32), dict(task__name="jsonl", task__path="q.jsonl"),
-    dict(seed=2**32 - 1),
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(task__digits=9),
+        dict(task__digits=1),
+        dict(rollout__samples=2),
+        dict(rollout__temperature=0.01),
+        dict(optim__b1=0),
+        dict(optim__b2=0.999),
+        dict(optim__decay_steps=0, optim__warmup_steps=100),
+        *(dict(optim__name=name) for name in ("adafactor", "lion", "muon")),
+        dict(optim__mu_dtype="bfloat16"),
+        dict(optim__name="lion", optim__mu_dtype="bfloat16", optim__b1=0.995, optim__b2=0.99),
+        dict(optim__name="adafactor", optim__mu_dtype="bfloat16", optim__b1=0.995),
+        dict(total_steps=90, optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=89),
+        dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=0.1),
+        dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=1),
+        dict(loss__kl_coef=0),
+        dict(eval__temperature=0),
+        dict(update__minibatches=32),
+        dict(task__name="jsonl", task__path="q.jsonl"),
+        dict(seed=2**32 - 1),
+    ],
+)
 def test_values_at_the_edge_pass(values):
     check(changed(**values))
 
@@ -198,9 +262,17 @@ def test_keys_are_those_of_the_default_config():
         check(more)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("seed", "0"), ("seed", 0.0), ("seed", None), ("total_steps", True), ("optim.lr", "1e-3"), ("task.path", 5),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", "0"),
+        ("seed", 0.0),
+        ("seed", None),
+        ("total_steps", True),
+        ("optim.lr", "1e-3"),
+        ("task.path", 5),
+    ],
+)
 def test_values_are_of_the_default_configs_types(key, value):
     """A config file or a config.json may hold anything."""
     config = default().to_dict()
@@ -218,8 +290,10 @@ def test_prompt_and_completion_fit_the_model():
     """80 + 64 = 144 tokens."""
     config = check(changed())
     check_model(config, SimpleNamespace(max_positions=144))
-    says = (r"rollout.max_prompt_tokens \+ rollout.max_tokens to be at most the model's 143 positions "
-            r"\(max_position_embeddings\); found 80 \+ 64")
+    says = (
+        r"rollout.max_prompt_tokens \+ rollout.max_tokens to be at most the model's 143 positions "
+        r"\(max_position_embeddings\); found 80 \+ 64"
+    )
     with pytest.raises(UserError, match=says):
         check_model(config, SimpleNamespace(max_positions=143))
 
@@ -243,10 +317,28 @@ def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
 
 # What does not change an update's result may change between a run and its continuation.
 MAY_CHANGE = {
-    "total_steps", "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.questions",
-    "eval.temperature", "eval.top_k", "eval.top_p", "eval.min_p", "rollout.slots", "log.every_steps", "log.samples", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
-    "update.micro_tokens", "update.chunk_tokens", "update.remat", "model.attention",
-    "log.entropy", "optim.max_skips",
+    "total_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "eval.every_steps",
+    "eval.questions",
+    "eval.temperature",
+    "eval.top_k",
+    "eval.top_p",
+    "eval.min_p",
+    "rollout.slots",
+    "log.every_steps",
+    "log.samples",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.expert",
+    "mesh.tensor",
+    "update.micro_tokens",
+    "update.chunk_tokens",
+    "update.remat",
+    "model.attention",
+    "log.entropy",
+    "optim.max_skips",
 }
 
 
@@ -255,7 +347,15 @@ def test_only_keys_that_change_no_update_may_change_on_a_resume(tmp_path, key):
     write_config(tmp_path, default())
     config = default()
     old = flat(config.to_dict())[key]
-    new = not old if isinstance(old, bool) else f"{old}x" if isinstance(old, str) else (*old, "x") if isinstance(old, tuple) else old + 1
+    new = (
+        not old
+        if isinstance(old, bool)
+        else f"{old}x"
+        if isinstance(old, str)
+        else (*old, "x")
+        if isinstance(old, tuple)
+        else old + 1
+    )
     override(config, key, json.dumps(new) if isinstance(old, tuple) else str(new))
     if key in MAY_CHANGE:
         check_workdir(tmp_path, config)

@@ -11,15 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [f"--config={ROOT}/configs/r1zero.py", "--config.rollout.prompts=4", "--config.rollout.samples=4",
-         "--config.rollout.max_tokens=16", "--config.update.minibatches=2", "--config.eval.questions=8",
-         "--config.checkpoint.every_steps=1", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+FLAGS = [
+    f"--config={ROOT}/configs/r1zero.py",
+    "--config.rollout.prompts=4",
+    "--config.rollout.samples=4",
+    "--config.rollout.max_tokens=16",
+    "--config.update.minibatches=2",
+    "--config.eval.questions=8",
+    "--config.checkpoint.every_steps=1",
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=2",
+]
 LIMIT_S = 300  # of a run
 
 
-def run(
-    logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.main"
-) -> tuple[list[int], list[str]]:
+def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.main") -> tuple[list[int], list[str]]:
     """Runs the main job, or another entry point, on as many processes as there are workdirs; their exit codes and what they printed.
 
     Files that process 1 makes are its own: no one else may read them.
@@ -36,10 +42,16 @@ def run(
     try:
         for i, (workdir, path) in enumerate(zip(workdirs, files)):
             with open(path, "w") as out:
-                processes.append(subprocess.Popen(
-                    [sys.executable, "-m", module, f"--workdir={workdir}", *FLAGS, *flags], cwd=logs,
-                    env=environ | {"JAX_PROCESS_ID": str(i)}, stdout=out, stderr=subprocess.STDOUT,
-                    umask=0o077 if i else 0o022))
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, f"--workdir={workdir}", *FLAGS, *flags],
+                        cwd=logs,
+                        env=environ | {"JAX_PROCESS_ID": str(i)},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        umask=0o077 if i else 0o022,
+                    )
+                )
         end = time.monotonic() + LIMIT_S
         codes = [process.wait(max(0.0, end - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired:
@@ -55,8 +67,10 @@ def run(
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items()
-             if not name.startswith("time/") and name != "rollout/tokens_per_s"} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time/") and name != "rollout/tokens_per_s"}
+        for line in lines
+    ]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.draws import Filter, block_width, choose, kept
+from grpo_jax.rollout.draws import TokenFilter, choose_tokens, keep_mask, vocab_block_width
 
 
 def fits(seen, probs) -> bool:
@@ -20,10 +20,10 @@ def fits(seen, probs) -> bool:
     return z < 3.72
 
 
-def many(logits, filter=Filter(), count=20_000):
+def many(logits, filter=TokenFilter(), count=20_000):
     """Tokens and log-probs of `count` draws."""
     keys = jax.random.split(jax.random.key(4), count)
-    return choose(keys, jnp.broadcast_to(logits, (count, len(logits))), False, filter)
+    return choose_tokens(keys, jnp.broadcast_to(logits, (count, len(logits))), False, filter)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 45, 785])
@@ -39,7 +39,7 @@ def test_draws_follow_the_exact_probabilities(vocab):
 def test_two_draws_in_a_row_are_independent():
     """The block's noise and that inside it come from one key: the pair (block, token in it) follows the product."""
     vocab = 16
-    width = block_width(vocab)
+    width = vocab_block_width(vocab)
     logits = jnp.log(jnp.arange(1.0, vocab + 1))
     tokens, _ = many(logits)
     assert width == 4 and fits(np.bincount(tokens, minlength=vocab), jax.nn.softmax(logits))
@@ -58,7 +58,12 @@ def reference(logits, filter):
     order = np.argsort(-probs, kind="stable")
     keep, total = set(), 0.0
     for rank, token in enumerate(order):
-        enough = total >= filter.top_p or filter.top_k and rank >= filter.top_k or probs[token] < filter.min_p * probs[order[0]]
+        enough = (
+            total >= filter.top_p
+            or filter.top_k
+            and rank >= filter.top_k
+            or probs[token] < filter.min_p * probs[order[0]]
+        )
         if rank and enough:
             break
         keep.add(int(token))
@@ -66,20 +71,32 @@ def reference(logits, filter):
     return sorted(keep)
 
 
-@pytest.mark.parametrize("filter", [
-    Filter(top_k=1), Filter(top_k=5), Filter(top_k=1000), Filter(top_p=1e-9), Filter(top_p=0.3), Filter(top_p=0.999),
-    Filter(min_p=1.0), Filter(min_p=0.2), Filter(top_k=7, top_p=0.8, min_p=0.05), Filter()])
+@pytest.mark.parametrize(
+    "filter",
+    [
+        TokenFilter(top_k=1),
+        TokenFilter(top_k=5),
+        TokenFilter(top_k=1000),
+        TokenFilter(top_p=1e-9),
+        TokenFilter(top_p=0.3),
+        TokenFilter(top_p=0.999),
+        TokenFilter(min_p=1.0),
+        TokenFilter(min_p=0.2),
+        TokenFilter(top_k=7, top_p=0.8, min_p=0.05),
+        TokenFilter(),
+    ],
+)
 def test_filters_keep_what_their_definitions_say(filter):
     for seed in range(20):
         logits = 2 * jax.random.normal(jax.random.key(seed), (1, 60))
-        assert np.flatnonzero(kept(logits, filter)[0]).tolist() == reference(logits[0], filter), seed
+        assert np.flatnonzero(keep_mask(logits, filter)[0]).tolist() == reference(logits[0], filter), seed
 
 
 def test_filtered_draws_follow_the_truncated_distribution_and_are_scored_by_the_whole():
     logits = jax.random.normal(jax.random.key(1), (300,))
-    filter = Filter(top_p=0.6)
+    filter = TokenFilter(top_p=0.6)
     tokens, logps = many(logits, filter)
-    probs = jnp.where(kept(logits[None], filter)[0], jax.nn.softmax(logits), 0)
+    probs = jnp.where(keep_mask(logits[None], filter)[0], jax.nn.softmax(logits), 0)
     assert 20 < (probs > 0).sum() < 280
     assert fits(np.bincount(tokens, minlength=300)[probs > 0], (probs / probs.sum())[probs > 0])
     assert not np.bincount(tokens, minlength=300)[probs == 0].any()

@@ -9,22 +9,29 @@ import numpy as np
 import pytest
 
 from grpo_jax import sample
-from grpo_jax.architecture import Experts, Latent, Layer
-from grpo_jax.experts import choose_experts, run_experts
-from grpo_jax.mesh import make_mesh, row_shards, shardings, split_rows
-from grpo_jax.sampler import generate, pad_prompts, place_for_rollout
-from grpo_jax.stops import stop_table
-from grpo_jax.train_step import gradients
+from grpo_jax.learn.update import minibatch_gradients
+from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
+from grpo_jax.model.experts import choose_experts, run_experts
+from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
+from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
+from grpo_jax.text.stops import build_stop_table
 from tests.tiny import CONFIG, experience, packed, params
 
 LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
 # One layer without experts and two with, the last of which sees 3 tokens; 5 experts, which no axis divides.
 SOFTMAX = replace(
-    CONFIG, layers=(Layer(), Layer(experts=True), Layer(window=3, experts=True)), experts=Experts(5, 2, 24), qk_norm=True)
+    CONFIG,
+    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(window=3, experts=True)),
+    experts=ExpertsConfig(5, 2, 24),
+    qk_norm=True,
+)
 SIGMOID = replace(
-    CONFIG, layers=(Layer(), Layer(experts=True), Layer(experts=True)), num_kv_heads=1,
-    experts=Experts(8, 3, 16, shared_width=24, sigmoid=True, scale=1.7, groups=4, groups_kept=2),
-    latent=Latent(12, 16, 6, 4, 10))
+    CONFIG,
+    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(experts=True)),
+    num_kv_heads=1,
+    experts=ExpertsConfig(8, 3, 16, shared_width=24, sigmoid=True, scale=1.7, groups=4, groups_kept=2),
+    latent=LatentConfig(12, 16, 6, 4, 10),
+)
 MESHES = [dict(expert=2, fsdp=2, tensor=2), dict(expert=8)]
 
 
@@ -34,14 +41,21 @@ def layer(key=0, tokens=11, experts=5, width=12, hidden=7, per_token=2):
     logits = jax.random.normal(keys[0], (tokens, experts)).at[:, 3].set(-9).at[:, 0].add(1)
     chosen = jax.lax.top_k(logits, per_token)[1]
     normal = jax.random.normal
-    return (normal(keys[1], (tokens, width)), chosen, jax.random.uniform(keys[2], (tokens, per_token)),
-            normal(keys[3], (experts, width, hidden)), normal(keys[4], (experts, width, hidden)),
-            normal(keys[5], (experts, hidden, width)))
+    return (
+        normal(keys[1], (tokens, width)),
+        chosen,
+        jax.random.uniform(keys[2], (tokens, per_token)),
+        normal(keys[3], (experts, width, hidden)),
+        normal(keys[4], (experts, width, hidden)),
+        normal(keys[5], (experts, hidden, width)),
+    )
 
 
 def plainly(x, chosen, weights, gate, up, down, first=0):
     """All experts for all tokens, then the weighted sum of those chosen among the ones given."""
-    all_of = jnp.einsum("xtf,xfd->xtd", jax.nn.silu(jnp.einsum("td,xdf->xtf", x, gate)) * jnp.einsum("td,xdf->xtf", x, up), down)
+    all_of = jnp.einsum(
+        "xtf,xfd->xtd", jax.nn.silu(jnp.einsum("td,xdf->xtf", x, gate)) * jnp.einsum("td,xdf->xtf", x, up), down
+    )
     share = (jax.nn.one_hot(chosen - first, len(gate)) * weights[..., None]).sum(axis=1)
     return jnp.einsum("tx,xtd->td", share, all_of)
 
@@ -63,12 +77,13 @@ def test_no_token_is_dropped_when_all_want_one_expert():
     x, chosen, weights, *kernels = layer(tokens=40)
     chosen = jnp.zeros_like(chosen).at[:, 1].set(4)
     np.testing.assert_allclose(
-        run_experts(x, chosen, weights, *kernels, 0, jax.nn.silu), plainly(x, chosen, weights, *kernels), atol=5e-5)
+        run_experts(x, chosen, weights, *kernels, 0, jax.nn.silu), plainly(x, chosen, weights, *kernels), atol=5e-5
+    )
 
 
 def test_the_correction_chooses_and_does_not_weigh():
     """A bias of 10 makes expert 6 everyone's; its weight stays its own score, and the bias has no gradient."""
-    experts = Experts(8, 2, 16, sigmoid=True, normalize=False, scale=2.0, groups=2, groups_kept=1)
+    experts = ExpertsConfig(8, 2, 16, sigmoid=True, normalize=False, scale=2.0, groups=2, groups_kept=1)
     logits = jax.random.normal(jax.random.key(1), (9, 8))
     bias = jnp.zeros(8).at[6].set(10.0)
     chosen, weights = choose_experts(experts, logits, bias)
@@ -79,20 +94,20 @@ def test_the_correction_chooses_and_does_not_weigh():
     np.testing.assert_array_equal(chosen[:, 1], np.asarray([4, 5, 7])[best.argmax(axis=1)])
 
 
-def grads_of(config, batch, weights):
-    run = jax.jit(lambda p, b: gradients(config, p, b, temperature=0.9, loss=LOSS))
+def grads_of(model_cfg, batch, weights):
+    run = jax.jit(lambda p, b: minibatch_gradients(model_cfg, p, b, temperature=0.9, loss=LOSS))
     return run(weights, batch)
 
 
 @pytest.mark.parametrize("config", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
-def test_gradients_are_the_same_on_every_mesh(config):
-    weights, batch = params(config), experience(config=config)
-    expected = grads_of(config, packed(batch), weights)
+def test_gradients_are_the_same_on_every_mesh(model_cfg):
+    weights, batch = params(model_cfg), experience(model_cfg=model_cfg)
+    expected = grads_of(model_cfg, packed(batch), weights)
     for sizes in MESHES:
         mesh = make_mesh(**sizes)
         with jax.set_mesh(mesh):
-            rows = packed(batch, 16, row_shards(mesh))
-            made = grads_of(config, split_rows(mesh, rows), jax.device_put(weights, shardings(mesh, weights)))
+            rows = packed(batch, 16, num_row_shards(mesh))
+            made = grads_of(model_cfg, shard_rows(mesh, rows), jax.device_put(weights, tree_shardings(mesh, weights)))
         for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected[0]), jax.tree.leaves(made[0])):
             gap = np.abs(np.asarray(have) - np.asarray(want)).max()
             assert gap <= 1e-5 * np.abs(want).max(), (sizes, path, gap)
@@ -100,26 +115,37 @@ def test_gradients_are_the_same_on_every_mesh(config):
 
 
 @pytest.mark.parametrize("config", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
-def test_completions_are_the_same_on_every_mesh(config):
-    weights, prompts = params(config), [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3], [11, 12]]
+def test_completions_are_the_same_on_every_mesh(model_cfg):
+    weights, prompts = params(model_cfg), [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3], [11, 12]]
     how = dict(samples=2, max_tokens=8)
-    expected = sample(config, weights, prompts, jax.random.key(3), **how)
+    expected = sample(model_cfg, weights, prompts, jax.random.key(3), **how)
     for sizes in MESHES[:1]:
         mesh = make_mesh(**sizes)
         with jax.set_mesh(mesh):
-            placed = place_for_rollout(config, jax.device_put(weights, shardings(mesh, weights)), mesh)
-            made = generate(config, placed, pad_prompts(prompts), jax.random.key(3), temperature=1.0,
-                            table=stop_table(config.vocab_size, ()), **how)
+            placed = place_for_rollout(model_cfg, jax.device_put(weights, tree_shardings(mesh, weights)), mesh)
+            made = generate_rollout(
+                model_cfg,
+                placed,
+                pad_prompts(prompts),
+                jax.random.key(3),
+                temperature=1.0,
+                table=build_stop_table(model_cfg.vocab_size, ()),
+                **how,
+            )
         np.testing.assert_array_equal(made.tokens, expected.tokens)
 
 
 def test_experts_are_split_and_their_weights_never_gathered_over_the_expert_axis():
     mesh = make_mesh(expert=8)
-    placed = shardings(mesh, params(SIGMOID))["layers"][1]["moe"]
+    placed = tree_shardings(mesh, params(SIGMOID))["layers"][1]["moe"]
     assert placed["experts_gate"].spec == jax.P(None, "expert", "fsdp", "tensor")
-    weights, batch = params(SIGMOID), packed(experience(prompt=9, sampled=9, config=SIGMOID), 24, 8)
+    weights, batch = params(SIGMOID), packed(experience(prompt=9, sampled=9, model_cfg=SIGMOID), 24, 8)
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda p, b: gradients(SIGMOID, p, b, temperature=0.9, loss=LOSS))
-        text = run.lower(jax.device_put(weights, shardings(mesh, weights)), split_rows(mesh, batch)).compile().as_text()
+        run = jax.jit(lambda p, b: minibatch_gradients(SIGMOID, p, b, temperature=0.9, loss=LOSS))
+        text = (
+            run.lower(jax.device_put(weights, tree_shardings(mesh, weights)), shard_rows(mesh, batch))
+            .compile()
+            .as_text()
+        )
     gathers = [line for line in text.splitlines() if " all-gather(" in line]
     assert gathers and not [line for line in gathers if "f32[8,32,16]" in line or "f32[8,16,32]" in line]

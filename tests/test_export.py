@@ -12,11 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import checkpoint, export, forward, load, save, weights
+from grpo_jax import export, forward, load, save
 from grpo_jax.config import default, write_config
-from grpo_jax.source import find_model
-from grpo_jax.tensors import open_folder
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.run import checkpoint
+from grpo_jax.weights import model_io
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tensors import open_safetensors_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz") if path.parent.name != "gguf")
@@ -24,15 +26,20 @@ FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz") if
 
 def numbers(folder: Path) -> dict:
     """Tensor name -> (dtype, bytes) of a folder."""
-    return {name: (tensor.dtype, tensor.whole().tobytes()) for name, tensor in open_folder(folder).items()}
+    return {name: (tensor.dtype, tensor.whole().tobytes()) for name, tensor in open_safetensors_folder(folder).items()}
 
 
 def in_dtype(case: str, folder: Path, dtype) -> Path:
     """A copy of a golden model with its weights in another dtype, but for the router's correction."""
     shutil.copytree(GOLDEN / case, folder)
     for path in folder.glob("*.safetensors"):
-        save_file({name: value if name.endswith("correction_bias") else value.astype(dtype)
-                   for name, value in load_file(path).items()}, path)
+        save_file(
+            {
+                name: value if name.endswith("correction_bias") else value.astype(dtype)
+                for name, value in load_file(path).items()
+            },
+            path,
+        )
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"dtype": np.dtype(dtype).name}))
     return folder
@@ -50,7 +57,7 @@ def test_load_and_save_is_bitwise(tmp_path, case, dtype):
 
 
 def test_parameters_on_a_mesh_are_saved_the_same(tmp_path):
-    from grpo_jax.mesh import make_mesh
+    from grpo_jax.parallel.mesh import make_mesh
 
     source = GOLDEN / "deepseek_v3"
     save(tmp_path / "out", *load(source, mesh=make_mesh(fsdp=2, expert=2, tensor=2)))
@@ -59,10 +66,10 @@ def test_parameters_on_a_mesh_are_saved_the_same(tmp_path):
 
 def test_a_large_model_is_written_as_shards(tmp_path, monkeypatch):
     """At 30 kB a file here; the index names the file of each tensor, and the folder loads again."""
-    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(model_io, "MAX_SHARD_BYTES", 30_000)
     source = GOLDEN / "qwen3"
-    config, params = load(source)
-    save(tmp_path, config, params)
+    model_cfg, params = load(source)
+    save(tmp_path, model_cfg, params)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -96,16 +103,16 @@ def test_fp8_weights_are_dequantized_and_go_out_as_bfloat16(tmp_path):
     quantized = raw | {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [5, 7]}}
     (source / "config.json").write_text(json.dumps(quantized))
 
-    config, params = load(source)
-    save(tmp_path / "out", config, params)
-    got = open_folder(tmp_path / "out")
+    model_cfg, params = load(source)
+    save(tmp_path / "out", model_cfg, params)
+    got = open_safetensors_folder(tmp_path / "out")
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(got[name].whole(), value)
     assert json.loads((tmp_path / "out/config.json").read_text()) == raw
     tokens = jnp.arange(6)[None]
-    np.testing.assert_array_equal(forward(config, params, tokens), forward(*load(tmp_path / "out"), tokens))
+    np.testing.assert_array_equal(forward(model_cfg, params, tokens), forward(*load(tmp_path / "out"), tokens))
 
     tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = np.ones((2, 2), np.float32)
     write_raw(source / "model.safetensors", tensors)
@@ -118,8 +125,11 @@ def write_raw(path: Path, tensors: dict) -> None:
     kinds = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32"}
     header, data = {}, b""
     for name, value in tensors.items():
-        header[name] = {"dtype": kinds[value.dtype.name], "shape": value.shape,
-                        "data_offsets": [len(data), len(data) + value.nbytes]}
+        header[name] = {
+            "dtype": kinds[value.dtype.name],
+            "shape": value.shape,
+            "data_offsets": [len(data), len(data) + value.nbytes],
+        }
         data += value.tobytes()
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -129,16 +139,19 @@ def test_the_layer_that_predicts_further_ahead_is_skipped_and_carried(tmp_path, 
     """DeepSeek-V3's layer 61: the layer whose number is the number of layers."""
     source = Path(shutil.copytree(GOLDEN / "deepseek_v3", tmp_path / "in"))
     tensors = load_file(source / "model.safetensors")
-    extra = {"model.layers.3.eh_proj.weight": np.ones((4, 8), np.float32), "model.layers.3.enorm.weight": np.ones(4, np.float32),
-             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    extra = {
+        "model.layers.3.eh_proj.weight": np.ones((4, 8), np.float32),
+        "model.layers.3.enorm.weight": np.ones(4, np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
+    }
     assert "model.layers.2.input_layernorm.weight" in tensors and not any("layers.3." in name for name in tensors)
     save_file(tensors | extra, source / "model.safetensors")
     before = load(GOLDEN / "deepseek_v3")[1]
     for _ in range(2):
-        config, params = load(source)
+        model_cfg, params = load(source)
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert len([message for message in caplog.messages if "3 tensors are not the decoder's" in message]) == 1
-    save(tmp_path / "out", config, params)
+    save(tmp_path / "out", model_cfg, params)
     assert numbers(tmp_path / "out") == numbers(source)
 
 
@@ -161,14 +174,14 @@ def test_saving_over_the_source_is_refused(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A workdir of the tiny model with checkpoints after steps 3 and 7, whose embeddings are all 3 and all 7."""
-    config = default()
-    write_config(tmp_path / "run", config)
+    cfg = default()
+    write_config(tmp_path / "run", cfg)
     _, params = load(find_model("tiny"))
     for step in (3, 7):
         marked = params | {"embed": {"embedding": jnp.full_like(params["embed"]["embedding"], step)}}
         state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0))
-        manager = checkpoint.open_manager(tmp_path / "run", 2)
-        checkpoint.save(manager, state, {"step": step}, None)
+        manager = checkpoint.open_checkpoint_manager(tmp_path / "run", 2)
+        checkpoint.save_checkpoint(manager, state, {"step": step}, None)
         manager.close()
     return tmp_path / "run"
 
@@ -177,19 +190,25 @@ def run(tmp_path):
 def test_a_run_is_exported(run, tmp_path, argv, value, capsys):
     export.main([f"--workdir={run}", f"--out={tmp_path}/out", *argv])
     assert "policy of step" in capsys.readouterr().out or value is None
-    config, params = load(tmp_path / "out")
+    model_cfg, params = load(tmp_path / "out")
     table = np.asarray(params["embed"]["embedding"])
     base = np.asarray(load(find_model("tiny"))[1]["embed"]["embedding"])
     np.testing.assert_array_equal(table, base if value is None else np.full_like(table, value))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (find_model("tiny") / name).read_bytes()
-    assert config.eos_ids == load(find_model("tiny"))[0].eos_ids
+    assert model_cfg.eos_ids == load(find_model("tiny"))[0].eos_ids
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--step=5"], "kept .3, 7.; found 5"), (["--base", "--step=3"], "--base or --step; found both"),
-    (["--out="], "pass --out=DIR"), (["--step=x"], "invalid int")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--step=5"], "kept .3, 7.; found 5"),
+        (["--base", "--step=3"], "--base or --step; found both"),
+        (["--out="], "pass --out=DIR"),
+        (["--step=x"], "invalid int"),
+    ],
+)
 def test_mistakes_in_exporting(run, tmp_path, argv, says):
     with pytest.raises(UserError, match=says):
         export.main([f"--workdir={run}", f"--out={tmp_path}/out", *argv])

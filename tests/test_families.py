@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load, sample
-from grpo_jax.mesh import make_mesh
+from grpo_jax.parallel.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json") if (path.parent / "reference.npz").is_file())
@@ -84,7 +84,7 @@ def test_forward_of_rows_padded_in_front(case):
 
 def test_greedy_tokens(case):
     golden = reference(case)
-    np.testing.assert_array_equal(greedy(case).tokens[:, 0], golden["greedy"][:, golden["tokens"].shape[1]:])
+    np.testing.assert_array_equal(greedy(case).tokens[:, 0], golden["greedy"][:, golden["tokens"].shape[1] :])
 
 
 def test_decoding_from_the_cache_is_the_forward_pass(case):
@@ -101,7 +101,8 @@ def test_forward_matches_live_transformers(case):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        GOLDEN / case, dtype=torch.float32, attn_implementation="eager")
+        GOLDEN / case, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(reference(case)["greedy"], dtype=torch.long)).logits.numpy()
     assert_close(long_logits(case), expected)
@@ -110,11 +111,11 @@ def test_forward_matches_live_transformers(case):
 def same_on_a_mesh(case, sizes):
     rows, expected = eight_rows(case)
     mesh = make_mesh(**sizes)
-    config, params = load(GOLDEN / case, mesh=mesh)
+    model_cfg, params = load(GOLDEN / case, mesh=mesh)
     used = {axis for leaf in jax.tree.leaves(params) for axis in leaf.sharding.spec}
-    assert used >= {axis for axis in sizes if axis != "expert" or config.experts.count % sizes["expert"] == 0}
+    assert used >= {axis for axis in sizes if axis != "expert" or model_cfg.experts.count % sizes["expert"] == 0}
     with jax.set_mesh(mesh):
-        assert_close(run(config, params, rows), expected)
+        assert_close(run(model_cfg, params, rows), expected)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=by_name)

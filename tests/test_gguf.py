@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load
-from grpo_jax.gguf_file import ARCHITECTURES, read_config, read_tensors, read_tokenizer
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.weights.gguf_file import GGUF_ARCHITECTURES, read_gguf_config, read_gguf_tensors
+from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf"
 CASES = ("llama", "llama31", "mixtral", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3")
@@ -35,8 +36,15 @@ def write(path: Path, architecture: str = "llama", fields: dict | None = None, t
     """A file with what `read_config` looks for in a model of one layer, and more fields (None: without) and tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     prefix = f"{architecture}."
-    known = {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 8,
-             "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 4}
+    known = {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 8,
+        "feed_forward_length": 8,
+        "attention.head_count": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.sliding_window": 4,
+    }
     for name, value in ({prefix + name: value for name, value in known.items()} | (fields or {})).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         if value is not None:
@@ -55,8 +63,8 @@ def write(path: Path, architecture: str = "llama", fields: dict | None = None, t
 def test_logits_are_those_of_transformers(case):
     """Of the model that the file was written from, or for SmolLM2 of what transformers reads from it."""
     golden = np.load(GOLDEN / "reference.npz")
-    config, weights = load(file_of(case))
-    ours = np.asarray(forward(config, weights, jnp.asarray(golden[f"{case}/tokens"])))
+    model_cfg, weights = load(file_of(case))
+    ours = np.asarray(forward(model_cfg, weights, jnp.asarray(golden[f"{case}/tokens"])))
     ours = ours[..., :: 400 if case == "smollm2" else 4]
     expected = golden[f"{case}/logits"]
     assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()
@@ -65,57 +73,83 @@ def test_logits_are_those_of_transformers(case):
 @pytest.mark.parametrize("case", [*CASES, "smollm2"])
 def test_token_ids_are_those_of_transformers(case):
     golden = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
-    tokenizer = read_tokenizer(file_of(case))
+    tokenizer = read_gguf_tokenizer(file_of(case))
     for text, ids in zip(golden["texts"], golden["ids"][case], strict=True):
         assert tokenizer(text)["input_ids"] == ids, text
 
 
 def test_a_tokenizer_has_its_special_tokens_and_chat_template():
-    tokenizer = read_tokenizer(GOLDEN / "gemma3.gguf")
+    tokenizer = read_gguf_tokenizer(GOLDEN / "gemma3.gguf")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
-        "<bos>", "<eos>", "<pad>", "<unk>")
+        "<bos>",
+        "<eos>",
+        "<pad>",
+        "<unk>",
+    )
     assert tokenizer.chat_template.startswith("{% for message in messages %}")
-    assert read_tokenizer(GOLDEN / "qwen2.gguf").bos_token is None
+    assert read_gguf_tokenizer(GOLDEN / "qwen2.gguf").bos_token is None
 
 
 def test_a_file_that_does_not_say_so_begins_with_bos_as_in_llama_cpp(tmp_path):
     tokens = [*"abc", "ab", "<|begin|>"]
-    known = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["a b"],
-             "tokenizer.ggml.token_type": [1, 1, 1, 1, 3], "tokenizer.ggml.bos_token_id": 4}
+    known = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 1, 3],
+        "tokenizer.ggml.bos_token_id": 4,
+    }
     for pre, expected in (("llama-bpe", [4, 0, 2]), ("qwen2", [0, 2])):
         path = write(tmp_path / f"{pre}.gguf", fields=known | {"tokenizer.ggml.pre": pre})
-        assert read_tokenizer(path)("ac")["input_ids"] == expected
+        assert read_gguf_tokenizer(path)("ac")["input_ids"] == expected
 
 
 def test_configs_have_what_the_files_say():
-    rope = {case: read_config(GOLDEN / f"{case}.gguf")["rope_parameters"] for case in CASES}
+    rope = {case: read_gguf_config(GOLDEN / f"{case}.gguf")["rope_parameters"] for case in CASES}
     assert rope["llama"] == {"rope_type": "default", "rope_theta": 500000.0}
     assert rope["llama31"] == {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192}
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     assert rope["qwen3"] == {
-        "rope_type": "yarn", "rope_theta": 500000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+        "rope_type": "yarn",
+        "rope_theta": 500000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     assert rope["gemma3"] == {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    llama, mixtral = read_config(GOLDEN / "llama.gguf"), read_config(GOLDEN / "mixtral.gguf")
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    llama, mixtral = read_gguf_config(GOLDEN / "llama.gguf"), read_gguf_config(GOLDEN / "mixtral.gguf")
     assert (llama["rms_norm_eps"], llama["eos_token_id"], llama["tie_word_embeddings"]) == (1e-5, 2, False)
     assert (mixtral["model_type"], mixtral["num_local_experts"], mixtral["num_experts_per_tok"]) == ("mixtral", 3, 2)
-    assert read_config(GOLDEN / "llama31.gguf")["eos_token_id"] == [310, 312]  # the end of a text and of a turn
-    assert [read_config(GOLDEN / f"{case}.gguf")["dtype"] for case in ("qwen3", "qwen2")] == ["float32", "bfloat16"]
+    assert read_gguf_config(GOLDEN / "llama31.gguf")["eos_token_id"] == [310, 312]  # the end of a text and of a turn
+    assert [read_gguf_config(GOLDEN / f"{case}.gguf")["dtype"] for case in ("qwen3", "qwen2")] == [
+        "float32",
+        "bfloat16",
+    ]
 
 
 def test_the_largest_gemmas_have_their_own_scale_of_queries(tmp_path):
     norms = {f"blk.{i}.attn_norm.weight": np.ones(8, np.float32) for i in range(62)}
     for layers, architecture, expected in ((46, "gemma2", 4), (62, "gemma3", 4), (48, "gemma3", 16)):
-        path = write(tmp_path / f"{layers}.gguf", architecture, tensors=norms, fields={
-            f"{architecture}.block_count": layers, f"{architecture}.attention.key_length": 16})
-        assert read_config(path)["query_pre_attn_scalar"] == expected
+        path = write(
+            tmp_path / f"{layers}.gguf",
+            architecture,
+            tensors=norms,
+            fields={f"{architecture}.block_count": layers, f"{architecture}.attention.key_length": 16},
+        )
+        assert read_gguf_config(path)["query_pre_attn_scalar"] == expected
 
 
 def test_one_expert_is_read_alone():
     path = GOLDEN / "mixtral.gguf"
-    tensors = read_tensors(path, read_config(path))
+    tensors = read_gguf_tensors(path, read_gguf_config(path))
     first, last = (tensors[f"model.layers.1.block_sparse_moe.experts.{x}.w2.weight"] for x in (0, 2))
     assert first.shape == first.read().shape == (32, 32)
     assert not np.array_equal(first.read(), last.read())
@@ -124,7 +158,7 @@ def test_one_expert_is_read_alone():
 def test_a_longer_file_is_fine(tmp_path):
     path = tmp_path / "long.gguf"
     path.write_bytes((GOLDEN / "qwen2.gguf").read_bytes() + bytes(1000))
-    assert read_config(path) == read_config(GOLDEN / "qwen2.gguf")
+    assert read_gguf_config(path) == read_gguf_config(GOLDEN / "qwen2.gguf")
 
 
 @pytest.mark.parametrize("length", [0, 3, 10, 24, 100, 5_000, 12_000, 27_000])
@@ -132,7 +166,7 @@ def test_a_cut_off_file_is_refused(tmp_path, length):
     path = tmp_path / "cut.gguf"
     path.write_bytes((GOLDEN / "qwen2.gguf").read_bytes()[:length])
     with pytest.raises(UserError, match="expected a whole GGUF file"):
-        read_config(path)
+        read_gguf_config(path)
 
 
 def test_no_damage_to_the_head_ends_in_a_traceback(tmp_path):
@@ -145,7 +179,7 @@ def test_no_damage_to_the_head_ends_in_a_traceback(tmp_path):
             data[generator.choice((generator.randrange(head), generator.randrange(1000)))] = generator.randrange(256)
         path.write_bytes(data)
         try:
-            read_tensors(path, read_config(path))
+            read_gguf_tensors(path, read_gguf_config(path))
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -156,40 +190,43 @@ def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("a text that is longer than the head of a file")
     for path in (tmp_path, tmp_path / "none.gguf", tmp_path / "text.gguf"):
         with pytest.raises(UserError, match="expected a whole GGUF file"):
-            read_config(path)
+            read_gguf_config(path)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="general.architecture") as error:
-        read_config(write(tmp_path / "model.gguf", "mamba"))
-    assert "'mamba'" in str(error.value) and all(name in str(error.value) for name in ARCHITECTURES)
+        read_gguf_config(write(tmp_path / "model.gguf", "mamba"))
+    assert "'mamba'" in str(error.value) and all(name in str(error.value) for name in GGUF_ARCHITECTURES)
 
 
-@pytest.mark.parametrize("fields,tensors,message", [
-    ({"llama.embedding_length": None}, {}, "llama.embedding_length in .* found None"),
-    ({"llama.attention.head_count_kv": [1, 2]}, {}, r"llama.attention.head_count_kv in .* found \[1, 2\]"),
-    ({"llama.block_count": 2}, {}, "expected blk.1.attn_norm.weight"),
-    ({"llama.rope.scaling.type": "longrope"}, {}, "llama.rope.scaling.type .* found 'longrope'"),
-    ({"split.count": 3}, {}, "found one of 3"),
-    ({}, {"rope_freqs.weight": np.array([1, 3], np.float32)}, "rope_freqs.weight"),
-    ({}, {"blk.0.ssm_a": np.ones(8, np.float32)}, "such as blk.0.ssm_a"),
-    ({}, {"blk.0.attn_q.weight": np.ones((8, 8), np.int8)}, "blk.0.attn_q.weight in a quantization .* found I8"),
-])
+@pytest.mark.parametrize(
+    "fields,tensors,message",
+    [
+        ({"llama.embedding_length": None}, {}, "llama.embedding_length in .* found None"),
+        ({"llama.attention.head_count_kv": [1, 2]}, {}, r"llama.attention.head_count_kv in .* found \[1, 2\]"),
+        ({"llama.block_count": 2}, {}, "expected blk.1.attn_norm.weight"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "llama.rope.scaling.type .* found 'longrope'"),
+        ({"split.count": 3}, {}, "found one of 3"),
+        ({}, {"rope_freqs.weight": np.array([1, 3], np.float32)}, "rope_freqs.weight"),
+        ({}, {"blk.0.ssm_a": np.ones(8, np.float32)}, "such as blk.0.ssm_a"),
+        ({}, {"blk.0.attn_q.weight": np.ones((8, 8), np.int8)}, "blk.0.attn_q.weight in a quantization .* found I8"),
+    ],
+)
 def test_an_unknown_form_of_a_model_is_refused(tmp_path, fields, tensors, message):
     path = write(tmp_path / "model.gguf", fields=fields, tensors=tensors)
     with pytest.raises(UserError, match=message):
-        for tensor in read_tensors(path, read_config(path)).values():
+        for tensor in read_gguf_tensors(path, read_gguf_config(path)).values():
             tensor.read()
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected a tokenizer that transformers reads"):
-        read_tokenizer(write(tmp_path / "model.gguf"))
+        read_gguf_tokenizer(write(tmp_path / "model.gguf"))
 
 
 def test_without_the_package_the_user_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for read in (read_config, read_tokenizer):
+    for read in (read_gguf_config, read_gguf_tokenizer):
         with pytest.raises(UserError, match="pip install gguf"):
             read(GOLDEN / "llama.gguf")
 
@@ -200,10 +237,10 @@ def test_the_format_of_version_2_is_read_and_of_version_1_is_not(tmp_path):
         data[4:8] = struct.pack("<I", version)
         path.write_bytes(data)
         if version == 2:
-            assert read_config(path)["model_type"] == "qwen2"
+            assert read_gguf_config(path)["model_type"] == "qwen2"
         else:
             with pytest.raises(UserError, match="found: version 1"):
-                read_config(path)
+                read_gguf_config(path)
 
 
 @pytest.mark.parametrize("case", [*(case for case in CASES if case != "mixtral"), "smollm2"])  # it has no mixtral
@@ -211,13 +248,14 @@ def test_tensors_and_tokenizer_are_those_of_live_transformers(case):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = file_of(case)
-    fields = read_config(path)
-    config = transformers.AutoConfig.for_model(**fields)
+    fields = read_gguf_config(path)
+    model_cfg = transformers.AutoConfig.for_model(**fields)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32).state_dict()
-    if config.tie_word_embeddings:
+        path.parent, gguf_file=path.name, model_cfg=model_cfg, dtype=torch.float32
+    ).state_dict()
+    if model_cfg.tie_word_embeddings:
         del theirs["lm_head.weight"]
-    for name, tensor in read_tensors(path, fields).items():
+    for name, tensor in read_gguf_tensors(path, fields).items():
         if ".experts." in name:  # transformers keeps those of a layer in two tensors, gate and up in one of them
             prefix, x, part, _ = name.rsplit(".", 3)
             merged = theirs[f"{prefix}.down_proj" if part == "down_proj" else f"{prefix}.gate_up_proj"][int(x)]
@@ -228,4 +266,4 @@ def test_tensors_and_tokenizer_are_those_of_live_transformers(case):
         assert tensor.shape == value.shape
     assert all(".experts." in name for name in theirs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    assert read_tokenizer(path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert read_gguf_tokenizer(path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

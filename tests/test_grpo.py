@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import advantages, grpo_loss
-from grpo_jax.grpo import k3, token_weights
+from grpo_jax.learn.grpo import k3, token_weights
 
 
 def test_advantages_of_a_hand_made_group():
@@ -40,8 +40,14 @@ def test_advantages_refuse_a_flat_list():
 # Ratios above, inside and below the clip range [0.8, 1.2], with both signs of A. Each row is one token.
 # min(rho A, clip(rho) A):  A=+1: 1.5 -> 1.2 (cut)   1.1 -> 1.1   0.5 -> 0.5
 #                           A=-1: 1.5 -> -1.5        1.1 -> -1.1  0.5 -> -0.8 (cut)
-QUADRANTS = [(1.5, 1, 1.2, 0.0), (1.1, 1, 1.1, 1.1), (0.5, 1, 0.5, 0.5),
-             (1.5, -1, -1.5, -1.5), (1.1, -1, -1.1, -1.1), (0.5, -1, -0.8, 0.0)]
+QUADRANTS = [
+    (1.5, 1, 1.2, 0.0),
+    (1.1, 1, 1.1, 1.1),
+    (0.5, 1, 0.5, 0.5),
+    (1.5, -1, -1.5, -1.5),
+    (1.1, -1, -1.1, -1.1),
+    (0.5, -1, -0.8, 0.0),
+]
 
 
 @pytest.mark.parametrize("ratio, advantage, objective, slope", QUADRANTS)
@@ -61,7 +67,15 @@ def test_clip_bounds_are_one_minus_low_and_one_plus_high():
     """clip_low 0.1, clip_high 0.5: ratio 1.4 passes, 0.8 with A=-1 becomes 0.9."""
     logps = jnp.log(jnp.asarray([[1.4], [0.8]]))
     loss, metrics = grpo_loss(
-        logps, jnp.zeros((2, 1)), None, jnp.asarray([1.0, -1.0]), jnp.ones((2, 1)), clip_low=0.1, clip_high=0.5, kl_coef=0)
+        logps,
+        jnp.zeros((2, 1)),
+        None,
+        jnp.asarray([1.0, -1.0]),
+        jnp.ones((2, 1)),
+        clip_low=0.1,
+        clip_high=0.5,
+        kl_coef=0,
+    )
     np.testing.assert_allclose(loss, -(1.4 - 0.9) / 2, rtol=1e-6)
     assert metrics["policy/clip_frac"] == 0.5
     np.testing.assert_allclose(metrics["policy/ratio_max"], 1.4, rtol=1e-6)
@@ -82,7 +96,9 @@ def test_k3_estimates_the_kl_divergence_and_its_gradient():
     """
     theta, other = jax.random.normal(jax.random.key(0), (2, 6))
     logp, logr = jax.nn.log_softmax(theta), jax.nn.log_softmax(other)
-    np.testing.assert_allclose(jnp.sum(jnp.exp(logp) * k3(logp, logr)), jnp.sum(jnp.exp(logp) * (logp - logr)), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.sum(jnp.exp(logp) * k3(logp, logr)), jnp.sum(jnp.exp(logp) * (logp - logr)), rtol=1e-5
+    )
     through = jax.grad(lambda t: jnp.sum(jnp.exp(logp) * k3(jax.nn.log_softmax(t), logr)))(theta)
     reverse = jax.grad(lambda t: jnp.sum(jnp.exp(logr) * (logr - jax.nn.log_softmax(t))))(theta)
     np.testing.assert_allclose(through, reverse, atol=1e-6)
@@ -110,8 +126,18 @@ def test_loss_and_gradient_match_an_independent_computation(denominator):
     adv, mask = draw.standard_normal(4), np.arange(7) < np.array([[7], [3], [1], [0]])
     args = (0.1, 0.3, 0.05)
     made, grad = jax.value_and_grad(
-        lambda x: grpo_loss(x, jnp.asarray(old), jnp.asarray(ref), jnp.asarray(adv), jnp.asarray(mask), clip_low=0.1,
-                            clip_high=0.3, kl_coef=0.05, denominator=denominator)[0])(jnp.asarray(logps, jnp.float32))
+        lambda x: grpo_loss(
+            x,
+            jnp.asarray(old),
+            jnp.asarray(ref),
+            jnp.asarray(adv),
+            jnp.asarray(mask),
+            clip_low=0.1,
+            clip_high=0.3,
+            kl_coef=0.05,
+            denominator=denominator,
+        )[0]
+    )(jnp.asarray(logps, jnp.float32))
     expected = lambda x: independent_loss(x, old, ref, adv, mask, *args, denominator or 4)
     np.testing.assert_allclose(made, expected(logps), rtol=1e-5)
     for i, t in np.ndindex(4, 7):

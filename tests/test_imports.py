@@ -11,9 +11,48 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 
 # The data's way. A module imports only modules that stand before it.
 ORDER = (
-    "types", "config", "flags", "processes", "tasks", "gguf_file", "prompt", "stops", "mesh", "architecture",
-    "attend", "blockwise", "kernels", "rope", "layers", "attention", "experts", "model", "families", "source", "tensors", "weights", "draws", "slots", "memory", "sampler", "answers", "reward", "grpo",
-    "packing", "score", "optimizer", "train_step", "checkpoint", "metrics", "setting", "evaluate", "generate", "export", "train", "corpus", "pretrain",
+    "types",
+    "config",
+    "flags",
+    "processes",
+    "tasks",
+    "gguf_file",
+    "prompt",
+    "stops",
+    "mesh",
+    "architecture",
+    "attend",
+    "blockwise",
+    "kernels",
+    "rope",
+    "layers",
+    "attention",
+    "experts",
+    "model",
+    "families",
+    "source",
+    "tensors",
+    "weights",
+    "draws",
+    "slots",
+    "memory",
+    "sampler",
+    "answers",
+    "reward",
+    "grpo",
+    "packing",
+    "score",
+    "optimizer",
+    "train_step",
+    "checkpoint",
+    "metrics",
+    "context",
+    "evaluate",
+    "generate",
+    "export",
+    "train",
+    "corpus",
+    "pretrain",
     "main",
 )
 
@@ -38,8 +77,11 @@ def imported(tree: ast.Module) -> set[str]:
 
 def importers(library: str) -> set[str]:
     """The modules that import a library or anything in it."""
-    return {name for name, tree in modules().items()
-            if any(f"{found}.".startswith(f"{library}.") for found in imported(tree))}
+    return {
+        name
+        for name, tree in modules().items()
+        if any(f"{found}.".startswith(f"{library}.") for found in imported(tree))
+    }
 
 
 def test_every_module_has_a_place_in_the_order():

@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "tpu_pod.sh"
-FLAGS = ["--name=pod-1", "--project=my-project", "--zone=us-west4-a", "--accelerator=v5litepod-16",
-         "--runtime=v2-alpha-tpuv5-lite", "--workdir=/runs/a b"]
-DIFFICULT = ["--config.task.path=it's \"mine\" $HOME `id`\\n.jsonl", "--config.seed=7", "* ; & | > ~ !#"]
+FLAGS = [
+    "--name=pod-1",
+    "--project=my-project",
+    "--zone=us-west4-a",
+    "--accelerator=v5litepod-16",
+    "--runtime=v2-alpha-tpuv5-lite",
+    "--workdir=/runs/a b",
+]
+DIFFICULT = ['--config.task.path=it\'s "mine" $HOME `id`\\n.jsonl', "--config.seed=7", "* ; & | > ~ !#"]
 
 # Writes its arguments down; `describe` prints STATE, the job ends with JOB, creating with CREATE; a job "sleep" lasts.
 STUB = """#!{python} -IS
@@ -70,8 +76,9 @@ def environment(stub: Path, **variables: str) -> dict[str, str]:
 
 
 def run(stub: Path, *flags: str, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(script), *flags], env=environment(stub, **variables), capture_output=True,
-                          text=True, timeout=60)
+    return subprocess.run(
+        ["bash", str(script), *flags], env=environment(stub, **variables), capture_output=True, text=True, timeout=60
+    )
 
 
 def calls(stub: Path) -> list[list[str]]:
@@ -110,8 +117,12 @@ def test_dry_run_prints_the_commands_in_order_and_runs_nothing(stub):
     assert verbs(commands) == ["create", "describe", "scp", "ssh", "ssh", "ssh", "delete"]
     assert all({"--zone=us-west4-a", "--project=my-project"} <= set(words) for words in commands)
     assert [words[4] for words in (create, describe, mount, install, job, delete)] == ["pod-1"] * 6
-    assert {"--node-id=pod-1", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite",
-            "--spot"} <= set(create)
+    assert {
+        "--node-id=pod-1",
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--spot",
+    } <= set(create)
     assert copy[5].startswith("pod-1:") and Path(copy[4]).name == "pod-1.tar"
     assert all("--worker=all" in words for words in (copy, mount, install, job))
     assert {"--force", "--quiet"} <= set(delete)
@@ -136,16 +147,20 @@ def test_a_value_may_follow_its_flag_as_a_word(stub):
     assert run(stub, *split, "--dry-run").stdout == run(stub, *FLAGS, "--dry-run").stdout != ""
 
 
-@pytest.mark.parametrize("flags, says", [
-    *[([flag for flag in FLAGS if flag != left_out], left_out.split("=")[0]) for left_out in FLAGS],
-    ([*FLAGS, "--accelerater=v6e-8"], "--accelerater"),
-    ([*FLAGS, "--config.seed=1"], "behind --"),
-    ([*FLAGS, "--zone"], "a value for --zone"),
-    ([*FLAGS, "--wait=soon"], "minutes"),
-    ([*FLAGS, "--workdir=gs://bucket/run"], "gs://bucket/run"),
-    ([*FLAGS, "--workdir=runs/r1zero"], "all hosts mount"),
-    ([*FLAGS, "--config=configs/none.py:tiny"], "configs/none.py"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        *[([flag for flag in FLAGS if flag != left_out], left_out.split("=")[0]) for left_out in FLAGS],
+        ([*FLAGS, "--accelerater=v6e-8"], "--accelerater"),
+        ([*FLAGS, "--config.seed=1"], "behind --"),
+        ([*FLAGS, "--zone"], "a value for --zone"),
+        ([*FLAGS, "--wait=soon"], "minutes"),
+        ([*FLAGS, "--workdir=gs://bucket/run"], "gs://bucket/run"),
+        ([*FLAGS, "--workdir=runs/r1zero"], "all hosts mount"),
+        ([*FLAGS, "--config=configs/none.py:tiny"], "configs/none.py"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_mistake_ends_with_one_line(stub, flags, says):
     done = run(stub, *flags)
     assert (done.returncode, done.stdout, calls(stub)) == (2, "", [])
@@ -158,7 +173,8 @@ def test_without_gcloud_it_says_so(stub):
     for name in ("bash", "dirname"):
         (stub / name).symlink_to(shutil.which(name))
     done = subprocess.run(
-        [str(stub / "bash"), str(SCRIPT), *FLAGS], env={"PATH": str(stub)}, capture_output=True, text=True)
+        [str(stub / "bash"), str(SCRIPT), *FLAGS], env={"PATH": str(stub)}, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: expected gcloud in PATH")
 
 
@@ -209,9 +225,14 @@ def test_what_it_did_not_create_it_does_not_delete(stub, repository):
 def test_an_interrupt_or_a_closed_terminal_deletes_the_slice(stub, repository, sent, status):
     command = ["bash", str(repository / "launch" / "tpu_pod.sh"), *FLAGS]
     # A suite started in the background ignores these signals, and a shell that ignores one at its start cannot trap it.
-    process = subprocess.Popen(command, env=environment(stub, JOB="sleep"), start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))
+    process = subprocess.Popen(
+        command,
+        env=environment(stub, JOB="sleep"),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
+    )
     try:
         end = time.monotonic() + 30
         while verbs(calls(stub)).count("ssh") < 2 and time.monotonic() < end:

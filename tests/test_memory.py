@@ -9,63 +9,70 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import memory
 from grpo_jax.config import check, default
-from grpo_jax.memory import placed_bytes, plan_rollout, prefill_bytes, token_bytes
-from grpo_jax.mesh import make_mesh, shardings
-from grpo_jax.model import param_shapes
-from grpo_jax.sampler import begin, pad_prompts, place_for_rollout
-from grpo_jax.slots import prefill, prefill_rows
-from grpo_jax.source import read_model_config
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.rollout import memory
+from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token, plan_rollout, prefill_activation_bytes
+from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
+from grpo_jax.rollout.slots import prefill_batch_size, prefill_prompts
+from grpo_jax.weights.source import read_model_config
 from tests.tiny import CONFIG, params
 
 MODEL = dataclasses.replace(CONFIG, max_positions=1024)
 
 
 TOTAL = 2**26  # half of it is for prefill
-SHORT = int((prefill_bytes(MODEL, 80) + 2**21) / 0.9)
+SHORT = int((prefill_activation_bytes(MODEL, 80) + 2**21) / 0.9)
 
 
 def plan(monkeypatch, *, total=TOTAL, held=0, mesh=None, **rollout):
     monkeypatch.setattr(memory, "device_bytes", lambda: total)
-    config = default()
+    cfg = default()
     for key, value in rollout.items():
-        config.rollout[key] = value
-    return plan_rollout(check(config), MODEL, mesh or make_mesh(devices=jax.devices()[:1]), held)
+        cfg.rollout[key] = value
+    return plan_rollout(check(cfg), MODEL, mesh or make_mesh(devices=jax.devices()[:1]), held)
 
 
 @pytest.mark.parametrize("dtype, each", [("float32", 4), ("bfloat16", 2)])
 def test_bytes_of_a_token_are_those_of_the_cache(dtype, each):
     """2 layers, keys and values of 2 heads of width 8."""
-    config = dataclasses.replace(CONFIG, compute_dtype=dtype)
-    assert token_bytes(config) == 2 * 2 * 2 * 8 * each
-    assert token_bytes(config, tensor=2) == 2 * 2 * 8 * each
-    assert token_bytes(config, tensor=4) == token_bytes(config)  # two heads are not split over four devices
-    placed = place_for_rollout(config, params())
-    state, _ = begin(config, placed, pad_prompts([[1, 2]]), jax.random.key(0), np.full((1, 3), 8), slots=3, columns=40,
-                     sampled=8)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)) == 3 * 40 * token_bytes(config)
+    model_cfg = dataclasses.replace(CONFIG, compute_dtype=dtype)
+    assert kv_bytes_per_token(model_cfg) == 2 * 2 * 2 * 8 * each
+    assert kv_bytes_per_token(model_cfg, tensor=2) == 2 * 2 * 8 * each
+    assert kv_bytes_per_token(model_cfg, tensor=4) == kv_bytes_per_token(
+        model_cfg
+    )  # two heads are not split over four devices
+    placed = place_for_rollout(model_cfg, params())
+    state, _ = start_rollout(
+        model_cfg, placed, pad_prompts([[1, 2]]), jax.random.key(0), np.full((1, 3), 8), slots=3, columns=40, sampled=8
+    )
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)) == 3 * 40 * kv_bytes_per_token(model_cfg)
 
 
 def test_placed_bytes_are_those_of_one_device():
     mesh = make_mesh(1, 4, 2)
     shapes = param_shapes(CONFIG)
-    placed = jax.device_put(params(), shardings(mesh, shapes))
+    placed = jax.device_put(params(), tree_shardings(mesh, shapes))
     first = jax.devices()[0]
-    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(placed) for shard in leaf.addressable_shards
-               if shard.device == first)
-    assert placed_bytes(shapes, shardings(mesh, shapes)) == held
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(placed)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
+    assert bytes_per_device(shapes, tree_shardings(mesh, shapes)) == held
 
 
 def test_slots_fill_what_is_left_of_the_memory(monkeypatch):
     """By hand: 64 MiB * 0.9 less prefill, the weights and 16 prompts of 80 tokens, over what a slot takes."""
     made = plan(monkeypatch)
-    token = token_bytes(MODEL)
+    token = kv_bytes_per_token(MODEL)
     weights = sum(leaf.size for leaf in jax.tree.leaves(params())) * 4
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
-    assert made.most == (int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_bytes(MODEL, 80)) // slot
+    assert made.most == (int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_activation_bytes(MODEL, 80)) // slot
     assert made.slots == min(128, made.most)
     assert made.most - plan(monkeypatch, held=100 * slot).most == 100
     assert plan(monkeypatch, slots=7).slots == 7 and plan(monkeypatch, slots=1000).slots == 128
@@ -85,13 +92,17 @@ def test_slots_are_a_multiple_of_the_shards(monkeypatch):
 @pytest.mark.parametrize("width, count", [(128, 4), (512, 3)])
 def test_prefill_takes_no_more_than_is_planned(width, count):
     """XLA's own count of what `start` needs besides weights, caches and prompts."""
-    config = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=256, num_heads=8, head_dim=16)
-    weights = place_for_rollout(config, params(config))
+    model_cfg = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=256, num_heads=8, head_dim=16)
+    weights = place_for_rollout(model_cfg, params(model_cfg))
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[1] * width] * count))
-    memory = jax.jit(lambda w, p: prefill(config, w, p)).lower(weights, prompts).compile().memory_analysis()
-    assert 0.2 * prefill_bytes(config, width) < memory.temp_size_in_bytes * prefill_rows(config, width) / count
-    assert memory.temp_size_in_bytes / min(count, prefill_rows(config, width)) < prefill_bytes(config, width) / prefill_rows(
-        config, width)
+    memory = jax.jit(lambda w, p: prefill_prompts(model_cfg, w, p)).lower(weights, prompts).compile().memory_analysis()
+    assert (
+        0.2 * prefill_activation_bytes(model_cfg, width)
+        < memory.temp_size_in_bytes * prefill_batch_size(model_cfg, width) / count
+    )
+    assert memory.temp_size_in_bytes / min(count, prefill_batch_size(model_cfg, width)) < prefill_activation_bytes(
+        model_cfg, width
+    ) / prefill_batch_size(model_cfg, width)
 
 
 def test_what_cannot_fit_is_refused_with_the_largest_that_can(monkeypatch):
@@ -108,26 +119,32 @@ def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
     mesh = make_mesh(2, 2, 2)
     made = plan(monkeypatch, mesh=mesh, held=1000)
     shapes = param_shapes(MODEL)
-    weights = placed_bytes(shapes, shardings(mesh, shapes, gathered=True))
-    assert weights < placed_bytes(shapes, shardings(make_mesh(8, 1, 1), shapes))
-    token = token_bytes(MODEL) // 2
+    weights = bytes_per_device(shapes, tree_shardings(mesh, shapes, gathered=True))
+    assert weights < bytes_per_device(shapes, tree_shardings(make_mesh(8, 1, 1), shapes))
+    token = kv_bytes_per_token(MODEL) // 2
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
-    assert made.most == (int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_bytes(MODEL, 80, 2)) // slot * 4
+    assert (
+        made.most
+        == (int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_activation_bytes(MODEL, 80, 2)) // slot * 4
+    )
 
 
 def test_memory_of_a_device(monkeypatch, tmp_path):
     """CPU devices share the machine's memory, or what the container has of it."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 2**28 < memory.device_bytes() <= machine // 8
+    assert 2**28 < memory.device_memory_bytes() <= machine // 8
     monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
-    assert memory.device_bytes() == machine // 8
+    assert memory.device_memory_bytes() == machine // 8
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.device_bytes() == machine // 8
+    assert memory.device_memory_bytes() == machine // 8
     (tmp_path / "memory.max").write_text("1073741824\n")
-    assert memory.device_bytes() == 2**27
+    assert memory.device_memory_bytes() == 2**27
 
 
 def test_latent_attention_counts_the_latent():
-    config = read_model_config(Path(__file__).parent / "golden" / "deepseek_v3")
-    assert token_bytes(config) == config.num_layers * (config.latent.kv_rank + config.latent.rope_width) * 4
+    model_cfg = read_model_config(Path(__file__).parent / "golden" / "deepseek_v3")
+    assert (
+        kv_bytes_per_token(model_cfg)
+        == model_cfg.num_layers * (model_cfg.latent.kv_rank + model_cfg.latent.rope_width) * 4
+    )

@@ -6,10 +6,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import grpo_jax.mesh
-from grpo_jax.mesh import constrain, fit, make_mesh, shardings
-from grpo_jax.model import param_shapes
-from grpo_jax.types import UserError
+import grpo_jax.parallel.mesh
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import constrain, drop_indivisible_axes, make_mesh, tree_shardings
 from tests.tiny import CONFIG
 
 
@@ -27,21 +27,21 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 
 def test_the_table_places_every_leaf():
     mesh = make_mesh(1, 4, 2)
-    placed = shardings(mesh, param_shapes(CONFIG))
+    placed = tree_shardings(mesh, param_shapes(CONFIG))
     kernel = placed["layers"][0]["attention"]
     assert kernel["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
     assert kernel["o"]["kernel"].spec == P(None, "tensor", None, "fsdp")
     assert placed["embed"]["embedding"].spec == P("tensor", "fsdp")
-    gathered = shardings(mesh, param_shapes(CONFIG), gathered=True)
+    gathered = tree_shardings(mesh, param_shapes(CONFIG), gathered=True)
     assert all("fsdp" not in leaf.spec for leaf in jax.tree.leaves(gathered))
 
 
 def test_an_axis_that_does_not_divide_is_dropped_and_logged_once(caplog, monkeypatch):
     """2 KV heads over a tensor axis of 4."""
-    monkeypatch.setattr(grpo_jax.mesh, "_dropped", set())
+    monkeypatch.setattr(grpo_jax.parallel.mesh, "_dropped", set())
     mesh = make_mesh(1, 2, 4)
     with caplog.at_level(logging.WARNING):
-        placed = [shardings(mesh, param_shapes(CONFIG)) for _ in range(2)][0]
+        placed = [tree_shardings(mesh, param_shapes(CONFIG)) for _ in range(2)][0]
     assert placed["layers"][0]["attention"]["k"]["kernel"].spec == P(None, "fsdp", None, None)
     assert placed["layers"][0]["attention"]["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
     assert len([message for message in caplog.messages if "attention/[qkv]" in message and " 2 is not" in message]) == 1
@@ -49,13 +49,13 @@ def test_an_axis_that_does_not_divide_is_dropped_and_logged_once(caplog, monkeyp
 
 def test_fit_counts_all_axes_of_a_dimension():
     mesh = make_mesh(2, 2, 2)
-    assert fit(P(("data", "fsdp"), "tensor"), (4, 3), mesh) == P(("data", "fsdp"), None)
-    assert fit(P(("data", "fsdp")), (6, 3), mesh) == P(None, None)
+    assert drop_indivisible_axes(P(("data", "fsdp"), "tensor"), (4, 3), mesh) == P(("data", "fsdp"), None)
+    assert drop_indivisible_axes(P(("data", "fsdp")), (6, 3), mesh) == P(None, None)
 
 
 def test_an_unknown_leaf_is_named():
     with pytest.raises(ValueError, match="layers/new/thing"):
-        shardings(make_mesh(8), {"layers": {"new": {"thing": jax.ShapeDtypeStruct((4, 4), "float32")}}})
+        tree_shardings(make_mesh(8), {"layers": {"new": {"thing": jax.ShapeDtypeStruct((4, 4), "float32")}}})
 
 
 def test_constrain_without_a_mesh_changes_nothing():

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from grpo_jax.metrics import (
+from grpo_jax.run.metrics import (
     MetricsLog,
     before_and_after,
     console_line,
-    cut_back,
     read_metrics,
     read_samples,
+    truncate_logs,
     write_samples,
 )
 
@@ -60,7 +60,14 @@ def test_resumed_run_has_each_step_once(tmp_path):
         log.write(step, {"a/b": 2.0})
     log.close()
     assert [(line["step"], line["a/b"]) for line in read_metrics(tmp_path)] == [
-        (0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+        (0, 1.0),
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+        (5, 2.0),
+        (6, 2.0),
+    ]
 
 
 def test_run_that_begins_anew_says_nothing_of_the_one_before(tmp_path):
@@ -86,21 +93,26 @@ def test_cut_back_removes_samples_after_the_step_and_keeps_those_up_to_it(tmp_pa
     for kind in ("train", "eval"):
         for step in (0, 19, 20, 21, 100, 1_000_000):
             write_samples(tmp_path, kind, step, [{"completion": f"{kind} {step}"}])
-    cut_back(tmp_path, 20)
+    truncate_logs(tmp_path, 20)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == [f"{kind}-{step:06d}.jsonl" for kind in ("eval", "train") for step in (0, 19, 20)]
     assert read_samples(tmp_path, "eval", 19) == [{"completion": "eval 19"}]
 
 
 def test_cut_back_of_a_new_folder_does_nothing(tmp_path):
-    cut_back(tmp_path, 5)
+    truncate_logs(tmp_path, 5)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", [
-    'two\nlines and "quotes"', "Größe 数学 🙂", "\x00\x1c\x7f",
-    "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'two\nlines and "quotes"',
+        "Größe 数学 🙂",
+        "\x00\x1c\x7f",
+        "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d",
+    ],
+)
 def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     """A completion may hold any character; str.splitlines would cut a record at some of them."""
     records = [{"completion": text, "accuracy": 1.0}, {"completion": "x", "accuracy": 0.0}]
@@ -114,11 +126,30 @@ def test_no_samples_make_no_file(tmp_path):
 
 
 def test_console_line_holds_what_a_person_watches():
-    line = console_line(7, 60, {
-        "reward/mean": 1.2345, "reward/accuracy": 0.25, "reward/format": 0.98, "rollout/length_mean": 41.26,
-        "policy/kl_ref": 0.01239, "rollout/tokens_per_s": 12345.6, "time/step_s": 3.21, "loss/total": 5.5})
-    for part in ("step  7/60", "reward 1.23", "accuracy 0.25", "format 0.98", "41.3", "KL 0.0124", "12,346 tokens/s",
-                 "3.2 s"):
+    line = console_line(
+        7,
+        60,
+        {
+            "reward/mean": 1.2345,
+            "reward/accuracy": 0.25,
+            "reward/format": 0.98,
+            "rollout/length_mean": 41.26,
+            "policy/kl_ref": 0.01239,
+            "rollout/tokens_per_s": 12345.6,
+            "time/step_s": 3.21,
+            "loss/total": 5.5,
+        },
+    )
+    for part in (
+        "step  7/60",
+        "reward 1.23",
+        "accuracy 0.25",
+        "format 0.98",
+        "41.3",
+        "KL 0.0124",
+        "12,346 tokens/s",
+        "3.2 s",
+    ):
         assert part in line
     assert "\n" not in line
     assert "5.5" not in line  # about 0 by design: nobody is to watch it
@@ -140,5 +171,5 @@ def test_foreign_files_among_the_samples_stay(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("notes.jsonl", "train-000009.jsonl"):
         (tmp_path / "samples" / name).write_text("{}\n")
-    cut_back(tmp_path, 5)
+    truncate_logs(tmp_path, 5)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["notes.jsonl"]

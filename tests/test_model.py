@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward
-from grpo_jax.attend import alone
-from grpo_jax.attention import KV, way
-from grpo_jax.model import hidden_states, logits_of, unstack
+from grpo_jax.model.attention import KV, choose_kernel
+from grpo_jax.model.decoder import hidden_states, logits_from_hidden, unstack_layers
+from grpo_jax.model.mask import single_sequence
 from tests.tiny import CONFIG, params
 
 
@@ -31,20 +31,21 @@ def test_future_tokens_have_no_gradient():
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_cached_decode_matches_full_forward(unrolled):
     """Prefill of 4 tokens, then one at a time from the cache, equals one pass over all 9, in float32."""
-    weights = unstack(params()) if unrolled else params()
+    weights = unstack_layers(params()) if unrolled else params()
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 1, 45)
     full = forward(CONFIG, weights, tokens)
 
     positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
-    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], alone(positions))
+    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], single_sequence(positions))
+
     def grow(x, axis):
         return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(5)])
 
     kv = tuple(KV(grow(layer.k, 4), grow(layer.v, 3)) for layer in kv)
-    np.testing.assert_allclose(logits_of(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
+    np.testing.assert_allclose(logits_from_hidden(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
     for at in range(4, 9):
-        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], alone(jnp.full((3, 1), at)), kv)
-        np.testing.assert_allclose(logits_of(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
+        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], single_sequence(jnp.full((3, 1), at)), kv)
+        np.testing.assert_allclose(logits_from_hidden(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
     assert len(kv) == (2 if unrolled else 1) and isinstance(kv[0], KV)
 
 
@@ -61,16 +62,26 @@ def test_padding_on_either_side_changes_nothing():
     assert np.isfinite(on_left).all()
 
 
-@pytest.mark.parametrize("platform, length, changed, expected", [
-    ("cpu", 200, {}, "plain"), ("cpu", 1000, {}, "blocks"), ("tpu", 1024, {}, "splash"), ("tpu", 1000, {}, "blocks"),
-    ("gpu", 1000, {}, "blocks"), ("gpu", 1000, dict(compute_dtype="bfloat16"), "cudnn"),
-    ("gpu", 1001, dict(compute_dtype="bfloat16"), "blocks"),
-    ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0), "blocks"),
-    ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0, attention="cudnn"), "blocks"),
-    ("tpu", 1, dict(attention="splash"), "plain"), ("cpu", 200, dict(attention="blocks"), "blocks"),
-])
-def test_attention_is_computed_in_the_way_that_suits_platform_and_rows(monkeypatch, platform, length, changed, expected):
-    monkeypatch.setattr("grpo_jax.attention.mesh_platform", lambda: platform)
-    config = replace(CONFIG, **changed)
-    assert way(config, length, cached=False) == expected
-    assert way(config, length, cached=True) == "plain"
+@pytest.mark.parametrize(
+    "platform, length, changed, expected",
+    [
+        ("cpu", 200, {}, "plain"),
+        ("cpu", 1000, {}, "blocks"),
+        ("tpu", 1024, {}, "splash"),
+        ("tpu", 1000, {}, "blocks"),
+        ("gpu", 1000, {}, "blocks"),
+        ("gpu", 1000, dict(compute_dtype="bfloat16"), "cudnn"),
+        ("gpu", 1001, dict(compute_dtype="bfloat16"), "blocks"),
+        ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0), "blocks"),
+        ("gpu", 1000, dict(compute_dtype="bfloat16", score_cap=50.0, attention="cudnn"), "blocks"),
+        ("tpu", 1, dict(attention="splash"), "plain"),
+        ("cpu", 200, dict(attention="blocks"), "blocks"),
+    ],
+)
+def test_attention_is_computed_in_the_way_that_suits_platform_and_rows(
+    monkeypatch, platform, length, changed, expected
+):
+    monkeypatch.setattr("grpo_jax.model.attention.mesh_platform", lambda: platform)
+    model_cfg = replace(CONFIG, **changed)
+    assert choose_kernel(model_cfg, length, cached=False) == expected
+    assert choose_kernel(model_cfg, length, cached=True) == "plain"

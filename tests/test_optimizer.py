@@ -10,28 +10,33 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.architecture import Experts, Latent, Layer
 from grpo_jax.config import default
-from grpo_jax.mesh import make_mesh, path_name, shardings
-from grpo_jax.model import param_shapes
-from grpo_jax.optimizer import (
+from grpo_jax.learn.optimizer import (
     apply_gradients,
-    fresh_state,
-    init_state,
+    init_train_state,
     make_optimizer,
     make_schedule,
-    matrix_of,
     moment_spec,
-    state_shapes,
-    state_shardings,
+    muon_dimensions,
+    new_train_state,
+    train_state_shapes,
+    train_state_shardings,
 )
+from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import make_mesh, path_name, tree_shardings
 from tests.tiny import CONFIG
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
 SOME = ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "adamw")]
 MIXTURE = replace(  # every kind of parameter there is
-    CONFIG, layers=(Layer(), Layer(experts=True), Layer(experts=True)), num_kv_heads=4, mlp_bias=True,
-    experts=Experts(8, 2, 24, shared_width=16, sigmoid=True), latent=Latent(16, 8, 8, 4, 8))
+    CONFIG,
+    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(experts=True)),
+    num_kv_heads=4,
+    mlp_bias=True,
+    experts=ExpertsConfig(8, 2, 24, shared_width=16, sigmoid=True),
+    latent=LatentConfig(16, 8, 8, 4, 8),
+)
 BIASED = replace(CONFIG, qkv_bias=True, qk_norm=True, tie_embeddings=True)
 
 
@@ -51,7 +56,7 @@ def compiled(items):
 def run(optim, weights, *gradients):
     """The states before and after each update, and the last one's metrics."""
     optimizer, update = compiled(tuple(vars(optim).items()))
-    states, metrics = [fresh_state(weights, optimizer)], None
+    states, metrics = [new_train_state(weights, optimizer)], None
     for grads in gradients:
         state, metrics = update(states[-1], grads)
         states.append(state)
@@ -61,9 +66,18 @@ def run(optim, weights, *gradients):
 def small(seed=0, dtype=jnp.float32):
     """A matrix in two layers, and its bias."""
     key = jax.random.key(seed)
-    return {"layers": ({"mlp": {"gate": {
-        "kernel": jax.random.normal(key, (2, 8, 24), dtype),
-        "bias": jax.random.normal(jax.random.fold_in(key, 1), (2, 24), dtype)}}},)}
+    return {
+        "layers": (
+            {
+                "mlp": {
+                    "gate": {
+                        "kernel": jax.random.normal(key, (2, 8, 24), dtype),
+                        "bias": jax.random.normal(jax.random.fold_in(key, 1), (2, 24), dtype),
+                    }
+                }
+            },
+        )
+    }
 
 
 def parts(tree):
@@ -121,7 +135,7 @@ def test_first_step_has_its_size_and_goes_down(name):
 def test_quadratic_is_lowered(name):
     """The sum of squares, whose gradient is 2x."""
     optimizer, update = compiled(tuple(vars(section(name=name, lr=0.1, b2=0.99)).items()))
-    state = fresh_state(small(), optimizer)
+    state = new_train_state(small(), optimizer)
     for _ in range(20):
         state, _ = update(state, jax.tree.map(lambda x: 2 * x, state.params))
     for value, start in zip(parts(state.params), parts(small())):
@@ -132,7 +146,8 @@ def test_quadratic_is_lowered(name):
 def test_decay_is_a_part_of_the_parameter_by_the_learning_rate(name):
     """Without a gradient nothing else moves, and a bias not at all; so for every rule."""
     (before, after), _ = run(
-        section(name=name, lr=0.02, weight_decay=0.5), small(), jax.tree.map(jnp.zeros_like, small()))
+        section(name=name, lr=0.02, weight_decay=0.5), small(), jax.tree.map(jnp.zeros_like, small())
+    )
     kernel, bias = differences(after, before)
     np.testing.assert_allclose(kernel, -0.02 * 0.5 * parts(small())[0], atol=1e-6)
     assert not bias.any()
@@ -186,9 +201,12 @@ def test_adafactor_clips_a_leafs_step():
 
 
 STACKS = {  # path -> shape of a stack, and of its matrices
-    "mlp/gate/kernel": ((2, 8, 24), (8, 24)), "attention/q/kernel": ((2, 8, 4, 5), (8, 20)),
-    "attention/o/kernel": ((2, 4, 5, 8), (20, 8)), "attention/kv_b": ((2, 6, 4, 5), (6, 20)),
-    "attention/q_a/kernel": ((2, 20, 8), (20, 8)), "moe/experts_down": ((2, 3, 24, 8), (24, 8)),
+    "mlp/gate/kernel": ((2, 8, 24), (8, 24)),
+    "attention/q/kernel": ((2, 8, 4, 5), (8, 20)),
+    "attention/o/kernel": ((2, 4, 5, 8), (20, 8)),
+    "attention/kv_b": ((2, 6, 4, 5), (6, 20)),
+    "attention/q_a/kernel": ((2, 20, 8), (20, 8)),
+    "moe/experts_down": ((2, 3, 24, 8), (24, 8)),
     "moe/router/kernel": ((2, 24, 8), (24, 8)),
 }
 
@@ -211,8 +229,7 @@ def test_muon_takes_each_matrix_of_a_stack_for_itself():
         for name in reversed(path.split("/")):
             leaf = {name: leaf}
         grads[path] = leaf
-    (before, after), _ = run(
-        section(name="muon", lr=1.0, grad_clip=1e9), jax.tree.map(jnp.zeros_like, grads), grads)
+    (before, after), _ = run(section(name="muon", lr=1.0, grad_clip=1e9), jax.tree.map(jnp.zeros_like, grads), grads)
     for path, (_, matrix) in STACKS.items():
         steps = -np.asarray(jax.tree.leaves(after.params[path])[0]).reshape(-1, *matrix) / (0.2 * np.sqrt(max(matrix)))
         for step, grad in zip(steps, jax.tree.leaves(grads[path])[0].reshape(-1, *matrix)):
@@ -222,10 +239,10 @@ def test_muon_takes_each_matrix_of_a_stack_for_itself():
 
 
 @pytest.mark.parametrize("config", [CONFIG, MIXTURE, BIASED])
-def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(config):
+def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(cfg):
     """Their axes are all but those that layers and experts are stacked in."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
-        name, numbers = path_name(path), matrix_of(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(cfg)):
+        name, numbers = path_name(path), muon_dimensions(path)
         vector = name.split("/")[-1] in ("scale", "bias", "correction")
         assert (numbers is None) == (vector or not name.startswith("layers")), name
         if numbers:
@@ -238,17 +255,24 @@ def test_parameter_that_muon_does_not_know_is_an_error():
         make_optimizer(section(name="muon")).init({"layers": {"conv": {"kernel": jnp.ones((2, 3))}}})
 
 
-@pytest.mark.parametrize("values, rates", [
-    (dict(), {0: 2, 9: 2}),
-    (dict(warmup_steps=4), {0: 0.5, 1: 1, 3: 2, 9: 2}),  # no update without effect
-    (dict(warmup_steps=4, end_lr_fraction=0.3, decay_steps=5), {0: 0.5, 3: 2, 9: 2}),
-    (dict(schedule="linear", decay_steps=10), {0: 2, 5: 1, 9: 0.2, 10: 0, 99: 0}),
-    (dict(schedule="linear", warmup_steps=4, decay_steps=12, end_lr_fraction=0.5),
-     {0: 0.5, 3: 2, 4: 2, 8: 1.5, 12: 1, 99: 1}),
-    (dict(schedule="cosine", decay_steps=9), {0: 2, 3: 1.5, 6: 0.5, 9: 0, 99: 0}),
-    (dict(schedule="cosine", warmup_steps=2, decay_steps=14, end_lr_fraction=0.1),
-     {0: 1, 1: 2, 2: 2, 6: 1.55, 8: 1.1, 14: 0.2, 99: 0.2}),
-])
+@pytest.mark.parametrize(
+    "values, rates",
+    [
+        (dict(), {0: 2, 9: 2}),
+        (dict(warmup_steps=4), {0: 0.5, 1: 1, 3: 2, 9: 2}),  # no update without effect
+        (dict(warmup_steps=4, end_lr_fraction=0.3, decay_steps=5), {0: 0.5, 3: 2, 9: 2}),
+        (dict(schedule="linear", decay_steps=10), {0: 2, 5: 1, 9: 0.2, 10: 0, 99: 0}),
+        (
+            dict(schedule="linear", warmup_steps=4, decay_steps=12, end_lr_fraction=0.5),
+            {0: 0.5, 3: 2, 4: 2, 8: 1.5, 12: 1, 99: 1},
+        ),
+        (dict(schedule="cosine", decay_steps=9), {0: 2, 3: 1.5, 6: 0.5, 9: 0, 99: 0}),
+        (
+            dict(schedule="cosine", warmup_steps=2, decay_steps=14, end_lr_fraction=0.1),
+            {0: 1, 1: 2, 2: 2, 6: 1.55, 8: 1.1, 14: 0.2, 99: 0.2},
+        ),
+    ],
+)
 def test_learning_rates(values, rates):
     schedule = make_schedule(section(lr=2.0, **values))
     np.testing.assert_allclose([schedule(jnp.int32(step)) for step in rates], list(rates.values()), atol=1e-6)
@@ -292,7 +316,7 @@ def test_state_of_bfloat16_parameters_is_float32(name):
     optim = section(name=name, lr=0.1, weight_decay=0.1)
     (_, have), metrics = run(optim, weights, grads)
     (_, want), expected = run(optim, wide(weights), wide(grads))
-    narrow, full = (state_shapes(tree, make_optimizer(optim)).opt_state for tree in (weights, wide(weights)))
+    narrow, full = (train_state_shapes(tree, make_optimizer(optim)).opt_state for tree in (weights, wide(weights)))
     assert narrow == full
     for made, leaf in zip(jax.tree.leaves(have.opt_state), jax.tree.leaves(want.opt_state), strict=True):
         assert made.dtype == leaf.dtype and made.dtype in (jnp.float32, jnp.int32)
@@ -329,12 +353,12 @@ WIDE = replace(CONFIG, hidden_size=256, intermediate_size=384, head_dim=128)  # 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("config", [CONFIG, *(pytest.param(x, marks=pytest.mark.slow) for x in (WIDE, MIXTURE))])
-def test_state_is_split_as_its_parameters(name, config):
+def test_state_is_split_as_its_parameters(name, cfg):
     """On 1 x 4 x 2 devices no matrix of the state is on each device as a whole if its parameter is not."""
-    mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(config), make_optimizer(section(name=name))
-    places, state = state_shardings(mesh, shapes, optimizer), state_shapes(shapes, optimizer)
+    mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(cfg), make_optimizer(section(name=name))
+    places, state = train_state_shardings(mesh, shapes, optimizer), train_state_shapes(shapes, optimizer)
     assert jax.tree.structure(places) == jax.tree.structure(state)
-    assert places.params == shardings(mesh, shapes)
+    assert places.params == tree_shardings(mesh, shapes)
     sizes, where = named(shapes), {path: place.spec for path, place in named(places.params).items()}
     count = 0
     for path, place in named(places.opt_state).items():
@@ -372,22 +396,29 @@ def test_split_of_adafactors_rows_and_columns():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, config", [*((name, CONFIG) for name in NAMES), ("adafactor", WIDE)])
-def test_same_update_on_eight_devices(name, config):
+def test_same_update_on_eight_devices(name, cfg):
     """Made, kept and updated in its place, in the memory of the state before."""
     optim = section(name=name, lr=0.1, weight_decay=0.1)
     optimizer, draw = make_optimizer(optim), np.random.default_rng(0)
     weights, grads = (
-        jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), jnp.float32), param_shapes(config))
-        for _ in range(2))
+        jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), jnp.float32), param_shapes(cfg))
+        for _ in range(2)
+    )
     (_, want), _ = run(optim, weights, grads)
     mesh = make_mesh(1, 4, 2)
-    places = state_shardings(mesh, weights, optimizer)
-    state = init_state(mesh, jax.device_put(weights, places.params), optimizer)
+    places = train_state_shardings(mesh, weights, optimizer)
+    state = init_train_state(mesh, jax.device_put(weights, places.params), optimizer)
     assert jax.tree.map(lambda x: x.sharding, state) == places
     grads = jax.device_put(grads, places.params)
-    update = jax.jit(
-        partial(apply_gradients, optimizer=optimizer, schedule=make_schedule(optim)), donate_argnums=0,
-        out_shardings=(places, None)).lower(state, grads).compile()
+    update = (
+        jax.jit(
+            partial(apply_gradients, optimizer=optimizer, schedule=make_schedule(optim)),
+            donate_argnums=0,
+            out_shardings=(places, None),
+        )
+        .lower(state, grads)
+        .compile()
+    )
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert update.memory_analysis().alias_size_in_bytes == held
     have = update(state, grads)[0]

@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from grpo_jax import checkpoint, forward, main, sample
-from grpo_jax.architecture import Experts, Layer
+from grpo_jax import forward, main, sample
 from grpo_jax.config import check, default, read_config
-from grpo_jax.model import param_shapes
-from grpo_jax.packing import unpack
-from grpo_jax.sampler import pad_prompts, place_for_rollout
-from grpo_jax.score import score
-from grpo_jax.train_step import make_experience
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.learn.logprobs import packed_logprobs
+from grpo_jax.learn.packing import unpack_completions
+from grpo_jax.learn.update import make_experience
+from grpo_jax.model.architecture import ExpertsConfig, LayerConfig
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout
+from grpo_jax.run import checkpoint
 from tests.tiny import CONFIG, packed, params
 
 LOW = replace(CONFIG, compute_dtype="bfloat16")
-MIXTURE = replace(LOW, layers=(Layer(experts=True),) * 2, experts=Experts(4, 2, 24))
+MIXTURE = replace(LOW, layers=(LayerConfig(experts=True),) * 2, experts=ExpertsConfig(4, 2, 24))
 
 
-def dots(config, weights, tokens) -> set[str]:
+def dots(cfg, weights, tokens) -> set[str]:
     """The dtypes of the operands of all matrix products of a forward pass."""
     found = set()
 
@@ -35,7 +36,7 @@ def dots(config, weights, tokens) -> set[str]:
             for inner in jaxprs_in_params(equation.params):
                 walk(inner)
 
-    walk(jax.make_jaxpr(lambda w, t: forward(config, w, t))(weights, tokens).jaxpr)
+    walk(jax.make_jaxpr(lambda w, t: forward(cfg, w, t))(weights, tokens).jaxpr)
     return found
 
 
@@ -57,42 +58,53 @@ def test_low_precision_is_near_and_not_equal():
 
 
 @pytest.mark.parametrize("config", [LOW, MIXTURE], ids=["dense", "experts"])
-def test_sampler_and_trainer_agree_in_low_precision(config):
+def test_sampler_and_trainer_agree_in_low_precision(model_cfg):
     """The rollout's copy is rounded once to bfloat16; the trainer rounds the same master weights where it uses them."""
-    weights = params(config)
-    placed = place_for_rollout(config, weights)
+    weights = params(model_cfg)
+    placed = place_for_rollout(model_cfg, weights)
     kept = {str(leaf.dtype) for leaf in jax.tree.leaves(placed)}
     assert kept == {"bfloat16", "float32"}
     assert placed["layers"][0]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
     assert placed["layers"][0]["attention_norm"]["scale"].dtype == jnp.float32
-    rollout = sample(config, weights, [[5, 6, 7]] * 4, jax.random.key(0), samples=4, max_tokens=12)
+    rollout = sample(model_cfg, weights, [[5, 6, 7]] * 4, jax.random.key(0), samples=4, max_tokens=12)
     rows = rollout.rows()
     batch = packed(make_experience(pad_prompts([[5, 6, 7]] * 4), rollout, np.zeros((4, 4)), None))
 
-    def logps(config):
-        return unpack(np.asarray(score(config, weights, batch, 1.0)[0]), np.asarray(batch.place), (16, 12))
+    def logps(model_cfg):
+        return unpack_completions(
+            np.asarray(packed_logprobs(model_cfg, weights, batch, 1.0)[0]), np.asarray(batch.flat_index), (16, 12)
+        )
 
-    gap = np.abs(logps(config) - rows["logps"])
-    if config.experts:  # a token near a tie between experts may be sent elsewhere by a rounding
+    gap = np.abs(logps(model_cfg) - rows["logps"])
+    if model_cfg.experts:  # a token near a tie between experts may be sent elsewhere by a rounding
         assert np.median(gap) < 0.01 and np.mean(gap > 0.15) < 0.02
     else:
         assert gap.mean() < 0.01 and gap.max() < 0.15
-    full = logps(replace(config, compute_dtype="float32"))
+    full = logps(replace(model_cfg, compute_dtype="float32"))
     assert np.abs(full - rows["logps"]).mean() > gap.mean()  # the rounding that both share is larger
 
 
 def test_parameters_are_kept_in_their_dtype(tmp_path):
     """A run with bfloat16 master weights and reference."""
-    main.main([f"--config={Path(__file__).parent.parent}/configs/r1zero.py", f"--workdir={tmp_path}",
-               "--config.model.param_dtype=bfloat16", "--config.model.compute_dtype=bfloat16",
-               "--config.model.reference_dtype=bfloat16", "--config.total_steps=1",
-               "--config.rollout.prompts=4", "--config.rollout.samples=2", "--config.eval.questions=8"])
-    from grpo_jax.mesh import make_mesh, shardings
-    from grpo_jax.source import find_model, read_model_config
+    main.main(
+        [
+            f"--config={Path(__file__).parent.parent}/configs/r1zero.py",
+            f"--workdir={tmp_path}",
+            "--config.model.param_dtype=bfloat16",
+            "--config.model.compute_dtype=bfloat16",
+            "--config.model.reference_dtype=bfloat16",
+            "--config.total_steps=1",
+            "--config.rollout.prompts=4",
+            "--config.rollout.samples=2",
+            "--config.eval.questions=8",
+        ]
+    )
+    from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+    from grpo_jax.weights.source import find_model, read_model_config
 
     assert read_config(tmp_path).model.param_dtype == "bfloat16"
     shapes = param_shapes(read_model_config(find_model("tiny")), "bfloat16")
-    places = shardings(make_mesh(8), shapes)
+    places = tree_shardings(make_mesh(8), shapes)
     reference = checkpoint.restore_reference(tmp_path, shapes, places)
     _, policy = checkpoint.restore_policy(tmp_path, shapes, places)
     assert {str(leaf.dtype) for tree in (reference, policy) for leaf in jax.tree.leaves(tree)} == {"bfloat16"}
@@ -101,7 +113,7 @@ def test_parameters_are_kept_in_their_dtype(tmp_path):
 
 @pytest.mark.parametrize("key", ["param_dtype", "compute_dtype", "logit_dtype"])
 def test_an_unknown_dtype_is_refused(key):
-    config = default()
-    config.model[key] = "float16"
+    cfg = default()
+    cfg.model[key] = "float16"
     with pytest.raises(UserError, match=f"model.{key} to be 'float32' or 'bfloat16'; found 'float16'"):
-        check(config)
+        check(cfg)

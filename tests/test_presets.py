@@ -7,12 +7,26 @@ import pytest
 
 from grpo_jax import main
 from grpo_jax.config import check, default
+from grpo_jax.errors import UserError
 from grpo_jax.flags import load_config
-from grpo_jax.types import UserError
 
 FILE = Path(__file__).parent.parent / "configs" / "r1zero.py"
-NAMES = ("tiny", "smollm2", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-32b", "qwen3-1.7b",
-         "qwen3-8b", "qwen3-30b-a3b", "llama3.2-3b", "llama3.1-8b", "gemma3-4b", "deepseek-v3")
+NAMES = (
+    "tiny",
+    "smollm2",
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen2.5-3b",
+    "qwen2.5-7b",
+    "qwen2.5-32b",
+    "qwen3-1.7b",
+    "qwen3-8b",
+    "qwen3-30b-a3b",
+    "llama3.2-3b",
+    "llama3.1-8b",
+    "gemma3-4b",
+    "deepseek-v3",
+)
 
 
 def module():
@@ -30,12 +44,12 @@ def test_all_presets_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_fits_the_devices_that_it_names(name):
-    config = check(load_config(f"{FILE}:{name}"))
+    cfg = check(load_config(f"{FILE}:{name}"))
     text = module().PRESETS[name].__doc__
     devices = [int(number) for number in re.findall(r"(?:On|or) (\d+) (?:device|of)", text)]
     assert devices
     for count in devices:
-        sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor]
+        sizes = [cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.expert, cfg.mesh.tensor]
         known = 1
         for size in sizes:
             known *= size if size > 0 else 1

@@ -9,9 +9,9 @@ import pytest
 
 from grpo_jax import config as configs
 from grpo_jax import forward, load
-from grpo_jax.pretrain import batch, next_token_loss, pretrain
-from grpo_jax.prompt import load_tokenizer
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.tiny.pretrain import corpus_batch, next_token_loss, pretrain
+from grpo_jax.weights.tokenizer import load_tokenizer
 from tests.tiny import CONFIG, params
 
 TOKENS = jnp.asarray([[5, 9, 2, 7], [3, 3, 0, 0]])
@@ -41,8 +41,8 @@ def small():
 
 
 def test_it_learns_and_writes_a_model_folder(tmp_path, capsys):
-    config = small()
-    folder = pretrain(config, tmp_path)
+    cfg = small()
+    folder = pretrain(cfg, tmp_path)
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", capsys.readouterr().out)]
     assert losses[0] > losses[-1] + 0.1
     model, weights = load(folder)
@@ -50,15 +50,15 @@ def test_it_learns_and_writes_a_model_folder(tmp_path, capsys):
     assert model.eos_ids == (tokenizer.eos_token_id,) and model.token_count == len(tokenizer)
     assert np.isfinite(forward(model, weights, jnp.asarray([tokenizer("What is 3?")["input_ids"]]))).all()
     with pytest.raises(UserError, match="without a model"):
-        pretrain(config, tmp_path)
+        pretrain(cfg, tmp_path)
 
 
 def test_rows_of_a_step_are_its_own():
-    from grpo_jax.corpus import page, train_tokenizer
+    from grpo_jax.tiny.corpus import corpus_text, train_tokenizer
 
-    config = small()
-    tokenizer = train_tokenizer([page(1, i, 3, 3) for i in range(50)], 512)
-    first, again, second = (batch(tokenizer, config, step) for step in (0, 0, 1))
+    cfg = small()
+    tokenizer = train_tokenizer([corpus_text(1, i, 3, 3) for i in range(50)], 512)
+    first, again, second = (corpus_batch(tokenizer, cfg, step) for step in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])
     assert (first[0] != second[0]).any(axis=1).all()
     assert first[1].any() and (first[0][~first[1]] == 0).all()

@@ -4,17 +4,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpo_jax.prompt import (
-    completion_text,
-    completion_texts,
-    encode,
+from grpo_jax.errors import UserError
+from grpo_jax.text.problem import Problem
+from grpo_jax.text.prompt import (
+    completion_eos_ids,
+    decode_completion,
+    decode_completions,
     encode_prompts,
-    eos_ids,
+    encode_text,
     format_prompt,
-    load_tokenizer,
 )
-from grpo_jax.source import find_model
-from grpo_jax.types import Problem, UserError
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tokenizer import load_tokenizer
 
 BOS, EOS = "<s>", "</s>"
 
@@ -45,7 +46,8 @@ def test_template_is_that_of_r1_zero():
         "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
         "answer. The reasoning process and answer are enclosed within <think>...</think> and <answer>...</answer> "
         "tags, respectively, that is, <think> reasoning process here </think> <answer> answer here </answer>. "
-        "User: What is 347 + 589?. Assistant:")
+        "User: What is 347 + 589?. Assistant:"
+    )
 
 
 @pytest.mark.parametrize("question", ["{}", "{0}", "{question}", r"\frac{3}{4}", "{{x}}", "}{", "%s %d", "\\1"])
@@ -56,14 +58,14 @@ def test_braces_in_a_question_are_text(question):
 def test_bos_stands_in_front_exactly_once_where_the_tokenizer_puts_it():
     tokenizer = byte_tokenizer(f"{BOS} $A")
     for text in ("hello", BOS + "hello"):  # a text may bring its own
-        ids = encode(tokenizer, text)
+        ids = encode_text(tokenizer, text)
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.decode(ids[1:]) == "hello"
 
 
 def test_bos_is_not_added_for_a_tokenizer_that_has_one_and_does_not_put_it():
     tokenizer = byte_tokenizer()
-    ids = encode(tokenizer, "hello")
+    ids = encode_text(tokenizer, "hello")
     assert tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in ids
     assert len(ids) == len("hello")
 
@@ -71,13 +73,13 @@ def test_bos_is_not_added_for_a_tokenizer_that_has_one_and_does_not_put_it():
 def test_tokenizer_without_bos_and_eos_encodes_the_text_alone():
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
-    assert tokenizer.decode(encode(tokenizer, "hello")) == "hello"
+    assert tokenizer.decode(encode_text(tokenizer, "hello")) == "hello"
 
 
 def test_eos_that_the_tokenizer_closes_a_text_with_is_dropped():
     tokenizer = byte_tokenizer(f"{BOS} $A {EOS}")
     assert tokenizer("hello")["input_ids"][-1] == tokenizer.eos_token_id  # so there is something to drop
-    ids = encode(tokenizer, "hello")
+    ids = encode_text(tokenizer, "hello")
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids[1:]) == "hello"
 
@@ -109,83 +111,93 @@ MERGES = ((">", "Ċ"), (">Ċ", "Ċ"))
 
 def test_stopping_id_is_left_out():
     tokenizer = byte_tokenizer()
-    ids = encode(tokenizer, "<answer>5</answer>")
+    ids = encode_text(tokenizer, "<answer>5</answer>")
     stop = tokenizer.eos_token_id
-    assert completion_text(tokenizer, [*ids, stop], (stop,)) == "<answer>5</answer>"
-    assert completion_text(tokenizer, ids, (stop,)) == "<answer>5</answer>"  # cut at max_tokens
-    assert completion_text(tokenizer, [stop], (stop,)) == completion_text(tokenizer, [], (stop,)) == ""
+    assert decode_completion(tokenizer, [*ids, stop], (stop,)) == "<answer>5</answer>"
+    assert decode_completion(tokenizer, ids, (stop,)) == "<answer>5</answer>"  # cut at max_tokens
+    assert decode_completion(tokenizer, [stop], (stop,)) == decode_completion(tokenizer, [], (stop,)) == ""
 
 
 def test_stopping_id_is_left_out_whichever_it_is():
     tokenizer = byte_tokenizer()
-    ids = encode(tokenizer, "12")
-    assert completion_text(tokenizer, ids, (ids[-1], tokenizer.eos_token_id)) == "1"
+    ids = encode_text(tokenizer, "12")
+    assert decode_completion(tokenizer, ids, (ids[-1], tokenizer.eos_token_id)) == "1"
 
 
 def test_special_tokens_inside_a_completion_are_kept():
     """The format reward has to see them: they stand outside the tags or spoil what is inside."""
     tokenizer = byte_tokenizer()
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, "ab"), tokenizer.eos_token_id]
-    assert completion_text(tokenizer, ids, (tokenizer.eos_token_id,)) == BOS + "ab"
+    ids = [tokenizer.bos_token_id, *encode_text(tokenizer, "ab"), tokenizer.eos_token_id]
+    assert decode_completion(tokenizer, ids, (tokenizer.eos_token_id,)) == BOS + "ab"
 
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_bytes_that_come_with_the_token_that_completes_the_answer_are_left_out(stopped):
     tokenizer = byte_tokenizer(merges=MERGES)
-    ids = encode(tokenizer, "<answer>5</answer>\n\n")
+    ids = encode_text(tokenizer, "<answer>5</answer>\n\n")
     assert tokenizer.decode(ids[-1:]) == ">\n\n"
     ids = [*ids, tokenizer.eos_token_id] if stopped else ids
-    assert completion_text(tokenizer, ids, (tokenizer.eos_token_id,)) == "<answer>5</answer>"
+    assert decode_completion(tokenizer, ids, (tokenizer.eos_token_id,)) == "<answer>5</answer>"
 
 
 def test_text_that_the_model_goes_on_with_after_the_answer_is_kept():
     tokenizer = byte_tokenizer(merges=MERGES)
-    ids = encode(tokenizer, "<answer>5</answer>\n\nBye")
-    assert completion_text(tokenizer, [*ids, tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == (
-        "<answer>5</answer>\n\nBye")
+    ids = encode_text(tokenizer, "<answer>5</answer>\n\nBye")
+    assert decode_completion(tokenizer, [*ids, tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == (
+        "<answer>5</answer>\n\nBye"
+    )
 
 
 def test_bytes_after_a_second_answer_are_kept():
     """Only the first `</answer>` could have been the stop."""
     tokenizer = byte_tokenizer(merges=MERGES)
     text = "<answer>5</answer> <answer>6</answer>\n\n"
-    assert completion_text(tokenizer, encode(tokenizer, text), (tokenizer.eos_token_id,)) == text
+    assert decode_completion(tokenizer, encode_text(tokenizer, text), (tokenizer.eos_token_id,)) == text
 
 
 def test_the_cut_is_at_the_stop_string_that_is_complete_first():
     tokenizer = byte_tokenizer(merges=MERGES)
-    ids = encode(tokenizer, "<a>5</a>\n\n")
+    ids = encode_text(tokenizer, "<a>5</a>\n\n")
     stops = (tokenizer.eos_token_id,)
-    assert completion_text(tokenizer, ids, stops, ("</a>\n", "</a>")) == "<a>5</a>"
-    assert completion_text(tokenizer, ids, stops, ("</a>\n",)) == "<a>5</a>\n"
-    assert completion_text(tokenizer, ids, stops, ("<a>", "</a>")) == "<a>5</a>\n\n"  # the first was no stop
-    assert completion_text(tokenizer, ids, stops, ()) == "<a>5</a>\n\n"
+    assert decode_completion(tokenizer, ids, stops, ("</a>\n", "</a>")) == "<a>5</a>"
+    assert decode_completion(tokenizer, ids, stops, ("</a>\n",)) == "<a>5</a>\n"
+    assert decode_completion(tokenizer, ids, stops, ("<a>", "</a>")) == "<a>5</a>\n\n"  # the first was no stop
+    assert decode_completion(tokenizer, ids, stops, ()) == "<a>5</a>\n\n"
 
 
 def test_rows_are_read_up_to_their_lengths():
     import numpy as np
 
     tokenizer = byte_tokenizer()
-    row = encode(tokenizer, "abcd")
-    texts = completion_texts(tokenizer, np.asarray([row, row]), np.asarray([2, 4]), (tokenizer.eos_token_id,))
+    row = encode_text(tokenizer, "abcd")
+    texts = decode_completions(tokenizer, np.asarray([row, row]), np.asarray([2, 4]), (tokenizer.eos_token_id,))
     assert texts == ["ab", "abcd"]
 
 
 def test_every_end_of_the_model_and_of_the_tokenizer_stops():
     tokenizer = byte_tokenizer()
-    assert eos_ids(tokenizer, (3, 1)) == (1, 3, tokenizer.eos_token_id)
-    assert eos_ids(tokenizer, (tokenizer.eos_token_id,)) == (tokenizer.eos_token_id,)
+    assert completion_eos_ids(tokenizer, (3, 1)) == (1, 3, tokenizer.eos_token_id)
+    assert completion_eos_ids(tokenizer, (tokenizer.eos_token_id,)) == (tokenizer.eos_token_id,)
     tokenizer.eos_token = None
-    assert eos_ids(tokenizer, (3,)) == (3,)
+    assert completion_eos_ids(tokenizer, (3,)) == (3,)
 
 
-@pytest.mark.parametrize("text", [
-    "What is 347 + 589?", "  two  spaces ", "line\nline\r\n\ttab", "Größe, 数学, שלום, 🙂👩‍👩‍👧", "<think> x </think>",
-    r"\frac{3}{4} $x^2$", "don 't , you .", "\x00\x1f\N{REPLACEMENT CHARACTER}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is 347 + 589?",
+        "  two  spaces ",
+        "line\nline\r\n\ttab",
+        "Größe, 数学, שלום, 🙂👩‍👩‍👧",
+        "<think> x </think>",
+        r"\frac{3}{4} $x^2$",
+        "don 't , you .",
+        "\x00\x1f\N{REPLACEMENT CHARACTER}",
+    ],
+)
 def test_packaged_tokenizer_gives_any_text_back(text):
     tokenizer = tiny()
-    assert completion_text(tokenizer, encode(tokenizer, text), (tokenizer.eos_token_id,)) == text
+    assert decode_completion(tokenizer, encode_text(tokenizer, text), (tokenizer.eos_token_id,)) == text
 
 
 def test_folder_without_a_tokenizer_is_a_user_error(tmp_path):

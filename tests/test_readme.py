@@ -21,8 +21,12 @@ COMMANDS = [
 ]
 # What makes the long commands short; the commands themselves stay as they are.
 SHORT = {
-    "grpo_jax.main": ["--config.total_steps=1", "--config.rollout.prompts=4", "--config.rollout.samples=4",
-                      "--config.eval.questions=8"],
+    "grpo_jax.main": [
+        "--config.total_steps=1",
+        "--config.rollout.prompts=4",
+        "--config.rollout.samples=4",
+        "--config.eval.questions=8",
+    ],
     "grpo_jax.evaluate": ["--config.eval.questions=8"],
     "grpo_jax.generate": [],
     "grpo_jax.export": [],
@@ -35,13 +39,15 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPO / "configs", folder / "configs")
     shutil.copytree(REPO / "launch", folder / "launch")
-    shutil.copytree(REPO / "grpo_jax" / "tiny_base", folder / "path/to/a/model/folder")
+    shutil.copytree(REPO / "grpo_jax" / "tiny" / "base", folder / "path/to/a/model/folder")
     lines = [f'{{"question": "What is {i} + 1?", "answer": {i + 1}}}' for i in range(20)]
     (folder / "questions.jsonl").write_text("\n".join(lines))
     before = os.getcwd()
     os.chdir(folder)
     try:  # tests come in any order
-        import_module("grpo_jax.main").main(["--config=configs/r1zero.py", "--workdir=runs/r1zero", *SHORT["grpo_jax.main"]])
+        import_module("grpo_jax.main").main(
+            ["--config=configs/r1zero.py", "--workdir=runs/r1zero", *SHORT["grpo_jax.main"]]
+        )
     finally:
         os.chdir(before)
     return folder
@@ -60,7 +66,8 @@ def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
     elif "-m" in words:  # venv, pip, pytest: what `make` runs, with these very arguments
         assert words[words.index("-m") + 1] in ("venv", "pip", "pytest")
         assert " ".join(words[words.index("-m") + 1 :]).replace("'", "") in (
-            (REPO / "Makefile").read_text().replace("'", "").replace(" --quiet --disable-pip-version-check", ""))
+            (REPO / "Makefile").read_text().replace("'", "").replace(" --quiet --disable-pip-version-check", "")
+        )
     else:
         run = subprocess.run(words, cwd=workplace, capture_output=True, text=True, timeout=60)
         assert run.returncode == 0, run.stderr
@@ -79,7 +86,9 @@ def test_files_named_are_there():
     assert len(names) > 15 and not missing
     listed = {path.name for path in (REPO / "grpo_jax").glob("*.py")} - {"__init__.py"}
     assert listed <= names, listed - names
-    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"`((?:configs|tests|launch|docs)/[\w./]+)`", README):
+    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(
+        r"`((?:configs|tests|launch|docs)/[\w./]+)`", README
+    ):
         assert (REPO / path).exists(), path
 
 

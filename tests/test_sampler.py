@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load, sample
-from grpo_jax.draws import Filter
-from grpo_jax.mesh import make_mesh, shardings
-from grpo_jax.prompt import encode, format_prompt, load_tokenizer
-from grpo_jax.sampler import begin, finish, generate, pad_prompts, place_for_rollout, placer, queue, sizes
-from grpo_jax.slots import decode, prefill, prefill_rows, resize, start
-from grpo_jax.source import find_model
-from grpo_jax.stops import stop_table
+from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.rollout.draws import TokenFilter
+from grpo_jax.rollout.sampler import (
+    cache_sizes,
+    generate_rollout,
+    pad_prompts,
+    place_for_rollout,
+    rollout_placement,
+    split_over_shards,
+    start_rollout,
+    to_rollout,
+)
+from grpo_jax.rollout.slots import decode_tokens, init_decode, prefill_batch_size, prefill_prompts, resize_cache
+from grpo_jax.text.prompt import encode_text, format_prompt
+from grpo_jax.text.stops import build_stop_table
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tokenizer import load_tokenizer
 from tests.test_experts import SIGMOID, SOFTMAX
 from tests.tiny import CONFIG, params
 
@@ -119,13 +129,24 @@ def test_rows_beyond_the_tokenizer_are_never_drawn():
 
 def pieces(stop_ids, counts, limit=9, samples=4):
     """The prompts' rollout decoded a number of tokens at a time."""
-    weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), stop_table(48, stop_ids)
-    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41,
-                        sampled=limit)
+    weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), build_stop_table(48, stop_ids)
+    state, work = start_rollout(
+        CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41, sampled=limit
+    )
     for count in counts:
-        state = decode(CONFIG, weights, state, work, table, np.float32(1), np.int32(0), np.int32(count), greedy=False,
-                       filter=Filter())
-    return state, finish(state, prompts, samples)
+        state = decode_tokens(
+            CONFIG,
+            weights,
+            state,
+            work,
+            table,
+            np.float32(1),
+            np.int32(0),
+            np.int32(count),
+            greedy=False,
+            filter=TokenFilter(),
+        )
+    return state, to_rollout(state, prompts, samples)
 
 
 def test_decoding_in_pieces_equals_decoding_at_once():
@@ -147,12 +168,12 @@ def test_the_loop_stops_when_all_rows_are_done():
 
 def test_another_rollout_of_the_same_shapes_compiles_nothing():
     weights = params()
-    place = placer(CONFIG, None)
+    place = rollout_placement(CONFIG, None)
     rollout(0, weights=weights)
-    compiled = start._cache_size(), decode._cache_size(), place._cache_size()
+    compiled = init_decode._cache_size(), decode_tokens._cache_size(), place._cache_size()
     sample(CONFIG, weights, [[9] * 5, [8, 7], [1, 2]], jax.random.key(3), samples=4, max_tokens=8, temperature=0.5)
-    assert placer(CONFIG, None) is place
-    assert (start._cache_size(), decode._cache_size(), place._cache_size()) == compiled
+    assert rollout_placement(CONFIG, None) is place
+    assert (init_decode._cache_size(), decode_tokens._cache_size(), place._cache_size()) == compiled
 
 
 LIMITS = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
@@ -177,23 +198,35 @@ def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
     """Sizes 128, 192 and 232 instead of 232 alone: completions that leave them and come back are those of one large cache."""
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
     limits = np.asarray([[1, 9, 4, 200], [7, 1, 150, 3], [5, 8, 2, 6]])
-    config = dataclasses.replace(CONFIG, max_positions=512)
-    how = dict(samples=4, max_tokens=200, temperature=1.0, table=stop_table(48, ()), limits=limits)
-    assert sizes(32, 232) == [128, 192, 232]
+    model_cfg = dataclasses.replace(CONFIG, max_positions=512)
+    how = dict(samples=4, max_tokens=200, temperature=1.0, table=build_stop_table(48, ()), limits=limits)
+    assert cache_sizes(32, 232) == [128, 192, 232]
     made = []
 
     def spied(kv, columns):
         made.append(columns)
-        return resize(kv, columns)
+        return resize_cache(kv, columns)
 
-    monkeypatch.setattr("grpo_jax.sampler.resize", spied)
-    grown = generate(config, weights, prompts, jax.random.key(0), **how, slots=1)
+    monkeypatch.setattr("grpo_jax.rollout.sampler.resize", spied)
+    grown = generate_rollout(model_cfg, weights, prompts, jax.random.key(0), **how, slots=1)
     # One slot, two layers: up for the sequence of 200, down after it, up for that of 150, down again.
     assert made[::2] == made[1::2] == [192, 232, 192, 128, 192, 128]
-    state, work = begin(config, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, sampled=200)
-    state = decode(config, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(0), np.int32(1000),
-                   greedy=False, filter=Filter())
-    whole = finish(state, prompts, 4)
+    state, work = start_rollout(
+        model_cfg, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, sampled=200
+    )
+    state = decode_tokens(
+        model_cfg,
+        weights,
+        state,
+        work,
+        build_stop_table(48, ()),
+        np.float32(1),
+        np.int32(0),
+        np.int32(1000),
+        greedy=False,
+        filter=TokenFilter(),
+    )
+    whole = to_rollout(state, prompts, 4)
     np.testing.assert_array_equal(grown.tokens, whole.tokens)
     np.testing.assert_allclose(grown.logps, whole.logps, atol=2e-5)
 
@@ -201,18 +234,27 @@ def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
 def test_the_loop_is_left_to_grow_and_to_shrink():
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[1, 2, 3]])
     limits = np.asarray([[60, 2, 2]])
-    state, work = begin(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, sampled=60)
-    go = lambda state, floor: decode(
-        CONFIG, weights, state, work, stop_table(48, ()), np.float32(1), np.int32(floor), np.int32(1000), greedy=False,
-        filter=Filter())
+    state, work = start_rollout(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, sampled=60)
+    go = lambda state, floor: decode_tokens(
+        CONFIG,
+        weights,
+        state,
+        work,
+        build_stop_table(48, ()),
+        np.float32(1),
+        np.int32(floor),
+        np.int32(1000),
+        greedy=False,
+        filter=TokenFilter(),
+    )
     full = go(state, 0)
     assert state.kv[0].k.is_deleted() and state.tokens.is_deleted()  # what is replaced is given up
     assert int(full.longest) == 41 and int(full.index[0]) == 38  # the token drawn last has no column any more
-    larger = full.replace(kv=tuple(resize(kv, 64) for kv in full.kv))
+    larger = full.replace(kv=tuple(resize_cache(kv, 64) for kv in full.kv))
     assert larger.kv[0].k.shape[-1] == larger.kv[0].v.shape[-2] == 64
     left = go(larger, 20)
     assert int(left.longest) == 3 and int(left.lengths[0]) == 60  # the long one has ended; the next is at its prompt
-    smaller = left.replace(kv=tuple(resize(kv, 32) for kv in left.kv))
+    smaller = left.replace(kv=tuple(resize_cache(kv, 32) for kv in left.kv))
     assert int(go(smaller, 0).longest) == 0
 
 
@@ -220,7 +262,7 @@ def test_the_loop_is_left_to_grow_and_to_shrink():
 def test_a_queue_gives_every_sequence_to_one_shard(count, samples, shards):
     prompts = pad_prompts([[i + 1] * (i + 1) for i in range(count)], [10 + i for i in range(count)])
     limits = np.arange(1, count * samples + 1).reshape(count, samples)
-    of_shards, prompt, limit, ids = queue(prompts, limits, shards)
+    of_shards, prompt, limit, ids = split_over_shards(prompts, limits, shards)
     each, per = len(limit) // shards, len(of_shards.ids) // shards
     real = np.flatnonzero(limit)
     np.testing.assert_array_equal(limit[real], limits.reshape(-1))
@@ -234,31 +276,45 @@ def test_a_queue_gives_every_sequence_to_one_shard(count, samples, shards):
 def test_prompts_prefilled_in_pieces_are_the_same(monkeypatch):
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[i + 1, 5, i + 2] for i in range(7)])
     prompts = jax.tree.map(jnp.asarray, prompts)
-    whole = prefill(CONFIG, weights, prompts)
-    monkeypatch.setattr("grpo_jax.slots.PREFILL_TOKENS", 64)
-    assert prefill_rows(CONFIG, 32) == 2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill(CONFIG, weights, prompts), whole)
+    whole = prefill_prompts(CONFIG, weights, prompts)
+    monkeypatch.setattr("grpo_jax.rollout.slots.PREFILL_TOKENS", 64)
+    assert prefill_batch_size(CONFIG, 32) == 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill_prompts(CONFIG, weights, prompts), whole
+    )
 
 
 def test_prompts_of_other_lengths_compile_nothing():
     weights = params()
     rollout(weights=weights)
-    compiled = start._cache_size(), decode._cache_size()
+    compiled = init_decode._cache_size(), decode_tokens._cache_size()
     sample(CONFIG, weights, [[1] * 31, [8], [1, 2]], jax.random.key(3), samples=4, max_tokens=8)
-    assert (start._cache_size(), decode._cache_size()) == compiled
+    assert (init_decode._cache_size(), decode_tokens._cache_size()) == compiled
 
 
 def test_stop_strings_end_a_completion_however_they_are_cut():
     """The tiny tokenizer's own text: a row ends with the token that completes the string, and only then."""
-    config, weights = load(find_model("tiny"))
+    model_cfg, weights = load(find_model("tiny"))
     tokenizer = load_tokenizer(find_model("tiny"))
-    prompt = encode(tokenizer, format_prompt("What is 1 + 2?"))
-    free = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24)
-    made = sample(config, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=["</think> <answer>", "hink> I", "carry 1. "])
+    prompt = encode_text(tokenizer, format_prompt("What is 1 + 2?"))
+    free = sample(model_cfg, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24)
+    made = sample(
+        model_cfg,
+        weights,
+        [prompt],
+        jax.random.key(0),
+        samples=8,
+        max_tokens=24,
+        stop_strings=["</think> <answer>", "hink> I", "carry 1. "],
+    )
     stopped = 0
     for g in range(8):
         texts = [tokenizer.decode(free.tokens[0, g, : t + 1]) for t in range(24)]
-        ends = [t for t, text in enumerate(texts) if any(string in text for string in ("</think> <answer>", "hink> I", "carry 1. "))]
+        ends = [
+            t
+            for t, text in enumerate(texts)
+            if any(string in text for string in ("</think> <answer>", "hink> I", "carry 1. "))
+        ]
         length = ends[0] + 1 if ends else 24
         stopped += bool(ends)
         assert made.lengths[0, g] == length and bool(made.truncated[0, g]) == (not ends)
@@ -275,8 +331,10 @@ def test_stops_that_span_tokens(slots):
     table[1, 15:30] = -1
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
     how = dict(samples=16, max_tokens=4, temperature=1.0)
-    free = generate(CONFIG, weights, prompts, jax.random.key(0), table=stop_table(48, ()), **how)
-    made = generate(CONFIG, weights, prompts, jax.random.key(0), table=table.astype(np.int16), slots=slots, **how)
+    free = generate_rollout(CONFIG, weights, prompts, jax.random.key(0), table=build_stop_table(48, ()), **how)
+    made = generate_rollout(
+        CONFIG, weights, prompts, jax.random.key(0), table=table.astype(np.int16), slots=slots, **how
+    )
     for b, g in np.ndindex(3, 16):
         drawn = free.tokens[b, g].tolist()
         ends = [t + 1 for t in range(1, 4) if drawn[t - 1] < 15 <= drawn[t] < 30]
@@ -293,20 +351,45 @@ def test_filters_of_sample():
     np.testing.assert_allclose(rollout(weights=weights, top_k=1).logps, likeliest.logps, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape, config", [
-    ((8, 1, 1), CONFIG), ((1, 8, 1), CONFIG), ((2, 2, 2), CONFIG),
-    pytest.param((8, 1, 1), SOFTMAX, marks=pytest.mark.slow), pytest.param((4, 2, 1), SIGMOID, marks=pytest.mark.slow)])
-def test_shards_exchange_one_number_a_token(shape, config):
+@pytest.mark.parametrize(
+    "shape, config",
+    [
+        ((8, 1, 1), CONFIG),
+        ((1, 8, 1), CONFIG),
+        ((2, 2, 2), CONFIG),
+        pytest.param((8, 1, 1), SOFTMAX, marks=pytest.mark.slow),
+        pytest.param((4, 2, 1), SIGMOID, marks=pytest.mark.slow),
+    ],
+)
+def test_shards_exchange_one_number_a_token(shape, model_cfg):
     """The compiled loop: no row, cache or weight leaves its shard. The sums over `tensor` are those of its matrices."""
-    mesh, weights = make_mesh(*shape), params(config)
+    mesh, weights = make_mesh(*shape), params(model_cfg)
     with jax.set_mesh(mesh):
-        placed = place_for_rollout(config, jax.device_put(weights, shardings(mesh, weights)), mesh)
-        state, work = begin(config, placed, pad_prompts(PROMPTS), jax.random.key(0), np.full((3, 8), 8), slots=16,
-                            columns=40, sampled=8)
+        placed = place_for_rollout(model_cfg, jax.device_put(weights, tree_shardings(mesh, weights)), mesh)
+        state, work = start_rollout(
+            model_cfg,
+            placed,
+            pad_prompts(PROMPTS),
+            jax.random.key(0),
+            np.full((3, 8), 8),
+            slots=16,
+            columns=40,
+            sampled=8,
+        )
         leaves, tree = jax.tree.flatten((state, work))
-        run = lambda *leaves: jax.tree.leaves(decode(
-            config, placed, *jax.tree.unflatten(tree, leaves), stop_table(config.vocab_size, ()), np.float32(1), np.int32(0),
-            np.int32(9), greedy=False, filter=Filter()))
+        run = lambda *leaves: jax.tree.leaves(
+            decode_tokens(
+                model_cfg,
+                placed,
+                *jax.tree.unflatten(tree, leaves),
+                build_stop_table(model_cfg.vocab_size, ()),
+                np.float32(1),
+                np.int32(0),
+                np.int32(9),
+                greedy=False,
+                filter=TokenFilter(),
+            )
+        )
         compiled = jax.jit(run).lower(*leaves).compile().as_text()
     moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-[\w-]+?|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
     between_rows = [move for move in moved if shape[2] == 1 or not move[0].startswith("f32")]
@@ -321,17 +404,28 @@ def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
     for shape in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
         mesh = make_mesh(*shape)
         with jax.set_mesh(mesh):
-            placed = place_for_rollout(CONFIG, jax.device_put(weights, shardings(mesh, weights)), mesh)
+            placed = place_for_rollout(CONFIG, jax.device_put(weights, tree_shardings(mesh, weights)), mesh)
             many = sample(CONFIG, placed, PROMPTS, jax.random.key(0), samples=8, max_tokens=8, slots=11)
         np.testing.assert_array_equal(many.tokens, one.tokens)
         np.testing.assert_allclose(many.logps, one.logps, atol=2e-5)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(samples=0), "samples"), (dict(max_tokens=0), "max_tokens"), (dict(temperature=-1), "temperature"),
-    (dict(max_tokens=59), "64 positions"), (dict(slots=-1), "slots"), (dict(top_p=0.0), "top_p"),
-    (dict(min_p=1.5), "min_p"), (dict(top_k=-1), "top_k"), (dict(stop_ids=[48]), "stop ids"),
-    (dict(stop_strings="</answer>"), "a list"), (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(samples=0), "samples"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(temperature=-1), "temperature"),
+        (dict(max_tokens=59), "64 positions"),
+        (dict(slots=-1), "slots"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(top_k=-1), "top_k"),
+        (dict(stop_ids=[48]), "stop ids"),
+        (dict(stop_strings="</answer>"), "a list"),
+        (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens"),
+    ],
+)
 def test_impossible_requests_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         rollout(**changes)

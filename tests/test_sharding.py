@@ -12,19 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grpo_jax.score
-from grpo_jax.architecture import Layer
+import grpo_jax.learn.logprobs
 from grpo_jax.config import default, freeze
-from grpo_jax.layers import look_up
-from grpo_jax.mesh import make_mesh, row_shards, shardings, split_rows
-from grpo_jax.optimizer import init_state, make_optimizer
-from grpo_jax.train_step import gradients, make_update
+from grpo_jax.learn.optimizer import init_train_state, make_optimizer
+from grpo_jax.learn.update import make_update, minibatch_gradients
+from grpo_jax.model.architecture import LayerConfig
+from grpo_jax.model.layers import embed_tokens
+from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
 from tests.tiny import CONFIG, experience, packed, params
 
 # No two dimensions alike, so that a shape names a parameter; all divide by 8.
 WIDE = replace(
-    CONFIG, vocab_size=88, token_count=88, hidden_size=64, intermediate_size=96, layers=(Layer(),) * 5, num_heads=8,
-    num_kv_heads=8, head_dim=16, remat="layers")
+    CONFIG,
+    vocab_size=88,
+    token_count=88,
+    hidden_size=64,
+    intermediate_size=96,
+    layers=(LayerConfig(),) * 5,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=16,
+    remat="layers",
+)
 
 
 def gathered(text: str) -> list[tuple[int, ...]]:
@@ -33,21 +42,21 @@ def gathered(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split(","))) for kinds in made for shape in re.findall(r"\[([\d,]+)\]", kinds)]
 
 
-def compiled_update(mesh, config=WIDE):
-    weights = params(config)
+def compiled_update(mesh, cfg=WIDE):
+    weights = params(cfg)
     train = freeze(default())
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(train.optim)
-        state = init_state(mesh, jax.device_put(weights, shardings(mesh, weights)), optimizer)
-        update = make_update(config, train, mesh, state.params, optimizer)
-        batch = split_rows(mesh, packed(experience(config=config), 1, row_shards(mesh)))
+        state = init_train_state(mesh, jax.device_put(weights, tree_shardings(mesh, weights)), optimizer)
+        update = make_update(cfg, train, mesh, state.params, optimizer)
+        batch = shard_rows(mesh, packed(experience(cfg=cfg), 1, num_row_shards(mesh)))
         return state, batch, update, update.lower(state, batch).compile()
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_nothing_is_gathered_whole(sizes, monkeypatch):
     """Gathered are single layers in the scan, a block of ids of the head, and token ids; no stack, table or head."""
-    monkeypatch.setattr(grpo_jax.score, "CHUNK_IDS", 22)
+    monkeypatch.setattr(grpo_jax.learn.logprobs, "CHUNK_IDS", 22)
     mesh = make_mesh(*sizes)
     state, _, _, compiled = compiled_update(mesh)
     made = gathered(compiled.as_text())
@@ -62,7 +71,9 @@ def test_nothing_is_gathered_whole(sizes, monkeypatch):
     assert not [shape for shape in made if np.prod(shape) > 64 * 128]  # the largest matrix of a layer
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (2, 2, 2)))])
+@pytest.mark.parametrize(
+    "sizes", [(1, 4, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (2, 2, 2)))]
+)
 def test_state_stays_split(sizes):
     """Every leaf that the table splits is split before and after, gradients among them, whole ones nowhere."""
     mesh = make_mesh(*sizes)
@@ -90,37 +101,46 @@ def test_tokens_are_looked_up_where_the_table_lies(sizes, rows):
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(table, jax.NamedSharding(mesh, jax.P("tensor", "fsdp")))
-        np.testing.assert_array_equal(jax.jit(look_up)(placed, tokens), table[tokens])
-        made = jax.jit(jax.grad(lambda table: jnp.sum(weigh * look_up(table, tokens))))(placed)
+        np.testing.assert_array_equal(jax.jit(embed_tokens)(placed, tokens), table[tokens])
+        made = jax.jit(jax.grad(lambda table: jnp.sum(weigh * embed_tokens(table, tokens))))(placed)
     np.testing.assert_allclose(made, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sizes", [(1, 2, 4), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (1, 1, 8)))])
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 4), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (1, 1, 8)))]
+)
 def test_ways_of_attention_agree_on_every_mesh(attention, sizes, monkeypatch):
     """4 heads, 2 KV heads: on four devices each KV head stands twice, on eight the heads are not split."""
-    import grpo_jax.blockwise
+    import grpo_jax.model.blockwise
 
-    monkeypatch.setattr(grpo_jax.blockwise, "BLOCK", 8)
-    config = replace(CONFIG, layers=(Layer(window=3), Layer()), attention=attention, remat="layers", max_positions=256)
+    monkeypatch.setattr(grpo_jax.model.blockwise, "BLOCK", 8)
+    model_cfg = replace(
+        CONFIG, layers=(LayerConfig(window=3), LayerConfig()), attention=attention, remat="layers", max_positions=256
+    )
     loss = freeze(default()).loss
-    run = lambda config, params, batch: jax.jit(
-        lambda params, batch: gradients(config, params, batch, temperature=1.0, loss=loss)[0])(params, batch)
+    run = lambda model_cfg, params, batch: jax.jit(
+        lambda params, batch: minibatch_gradients(model_cfg, params, batch, temperature=1.0, loss=loss)[0]
+    )(params, batch)
     whole = packed(experience(), 128 if attention == "splash" else 30)
-    expected = run(replace(config, attention="plain"), params(), whole)
+    expected = run(replace(model_cfg, attention="plain"), params(), whole)
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        batch = packed(experience(), 128 if attention == "splash" else 30, row_shards(mesh))
+        batch = packed(experience(), 128 if attention == "splash" else 30, num_row_shards(mesh))
         if attention == "splash":  # rows of 128 tokens, as the kernel wants them
-            wide = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128)), constant_values=-1 if x is batch.place else 0)
+            wide = lambda x: jnp.pad(
+                x, ((0, 0), (0, -x.shape[1] % 128)), constant_values=-1 if x is batch.flat_index else 0
+            )
             batch = jax.tree.map(lambda x: wide(x) if x.ndim else x, batch)
-        made = run(config, jax.device_put(params(), shardings(mesh, params())), split_rows(mesh, batch))
+        made = run(model_cfg, jax.device_put(params(), tree_shardings(mesh, params())), shard_rows(mesh, batch))
     for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(made)):
         assert np.abs(np.asarray(have) - want).max() <= 1e-5 * np.abs(want).max(), path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for a TPU anywhere")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for a TPU anywhere"
+)
 def test_7b_update_compiles_for_a_pod_and_fits():
     """Qwen2.5-7B's shapes, 4,608 tokens a chip, ahead of time for 64 chips of TPU v5e with 16 GiB each."""
     made = subprocess.run([sys.executable, "-c", POD], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -133,14 +153,14 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from grpo_jax.architecture import Layer, ModelConfig
+from grpo_jax.model.architecture import Layer, ModelConfig
 from grpo_jax.config import freeze
 from grpo_jax.flags import load_config
-from grpo_jax.mesh import ROWS, fit, make_mesh, row_shards
-from grpo_jax.model import param_shapes
-from grpo_jax.optimizer import make_optimizer, state_shapes, state_shardings
-from grpo_jax.packing import packed_shape
-from grpo_jax.train_step import make_update
+from grpo_jax.parallel.mesh import ROWS, fit, make_mesh, row_shards
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.learn.optimizer import make_optimizer, state_shapes, state_shardings
+from grpo_jax.learn.packing import packed_shape
+from grpo_jax.learn.update import make_update
 from grpo_jax.types import Packed, Segments
 from tests.test_sharding import gathered
 mesh = make_mesh(fsdp=-1, devices=topologies.get_topology_desc("v5e:8x8", platform="tpu").devices)

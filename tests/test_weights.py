@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import forward, load, save
-from grpo_jax.mesh import make_mesh
-from grpo_jax.model import param_shapes
-from grpo_jax.source import find_model, read_model_config
-from grpo_jax.types import UserError
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.weights.source import find_model, read_model_config
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 
@@ -31,8 +31,8 @@ def rewrite(folder, change):
 
 
 def test_weights_round_trip_bitwise(tmp_path):
-    config, params = load(GOLDEN)
-    save(tmp_path / "out", config, params)
+    model_cfg, params = load(GOLDEN)
+    save(tmp_path / "out", model_cfg, params)
     before, after = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
@@ -45,16 +45,16 @@ def test_a_config_written_from_nothing_reads_back_the_same(tmp_path):
     from tests.tiny import CONFIG, params
 
     save(tmp_path, CONFIG, params())
-    config, weights = load(tmp_path)
+    model_cfg, weights = load(tmp_path)
     expected = {"source": str(tmp_path), "token_count": 0}
-    assert vars(config) == vars(CONFIG) | expected
+    assert vars(model_cfg) == vars(CONFIG) | expected
     jax.tree.map(np.testing.assert_array_equal, weights, params())
 
 
 def test_the_packaged_base_loads_with_its_tokenizer():
-    config, params = load(find_model("tiny"))
-    assert config.token_count <= config.vocab_size
-    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, param_shapes(config))
+    model_cfg, params = load(find_model("tiny"))
+    assert model_cfg.token_count <= model_cfg.vocab_size
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, param_shapes(model_cfg))
     files = list(find_model("tiny").iterdir())
     assert sum(file.stat().st_size for file in files) < 6_000_000
 
@@ -75,9 +75,9 @@ def test_param_dtype():
 
 
 def test_a_config_is_hashable_and_remembers_its_source():
-    config = read_model_config(GOLDEN)
-    assert hash(config) == hash(read_model_config(GOLDEN))
-    assert config.source == str(GOLDEN) and config.dtype == "float32" and config.eos_ids == (2, 5)
+    model_cfg = read_model_config(GOLDEN)
+    assert hash(model_cfg) == hash(read_model_config(GOLDEN))
+    assert model_cfg.source == str(GOLDEN) and model_cfg.dtype == "float32" and model_cfg.eos_ids == (2, 5)
 
 
 def test_missing_tensor(folder):
@@ -113,13 +113,19 @@ def test_cut_off_file(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type.*one of llama, mistral.*deepseek_v3; found 'gpt2'"), ({"model_type": None}, "model_type"),
-    ({"attention_bias": True}, "missing, such as .*bias"), ({"hidden_act": "relu"}, "hidden_act.*silu.*relu"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "rope_type.*llama3, yarn"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "whole heads"),
-    ({"hidden_size": None}, "hidden size .4096"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*fp8.*gptq")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt2"}, "model_type.*one of llama, mistral.*deepseek_v3; found 'gpt2'"),
+        ({"model_type": None}, "model_type"),
+        ({"attention_bias": True}, "missing, such as .*bias"),
+        ({"hidden_act": "relu"}, "hidden_act.*silu.*relu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "rope_type.*llama3, yarn"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "whole heads"),
+        ({"hidden_size": None}, "hidden size .4096"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*fp8.*gptq"),
+    ],
+)
 def test_decoders_we_do_not_have_are_refused(folder, change, message):
     raw = json.loads((folder / "config.json").read_text()) | change
     raw = {key: value for key, value in raw.items() if value is not None}
@@ -152,16 +158,24 @@ def test_tied_embeddings_have_no_head(tmp_path):
     weights = params(tied)
     assert "head" not in weights
     save(tmp_path, tied, weights)
-    config, again = load(tmp_path)
+    model_cfg, again = load(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     tokens = jax.numpy.arange(5)[None]
-    np.testing.assert_array_equal(forward(config, again, tokens), forward(tied, weights, tokens))
+    np.testing.assert_array_equal(forward(model_cfg, again, tokens), forward(tied, weights, tokens))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"vocab_size": "96"}, "vocab_size.*int"), ({"vocab_size": 0}, "vocab_size.*1 or more"), ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
-    ({"head_dim": 11}, "even.*head_dim"), ({"eos_token_id": [2, 600]}, "eos_token_id below vocab_size"),
-    ({"eos_token_id": "x"}, "eos_token_id to be ids"), ({"rms_norm_eps": 1e-5, "hidden_size": []}, "hidden_size.*int")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": "96"}, "vocab_size.*int"),
+        ({"vocab_size": 0}, "vocab_size.*1 or more"),
+        ({"num_key_value_heads": 4}, "multiple of num_key_value_heads"),
+        ({"head_dim": 11}, "even.*head_dim"),
+        ({"eos_token_id": [2, 600]}, "eos_token_id below vocab_size"),
+        ({"eos_token_id": "x"}, "eos_token_id to be ids"),
+        ({"rms_norm_eps": 1e-5, "hidden_size": []}, "hidden_size.*int"),
+    ],
+)
 def test_sizes_that_cannot_be_are_refused(folder, change, message):
     raw = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(raw))
@@ -198,30 +212,60 @@ def changed_config(tmp_path, case, change):
     return folder
 
 
-@pytest.mark.parametrize("case, change", [
-    ("llama", {"eos_token_id": {}}), ("llama", {"eos_token_id": [[2]]}), ("llama", {"rms_norm_eps": float("nan")}),
-    ("llama", {"vocab_size": 2**40}), ("llama", {"num_hidden_layers": 10**9}), ("llama", {"intermediate_size": 10**400}),
-    ("llama", {"rope": {"rope_theta": None}}), ("llama", {"rope": {"rope_theta": "x"}}),
-    ("llama", {"rope": {"rope_theta": -1.0}}), ("llama31", {"rope": {"factor": 0.0}}),
-    ("llama31", {"rope": {"high_freq_factor": 0.5}}), ("mistral", {"sliding_window": -1}),
-    ("mistral", {"layer_types": ["full_attention"]}), ("gemma2", {"query_pre_attn_scalar": -1}),
-    ("gemma3", {"layer_types": ["chunked_attention"] * 4}), ("mixtral", {"num_experts_per_tok": 6}),
-    ("mixtral", {"num_experts_per_tok": None}), ("mixtral", {"num_local_experts": 10**9}),
-    ("qwen3_moe", {"decoder_sparse_step": 0}), ("qwen3_moe", {"moe_intermediate_size": 0}),
-    ("deepseek_v3", {"first_k_dense_replace": None}), ("deepseek_v3", {"n_group": 0}), ("deepseek_v3", {"n_group": 3}),
-    ("deepseek_v3", {"topk_group": 5}), ("deepseek_v3", {"kv_lora_rank": 0}), ("deepseek_v3", {"v_head_dim": None}),
-    ("deepseek_v3", {"q_lora_rank": -1}), ("deepseek_v3", {"routed_scaling_factor": float("inf")}),
-    ("deepseek_v3", {"rope": {"beta_fast": float("nan")}}), ("deepseek_v3", {"rope": {"factor": "x"}}),
-    ("deepseek_v3", {"rope": {"mscale": 10**400}}), ("deepseek_v3", {"qk_nope_head_dim": 2**63})])
+@pytest.mark.parametrize(
+    "case, change",
+    [
+        ("llama", {"eos_token_id": {}}),
+        ("llama", {"eos_token_id": [[2]]}),
+        ("llama", {"rms_norm_eps": float("nan")}),
+        ("llama", {"vocab_size": 2**40}),
+        ("llama", {"num_hidden_layers": 10**9}),
+        ("llama", {"intermediate_size": 10**400}),
+        ("llama", {"rope": {"rope_theta": None}}),
+        ("llama", {"rope": {"rope_theta": "x"}}),
+        ("llama", {"rope": {"rope_theta": -1.0}}),
+        ("llama31", {"rope": {"factor": 0.0}}),
+        ("llama31", {"rope": {"high_freq_factor": 0.5}}),
+        ("mistral", {"sliding_window": -1}),
+        ("mistral", {"layer_types": ["full_attention"]}),
+        ("gemma2", {"query_pre_attn_scalar": -1}),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 4}),
+        ("mixtral", {"num_experts_per_tok": 6}),
+        ("mixtral", {"num_experts_per_tok": None}),
+        ("mixtral", {"num_local_experts": 10**9}),
+        ("qwen3_moe", {"decoder_sparse_step": 0}),
+        ("qwen3_moe", {"moe_intermediate_size": 0}),
+        ("deepseek_v3", {"first_k_dense_replace": None}),
+        ("deepseek_v3", {"n_group": 0}),
+        ("deepseek_v3", {"n_group": 3}),
+        ("deepseek_v3", {"topk_group": 5}),
+        ("deepseek_v3", {"kv_lora_rank": 0}),
+        ("deepseek_v3", {"v_head_dim": None}),
+        ("deepseek_v3", {"q_lora_rank": -1}),
+        ("deepseek_v3", {"routed_scaling_factor": float("inf")}),
+        ("deepseek_v3", {"rope": {"beta_fast": float("nan")}}),
+        ("deepseek_v3", {"rope": {"factor": "x"}}),
+        ("deepseek_v3", {"rope": {"mscale": 10**400}}),
+        ("deepseek_v3", {"qk_nope_head_dim": 2**63}),
+    ],
+)
 def test_numbers_that_make_no_decoder_are_refused(tmp_path, case, change):
     with pytest.raises(UserError, match=case):
         load(changed_config(tmp_path, case, dict(change)))
 
 
-@pytest.mark.parametrize("case, change", [
-    ("llama", {"sliding_window": 3}), ("deepseek_v3", {"sliding_window": 3}), ("qwen2", {"mlp_bias": True}),
-    ("mistral", {"attention_bias": True}), ("llama", {"hidden_act": "swish"}),
-    ("gemma3_vision", {"final_logit_softcapping": 0.5}), ("mixtral", {"layer_types": ["full_attention"] * 2})])
+@pytest.mark.parametrize(
+    "case, change",
+    [
+        ("llama", {"sliding_window": 3}),
+        ("deepseek_v3", {"sliding_window": 3}),
+        ("qwen2", {"mlp_bias": True}),
+        ("mistral", {"attention_bias": True}),
+        ("llama", {"hidden_act": "swish"}),
+        ("gemma3_vision", {"final_logit_softcapping": 0.5}),
+        ("mixtral", {"layer_types": ["full_attention"] * 2}),
+    ],
+)
 def test_fields_that_a_family_does_not_read_change_nothing(tmp_path, case, change):
     tokens = jax.numpy.arange(1, 9)[None]
     logits = forward(*load(changed_config(tmp_path, case, dict(change))), tokens)
@@ -230,8 +274,8 @@ def test_fields_that_a_family_does_not_read_change_nothing(tmp_path, case, chang
 
 def test_a_mistral_that_says_so_has_windows_in_some_layers(tmp_path):
     types = ["sliding_attention", "full_attention"]
-    config, _ = load(changed_config(tmp_path, "mistral", {"layer_types": types}))
-    assert [layer.window for layer in config.layers] == [5, 0]
+    model_cfg, _ = load(changed_config(tmp_path, "mistral", {"layer_types": types}))
+    assert [layer.window for layer in model_cfg.layers] == [5, 0]
 
 
 def test_a_tied_head_goes_out_as_the_embedding_is_now(tmp_path):
@@ -239,10 +283,10 @@ def test_a_tied_head_goes_out_as_the_embedding_is_now(tmp_path):
     source = Path(shutil.copytree(GOLDEN.parent / "llama31", tmp_path / "in"))
     table = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(source, lambda t: t.update({"lm_head.weight": table.copy()}))
-    config, params = load(source)
-    save(tmp_path / "same", config, params)
+    model_cfg, params = load(source)
+    save(tmp_path / "same", model_cfg, params)
     assert load_file(tmp_path / "same/model.safetensors").keys() == load_file(source / "model.safetensors").keys()
-    save(tmp_path / "out", config, params | {"embed": {"embedding": params["embed"]["embedding"] + 1}})
+    save(tmp_path / "out", model_cfg, params | {"embed": {"embedding": params["embed"]["embedding"] + 1}})
     out = load_file(tmp_path / "out/model.safetensors")
     np.testing.assert_array_equal(out["lm_head.weight"], table + 1)
     np.testing.assert_array_equal(out["model.embed_tokens.weight"], table + 1)
@@ -285,8 +329,17 @@ def test_an_image_token_without_a_row_is_no_mistake(folder):
     """Gemma 3 1B: the id stands for an image; a text decoder has no row for it, and it is never drawn."""
     raw = json.loads((find_model("tiny") / "tokenizer.json").read_text())
     count = 1 + max(raw["model"]["vocab"].values())
-    raw["added_tokens"].append({"id": count, "content": "<image_soft_token>", "special": True, "single_word": False,
-                                "lstrip": False, "rstrip": False, "normalized": False})
+    raw["added_tokens"].append(
+        {
+            "id": count,
+            "content": "<image_soft_token>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    )
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"96 rows and {count} ids"):
         read_model_config(folder)

@@ -4,50 +4,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.architecture import Layer, ModelConfig
-from grpo_jax.model import init_params
-from grpo_jax.packing import Shape, pack, packed_shape
-from grpo_jax.types import Experience, Packed
+from grpo_jax.learn.packing import PackedShape, pack_completions, packed_shape
+from grpo_jax.model.architecture import LayerConfig, ModelConfig
+from grpo_jax.model.decoder import init_params
+from grpo_jax.types import Experience, PackedBatch
 
 CONFIG = ModelConfig(
-    vocab_size=48, hidden_size=32, intermediate_size=48, layers=(Layer(),) * 2, num_heads=4, num_kv_heads=2, head_dim=8,
-    max_positions=64, tie_embeddings=False, token_count=45, eos_ids=(0,))
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    layers=(LayerConfig(),) * 2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=64,
+    tie_embeddings=False,
+    token_count=45,
+    eos_ids=(0,),
+)
 
 
-def params(config=CONFIG, seed=0):
+def params(model_cfg=CONFIG, seed=0):
     """Random parameters whose norms are not all 1, so that they matter."""
-    made = init_params(config, jax.random.key(seed))
+    made = init_params(model_cfg, jax.random.key(seed))
     noise = lambda path, x: x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
     return jax.tree_util.tree_map_with_path(lambda p, x: noise(p, x) if "scale" in str(p) else x, made)
 
 
-def experience(rows=8, prompt=5, sampled=6, seed=0, config=CONFIG, samples=2) -> Experience:
+def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2) -> Experience:
     """Rows of unequal lengths, `samples` to a prompt, off-policy log-probs, advantages of both signs."""
     draw = np.random.default_rng(seed)
     group = np.arange(rows) // samples
     lengths = draw.integers(2, prompt + 1, rows)[group]
     drawn = draw.integers(1, sampled + 1, rows)
-    prompts = draw.integers(1, config.token_count, (rows, prompt + sampled))[group]
-    tokens = draw.integers(1, config.token_count, (rows, prompt + sampled))
+    prompts = draw.integers(1, model_cfg.token_count, (rows, prompt + sampled))[group]
+    tokens = draw.integers(1, model_cfg.token_count, (rows, prompt + sampled))
     columns = np.arange(prompt + sampled)
     tokens = np.where(columns < lengths[:, None], prompts, np.where(columns < (lengths + drawn)[:, None], tokens, 0))
     logps = -2 - draw.random((rows, sampled))
     return Experience(
-        tokens=tokens.astype(np.int32), prompt_lengths=lengths, mask=np.arange(sampled) < drawn[:, None],
+        tokens=tokens.astype(np.int32),
+        prompt_lengths=lengths,
+        mask=np.arange(sampled) < drawn[:, None],
         sampler_logps=logps.astype(np.float32),
         ref_logps=(logps + 0.3 * draw.standard_normal(logps.shape)).astype(np.float32),
-        advantages=draw.standard_normal(rows).astype(np.float32), prompt_ids=7 + group)
+        advantages=draw.standard_normal(rows).astype(np.float32),
+        prompt_ids=7 + group,
+    )
 
 
-def packed(batch: Experience, micro_tokens=1000, shards=1) -> Packed:
+def packed(batch: Experience, micro_tokens=1000, shards=1) -> PackedBatch:
     """A batch in rows of about that many tokens, and at least one sequence's."""
     longest = batch.tokens.shape[1] - batch.mask.shape[1], batch.mask.shape[1]
     shape = packed_shape(len(batch.advantages), 1, *longest, micro_tokens, shards)
-    return jax.tree.map(jnp.asarray, pack(batch, shape, shards))
+    return jax.tree.map(jnp.asarray, pack_completions(batch, shape, shards))
 
 
-def padded(batch: Experience) -> Packed:
+def padded(batch: Experience) -> PackedBatch:
     """A batch with every completion in a row of its own, after its own copy of the prompt."""
     apart = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
     width = batch.tokens.shape[1]
-    return jax.tree.map(jnp.asarray, pack(apart, Shape(len(apart.advantages), width), 1))
+    return jax.tree.map(jnp.asarray, pack_completions(apart, PackedShape(len(apart.advantages), width), 1))

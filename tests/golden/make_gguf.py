@@ -28,46 +28,125 @@ LENGTH = 12
 STEP = 4  # one column of the logits in so many is kept
 PROMPT = "def f(x):\n    return x**2  # 12\n\tif x<=3: pass"
 TEXTS = [
-    "", " ", "Hello world", "  two spaces,   three\tand a tab ", "lines\n\nand\r\nmore\n \n  x",
-    "1234567 + 89 = 3.1415e-10", "It's what they'll say: I'M, we'd've", "naïve café Straße ĀŁ",
-    "Привет, мир! 你好，世界 こんにちは", "👩‍🚀🚀 e\u0301 \u200b\u00a0|", PROMPT, "<|im_start|>user\nhi<|im_end|>\n",
-    "<s>a</s><unk> <bos><eos>", "<think> 7 * 6 </think> <answer>42</answer>", "x" * 40,
-    "{{}} \\n \\( \\frac{1}{2} \\)", "    1    22", "\n", "▁a ▁▁b", "\0\x07 ~`",
+    "",
+    " ",
+    "Hello world",
+    "  two spaces,   three\tand a tab ",
+    "lines\n\nand\r\nmore\n \n  x",
+    "1234567 + 89 = 3.1415e-10",
+    "It's what they'll say: I'M, we'd've",
+    "naïve café Straße ĀŁ",
+    "Привет, мир! 你好，世界 こんにちは",
+    "👩‍🚀🚀 e\u0301 \u200b\u00a0|",
+    PROMPT,
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<s>a</s><unk> <bos><eos>",
+    "<think> 7 * 6 </think> <answer>42</answer>",
+    "x" * 40,
+    "{{}} \\n \\( \\frac{1}{2} \\)",
+    "    1    22",
+    "\n",
+    "▁a ▁▁b",
+    "\0\x07 ~`",
 ]
-CORPUS = ["the cat and the hat that then sat in 12 lines of a", "12 34 567 = 89 + 10",
-          "def return x value hello world user there is an answer", "they say it's what we'll have",
-          "over under  and   more    spaces"]
-SIZES = dict(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, pad_token_id=None)
+CORPUS = [
+    "the cat and the hat that then sat in 12 lines of a",
+    "12 34 567 = 89 + 10",
+    "def return x value hello world user there is an answer",
+    "they say it's what we'll have",
+    "over under  and   more    spaces",
+]
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    pad_token_id=None,
+)
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
-LLAMA3_ROPE = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                      "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = ROPE | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 # A case: the prefix of the classes in transformers, the kind of tokenizer, of blocks, and fields of the config.
 CASES = {
     "llama": ("Llama", "llama", Kind.F16, dict(rms_norm_eps=1e-5, rope_parameters=ROPE)),
-    "llama31": ("Llama", "llama-bpe", Kind.Q8_0, dict(
-        max_position_embeddings=16384, tie_word_embeddings=True, head_dim=16, rope_parameters=LLAMA3_ROPE)),
+    "llama31": (
+        "Llama",
+        "llama-bpe",
+        Kind.Q8_0,
+        dict(max_position_embeddings=16384, tie_word_embeddings=True, head_dim=16, rope_parameters=LLAMA3_ROPE),
+    ),
     "mixtral": ("Mixtral", "llama", Kind.Q8_0, dict(num_local_experts=3, num_experts_per_tok=2, rope_parameters=ROPE)),
     "qwen2": ("Qwen2", "qwen2", Kind.F16, dict(hidden_size=16, tie_word_embeddings=True, rope_parameters=ROPE)),
-    "qwen3": ("Qwen3", "qwen2", Kind.F32, dict(
-        hidden_size=16, head_dim=12, tie_word_embeddings=True,
-        rope_parameters=ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})),
-    "qwen3moe": ("Qwen3Moe", "qwen2", Kind.BF16, dict(
-        hidden_size=16, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20,
-        norm_topk_prob=True, tie_word_embeddings=True, rope_parameters=ROPE)),
-    "gemma2": ("Gemma2", "gemma", Kind.Q8_0, dict(
-        head_dim=16, query_pre_attn_scalar=16, sliding_window=5, attn_logit_softcapping=3.0,
-        final_logit_softcapping=2.0, rope_parameters=ROPE | {"rope_theta": 10000.0})),
-    "gemma3": ("Gemma3", "gemma", Kind.Q8_0, dict(
-        num_hidden_layers=7, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=5,
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
+    "qwen3": (
+        "Qwen3",
+        "qwen2",
+        Kind.F32,
+        dict(
+            hidden_size=16,
+            head_dim=12,
+            tie_word_embeddings=True,
+            rope_parameters=ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+    ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        "qwen2",
+        Kind.BF16,
+        dict(
+            hidden_size=16,
+            head_dim=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            rope_parameters=ROPE,
+        ),
+    ),
+    "gemma2": (
+        "Gemma2",
+        "gemma",
+        Kind.Q8_0,
+        dict(
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=5,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
+            rope_parameters=ROPE | {"rope_theta": 10000.0},
+        ),
+    ),
+    "gemma3": (
+        "Gemma3",
+        "gemma",
+        Kind.Q8_0,
+        dict(
+            num_hidden_layers=7,
+            num_key_value_heads=1,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=5,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+    ),
 }
 # What the file says and transformers (5.23) does not read.
 UNREAD = {
-    "llama31": {"rope_parameters"}, "qwen3": {"rope_parameters", "head_dim"},
+    "llama31": {"rope_parameters"},
+    "qwen3": {"rope_parameters", "head_dim"},
     "qwen3moe": {"moe_intermediate_size"},
     "gemma2": {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"},
     "gemma3": {"query_pre_attn_scalar", "rope_parameters"},
@@ -78,13 +157,21 @@ def byte_level(pre: str) -> dict:
     """A vocabulary of bytes, merges and special tokens, filled up as llama.cpp does."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.train_from_iterator(CORPUS, tokenizers.trainers.BpeTrainer(
-        vocab_size=310, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    model.train_from_iterator(
+        CORPUS,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=310, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
     state = json.loads(model.to_str())["model"]
     tokens = sorted(state["vocab"], key=state["vocab"].get)
     kinds = [gguf.TokenType.NORMAL] * len(tokens)
-    for token, kind in (("<|endoftext|>", "CONTROL"), ("<|im_start|>", "CONTROL"), ("<|im_end|>", "CONTROL"),
-                        ("<think>", "USER_DEFINED")):
+    for token, kind in (
+        ("<|endoftext|>", "CONTROL"),
+        ("<|im_start|>", "CONTROL"),
+        ("<|im_end|>", "CONTROL"),
+        ("<think>", "USER_DEFINED"),
+    ):
         tokens.append(token)
         kinds.append(gguf.TokenType[kind])
     ids = {"eos": len(state["vocab"]) + 2, "pad": len(state["vocab"])}
@@ -138,23 +225,23 @@ def write_tokenizer(writer: gguf.GGUFWriter, kind: str) -> dict[str, int]:
     return made["ids"]
 
 
-def write_fields(writer: gguf.GGUFWriter, config, kind: Kind) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+def write_fields(writer: gguf.GGUFWriter, model_cfg, kind: Kind) -> None:
+    writer.add_block_count(model_cfg.num_hidden_layers)
+    writer.add_context_length(model_cfg.max_position_embeddings)
+    writer.add_embedding_length(model_cfg.hidden_size)
+    writer.add_feed_forward_length(model_cfg.intermediate_size)
+    writer.add_head_count(model_cfg.num_attention_heads)
+    writer.add_head_count_kv(model_cfg.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(model_cfg.rms_norm_eps)
     writer.add_file_type({Kind.F32: 0, Kind.F16: 1, Kind.Q8_0: 7, Kind.BF16: 32}[kind])
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if getattr(model_cfg, "head_dim", None):
+        writer.add_key_length(model_cfg.head_dim)
+        writer.add_value_length(model_cfg.head_dim)
+    rope = model_cfg.rope_parameters.get("full_attention", model_cfg.rope_parameters)
     if writer.arch == "llama":
-        writer.add_vocab_size(config.vocab_size)
-        plain = config.hidden_size // config.num_attention_heads
-        writer.add_rope_dimension_count(getattr(config, "head_dim", None) or plain)
+        writer.add_vocab_size(model_cfg.vocab_size)
+        plain = model_cfg.hidden_size // model_cfg.num_attention_heads
+        writer.add_rope_dimension_count(getattr(model_cfg, "head_dim", None) or plain)
     if writer.arch != "gemma2":
         writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
@@ -163,18 +250,18 @@ def write_fields(writer: gguf.GGUFWriter, config, kind: Kind) -> None:
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if writer.arch.startswith("gemma"):
-        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window(model_cfg.sliding_window)
     if writer.arch == "gemma3":
-        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_rope_freq_base_swa(model_cfg.rope_parameters["sliding_attention"]["rope_theta"])
     if writer.arch == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        writer.add_attn_logit_softcapping(model_cfg.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(model_cfg.final_logit_softcapping)
+    experts = getattr(model_cfg, "num_local_experts", None) or getattr(model_cfg, "num_experts", None)
     if experts:
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_used_count(model_cfg.num_experts_per_tok)
     if writer.arch == "qwen3moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_feed_forward_length(model_cfg.moe_intermediate_size)
 
 
 def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
@@ -184,8 +271,13 @@ def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
         smooth = (length / wavelength - slow) / (fast - slow)
-        divisors.append(1.0 if wavelength < length / fast else rope["factor"] if wavelength > length / slow
-                        else 1 / ((1 - smooth) / rope["factor"] + smooth))
+        divisors.append(
+            1.0
+            if wavelength < length / fast
+            else rope["factor"]
+            if wavelength > length / slow
+            else 1 / ((1 - smooth) / rope["factor"] + smooth)
+        )
     return np.array(divisors, np.float32)
 
 
@@ -203,29 +295,30 @@ def merged_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def write(case: str, model, path: Path) -> dict[str, int]:
     """Writes the file and rounds the model to what the file can hold. Returns the special tokens' ids."""
     prefix, tokenizer, kind, _ = CASES[case]
-    config = model.config
+    model_cfg = model.config
     arch = {"Mixtral": "llama", "Qwen3Moe": "qwen3moe"}.get(prefix, prefix.lower())
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"Tiny {case}")
-    write_fields(writer, config, kind)
+    write_fields(writer, model_cfg, kind)
     ids = write_tokenizer(writer, tokenizer)
     known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(known[arch], model_cfg.num_hidden_layers)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tensors = merged_experts(load_file(Path(folder) / "model.safetensors"))
     for name, value in tensors.items():
         target, value = names.get_name(name, try_suffixes=(".weight", ".bias")), value.float().numpy()
         if arch == "llama" and ".attn_q." in target or arch == "llama" and ".attn_k." in target:
-            heads = config.num_attention_heads if ".attn_q." in target else config.num_key_value_heads
+            heads = model_cfg.num_attention_heads if ".attn_q." in target else model_cfg.num_key_value_heads
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + 1
         plain = value.ndim == 1 or "ffn_gate_inp" in target
-        writer.add_tensor(target, gguf.quants.quantize(value, Kind.F32 if plain else kind),
-                          raw_dtype=Kind.F32 if plain else kind)
-    if config.rope_parameters.get("rope_type") == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(config.rope_parameters, config.head_dim))
+        writer.add_tensor(
+            target, gguf.quants.quantize(value, Kind.F32 if plain else kind), raw_dtype=Kind.F32 if plain else kind
+        )
+    if model_cfg.rope_parameters.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(model_cfg.rope_parameters, model_cfg.head_dim))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -243,10 +336,27 @@ def check_reading(case: str, model, path: Path) -> None:
     """That transformers reads from the file the model that was written."""
     read = transformers.AutoConfig.from_pretrained(OUT, gguf_file=path.name)
     fields, own = read.to_dict(), model.config.to_dict()
-    same = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-            "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "sliding_window", "head_dim",
-            "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_parameters",
-            "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    same = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "sliding_window",
+        "head_dim",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "rope_parameters",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+    )
     unread = {name for name in same if own.get(name) is not None and fields.get(name) != own[name]}
     assert unread == UNREAD.get(case, set()), (case, unread)
     loaded = AutoModelForCausalLM.from_pretrained(OUT, gguf_file=path.name, config=model.config, dtype=torch.float32)
@@ -258,8 +368,8 @@ def check_reading(case: str, model, path: Path) -> None:
 def make(case: str) -> tuple[dict[str, np.ndarray], list]:
     torch.manual_seed(0)
     prefix, _, _, fields = CASES[case]
-    config = getattr(transformers, f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config")(**SIZES | fields)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
+    model_cfg = getattr(transformers, f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config")(**SIZES | fields)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(model_cfg).float().eval()
     for weight in model.parameters():  # norms and biases that are not all 1 or 0, where a mistake would not show
         if weight.ndim == 1:
             weight.add_(0.2 * torch.randn_like(weight))
@@ -267,7 +377,7 @@ def make(case: str) -> tuple[dict[str, np.ndarray], list]:
     write(case, model, path)
     if case != "mixtral":  # transformers takes it for a dense llama
         check_reading(case, model, path)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH)))
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, model_cfg.vocab_size, (1, LENGTH)))
     logits = model(input_ids=tokens).logits.numpy()[..., ::STEP]
     return {"tokens": tokens.numpy().astype(np.int32), "logits": logits}, ids_of(OUT, path.name)
 

@@ -1,0 +1,119 @@
+"""Pretraining: how the tiny base model that the package carries was made.
+
+Next-token loss over the synthetic corpus. Not part of reinforcement learning: the main job takes no supervised step.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from grpo_jax.errors import UserError
+from grpo_jax.learn.logprobs import logprobs_from_hidden
+from grpo_jax.model.architecture import LayerConfig, ModelConfig
+from grpo_jax.model.decoder import hidden_states, init_params
+from grpo_jax.model.mask import single_sequence
+from grpo_jax.tiny.corpus import EOS_TOKEN, corpus_text, train_tokenizer
+from grpo_jax.weights.model_io import llama_hf_config, save
+
+TOKENIZER_TEXTS = 2000
+
+
+def next_token_loss(
+    model_cfg: ModelConfig, params: dict, tokens: Int[Array, "N L"], mask: Bool[Array, "N L"]
+) -> Float[Array, ""]:
+    """-log p(token | tokens before it), in nats, mean over the real tokens but each row's first."""
+    rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    hidden, _ = hidden_states(model_cfg, params, tokens, single_sequence(positions))
+    logps, _ = logprobs_from_hidden(model_cfg, params, hidden[:, :-1], tokens[:, 1:], temperature=1.0)
+    return -jnp.sum(logps * mask[:, 1:]) / jnp.sum(mask[:, 1:])
+
+
+def corpus_batch(tokenizer, cfg, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
+    tokens = np.zeros((cfg.batch.rows, cfg.batch.row_tokens), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    first = step * cfg.batch.rows
+    texts = [corpus_text(cfg.seed, first + i, cfg.corpus.exercises, cfg.corpus.digits) for i in range(cfg.batch.rows)]
+    for row, encoded in enumerate(tokenizer.encode_batch(texts)):
+        ids = encoded.ids[: cfg.batch.row_tokens]
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    return tokens, mask
+
+
+def pretrain(cfg, workdir: Path) -> Path:
+    """Trains tokenizer and model from nothing and writes them to `workdir/model`, a Hugging Face folder.
+
+    Raises:
+      UserError: the folder is there already, or the workdir is that of a run.
+    """
+    folder = Path(workdir) / "model"
+    for path in (folder, Path(workdir) / "config.json"):
+        if path.exists():
+            raise UserError(f"expected a workdir without a model or a run; found {path}; choose another --workdir")
+    start = time.monotonic()
+    texts = [corpus_text(cfg.seed + 1, i, cfg.corpus.exercises, cfg.corpus.digits) for i in range(TOKENIZER_TEXTS)]
+    tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
+    shape = {name: value for name, value in cfg.model._asdict().items() if name != "num_layers"}
+    model_cfg = ModelConfig(
+        **shape,
+        layers=(LayerConfig(),) * cfg.model.num_layers,
+        token_count=tokenizer.get_vocab_size(),
+        eos_ids=(tokenizer.token_to_id(EOS_TOKEN),),
+    )
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, cfg.optim.lr, cfg.optim.warmup_steps, cfg.total_steps, cfg.optim.lr * 0.01
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(cfg.optim.grad_clip),
+        optax.adamw(schedule, b2=0.98, weight_decay=cfg.optim.weight_decay),
+    )
+    params = init_params(model_cfg, jax.random.key(cfg.seed))
+    opt_state = optimizer.init(params)
+
+    def update(params, opt_state, tokens, mask):
+        loss, grads = jax.value_and_grad(lambda p: next_token_loss(model_cfg, p, tokens, mask))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    update = jax.jit(update, donate_argnums=(0, 1))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(
+        f"{count:,} parameters, {tokenizer.get_vocab_size()} token ids, {cfg.total_steps} steps of "
+        f"{cfg.batch.rows} x {cfg.batch.row_tokens} tokens"
+    )
+    losses = []
+    for step in tqdm(range(cfg.total_steps), unit="step"):
+        params, opt_state, loss = update(params, opt_state, *corpus_batch(tokenizer, cfg, step))
+        losses.append(loss)
+        if (step + 1) % cfg.log.every_steps == 0:
+            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-cfg.log.every_steps :]):.4f}")
+    write_model_folder(folder, model_cfg, params, tokenizer)
+    print(f"loss {np.mean(losses[-50:]):.4f} (last 50 steps), {time.monotonic() - start:.0f} s; wrote {folder}")
+    return folder
+
+
+def write_model_folder(folder: Path, model_cfg: ModelConfig, params: dict, tokenizer) -> None:
+    """The Hugging Face folder: weights, config, tokenizer."""
+    save(folder, model_cfg, params)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": EOS_TOKEN,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": llama_hf_config(model_cfg)["max_position_embeddings"],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
