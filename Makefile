@@ -45,5 +45,6 @@ smollm2: $(SMOLLM2_INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -118,7 +118,7 @@ def test_mistake_in_training(tmp_path, argv, says):
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    "cfg, says",
     [
         (f"{ROOT}/configs/r1zero.py:huge", "expected a preset of configs/r1zero.py: tiny.*; found 'huge'"),
         (f"{ROOT}/configs/pretrain_tiny.py:huge", "expected no preset of configs/pretrain_tiny.py; found 'huge'"),

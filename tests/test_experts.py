@@ -99,7 +99,7 @@ def grads_of(model_cfg, batch, weights):
     return run(weights, batch)
 
 
-@pytest.mark.parametrize("config", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("model_cfg", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_gradients_are_the_same_on_every_mesh(model_cfg):
     weights, batch = params(model_cfg), experience(model_cfg=model_cfg)
     expected = grads_of(model_cfg, packed(batch), weights)
@@ -114,7 +114,7 @@ def test_gradients_are_the_same_on_every_mesh(model_cfg):
         np.testing.assert_allclose(made[1]["loss/total"], expected[1]["loss/total"], rtol=2e-5)
 
 
-@pytest.mark.parametrize("config", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("model_cfg", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_completions_are_the_same_on_every_mesh(model_cfg):
     weights, prompts = params(model_cfg), [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3], [11, 12]]
     how = dict(samples=2, max_tokens=8)

@@ -238,7 +238,7 @@ def test_muon_takes_each_matrix_of_a_stack_for_itself():
             assert values.min() > 0.6 and values.max() < 1.3, path
 
 
-@pytest.mark.parametrize("config", [CONFIG, MIXTURE, BIASED])
+@pytest.mark.parametrize("model_cfg", [CONFIG, MIXTURE, BIASED])
 def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(cfg):
     """Their axes are all but those that layers and experts are stacked in."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(cfg)):
@@ -352,7 +352,7 @@ WIDE = replace(CONFIG, hidden_size=256, intermediate_size=384, head_dim=128)  # 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("config", [CONFIG, *(pytest.param(x, marks=pytest.mark.slow) for x in (WIDE, MIXTURE))])
+@pytest.mark.parametrize("model_cfg", [CONFIG, *(pytest.param(x, marks=pytest.mark.slow) for x in (WIDE, MIXTURE))])
 def test_state_is_split_as_its_parameters(name, cfg):
     """On 1 x 4 x 2 devices no matrix of the state is on each device as a whole if its parameter is not."""
     mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(cfg), make_optimizer(section(name=name))
@@ -395,7 +395,7 @@ def test_split_of_adafactors_rows_and_columns():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, config", [*((name, CONFIG) for name in NAMES), ("adafactor", WIDE)])
+@pytest.mark.parametrize("name, model_cfg", [*((name, CONFIG) for name in NAMES), ("adafactor", WIDE)])
 def test_same_update_on_eight_devices(name, cfg):
     """Made, kept and updated in its place, in the memory of the state before."""
     optim = section(name=name, lr=0.1, weight_decay=0.1)

@@ -57,7 +57,7 @@ def test_low_precision_is_near_and_not_equal():
     assert (low != low.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
-@pytest.mark.parametrize("config", [LOW, MIXTURE], ids=["dense", "experts"])
+@pytest.mark.parametrize("model_cfg", [LOW, MIXTURE], ids=["dense", "experts"])
 def test_sampler_and_trainer_agree_in_low_precision(model_cfg):
     """The rollout's copy is rounded once to bfloat16; the trainer rounds the same master weights where it uses them."""
     weights = params(model_cfg)

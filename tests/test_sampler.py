@@ -352,7 +352,7 @@ def test_filters_of_sample():
 
 
 @pytest.mark.parametrize(
-    "shape, config",
+    "shape, model_cfg",
     [
         ((8, 1, 1), CONFIG),
         ((1, 8, 1), CONFIG),
