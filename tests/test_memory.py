@@ -119,7 +119,7 @@ def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
     mesh = make_mesh(2, 2, 2)
     made = plan(monkeypatch, mesh=mesh, held=1000)
     shapes = param_shapes(MODEL)
-    weights = bytes_per_device(shapes, tree_shardings(mesh, shapes, gathered=True))
+    weights = bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
     assert weights < bytes_per_device(shapes, tree_shardings(make_mesh(8, 1, 1), shapes))
     token = kv_bytes_per_token(MODEL) // 2
     slot = token * (80 + 56 + 80) + 12 * 48

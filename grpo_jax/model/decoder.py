@@ -19,7 +19,7 @@ from grpo_jax.model.attention import KV, Attention, AttentionInputs, LatentAtten
 from grpo_jax.model.experts import MixtureOfExperts
 from grpo_jax.model.layers import MLP, Embed, Projection, make_norm
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import ROW_AXES, constrain
+from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain
 from grpo_jax.types import Segments
 
 
@@ -129,7 +129,7 @@ def hidden_states(
     segments: Segments,
     cache: tuple[KV, ...] | None = None,
     *,
-    gathered: bool = False,
+    layout: Layout = "training",
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
     """The final layer's output after its norm, and the keys and values of all layers.
 
@@ -137,11 +137,11 @@ def hidden_states(
       segments: whose tokens they are, [N, L]. They see each other as `attend.sees` says.
       cache: a KV for each run of the parameters, of rows that are one sequence each. The tokens given are written into
         the columns of their positions, and then see all columns up to their own.
-      gathered: the parameters lie on the mesh as a rollout has them, not as training does.
+      layout: How the parameters are placed on the mesh; see `tree_shardings`.
     Returns:
       hidden [N, L, D] in the compute dtype, and a KV for each run of the parameters: of the tokens given, or the cache.
     """
-    x = Embed(model_cfg.vocab_size, model_cfg.hidden_size, gathered).apply({"params": params["embed"]}, tokens)
+    x = Embed(model_cfg.vocab_size, model_cfg.hidden_size, layout).apply({"params": params["embed"]}, tokens)
     x = x.astype(model_cfg.compute_dtype)
     if model_cfg.embed_scale != 1:
         x = x * jnp.asarray(model_cfg.embed_scale, x.dtype)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes
+from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain, drop_indivisible_axes
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -79,7 +79,7 @@ def make_norm(model_cfg: ModelConfig, name: str | None = None) -> RMSNorm:
 
 
 def embed_tokens(
-    table: Float[Array, "V D"], tokens: Int[Array, "N L"], *, gathered: bool = False
+    table: Float[Array, "V D"], tokens: Int[Array, "N L"], *, layout: Layout = "training"
 ) -> Float[Array, "N L D"]:
     """The tokens' rows of a table that lies split over the mesh in force.
 
@@ -87,12 +87,12 @@ def embed_tokens(
     and the answers are exchanged.
 
     Args:
-      gathered: the table is whole over fsdp, as a rollout has it: nothing is exchanged over that axis.
+      layout: How the table is placed on the mesh; see `tree_shardings`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table[tokens]
-    split = drop_indivisible_axes(P("tensor", None if gathered else "fsdp"), table.shape, mesh)
+    split = drop_indivisible_axes(P("tensor", "fsdp" if layout == "training" else None), table.shape, mesh)
     rows = drop_indivisible_axes(P(ROW_AXES), tokens.shape, mesh)
     by_id = split[0] is not None and mesh.shape["tensor"] > 1
     by_column = split[1] is not None and mesh.shape["fsdp"] > 1
@@ -119,14 +119,12 @@ class Embed(nn.Module):
 
     vocab_size: int
     width: int
-    gathered: bool = False  # as in look_up
+    layout: Layout = "training"
 
     @nn.compact
     def __call__(self, tokens):
         init = nn.initializers.normal(1 / math.sqrt(self.width))
-        return embed_tokens(
-            self.param("embedding", init, (self.vocab_size, self.width)), tokens, gathered=self.gathered
-        )
+        return embed_tokens(self.param("embedding", init, (self.vocab_size, self.width)), tokens, layout=self.layout)
 
 
 class MLP(nn.Module):

@@ -1,18 +1,20 @@
-"""The device mesh, one table from parameter names to partition specs, and one `constrain` helper.
+"""The device mesh and the partition specs of parameters and activations.
 
 Mesh axes:
-    data    rows are split, parameters are copied
-    fsdp    rows are split, parameters are split too and gathered layer by layer
-    expert  rows are split, and the experts of a mixture; other parameters are copied
-    tensor  heads, MLP columns and vocabulary are split
 
-All axes are Auto: XLA's partitioner places the collectives, and activations are pinned by `constrain`. An axis
-that does not divide a dimension is dropped for that dimension.
+    data    splits rows; parameters are replicated
+    fsdp    splits rows and parameters; parameters are gathered layer by layer
+    expert  splits rows and the experts of a mixture; other parameters are replicated
+    tensor  splits attention heads, MLP columns and the vocabulary
+
+All axes are `AxisType.Auto`: XLA's partitioner inserts the collectives, and `constrain` pins the sharding of
+activations. An axis that does not divide a dimension is dropped for that dimension.
 """
 
 import logging
 import math
 import re
+from typing import Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -21,10 +23,14 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # what a dimension of rows (or prompts) is split over
+ROW_AXES = ("data", "fsdp", "expert")  # the axes that a dimension of rows (or prompts) is split over
 
-# The end of a leaf's path -> the spec of its last dimensions. Stacked layers have one more dimension in front.
-# Optimizer moments end in the same paths, so this table places them too.
+# Where parameters live: "training" splits them over fsdp as well; "rollout" does not, so that decoding a token gathers
+# no weights.
+Layout = Literal["training", "rollout"]
+
+# The end of a parameter's path -> the spec of its last dimensions. Stacked layers add dimensions in front. The paths of
+# optimizer moments have the same ends, so the table covers them too.
 PARTITION_TABLE = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
@@ -42,93 +48,104 @@ PARTITION_TABLE = (
 )
 
 log = logging.getLogger(__name__)
-_dropped: set[tuple] = set()
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, devices=None) -> Mesh:
-    """A mesh of the given sizes; one of them may be -1 and takes what is left of the devices.
+    """Returns a mesh of the given sizes over `devices`, by default all of them.
+
+    One size may be -1; it becomes the number of devices divided by the other sizes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: The product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, expert, tensor]
-    found = f"mesh.data={data} mesh.fsdp={fsdp} mesh.expert={expert} mesh.tensor={tensor} on {len(devices)} device(s)"
+    given = f"mesh.data={data} mesh.fsdp={fsdp} mesh.expert={expert} mesh.tensor={tensor} on {len(devices)} device(s)"
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"expected mesh sizes of 1 or more, at most one of them -1; found {found}; change mesh.*")
+        raise UserError(f"Mesh sizes must be at least 1, except for one that may be -1; found {given}. Change mesh.*")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(s for s in sizes if s != -1))
+        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"expected mesh sizes whose product is the number of devices; found {found}; "
-            "set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1"
+            f"The product of the mesh sizes must be the number of devices; found {given}. "
+            "Set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Into how many parts a dimension of rows is split."""
+    """Returns the number of shards that a dimension of rows is split into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def drop_indivisible_axes(spec: P, shape: tuple[int, ...], mesh, name: str = "") -> P:
-    """`spec` without the axes that do not divide their dimension of `shape`; with a name, that is logged, once."""
+def drop_indivisible_axes(spec: P, shape: tuple[int, ...], mesh) -> P:
+    """Returns `spec` for an array of `shape`, replicating each dimension that its mesh axes do not divide."""
     kept = []
-    for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        shards = math.prod(mesh.shape[axis] for axis in names)
-        if size % shards:
-            note = (name, size, names, shards)
-            if name and note not in _dropped:
-                _dropped.add(note)
-                log.warning("%s: a dimension of %d is not split over %s (%d devices)", name, size, names, shards)
-            axes = None
-        kept.append(axes)
+    for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=False):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        kept.append(None if size % math.prod(mesh.shape[axis] for axis in names) else axes)
     return P(*kept)
 
 
 def path_name(path) -> str:
-    """`layers/attention/q/kernel` from a key path of jax.tree_util."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+    """Formats a `jax.tree_util` key path like `layers/0/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_for(name: str) -> tuple[str, P]:
-    """The table's row for the parameter of that path: its pattern, and the spec of the last dimensions.
+    """Looks up a parameter's path in `PARTITION_TABLE`.
+
+    Returns:
+      The pattern that matched and the spec of the parameter's last dimensions.
 
     Raises:
-      ValueError: the table has none.
+      ValueError: No pattern matches.
     """
     for pattern, spec in PARTITION_TABLE:
         if re.search(pattern, name):
             return pattern, spec
-    raise ValueError(f"grpo_jax.parallel.mesh.TABLE has no row for the parameter {name}")
+    raise ValueError(f"PARTITION_TABLE in grpo_jax/parallel/mesh.py has no row for the parameter {name}; add one")
 
 
-def tree_shardings(mesh: Mesh, tree, *, gathered: bool = False):
-    """The sharding of every leaf of a tree of parameters, optimizer state or both.
+def tree_shardings(mesh: Mesh, tree, *, layout: Layout = "training"):
+    """Returns the `NamedSharding` of every leaf of a tree of parameters, optimizer state or both.
 
     Args:
-      tree: arrays or jax.ShapeDtypeStruct. Scalars are replicated.
-      gathered: leave the fsdp axis out: the rollout's placement, where no weight is gathered for a token.
+      mesh: The mesh to place the tree on.
+      tree: Arrays or `jax.ShapeDtypeStruct`. Scalars are replicated.
+      layout: Whether parameters are split over the fsdp axis ("training") or not ("rollout").
+
     Raises:
-      ValueError: the table has no row for a leaf.
+      ValueError: `PARTITION_TABLE` has no row for a leaf.
     """
 
-    def of(path, leaf):
-        name = path_name(path)
+    def leaf_sharding(path, leaf):
         if not leaf.shape:
             return NamedSharding(mesh, P())
-        pattern, spec = spec_for(name)
-        if gathered:
+        _, spec = spec_for(path_name(path))
+        if layout == "rollout":
             spec = P(*(None if axis == "fsdp" else axis for axis in spec))
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return NamedSharding(mesh, drop_indivisible_axes(spec, leaf.shape, mesh, pattern.rstrip("$")))
+        return NamedSharding(mesh, drop_indivisible_axes(spec, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def log_indivisible_axes(mesh: Mesh, params) -> None:
+    """Logs a warning for the axes that `tree_shardings` drops, one for all parameters that share a pattern and size."""
+    dropped = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        pattern, spec = spec_for(path_name(path))
+        sizes = leaf.shape[len(leaf.shape) - len(spec) :]
+        for size, axis, kept in zip(sizes, spec, drop_indivisible_axes(spec, sizes, mesh), strict=True):
+            if axis != kept:
+                dropped[pattern.rstrip("$"), size, axis] = mesh.shape[axis]
+    for (name, size, axis), shards in dropped.items():
+        log.warning("%s: a dimension of size %d is not split over mesh.%s=%d", name, size, axis, shards)
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:
-    """Pins an activation's sharding on the mesh in force (`jax.set_mesh`); without one, `x` as it is."""
+    """Constrains the sharding of an activation on the current mesh (`jax.set_mesh`); returns `x` if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -136,21 +153,24 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 
 
 def mesh_platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what a program is traced for, the mesh in force or the default devices."""
+    """Returns the platform that a program is traced for: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh, or of the default devices if there is none.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def shard_rows(mesh: Mesh, tree):
-    """Places host arrays with their first dimension split over the mesh; every process passes the same values."""
+    """Places host arrays on the mesh, splitting their first dimension. Every process must pass the same values."""
     return jax.tree.map(
         lambda x: jax.device_put(x, NamedSharding(mesh, drop_indivisible_axes(P(ROW_AXES), x.shape, mesh))), tree
     )
 
 
 def gather_to_host(tree):
-    """Whole numpy arrays on every process."""
+    """Returns the tree with every array whole, as numpy, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils

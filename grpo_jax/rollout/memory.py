@@ -94,7 +94,7 @@ def plan_rollout(cfg, model_cfg: ModelConfig, mesh, held_bytes: int, *, strict: 
     shards, tensor = num_row_shards(mesh), mesh.shape["tensor"]
     rollout = cfg.rollout
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
-    weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, gathered=True))
+    weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
     token = kv_bytes_per_token(model_cfg, tensor)
     prompts = token * rollout.max_prompt_tokens
     logits = 3 * 4 * model_cfg.vocab_size  # float32, and what drawing makes of them

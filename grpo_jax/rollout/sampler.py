@@ -160,7 +160,7 @@ def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
 
     if mesh is None:
         return jax.jit(place)
-    places = tree_shardings(mesh, jax.eval_shape(place, param_shapes(model_cfg)), gathered=True)
+    places = tree_shardings(mesh, jax.eval_shape(place, param_shapes(model_cfg)), layout="rollout")
     return jax.jit(place, out_shardings=places)
 
 

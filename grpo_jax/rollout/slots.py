@@ -106,7 +106,7 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
     def run(tokens):
         rows = tokens.shape[0]
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        return hidden_states(model_cfg, params, tokens, single_sequence(positions), gathered=True)[1]
+        return hidden_states(model_cfg, params, tokens, single_sequence(positions), layout="rollout")[1]
 
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else num_row_shards(mesh)
@@ -253,7 +253,7 @@ def decode_tokens(
         slots, steps = carry
         position = slots.position[:, None]
         hidden, kv = hidden_states(
-            model_cfg, params, slots.last[:, None], single_sequence(position), slots.kv, gathered=True
+            model_cfg, params, slots.last[:, None], single_sequence(position), slots.kv, layout="rollout"
         )
         logits = sampling_logits(model_cfg, params, hidden[:, 0], 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(per_shard(own_keys, slots.sequence, work), slots.index)

@@ -12,7 +12,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.parallel.mesh import log_indivisible_axes, make_mesh, tree_shardings
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
 from grpo_jax.run.checkpoint import restore_policy
 from grpo_jax.tasks.problem_file import read_problems
@@ -75,6 +75,7 @@ def build_context(cfg, *, training: bool = False) -> RunContext:
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     shapes = param_shapes(model_cfg, cfg.model.param_dtype)
+    log_indivisible_axes(mesh, shapes)
     held = bytes_per_device(shapes, tree_shardings(mesh, shapes))
     if training:
         optimizer = make_optimizer(cfg.optim)
