@@ -386,7 +386,7 @@ def read_experts_config(c, family: str) -> ExpertsConfig | None:
         return ExpertsConfig(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size)
     if family == "qwen3_moe":
         return ExpertsConfig(
-            c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize_hf_config=bool(c.norm_topk_prob)
+            c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize=bool(c.norm_topk_prob)
         )
     if family == "deepseek_v3":
         return ExpertsConfig(
@@ -395,7 +395,7 @@ def read_experts_config(c, family: str) -> ExpertsConfig | None:
             c.moe_intermediate_size,
             shared_width=c.moe_intermediate_size * c.n_shared_experts,
             sigmoid=True,
-            normalize_hf_config=bool(c.norm_topk_prob),
+            normalize=bool(c.norm_topk_prob),
             scale=float(c.routed_scaling_factor),
             groups=c.n_group,
             groups_kept=c.topk_group,
