@@ -142,7 +142,7 @@ def draw_lengths(flags) -> np.ndarray:
 def draw_prompts(flags, model_cfg: ModelConfig) -> Prompts:
     """Prompts of random tokens."""
     shape = flags.prompts, flags.prompt_tokens
-    return pad_prompts(np.random.default_rng(flags.seed).integers(model_cfg.drawable, size=shape).tolist())
+    return pad_prompts(np.random.default_rng(flags.seed).integers(model_cfg.sampleable_vocab_size, size=shape).tolist())
 
 
 class Learner(NamedTuple):

@@ -83,7 +83,7 @@ def compare(flags) -> dict:
                     f"found {flags.prompt_tokens} + {flags.new_tokens}"
                 )
             shape = flags.prompts, flags.prompt_tokens
-            tokens = np.random.default_rng(flags.seed).integers(model_cfg.drawable, size=shape)
+            tokens = np.random.default_rng(flags.seed).integers(model_cfg.sampleable_vocab_size, size=shape)
             placed = place_for_rollout(model_cfg, params, mesh)
             for slots in flags.slots:
                 drawn = jax.device_get(

@@ -52,7 +52,9 @@ def random_work(flags, learner) -> PackedBatch:
     """A packed batch of random completions, on the host."""
     draws = np.random.default_rng(flags.seed + 1)
     lengths = common.draw_lengths(flags)
-    tokens = draws.integers(learner.model.drawable, size=(*lengths.shape, flags.new_tokens), dtype=np.int32)
+    tokens = draws.integers(
+        learner.model.sampleable_vocab_size, size=(*lengths.shape, flags.new_tokens), dtype=np.int32
+    )
     rollout = Rollout(
         tokens=tokens,
         logps=np.zeros(tokens.shape, np.float32),

@@ -21,15 +21,17 @@ LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
 # One layer without experts and two with, the last of which sees 3 tokens; 5 experts, which no axis divides.
 SOFTMAX = replace(
     CONFIG,
-    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(window=3, experts=True)),
+    layers=(LayerConfig(), LayerConfig(use_experts=True), LayerConfig(window=3, use_experts=True)),
     experts=ExpertsConfig(5, 2, 24),
     qk_norm=True,
 )
 SIGMOID = replace(
     CONFIG,
-    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(experts=True)),
+    layers=(LayerConfig(), LayerConfig(use_experts=True), LayerConfig(use_experts=True)),
     num_kv_heads=1,
-    experts=ExpertsConfig(8, 3, 16, shared_width=24, sigmoid=True, scale=1.7, groups=4, groups_kept=2),
+    experts=ExpertsConfig(
+        8, 3, 16, shared_intermediate_size=24, sigmoid_gate=True, routed_scale=1.7, num_groups=4, num_top_groups=2
+    ),
     latent=LatentConfig(12, 16, 6, 4, 10),
 )
 MESHES = [dict(expert=2, fsdp=2, tensor=2), dict(expert=8)]
@@ -83,7 +85,9 @@ def test_no_token_is_dropped_when_all_want_one_expert():
 
 def test_the_correction_chooses_and_does_not_weigh():
     """A bias of 10 makes expert 6 everyone's; its weight stays its own score, and the bias has no gradient."""
-    experts = ExpertsConfig(8, 2, 16, sigmoid=True, normalize=False, scale=2.0, groups=2, groups_kept=1)
+    experts = ExpertsConfig(
+        8, 2, 16, sigmoid_gate=True, normalize_weights=False, routed_scale=2.0, num_groups=2, num_top_groups=1
+    )
     logits = jax.random.normal(jax.random.key(1), (9, 8))
     bias = jnp.zeros(8).at[6].set(10.0)
     chosen, weights = choose_experts(experts, logits, bias)

@@ -146,5 +146,5 @@ def test_latent_attention_counts_the_latent():
     model_cfg = read_model_config(Path(__file__).parent / "golden" / "deepseek_v3")
     assert (
         kv_bytes_per_token(model_cfg)
-        == model_cfg.num_layers * (model_cfg.latent.kv_rank + model_cfg.latent.rope_width) * 4
+        == model_cfg.num_layers * (model_cfg.latent.kv_lora_rank + model_cfg.latent.qk_rope_head_dim) * 4
     )

@@ -31,10 +31,10 @@ NAMES = ("adamw", "adafactor", "lion", "muon")
 SOME = ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "adamw")]
 MIXTURE = replace(  # every kind of parameter there is
     CONFIG,
-    layers=(LayerConfig(), LayerConfig(experts=True), LayerConfig(experts=True)),
+    layers=(LayerConfig(), LayerConfig(use_experts=True), LayerConfig(use_experts=True)),
     num_kv_heads=4,
     mlp_bias=True,
-    experts=ExpertsConfig(8, 2, 24, shared_width=16, sigmoid=True),
+    experts=ExpertsConfig(8, 2, 24, shared_intermediate_size=16, sigmoid_gate=True),
     latent=LatentConfig(16, 8, 8, 4, 8),
 )
 BIASED = replace(CONFIG, qkv_bias=True, qk_norm=True, tie_embeddings=True)

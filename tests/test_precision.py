@@ -22,7 +22,7 @@ from grpo_jax.run import checkpoint
 from tests.tiny import CONFIG, packed, params
 
 LOW = replace(CONFIG, compute_dtype="bfloat16")
-MIXTURE = replace(LOW, layers=(LayerConfig(experts=True),) * 2, experts=ExpertsConfig(4, 2, 24))
+MIXTURE = replace(LOW, layers=(LayerConfig(use_experts=True),) * 2, experts=ExpertsConfig(4, 2, 24))
 
 
 def dots(cfg, weights, tokens) -> set[str]:

@@ -47,7 +47,7 @@ def test_it_learns_and_writes_a_model_folder(tmp_path, capsys):
     assert losses[0] > losses[-1] + 0.1
     model, weights = load(folder)
     tokenizer = load_tokenizer(folder)
-    assert model.eos_ids == (tokenizer.eos_token_id,) and model.token_count == len(tokenizer)
+    assert model.eos_ids == (tokenizer.eos_token_id,) and model.tokenizer_vocab_size == len(tokenizer)
     assert np.isfinite(forward(model, weights, jnp.asarray([tokenizer("What is 3?")["input_ids"]]))).all()
     with pytest.raises(UserError, match="without a model"):
         pretrain(cfg, tmp_path)

@@ -51,7 +51,7 @@ def test_logps_are_those_of_a_full_forward_at_the_temperature():
     for b, prompt in enumerate(PROMPTS):
         for g in range(4):
             row = jnp.asarray(prompt + made.tokens[b, g].tolist())[None]
-            logits = forward(CONFIG, weights, row)[0, len(prompt) - 1 : -1, : CONFIG.token_count] / 0.7
+            logits = forward(CONFIG, weights, row)[0, len(prompt) - 1 : -1, : CONFIG.tokenizer_vocab_size] / 0.7
             expected = jax.nn.log_softmax(logits)[jnp.arange(8), made.tokens[b, g]]
             np.testing.assert_allclose(made.logps[b, g], expected, atol=2e-5)
 
@@ -88,7 +88,7 @@ def test_greedy_ignores_the_key_and_scores_at_temperature_1():
     np.testing.assert_array_equal(one.tokens, two.tokens)
     assert (one.tokens == one.tokens[:, :1]).all()
     row = jnp.asarray(PROMPTS[0] + one.tokens[0, 0].tolist())[None]
-    logits = forward(CONFIG, weights, row)[0, 2:-1, : CONFIG.token_count]
+    logits = forward(CONFIG, weights, row)[0, 2:-1, : CONFIG.tokenizer_vocab_size]
     np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), one.tokens[0, 0])
     np.testing.assert_allclose(one.logps[0, 0], jax.nn.log_softmax(logits).max(axis=-1), atol=2e-5)
 

@@ -25,7 +25,7 @@ from tests.tiny import CONFIG, experience, packed, params
 WIDE = replace(
     CONFIG,
     vocab_size=88,
-    token_count=88,
+    tokenizer_vocab_size=88,
     hidden_size=64,
     intermediate_size=96,
     layers=(LayerConfig(),) * 5,
@@ -167,7 +167,8 @@ mesh = make_mesh(fsdp=-1, devices=topologies.get_topology_desc("v5e:8x8", platfo
 config = freeze(load_config("configs/r1zero.py:qwen2.5-7b"))
 model = ModelConfig(
     vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=(Layer(),) * 28, num_heads=28, num_kv_heads=4,
-    head_dim=128, max_positions=32768, qkv_bias=True, token_count=151665, compute_dtype="bfloat16", remat="layers")
+    head_dim=128, max_positions=32768, qkv_bias=True, tokenizer_vocab_size=151665, compute_dtype="bfloat16",
+    remat="layers")
 shape = packed_shape(512, 16, 512, 4096, config.update.micro_tokens, row_shards(mesh))
 shapes, optimizer = param_shapes(model), make_optimizer(config.optim)
 placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

@@ -178,7 +178,9 @@ def test_scores_match_a_plain_computation():
         unpack_completions(np.asarray(x), np.asarray(rows.flat_index), batch.mask.shape)
         for x in packed_logprobs(CONFIG, weights, rows, 0.7)
     )
-    plain = jax.nn.log_softmax(forward(CONFIG, weights, jnp.asarray(batch.tokens))[..., : CONFIG.token_count] / 0.7)
+    plain = jax.nn.log_softmax(
+        forward(CONFIG, weights, jnp.asarray(batch.tokens))[..., : CONFIG.tokenizer_vocab_size] / 0.7
+    )
     for n, t in np.argwhere(batch.mask):
         column = int(batch.prompt_lengths[n]) + t
         at = plain[n, column - 1]
@@ -270,7 +272,7 @@ def test_reference_is_scored_like_the_policy():
 @pytest.mark.parametrize("cap, tied", [(0.0, False), (3.0, True)])
 def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
     """Against log-softmax of whole logits under jax's own derivative; columns beyond the counts have none."""
-    model_cfg = replace(CONFIG, vocab_size=47, logit_cap=cap, tie_embeddings=tied)
+    model_cfg = replace(CONFIG, vocab_size=47, logit_softcap=cap, tie_embeddings=tied)
     weights = params(model_cfg)
     hidden = jax.random.normal(jax.random.key(0), (4, 11, 32))
     targets = jax.random.randint(jax.random.key(1), (4, 11), 0, 45)
@@ -306,7 +308,7 @@ def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
 
 def test_temporaries_of_the_head_are_those_of_a_chunk():
     """Of 2,048 ids, 512 tokens a chunk: twice the tokens need no more, but for the hidden states' own gradient."""
-    model_cfg = replace(CONFIG, vocab_size=2048, token_count=2048)
+    model_cfg = replace(CONFIG, vocab_size=2048, tokenizer_vocab_size=2048)
     weights = params(model_cfg)
 
     def temporaries(tokens):

@@ -46,14 +46,14 @@ def test_a_config_written_from_nothing_reads_back_the_same(tmp_path):
 
     save(tmp_path, CONFIG, params())
     model_cfg, weights = load(tmp_path)
-    expected = {"source": str(tmp_path), "token_count": 0}
+    expected = {"source": str(tmp_path), "tokenizer_vocab_size": 0}
     assert vars(model_cfg) == vars(CONFIG) | expected
     jax.tree.map(np.testing.assert_array_equal, weights, params())
 
 
 def test_the_packaged_base_loads_with_its_tokenizer():
     model_cfg, params = load(find_model("tiny"))
-    assert model_cfg.token_count <= model_cfg.vocab_size
+    assert model_cfg.tokenizer_vocab_size <= model_cfg.vocab_size
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, param_shapes(model_cfg))
     files = list(find_model("tiny").iterdir())
     assert sum(file.stat().st_size for file in files) < 6_000_000

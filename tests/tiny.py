@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
     head_dim=8,
     max_positions=64,
     tie_embeddings=False,
-    token_count=45,
+    tokenizer_vocab_size=45,
     eos_ids=(0,),
 )
 
@@ -37,8 +37,8 @@ def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2)
     group = np.arange(rows) // samples
     lengths = draw.integers(2, prompt + 1, rows)[group]
     drawn = draw.integers(1, sampled + 1, rows)
-    prompts = draw.integers(1, model_cfg.token_count, (rows, prompt + sampled))[group]
-    tokens = draw.integers(1, model_cfg.token_count, (rows, prompt + sampled))
+    prompts = draw.integers(1, model_cfg.tokenizer_vocab_size, (rows, prompt + sampled))[group]
+    tokens = draw.integers(1, model_cfg.tokenizer_vocab_size, (rows, prompt + sampled))
     columns = np.arange(prompt + sampled)
     tokens = np.where(columns < lengths[:, None], prompts, np.where(columns < (lengths + drawn)[:, None], tokens, 0))
     logps = -2 - draw.random((rows, sampled))

@@ -1,4 +1,8 @@
-"""What a decoder is made of: ModelConfig. Hashable, so that it is a static argument of jitted functions."""
+"""Decoder architectures.
+
+`ModelConfig` describes every supported model family. It is frozen and hashable, so that jitted functions can take it as
+a static argument. Axis letters are those of the legend in `grpo_jax.types`.
+"""
 
 import dataclasses
 import itertools
@@ -7,108 +11,109 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions (arXiv 2104.09864) and how they are stretched beyond the length they were trained at."""
+    """Rotary position embeddings (arXiv 2104.09864) and their scaling to contexts longer than in pretraining."""
 
     theta: float = 10000.0
-    scaling: str = "default"  # one of grpo_jax.model.rope.SCALINGS
-    factor: float = 1.0
-    original_positions: int = 0  # llama3, yarn: the length before stretching
-    slow: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
-    fast: float = 1.0  # llama3: high_freq_factor; yarn: beta_fast
-    whole: bool = True  # yarn: the ramp's ends are whole numbers
-    magnitude: float = 1.0  # factor on cos and sin
+    scaling: str = "default"  # one of grpo_jax.model.rope.ROPE_SCALINGS
+    factor: float = 1.0  # context length divided by that of pretraining
+    original_max_positions: int = 0  # llama3 and yarn: context length of pretraining
+    low_freq_bound: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+    high_freq_bound: float = 1.0  # llama3: high_freq_factor; yarn: beta_fast
+    truncate: bool = True  # yarn: round the ends of the interpolation ramp to whole pairs
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """What differs from layer to layer."""
+    """The settings that may differ between the layers of a model."""
 
-    window: int = 0  # a token sees itself and the window - 1 tokens before it; 0: all before it
+    window: int = 0  # sliding window in tokens, the query's own included; 0: full attention
     rope: RopeConfig = RopeConfig()
-    experts: bool = False  # a mixture of experts instead of one MLP
+    use_experts: bool = False  # mixture of experts instead of a dense MLP
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in place of an MLP."""
+    """The mixture of experts that replaces the MLP in layers with `use_experts`."""
 
-    count: int  # X
-    per_token: int
-    width: int  # F of each
-    shared_width: int = 0  # of an MLP that every token takes besides
-    sigmoid: bool = False  # DeepSeek-V3's gate (arXiv 2412.19437, eq. 12-16); else a softmax over all experts
-    normalize: bool = True  # the chosen experts' weights sum to 1 (before `scale`)
-    scale: float = 1.0
-    groups: int = 1  # sigmoid gate: experts come in groups,
-    groups_kept: int = 1  # and are chosen from the best of them
+    num_experts: int  # X
+    num_experts_per_token: int  # k
+    intermediate_size: int  # F of each expert
+    shared_intermediate_size: int = 0  # F of the shared expert that every token passes through; 0: none
+    sigmoid_gate: bool = False  # DeepSeek-V3's gate (arXiv 2412.19437, eq. 12-16) instead of a softmax over all experts
+    normalize_weights: bool = True  # divide the weights of a token's experts by their sum, before `routed_scale`
+    routed_scale: float = 1.0  # multiplies the weights
+    num_groups: int = 1  # sigmoid gate: equal groups that the experts are divided into
+    num_top_groups: int = 1  # sigmoid gate: best-scoring groups that a token's experts are chosen from
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one small vector."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), which caches one compressed vector per token."""
 
-    q_rank: int  # 0: queries are made from the hidden state itself
-    kv_rank: int
-    plain_width: int  # of a head's query and key, the part without position
-    rope_width: int  # the part with it, whose key all heads share
-    value_width: int
-    interleaved: bool = True  # rotary pairs are neighbours, not halves
+    q_lora_rank: int  # size of the compressed query; 0: queries are projected from the hidden state
+    kv_lora_rank: int  # size of the compressed vector that keys and values are projected from
+    qk_nope_head_dim: int  # part of a query and key head without rotary embedding
+    qk_rope_head_dim: int  # part of a query and key head with rotary embedding; all heads share this part of the key
+    v_head_dim: int
+    rope_interleave: bool = True  # rotary pairs are adjacent, (2i, 2i + 1), instead of (i, i + E/2)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, where it came from, and the precision it computes in."""
+    """The architecture of a decoder, where its weights came from, and how it is computed."""
 
-    vocab_size: int  # V, rows of the embedding
+    vocab_size: int  # V, rows of the embedding table
     hidden_size: int  # D
     intermediate_size: int  # F
     layers: tuple[LayerConfig, ...]
     num_heads: int  # H
     num_kv_heads: int  # K
     head_dim: int  # E
-    max_positions: int  # the longest row the model is made for, in tokens
+    max_positions: int  # longest supported sequence, in tokens
     norm_eps: float = 1e-5
-    unit_offset: bool = False  # norms multiply by 1 + scale
+    unit_offset: bool = False  # norms multiply by 1 + scale instead of scale
     activation: str = "silu"
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # of every head's query and key
-    post_norms: bool = False  # attention's and MLP's outputs are normed too
-    embed_scale: float = 1.0
-    score_divisor: float = 0.0  # of attention scores; 0: sqrt(E)
-    score_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: no cap
-    logit_cap: float = 0.0  # the same of logits
-    tie_embeddings: bool = False  # the head is the embedding, transposed
+    qk_norm: bool = False  # apply an RMS norm to every query and key head
+    post_norms: bool = False  # normalize the outputs of attention and MLP too, before the residual addition
+    embed_scale: float = 1.0  # multiplies the token embeddings
+    score_divisor: float = 0.0  # divides the attention scores; 0: sqrt(E)
+    score_softcap: float = 0.0  # replaces attention scores by cap * tanh(score / cap); 0: no cap
+    logit_softcap: float = 0.0  # the same for logits
+    tie_embeddings: bool = False  # the head is the transposed embedding table
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
-    family: str = "llama"  # model_type of config.json
-    token_count: int = 0  # ids the tokenizer knows; rows beyond are never drawn. 0: all rows are ids
+    family: str = "llama"  # model_type in config.json
+    tokenizer_vocab_size: int = 0  # ids that the tokenizer uses; higher ids are never sampled; 0: vocab_size
     eos_ids: tuple[int, ...] = ()
-    source: str = ""  # the folder or GGUF file it was loaded from
-    dtype: str = "float32"  # of the weights there
-    compute_dtype: str = "float32"  # of activations, and of weights where they are used
-    logit_dtype: str = "float32"  # that the head's product comes in; probabilities are float32
-    attention: str = "auto"  # how it is computed: "plain", "blocks", "splash", "cudnn", or what suits the platform
+    source: str = ""  # folder or GGUF file that the weights were loaded from
+    dtype: str = "float32"  # of the weights in `source`
+    compute_dtype: str = "float32"  # of activations, and of weights when they are multiplied
+    logit_dtype: str = "float32"  # of the product with the head; logits are converted to float32 afterwards
+    attention: str = "auto"  # "plain", "blocks", "splash", "cudnn", or "auto": the best for the platform
     remat: str = (
-        "none"  # what a backward pass computes again: "none", "matmuls" (all but them), "layers" (but attention)
+        "none"  # recomputed in the backward pass: "none", "matmuls" (all but matmuls), "layers" (but attention)
     )
 
     @property
     def num_layers(self) -> int:
+        """The number of decoder layers."""
         return len(self.layers)
 
     @property
-    def drawable(self) -> int:
-        """How many of the V columns of the logits stand for a token."""
-        return self.token_count or self.vocab_size
+    def sampleable_vocab_size(self) -> int:
+        """The number of ids, counted from 0, that stand for a token; higher ids only pad the embedding table."""
+        return self.tokenizer_vocab_size or self.vocab_size
 
     @property
-    def divisor(self) -> float:
-        """What attention scores are divided by."""
+    def effective_score_divisor(self) -> float:
+        """`score_divisor`, or its default."""
         return self.score_divisor or math.sqrt(self.head_dim)
 
     @property
-    def runs(self) -> tuple[tuple[LayerConfig, ...], ...]:
-        """The layers cut where their parameters change shape: each run is one stack of parameters."""
-        return tuple(tuple(run) for _, run in itertools.groupby(self.layers, key=lambda layer: layer.experts))
+    def layer_stacks(self) -> tuple[tuple[LayerConfig, ...], ...]:
+        """The layers divided into stacks of consecutive layers whose parameters have the same shapes."""
+        return tuple(tuple(stack) for _, stack in itertools.groupby(self.layers, key=lambda layer: layer.use_experts))

@@ -66,12 +66,12 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
     wanted = model_cfg.attention if model_cfg.attention != "auto" else PLATFORM_KERNELS.get(mesh_platform(), "")
     widths = (model_cfg.head_dim,) * 2
     if model_cfg.latent:
-        widths = model_cfg.latent.plain_width + model_cfg.latent.rope_width, model_cfg.latent.value_width
+        widths = model_cfg.latent.qk_nope_head_dim + model_cfg.latent.qk_rope_head_dim, model_cfg.latent.v_head_dim
     fits = {
         "plain": True,
         "blocks": True,
         "splash": splash_supports(length),
-        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_cap),
+        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap),
     }
     if fits.get(wanted):
         return wanted
@@ -86,7 +86,7 @@ def make_attention_inputs(
     Args:
       columns: of the cache; 0: no cache, the tokens given are the keys.
     """
-    width = model_cfg.latent.rope_width if model_cfg.latent else model_cfg.head_dim
+    width = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
     rows, length = queries.position.shape
     keys = queries
     if columns:
@@ -136,7 +136,7 @@ def attend(
     model_cfg: ModelConfig, q: Float[Array, "N L H E"], kv: KV, view: AttentionInputs, *, cached: bool
 ) -> Float[Array, "N L H _"]:
     """softmax(q k) v of one layer. Where a query sees nothing, the result is finite and of no meaning."""
-    scale = dict(divisor=model_cfg.divisor, cap=model_cfg.score_cap)
+    scale = dict(divisor=model_cfg.effective_score_divisor, cap=model_cfg.score_softcap)
     chosen = choose_kernel(model_cfg, q.shape[1], cached)
     if chosen == "plain":
         return plain_attention(q, kv.k, kv.v, view.prepared, **scale)
@@ -145,7 +145,7 @@ def attend(
         if chosen == "splash":
             return splash_attention(q, keys, values, view.prepared, interpret=mesh_platform() != "tpu", **scale)
         if chosen == "cudnn":
-            return cudnn_attention(q, keys, values, view.prepared, divisor=model_cfg.divisor)
+            return cudnn_attention(q, keys, values, view.prepared, divisor=model_cfg.effective_score_divisor)
         own = jax.tree.map(lambda x: x[0], view.prepared)
         return blockwise_attention(q, keys, values, view.queries, view.keys, view.window, own, **scale)
 
@@ -194,23 +194,23 @@ class LatentAttention(nn.Module):
     @nn.compact
     def __call__(self, x, view: AttentionInputs, cache: KV | None):
         c, z = self.model_cfg, self.model_cfg.latent
-        heads, key_width = c.num_heads, z.plain_width + z.rope_width
+        heads, key_width = c.num_heads, z.qk_nope_head_dim + z.qk_rope_head_dim
         latent_norm = lambda name: RMSNorm(1e-6, name=name)  # the model's own code does not pass rms_norm_eps here
-        if z.q_rank:
-            low = Projection((c.hidden_size,), (z.q_rank,), c.qkv_bias, name="q_a")(x)
-            q = Projection((z.q_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(low))
+        if z.q_lora_rank:
+            low = Projection((c.hidden_size,), (z.q_lora_rank,), c.qkv_bias, name="q_a")(x)
+            q = Projection((z.q_lora_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(low))
         else:
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
-        compressed = Projection((c.hidden_size,), (z.kv_rank + z.rope_width,), c.qkv_bias, name="kv_a")(x)
-        latent = latent_norm("kv_a_norm")(compressed[..., : z.kv_rank])
-        init = nn.initializers.normal(z.kv_rank**-0.5)
-        expand = self.param("kv_b", init, (z.kv_rank, heads, z.plain_width + z.value_width))
-        to_key, to_value = jnp.split(expand.astype(x.dtype), [z.plain_width], axis=-1)
+        compressed = Projection((c.hidden_size,), (z.kv_lora_rank + z.qk_rope_head_dim,), c.qkv_bias, name="kv_a")(x)
+        latent = latent_norm("kv_a_norm")(compressed[..., : z.kv_lora_rank])
+        init = nn.initializers.normal(z.kv_lora_rank**-0.5)
+        expand = self.param("kv_b", init, (z.kv_lora_rank, heads, z.qk_nope_head_dim + z.v_head_dim))
+        to_key, to_value = jnp.split(expand.astype(x.dtype), [z.qk_nope_head_dim], axis=-1)
 
-        place = lambda y: apply_rope(deinterleave(y) if z.interleaved else y, view.rotation)
+        place = lambda y: apply_rope(deinterleave(y) if z.rope_interleave else y, view.rotation)
         q = constrain(q, ROW_AXES, None, "tensor", None)
-        q_plain, q_rope = q[..., : z.plain_width], place(q[..., z.plain_width :])
-        rope_key = place(compressed[..., None, z.kv_rank :])
+        q_plain, q_rope = q[..., : z.qk_nope_head_dim], place(q[..., z.qk_nope_head_dim :])
+        rope_key = place(compressed[..., None, z.kv_lora_rank :])
         kv = KV(jnp.moveaxis(rope_key, 1, -1), latent[:, None])
         if cache is None:
             keys = jnp.einsum("nlr,rhe->nhel", latent, to_key)
@@ -222,6 +222,6 @@ class LatentAttention(nn.Module):
             kv = write_cache(cache, kv, view.queries.position)
             q_latent = jnp.einsum("nlhe,rhe->nlhr", q_plain, to_key)
             scores = attention_scores(q_latent, jnp.swapaxes(kv.v, -1, -2)) + attention_scores(q_rope, kv.k)
-            mixed = weighted_values(scores, kv.v, view.prepared, divisor=c.divisor, cap=c.score_cap)
+            mixed = weighted_values(scores, kv.v, view.prepared, divisor=c.effective_score_divisor, cap=c.score_softcap)
             out = jnp.einsum("nlhr,rhe->nlhe", mixed, to_value)
-        return Projection((heads, z.value_width), (c.hidden_size,), c.out_bias, name="o")(out), kv
+        return Projection((heads, z.v_head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv

@@ -50,8 +50,8 @@ def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
     x = jnp.zeros((1, 1, model_cfg.hidden_size))
     seen = make_attention_inputs(model_cfg, model_cfg.layers[0], single_sequence(jnp.zeros((1, 1), jnp.int32)))
     keys, runs = jax.random.split(key_layers, model_cfg.num_layers), []
-    for run in model_cfg.runs:
-        block = DecoderLayer(model_cfg, run[0].experts)
+    for run in model_cfg.layer_stacks:
+        block = DecoderLayer(model_cfg, run[0].use_experts)
         runs.append(jax.vmap(lambda key: block.init(key, x, seen)["params"])(keys[: len(run)]))
         keys = keys[len(run) :]
     embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size)
@@ -95,7 +95,7 @@ def run_layers(
     cache: KV | None,
 ):
     """x through consecutive layers of one shape; and their keys and values or written caches, stacked."""
-    block = DecoderLayer(model_cfg, layers[0].experts)
+    block = DecoderLayer(model_cfg, layers[0].use_experts)
 
     def apply(x, weights, view, cache):
         return block.apply({"params": weights}, x, view, cache)
@@ -180,7 +180,7 @@ def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*row
 def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
     """Logits from what `head_product` gives, float32."""
     logits = product.astype(jnp.float32)
-    return model_cfg.logit_cap * jnp.tanh(logits / model_cfg.logit_cap) if model_cfg.logit_cap else logits
+    return model_cfg.logit_softcap * jnp.tanh(logits / model_cfg.logit_softcap) if model_cfg.logit_softcap else logits
 
 
 def logits_from_hidden(
@@ -205,9 +205,9 @@ def temperature_logits(
       first: and the id of its first column, where it is a part of the vocabulary's.
     """
     logits = cap_logits(model_cfg, product) / temperature
-    if model_cfg.drawable == model_cfg.vocab_size:
+    if model_cfg.sampleable_vocab_size == model_cfg.vocab_size:
         return logits
-    return jnp.where(first + jnp.arange(logits.shape[-1]) < model_cfg.drawable, logits, -jnp.inf)
+    return jnp.where(first + jnp.arange(logits.shape[-1]) < model_cfg.sampleable_vocab_size, logits, -jnp.inf)
 
 
 def sampling_logits(

@@ -22,20 +22,20 @@ def choose_experts(
     experts: ExpertsConfig, logits: Float[Array, "T X"], correction: Float[Array, " X"] | None
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """The experts of each of T tokens and their weights, float32."""
-    if experts.sigmoid:
+    if experts.sigmoid_gate:
         scores = jax.nn.sigmoid(logits)
         wanted = scores + jax.lax.stop_gradient(correction)  # decides who is chosen, not with what weight
-        by_group = wanted.reshape(-1, experts.groups, experts.count // experts.groups)
+        by_group = wanted.reshape(-1, experts.num_groups, experts.num_experts // experts.num_groups)
         best_two = jax.lax.top_k(by_group, 2)[0].sum(axis=-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best_two, experts.groups_kept)[1], experts.groups).sum(axis=1)
+        kept = jax.nn.one_hot(jax.lax.top_k(best_two, experts.num_top_groups)[1], experts.num_groups).sum(axis=1)
         wanted = jnp.where(kept[..., None] > 0, by_group, -jnp.inf).reshape(logits.shape)
     else:
         scores = wanted = jax.nn.softmax(logits, axis=-1)
-    chosen = jax.lax.top_k(wanted, experts.per_token)[1]
+    chosen = jax.lax.top_k(wanted, experts.num_experts_per_token)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
-    if experts.normalize:
+    if experts.normalize_weights:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return chosen, weights * experts.scale
+    return chosen, weights * experts.routed_scale
 
 
 def run_experts(x: Float[Array, "T D"], chosen, weights, gate, up, down, first, activation) -> Float[Array, "T D"]:
@@ -107,13 +107,15 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x):
         experts, width = self.model_cfg.experts, self.model_cfg.hidden_size
-        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, experts.count))
-        correction = self.param("correction", nn.initializers.zeros, (experts.count,)) if experts.sigmoid else None
+        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, experts.num_experts))
+        correction = (
+            self.param("correction", nn.initializers.zeros, (experts.num_experts,)) if experts.sigmoid_gate else None
+        )
         flat = x.reshape(-1, width).astype(jnp.float32)
         logits = jnp.matmul(flat, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
         def choose(logits, correction):
-            found = choose_experts(experts, logits.reshape(-1, experts.count), correction)
+            found = choose_experts(experts, logits.reshape(-1, experts.num_experts), correction)
             return tuple(y.reshape(*logits.shape[:-1], -1) for y in found)
 
         logits, mesh = logits.reshape(*x.shape[:-1], -1), jax.sharding.get_abstract_mesh()
@@ -135,11 +137,11 @@ class MixtureOfExperts(nn.Module):
 
         def kernel(name, inputs, outputs):
             init = nn.initializers.normal(1 / math.sqrt(inputs))
-            return self.param(f"experts_{name}", init, (experts.count, inputs, outputs)).astype(x.dtype)
+            return self.param(f"experts_{name}", init, (experts.num_experts, inputs, outputs)).astype(x.dtype)
 
-        gate, up = (kernel(name, c.hidden_size, experts.width) for name in ("gate", "up"))
-        down = kernel("down", experts.width, c.hidden_size)
+        gate, up = (kernel(name, c.hidden_size, experts.intermediate_size) for name in ("gate", "up"))
+        down = kernel("down", experts.intermediate_size, c.hidden_size)
         out = experts_on_mesh(x, chosen, weights, gate, up, down, ACTIVATIONS[c.activation])
-        if experts.shared_width:
-            out = out + MLP(c, experts.shared_width, name="shared")(x)
+        if experts.shared_intermediate_size:
+            out = out + MLP(c, experts.shared_intermediate_size, name="shared")(x)
         return out

@@ -25,8 +25,8 @@ def rope_frequencies(rope: RopeConfig, width: int) -> np.ndarray:
 
 def llama3_frequencies(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     """Llama 3.1's stretching: slow pairs are divided by the factor, fast ones kept, those between interpolated."""
-    turns = rope.original_positions * plain / (2 * math.pi)  # within the original length
-    keep = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
+    turns = rope.original_max_positions * plain / (2 * math.pi)  # within the original length
+    keep = np.clip((turns - rope.low_freq_bound) / (rope.high_freq_bound - rope.low_freq_bound), 0, 1)
     return (1 - keep) * plain / rope.factor + keep * plain
 
 
@@ -34,10 +34,10 @@ def yarn_frequencies(rope: RopeConfig, plain: np.ndarray, width: int) -> np.ndar
     """YaRN (arXiv 2309.00071, section 3.2): the same with a ramp that is linear in the index of the pair."""
 
     def pair(turns):  # the (fractional) index of the pair that turns so often within the original length
-        return width * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return width * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first, last = pair(rope.fast), pair(rope.slow)
-    if rope.whole:
+    first, last = pair(rope.high_freq_bound), pair(rope.low_freq_bound)
+    if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     ramp = (np.arange(width // 2) - first) / (last - first or 0.001)
@@ -55,7 +55,7 @@ def rope_tables(
 ) -> tuple[Float[Array, "N L 1 Z"], Float[Array, "N L 1 Z"]]:
     """cos and sin of the angles, Z = width / 2."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, width)
-    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def apply_rope(x: Float[Array, "N L heads E"], tables) -> Float[Array, "N L heads E"]:

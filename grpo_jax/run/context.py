@@ -53,7 +53,7 @@ def build_context(cfg, *, training: bool = False) -> RunContext:
     count = count_token_ids(tokenizer.get_vocab())
     model_cfg = replace(
         model_cfg,
-        token_count=count,
+        tokenizer_vocab_size=count,
         compute_dtype=cfg.model.compute_dtype,
         logit_dtype=cfg.model.logit_dtype,
         attention=cfg.model.attention if training else "auto",

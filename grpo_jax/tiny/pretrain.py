@@ -66,7 +66,7 @@ def pretrain(cfg, workdir: Path) -> Path:
     model_cfg = ModelConfig(
         **shape,
         layers=(LayerConfig(),) * cfg.model.num_layers,
-        token_count=tokenizer.get_vocab_size(),
+        tokenizer_vocab_size=tokenizer.get_vocab_size(),
         eos_ids=(tokenizer.token_to_id(EOS_TOKEN),),
     )
     schedule = optax.warmup_cosine_decay_schedule(

@@ -217,9 +217,9 @@ def translate_hf_config(c, family: str, where: str, **rest) -> ModelConfig:
         post_norms=gemma,
         embed_scale=math.sqrt(c.hidden_size) if gemma else 1.0,
         score_divisor=divisor,
-        score_cap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
+        score_softcap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
         # The model that also sees images leaves the cap out.
-        logit_cap=float(get("final_logit_softcapping") or 0) if family in ("gemma2", "gemma3_text") else 0.0,
+        logit_softcap=float(get("final_logit_softcapping") or 0) if family in ("gemma2", "gemma3_text") else 0.0,
         tie_embeddings=bool(get("tie_word_embeddings")),
         latent=latent,
         experts=read_experts_config(c, family),
@@ -249,7 +249,7 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
                 f"expected numbers from 0 to 2**31 in {where}; found {value} ({name}); this config is broken"
             )
     experts, latent = model_cfg.experts, model_cfg.latent
-    width = latent.rope_width if latent else model_cfg.head_dim
+    width = latent.qk_rope_head_dim if latent else model_cfg.head_dim
     ropes = {layer.rope for layer in model_cfg.layers}
     rules = [
         (
@@ -259,9 +259,9 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
         ),
         (width > 0 and width % 2 == 0, "an even head_dim (or qk_rope_head_dim)", width),
         (
-            model_cfg.token_count <= model_cfg.vocab_size,
+            model_cfg.tokenizer_vocab_size <= model_cfg.vocab_size,
             "a row of the embedding (vocab_size) for each id of the tokenizer",
-            f"{model_cfg.vocab_size} rows and {model_cfg.token_count} ids",
+            f"{model_cfg.vocab_size} rows and {model_cfg.tokenizer_vocab_size} ids",
         ),
         (
             all(0 <= token < model_cfg.vocab_size for token in model_cfg.eos_ids),
@@ -271,7 +271,9 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
         (all(rope.theta > 1 and rope.factor > 0 for rope in ropes), "rope_theta above 1 and a factor above 0", ropes),
         (
             all(
-                rope.original_positions > 0 and rope.slow > 0 and rope.fast > rope.slow
+                rope.original_max_positions > 0
+                and rope.low_freq_bound > 0
+                and rope.high_freq_bound > rope.low_freq_bound
                 for rope in ropes
                 if rope.scaling in ("llama3", "yarn")
             ),
@@ -282,28 +284,30 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
     if latent:
         rules.append(
             (
-                latent.kv_rank > 0 and latent.plain_width > 0 and latent.value_width > 0,
+                latent.kv_lora_rank > 0 and latent.qk_nope_head_dim > 0 and latent.v_head_dim > 0,
                 "kv_lora_rank, qk_nope_head_dim and v_head_dim of 1 or more",
                 latent,
             )
         )
     if experts:
-        kept = experts.count // max(experts.groups, 1) * experts.groups_kept
+        kept = experts.num_experts // max(experts.num_groups, 1) * experts.num_top_groups
         rules += [
             (
-                experts.width > 0 and 0 < experts.groups_kept <= experts.groups,
+                experts.intermediate_size > 0 and 0 < experts.num_top_groups <= experts.num_groups,
                 "moe_intermediate_size and topk_group of 1 or more, and topk_group of at most n_group",
                 experts,
             ),
             (
-                0 < experts.per_token <= kept,
+                0 < experts.num_experts_per_token <= kept,
                 "num_experts_per_tok of at most the experts it chooses from",
-                f"{experts.per_token} of {kept}",
+                f"{experts.num_experts_per_token} of {kept}",
             ),
             (
-                not experts.sigmoid or experts.count % experts.groups == 0 and experts.count >= 2 * experts.groups,
+                not experts.sigmoid_gate
+                or experts.num_experts % experts.num_groups == 0
+                and experts.num_experts >= 2 * experts.num_groups,
                 "n_group equal groups of two experts or more",
-                f"{experts.count} experts in {experts.groups} groups",
+                f"{experts.num_experts} experts in {experts.num_groups} groups",
             ),
         ]
     for fine, expected, found in rules:
@@ -322,12 +326,12 @@ def read_rope_config(c, fields: dict[str, Any], where: str) -> RopeConfig:
     rope = RopeConfig(theta=float(fields["rope_theta"]))
     if kind == "default":
         return rope
-    names = {"factor": "factor", "original_positions": "original_max_position_embeddings"}
+    names = {"factor": "factor", "original_max_positions": "original_max_position_embeddings"}
     if kind == "llama3":
-        names |= {"slow": "low_freq_factor", "fast": "high_freq_factor"}
+        names |= {"low_freq_bound": "low_freq_factor", "high_freq_bound": "high_freq_factor"}
     values = {ours: fields.get(theirs) for ours, theirs in names.items()}
     if kind == "yarn":
-        original = values["original_positions"]
+        original = values["original_max_positions"]
         factor = values["factor"] = values["factor"] or c.max_position_embeddings / original
         mscale, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
         grown = (
@@ -337,10 +341,10 @@ def read_rope_config(c, fields: dict[str, Any], where: str) -> RopeConfig:
         )
         attention_factor = fields.get("attention_factor")
         values |= {
-            "slow": fields.get("beta_slow") or 1,
-            "fast": fields.get("beta_fast") or 32,
-            "whole": fields.get("truncate", True),
-            "magnitude": attention_factor
+            "low_freq_bound": fields.get("beta_slow") or 1,
+            "high_freq_bound": fields.get("beta_fast") or 32,
+            "truncate": fields.get("truncate", True),
+            "attention_factor": attention_factor
             if attention_factor is not None
             else grown or yarn_attention_factor(factor, 1.0),
         }
@@ -386,19 +390,19 @@ def read_experts_config(c, family: str) -> ExpertsConfig | None:
         return ExpertsConfig(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size)
     if family == "qwen3_moe":
         return ExpertsConfig(
-            c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize=bool(c.norm_topk_prob)
+            c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize_weights=bool(c.norm_topk_prob)
         )
     if family == "deepseek_v3":
         return ExpertsConfig(
             c.n_routed_experts,
             c.num_experts_per_tok,
             c.moe_intermediate_size,
-            shared_width=c.moe_intermediate_size * c.n_shared_experts,
-            sigmoid=True,
-            normalize=bool(c.norm_topk_prob),
-            scale=float(c.routed_scaling_factor),
-            groups=c.n_group,
-            groups_kept=c.topk_group,
+            shared_intermediate_size=c.moe_intermediate_size * c.n_shared_experts,
+            sigmoid_gate=True,
+            normalize_weights=bool(c.norm_topk_prob),
+            routed_scale=float(c.routed_scaling_factor),
+            num_groups=c.n_group,
+            num_top_groups=c.topk_group,
         )
     return None
 
@@ -406,7 +410,7 @@ def read_experts_config(c, family: str) -> ExpertsConfig | None:
 def read_latent_config(c) -> LatentConfig:
     """The latent attention of a DeepSeek-V3 config."""
     widths = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    return LatentConfig(c.q_lora_rank or 0, c.kv_lora_rank, *widths, interleaved=bool(c.rope_interleave))
+    return LatentConfig(c.q_lora_rank or 0, c.kv_lora_rank, *widths, rope_interleave=bool(c.rope_interleave))
 
 
 def latent_score_divisor(c) -> float:

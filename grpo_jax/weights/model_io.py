@@ -81,7 +81,7 @@ class ParameterTensors(NamedTuple):
 def parameter_tensors(model_cfg: ModelConfig, prefix: str) -> dict[str, ParameterTensors]:
     """Every leaf of a model by its path; `prefix` begins the names of the decoder's tensors."""
     rows = {row.ours: row for row in tensor_table(model_cfg.family)}
-    starts = np.cumsum([0, *(len(run) for run in model_cfg.runs)])
+    starts = np.cumsum([0, *(len(run) for run in model_cfg.layer_stacks)])
     found = {}
     for key, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg)):
         path = path_name(key)
@@ -113,7 +113,7 @@ def open_model_tensors(
         else open_safetensors_folder(source, fp8_block_shape(raw, source))
     )
     # Before lists of names are made, which a broken config would make long.
-    wanted = sum((model_cfg.experts.count if layer.experts else 1) for layer in model_cfg.layers)
+    wanted = sum((model_cfg.experts.num_experts if layer.use_experts else 1) for layer in model_cfg.layers)
     if wanted > len(found):
         raise UserError(f"expected {wanted} tensors or more in {source}, as its config says; found {len(found)}")
     prefix = next((p for p in DECODER_PREFIXES if f"{p}embed_tokens.weight" in found), "model.")

@@ -123,7 +123,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
     return model_config_from_hf(
         raw,
         str(source),
-        token_count=count_tokenizer_ids(source),
+        tokenizer_vocab_size=count_tokenizer_ids(source),
         eos_ids=eos,
         source=str(source),
         dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"),
