@@ -21,7 +21,7 @@ from limits import check_measurable
 
 from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
-from grpo_jax.flags import OneLineParser
+from grpo_jax.config.flags import OneLineParser
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
 from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import ModelConfig
@@ -43,8 +43,8 @@ NUMBERS = {  # flag: its default, the least that it may be, and what it is
 }
 LEARNING = NUMBERS | {
     "samples": (8, 2, "completions of each"),
-    "micro_tokens": (4096, 1, "update.micro_tokens: what is computed on at a time"),
-    "chunk_tokens": (512, 1, "update.chunk_tokens: of those, how many have logits at a time"),
+    "micro_tokens": (4096, 1, "train.micro_tokens: what is computed on at a time"),
+    "chunk_tokens": (512, 1, "train.chunk_tokens: of those, how many have logits at a time"),
 }
 
 
@@ -94,7 +94,7 @@ def read_learning_flags(doc: str, examples: str, argv: Sequence[str]):
         "--remat",
         choices=("layers", "matmuls", "none"),
         default="layers",
-        help="update.remat: what is computed again backwards; default: layers",
+        help="train.remat: what is computed again backwards; default: layers",
     )
     parser.add_argument(
         "--kl_coef",
@@ -172,7 +172,7 @@ def make_learner(flags) -> Learner:
                 "max_prompt_tokens": flags.prompt_tokens,
                 "max_tokens": flags.new_tokens,
             },
-            "update": {"micro_tokens": flags.micro_tokens, "chunk_tokens": flags.chunk_tokens, "remat": flags.remat},
+            "train": {"micro_tokens": flags.micro_tokens, "chunk_tokens": flags.chunk_tokens, "remat": flags.remat},
             "loss": {"kl_coef": flags.kl_coef},
         }
     )

@@ -22,7 +22,7 @@ NEAR = 1e-3
 
 def main(argv: Sequence[str]) -> None:
     from grpo_jax.errors import UserError
-    from grpo_jax.flags import OneLineParser
+    from grpo_jax.config.flags import OneLineParser
 
     parser = OneLineParser(
         description=__doc__,
@@ -129,6 +129,6 @@ def count(cfg, params, tokens, key, first, drawn, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    from grpo_jax.flags import run
+    from grpo_jax.config.flags import run_entry_point
 
-    run(main)
+    run_entry_point(main)

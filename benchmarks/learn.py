@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from limits import forward_flops, learn_limit_s, square_gflop_s
 
-from grpo_jax.flags import run
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.update import make_experience, score_reference
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     batch = shard_rows(mesh, packed)
     compiling = time.perf_counter()
     score = score_reference.lower(
-        model, state.params, batch, temperature=cfg.rollout.temperature, chunk_tokens=cfg.update.chunk_tokens
+        model, state.params, batch, temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens
     ).compile()
     update = learner.update.lower(state, batch).compile()
     compile_s = time.perf_counter() - compiling
@@ -154,4 +154,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

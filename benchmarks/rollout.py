@@ -35,7 +35,7 @@ import numpy as np
 from limits import draw_ms, kv_bytes, measure
 
 from grpo_jax.errors import UserError
-from grpo_jax.flags import run
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.text.stops import build_stop_table
@@ -163,4 +163,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.flags import run
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience, score_reference
@@ -76,7 +76,7 @@ def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainS
             "score_s",
             lambda: gather_to_host(
                 score_reference(
-                    model, reference, packed, temperature=cfg.rollout.temperature, chunk_tokens=cfg.update.chunk_tokens
+                    model, reference, packed, temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens
                 )
             ),
         )
@@ -119,4 +119,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_entry_point(main)

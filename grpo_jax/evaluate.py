@@ -17,16 +17,21 @@ from grpo_jax.text.prompt import encode_prompts
 
 def main(argv: Sequence[str]) -> None:
     from grpo_jax import config as configs
-    from grpo_jax import flags
+    from grpo_jax.config import flags
 
     parser = flags.make_parser(
         "Evaluates a run's policy on held-out problems: accuracy, format, mean length in tokens.",
         "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json",
         of_a_run=True,
     )
-    parser.add_argument("--questions", metavar="FILE.jsonl", help="own problems: `question` and `answer` a line")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE.jsonl",
+        type=os.path.expanduser,
+        help="your own problems, one JSON object per line with `question` and `answer`",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, raw, workdir = flags.parse(parser, argv)
+    options, raw, workdir = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
     join_processes(os.environ)
     context = build_context(cfg)
@@ -53,6 +58,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from grpo_jax.flags import run
+    from grpo_jax.config.flags import run_entry_point
 
-    run(main)
+    run_entry_point(main)

@@ -13,14 +13,14 @@ from grpo_jax.run.export import export_policy
 
 def main(argv: Sequence[str]) -> None:
     from grpo_jax import config as configs
-    from grpo_jax import flags
+    from grpo_jax.config import flags
 
     parser = flags.make_parser(
         __doc__, "python -m grpo_jax.export --workdir=runs/r1zero --out=exported --step=40", of_a_run=True
     )
-    parser.add_argument("--out", metavar="DIR", help="the folder to write; it must be new")
+    parser.add_argument("--out", metavar="DIR", type=os.path.expanduser, help="the folder to write; it must be new")
     parser.add_argument("--step", type=int, metavar="N", help="the update after which; default: the newest checkpoint")
-    options, raw, workdir = flags.parse(parser, argv)
+    options, raw, workdir = flags.parse_flags(parser, argv)
     if not options.out:
         raise UserError("expected a folder to write; found none; pass --out=DIR")
     if options.base and options.step is not None:
@@ -33,6 +33,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from grpo_jax.flags import run
+    from grpo_jax.config.flags import run_entry_point
 
-    run(main)
+    run_entry_point(main)

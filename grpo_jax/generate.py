@@ -16,7 +16,7 @@ from grpo_jax.text.prompt import encode_prompts
 
 def main(argv: Sequence[str]) -> None:
     from grpo_jax import config as configs
-    from grpo_jax import flags
+    from grpo_jax.config import flags
 
     parser = flags.make_parser(
         __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.",
@@ -27,13 +27,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy; default: rollout.temperature (eval.top_k and the like apply)"
     )
-    options, raw, workdir = flags.parse(parser, argv)
+    options, raw, workdir = flags.parse_flags(parser, argv)
     if not options.prompt:
         raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
+    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
+        raise UserError(f"--temperature must be a number of 0 or more; found {options.temperature}.")
+    if "rollout" in raw and "eval" in raw:  # eval.top_k, eval.top_p and eval.min_p apply at the temperature used here
+        raw.eval.temperature = raw.rollout.temperature if options.temperature is None else options.temperature
     cfg = configs.check(raw)
-    temperature = cfg.rollout.temperature if options.temperature is None else options.temperature
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"expected --temperature of 0 or more; found {temperature}")
     if is_multiprocess(os.environ):
         raise UserError("expected one process to print a completion; found an environment of several; start it alone")
     context = build_context(cfg)
@@ -43,12 +44,12 @@ def main(argv: Sequence[str]) -> None:
         _, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
-        for piece in stream_completion(cfg, context, placed, options.prompt, temperature, key):
+        for piece in stream_completion(cfg, context, placed, options.prompt, cfg.eval.temperature, key):
             print(piece, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    from grpo_jax.flags import run
+    from grpo_jax.config.flags import run_entry_point
 
-    run(main)
+    run_entry_point(main)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from grpo_jax import config as configs
-from grpo_jax import flags
+from grpo_jax.config import flags
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import check_shared_workdir, is_multiprocess, join_processes
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         "Trains a language model with rule-based rewards (GRPO). Run again with the same workdir, it resumes.",
         "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
     )
-    _, raw, workdir = flags.parse(parser, argv)
+    _, raw, workdir = flags.parse_flags(parser, argv)
     if raw.job == "pretrain":
         from grpo_jax.tiny.pretrain import pretrain
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         pretrain(configs.check_pretrain(raw), workdir)
         return
     cfg = configs.check(raw)
-    configs.check_workdir(workdir, raw)
+    configs.check_workdir(workdir, cfg)
     join_processes(os.environ)
 
     from grpo_jax.run.checkpoint import newest_step
@@ -39,19 +39,18 @@ def main(argv: Sequence[str]) -> None:
     context = build_context(cfg, training=True)
     configs.check_model(cfg, context.model_cfg)
     check_prompt_lengths(cfg, context.tokenizer)
-    configs.expect(
-        newest_step(workdir) <= cfg.total_steps,
-        "total_steps",
-        f"{newest_step(workdir)} or more, which {workdir} has done",
-        cfg.total_steps,
-        "raise --config.total_steps or choose another --workdir",
+    done = newest_step(workdir)
+    configs.require(
+        done <= cfg.total_steps,
+        f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "
+        f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir.",
     )
     if jax.process_index() == 0:
-        configs.write_config(workdir, raw)
+        configs.write_config(workdir, cfg)
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
     train(cfg, context, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run_entry_point(main)

@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from grpo_jax import evaluate, flags, generate, main
-from grpo_jax.config import default, write_config
+from grpo_jax import evaluate, export, generate, main
+from grpo_jax.config import Config, check, default, flags, write_config
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import processes
 from grpo_jax.weights.source import find_model
@@ -41,6 +42,13 @@ def refused(entry, workdir: Path, *argv: str, says: str) -> None:
     assert contents(workdir) == before
 
 
+def check_with(**values) -> Config:
+    """Returns the checked default config with other values; `loss__kl_coef=0.1` sets loss.kl_coef."""
+    config = default()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    return check(config)
+
+
 def asking(path: Path, *questions: str) -> str:
     """A file of these questions."""
     path.write_text("".join('{"question": "%s", "answer": 1}\n' % question for question in questions))
@@ -50,47 +58,55 @@ def asking(path: Path, *questions: str) -> str:
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--config.rollout.sample=4"], r"found --config.rollout.sample; Did you mean --config.rollout.samples\?"),
-        (["--config.lr=1"], r"found --config.lr; Did you mean --config.optim.lr\?"),
-        (["--config.rollout=4"], r"found --config.rollout; Did you mean --config.rollout\.\w+\?"),
-        (["--config.xyzzy=1"], "found --config.xyzzy; known keys: .*rollout.samples.*total_steps"),
-        (["--config.seed=many"], r"expected --config.seed to be of type int \(as 0\); found 'many'"),
-        (["--config.total_steps=2.5"], "expected --config.total_steps to be of type int .*found '2.5'"),
-        (["--config.optim.lr=fast"], r"expected --config.optim.lr to be of type float \(as [\d.]+\); found 'fast'"),
-        (["--config.optim.lr=nan"], "expected --config.optim.lr to be of type float .*found 'nan'"),
-        (["--config.optim.lr=inf"], "expected --config.optim.lr to be of type float .*found 'inf'"),
+        (["--config.rollout.sample=4"], r"found --config.rollout.sample. Did you mean --config.rollout.samples\?"),
+        (["--config.lr=1"], r"found --config.lr. Did you mean --config.optim.lr\?"),
+        (["--config.rollout=4"], r"found --config.rollout. Did you mean --config.rollout\.\w+\?"),
+        (["--config.xyzzy=1"], "found --config.xyzzy. The keys are .*rollout.samples.*total_steps"),
+        (["--config.seed=many"], r"--config.seed must be of type int; found 'many'. Write it like 0\."),
+        (["--config.total_steps=2.5"], "--config.total_steps must be of type int; found '2.5'"),
+        (["--config.optim.lr=fast"], r"--config.optim.lr must be of type float; found 'fast'. Write it like [\d.]+\."),
+        (["--config.optim.lr=nan"], "--config.optim.lr must be of type float; found 'nan'"),
+        (["--config.optim.lr=inf"], "--config.optim.lr must be of type float; found 'inf'"),
         (
             ["--config.model.attention=cudnn"],
             "expected devices of kind gpu for model.attention=cudnn; found cpu; set --config",
         ),
-        (["--config.seed"], "expected a value for --config.seed; found none; write --config.seed=VALUE"),
-        (["--config.seed", "--config.total_steps=5"], "expected a value for --config.seed; found none"),
-        (["--config.seed="], "expected --config.seed to be of type int .*found ''"),
-        (["--config.rollout.stop_strings=</answer>"], r'a JSON list \(as \["</answer>"\]\); found'),
+        (["--config.seed"], "--config.seed must be followed by a value; found none. Write --config.seed=VALUE"),
+        (["--config.seed", "--config.total_steps=5"], "--config.seed must be followed by a value"),
+        (["--config.seed="], "--config.seed must be of type int; found ''"),
+        (["--config.rollout.stop_strings=</answer>"], r'a JSON list; found .*like .*\["</answer>"\]'),
         (["--config.rollout.stop_strings={}"], "a JSON list"),
-        (['--config.rollout.stop_strings=[""]'], "rollout.stop_strings to be strings that are not empty"),
-        (["--config.rollout.stop_strings=[1]"], "rollout.stop_strings to be strings that are not empty"),
-        (["--config.rollout.top_p=0.9"], "no rollout.top_p in training; found 0.9; .*ratio .* biased; eval.top_k"),
-        (["--config.rollout.top_k=5"], "no rollout.top_k in training"),
-        (["--config.eval.top_p=0"], "eval.top_p to be in"),
-        (["--config.eval.min_p=2"], "eval.min_p to be in"),
-        (["--config.eval.top_k=-1"], "eval.top_k to be 0 or more"),
+        (['--config.rollout.stop_strings=[""]'], "rollout.stop_strings must be non-empty strings"),
+        (["--config.rollout.stop_strings=[1]"], "rollout.stop_strings must be non-empty strings"),
+        (
+            ["--config.rollout.top_p=0.9"],
+            "rollout.top_p must not be set, because .*ratio .* biased .eval.top_k.*; found 0.9. Leave it out",
+        ),
+        (["--config.rollout.top_k=5"], "rollout.top_k must not be set"),
+        (["--config.eval.top_p=0"], "eval.top_p must be more than 0 and at most 1"),
+        (["--config.eval.min_p=2"], "eval.min_p must be"),
+        (["--config.eval.top_k=-1"], "eval.top_k must be at least 0"),
         (["--config.rollout.slots=-2"], "rollout.slots"),
         (
             ["--config.rollout.slots=4000000", "--config.rollout.prompts=4000", "--config.rollout.samples=1000"],
             r"rollout.slots of at most [1-9]\d+; found 4000000: .*lower rollout.slots",
         ),
-        (['--config.rollout.stop_strings=["' + "a" * 4001 + '"]'], "at most 4000 characters"),
+        (['--config.rollout.stop_strings=["' + "a" * 4001 + '"]'], "at most 4000 characters in total"),
         (["train"], "found the unknown argument 'train'"),
         (["--config.seed=1", "2"], "found the unknown argument '2'"),
         (["--resume"], "found the unknown flag '--resume'"),
         (["--work=x"], "found the unknown flag '--work'"),  # no abbreviations
-        (["-h5"], "expected flags as --help lists them"),
-        (["--config.rollout.samples=1"], "expected rollout.samples to be 2 or more; found 1"),
-        (["--config.rollout.temperature=0"], "expected rollout.temperature to be 0.01 or more in training; found 0.0"),
+        (["-h5"], "--help=SECTION must name a section of the config; found '5'"),
+        (["--help=optm"], r"found 'optm'. Did you mean --help=optim\?"),
         (
-            ["--config.update.minibatches=3", "--config.rollout.prompts=16", "--config.rollout.samples=8"],
-            "a divisor of the 128 rows",
+            ["--config.optim.decay_steps=90"],
+            "optim.decay_steps=90 has no effect while optim.schedule='constant'. Pass --config",
+        ),
+        (["--config.rollout.samples=1"], "rollout.samples must be at least 2, because .*; found 1"),
+        (["--config.rollout.temperature=0"], "rollout.temperature must be at least 0.01, because .*; found 0.0"),
+        (
+            ["--config.train.minibatches=3", "--config.rollout.prompts=16", "--config.rollout.samples=8"],
+            "a divisor of the 128 sequences",
         ),
         (["--config.mesh.data=3"], r"mesh.data=3 .*on 8 device\(s\); set one of .* to -1"),
         (
@@ -98,8 +114,8 @@ def asking(path: Path, *questions: str) -> str:
             "at most one of them -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
         ),
         (["--config.model.path=no/such/model"], "expected a model folder at no/such/model; found none; set model.path"),
-        (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500; lower one"),
-        (["--config.task.name=jsonl"], "expected task.path to be a JSONL file.*set --config.task.path"),
+        (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500. Lower one"),
+        (["--config.task.name=jsonl"], "task.path must be a JSONL file.*Set --config.task.path"),
         (
             ["--config.task.name=jsonl", "--config.task.path=none.jsonl"],
             "expected a JSONL file of questions at none.jsonl",
@@ -110,7 +126,7 @@ def asking(path: Path, *questions: str) -> str:
         ),
         (["--config.job=pretrain"], "job"),
         (["--config.job=sft"], "job"),
-        (["--config.seed=100000000000000000000000000"], "expected seed"),
+        (["--config.seed=100000000000000000000000000"], "seed must be at least 0 and below"),
     ],
 )
 def test_mistake_in_training(tmp_path, argv, says):
@@ -118,30 +134,30 @@ def test_mistake_in_training(tmp_path, argv, says):
 
 
 @pytest.mark.parametrize(
-    "cfg, says",
+    "config, says",
     [
-        (f"{ROOT}/configs/r1zero.py:huge", "expected a preset of configs/r1zero.py: tiny.*; found 'huge'"),
-        (f"{ROOT}/configs/pretrain_tiny.py:huge", "expected no preset of configs/pretrain_tiny.py; found 'huge'"),
-        ("no/such.py", "expected --config to name a Python file such as configs/r1zero.py; found no file 'no/such.py'"),
-        (f"{ROOT}/pyproject.toml", "expected --config to name a Python file .*found no file .*pyproject.toml"),
-        (f"{ROOT}/tests/__init__.py", r"expected a function get_config\(preset\) in .*; found none"),
-        ("", "expected --config"),
+        (f"{ROOT}/configs/r1zero.py:huge", "The preset of configs/r1zero.py must be one of tiny, .*; found 'huge'"),
+        (f"{ROOT}/configs/pretrain_tiny.py:huge", "configs/pretrain_tiny.py has no presets; found 'huge'"),
+        ("no/such.py", "--config must name a Python file such as configs/r1zero.py; found no file 'no/such.py'"),
+        (f"{ROOT}/pyproject.toml", "--config must name a Python file .*found no file .*pyproject.toml"),
+        (f"{ROOT}/tests/__init__.py", r"must define a function get_config\(preset\); found none"),
+        ("", "--config must name a Python file"),
     ],
 )
-def test_mistake_in_the_name_of_the_config(tmp_path, cfg, says):
-    refused(main.main, tmp_path / "run", f"--config={cfg}", says=says)
+def test_mistake_in_the_name_of_the_config(tmp_path, config, says):
+    refused(main.main, tmp_path / "run", f"--config={config}", says=says)
 
 
 def test_no_config_at_all(tmp_path):
-    refused(main.main, tmp_path / "run", says="expected --config=FILE.py; found neither; see --help")
-    refused(main.main, tmp_path / "run", "--config.seed=1", says="expected --config=FILE.py")
+    refused(main.main, tmp_path / "run", says="--config=FILE.py must be given; found none. Run with --help")
+    refused(main.main, tmp_path / "run", "--config.seed=1", says="--config=FILE.py must be given")
     refused(main.main, tmp_path / "run", "--config", says="argument --config: expected one argument")
 
 
 def test_empty_config_does_not_resume_what_is_in_the_workdir(tmp_path):
-    write_config(tmp_path, default())
-    with pytest.raises(UserError, match="expected --config"):
-        flags.parse(flags.make_parser("", ""), ["--config=", f"--workdir={tmp_path}"])
+    write_config(tmp_path, Config())
+    with pytest.raises(UserError, match="--config must name"):
+        flags.parse_flags(flags.make_parser("", ""), ["--config=", f"--workdir={tmp_path}"])
 
 
 @pytest.mark.parametrize("place", ["training line", "held-out line", "eval_path"])
@@ -195,19 +211,19 @@ def test_broken_model_folder_is_found_before_training(tmp_path, file, says):
 def test_workdir_of_another_config(tmp_path):
     other = default()
     other.seed = 5
-    write_config(tmp_path / "run", other)
+    write_config(tmp_path / "run", check(other))
     refused(
         main.main,
         tmp_path / "run",
         R1ZERO,
-        says="found seed=0 where the run has 5; choose another --workdir or pass --config.seed=5",
+        says="was started with seed=5 .* with seed=0. Choose another --workdir, or pass --config.seed=5",
     )
 
 
 def test_workdir_with_other_files(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    refused(main.main, tmp_path / "run", R1ZERO, says="found other files there")
+    refused(main.main, tmp_path / "run", R1ZERO, says="holds other files")
 
 
 def test_pretraining_does_not_overwrite_a_model(tmp_path):
@@ -217,8 +233,8 @@ def test_pretraining_does_not_overwrite_a_model(tmp_path):
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
 def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
-    refused(entry, tmp_path / "none", *argv, says="expected the workdir of a run, with config.json, at ")
-    write_config(tmp_path / "run", default())
+    refused(entry, tmp_path / "none", *argv, says="must be the workdir of a training run, with a config.json")
+    write_config(tmp_path / "run", Config())
     refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
     (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before the first one
     refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
@@ -231,23 +247,28 @@ def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
         ("--config.rollout.max_tokens=500", r"at most the model's 512 positions .*found \d+ \+ 500"),
         ("--config.rollout.sample=4", "Did you mean --config.rollout.samples"),
         ("--config.mesh.data=3", "mesh.data=3"),
-        ("--config.model.path=no/such/model", "expected model.path=tiny, with which .* was begun; found no/such/model"),
+        (
+            "--config.model.path=no/such/model",
+            "model.path must be tiny, with which the run in .* was started; found no/such/model",
+        ),
         ("--steps=3", "found the unknown flag '--steps'"),
     ],
 )
 def test_mistake_in_reading_a_run(tmp_path, entry, argv, change, says):
-    write_config(tmp_path / "run", default())
+    write_config(tmp_path / "run", Config())
     refused(entry, tmp_path / "run", *argv, change, says=says)
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
 def test_config_of_pretraining_is_no_run_to_read(tmp_path, entry, argv):
-    refused(entry, tmp_path / "run", PRETRAIN, *argv, says="expected (job|the keys)")
+    refused(entry, tmp_path / "run", PRETRAIN, *argv, says="job must be 'grpo' here; found 'pretrain'")
 
 
 def test_neither_config_nor_workdir():
     for entry, argv in ((evaluate.main, []), (generate.main, ["--prompt=hello"])):
-        with pytest.raises(UserError, match="expected --config=FILE.py or --workdir=DIR; found neither; see --help"):
+        with pytest.raises(
+            UserError, match="--config=FILE.py or --workdir=DIR must be given; found none. Run with --help"
+        ):
             entry(argv)
 
 
@@ -264,13 +285,13 @@ def test_neither_config_nor_workdir():
     ],
 )
 def test_mistake_in_generating(tmp_path, argv, says):
-    write_config(tmp_path / "run", default())
+    write_config(tmp_path / "run", Config())
     refused(generate.main, tmp_path / "run", *argv, says=says)
 
 
 def test_mistake_in_the_questions_to_evaluate(tmp_path):
     run, path = tmp_path / "run", tmp_path / "q.jsonl"
-    write_config(run, default())
+    write_config(run, Config())
     refused(evaluate.main, run, f"--questions={path}", says="expected a JSONL file of questions at .*No such file")
     path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "solution": 1}\n')
     refused(
@@ -288,8 +309,8 @@ def test_mistake_in_the_questions_to_evaluate(tmp_path):
 
 
 def test_flags_give_values_of_the_keys_types():
-    parse = lambda *argv: flags.parse(flags.make_parser("", ""), argv)
-    _, cfg, workdir = parse(
+    parse = lambda *argv: flags.parse_flags(flags.make_parser("", ""), argv)
+    _, config, workdir = parse(
         R1ZERO,
         "--config.seed=3",
         "--config.optim.lr=1",
@@ -300,9 +321,9 @@ def test_flags_give_values_of_the_keys_types():
         "--config.task.path=a=b.jsonl",
         "--config.model.path=",
     )
-    assert (cfg.seed, cfg.optim.lr, cfg.loss.kl_coef, cfg.mesh.data) == (3, 1.0, 0.0, -1)
-    assert isinstance(cfg.optim.lr, float) and isinstance(cfg.loss.kl_coef, float)
-    assert (cfg.task.path, cfg.model.path) == ("a=b.jsonl", "")
+    assert (config.seed, config.optim.lr, config.loss.kl_coef, config.mesh.data) == (3, 1.0, 0.0, -1)
+    assert isinstance(config.optim.lr, float) and isinstance(config.loss.kl_coef, float)
+    assert (config.task.path, config.model.path) == ("a=b.jsonl", "")
     assert workdir == Path("runs/r1zero")
     assert parse(f"{R1ZERO}:tiny")[2] == Path("runs/r1zero-tiny")
     assert parse(R1ZERO, "--workdir=a/b")[2] == Path("a/b")
@@ -311,8 +332,10 @@ def test_flags_give_values_of_the_keys_types():
 def test_a_run_is_read_with_its_own_config(tmp_path):
     mine = default()
     mine.seed = 5
-    write_config(tmp_path, mine)
-    parse = lambda *argv: flags.parse(flags.make_parser("", "", of_a_run=True), [*argv, f"--workdir={tmp_path}"])[1]
+    write_config(tmp_path, check(mine))
+    parse = lambda *argv: flags.parse_flags(flags.make_parser("", "", of_a_run=True), [*argv, f"--workdir={tmp_path}"])[
+        1
+    ]
     assert parse().seed == 5
     assert parse("--config.seed=6").seed == 6
     assert parse(R1ZERO).seed == 0
@@ -354,18 +377,68 @@ def test_help_shows_the_flags_and_an_example(tmp_path, module):
     assert f"example:\n  python -m grpo_jax.{module} --" in done.stdout
 
 
+@pytest.mark.parametrize("module", ["main", "evaluate", "generate", "export"])
+def test_help_lists_the_sections_and_explains_their_keys(module, capsys):
+    entry = import_module(f"grpo_jax.{module}").main
+    for argv, parts in (
+        (["--help"], ["--config FILE.py[:PRESET]", "--workdir DIR", "optim       The optimizer", "seed        Seed"]),
+        (["--help=optim"], ["--config.optim.lr=0.00015  (float, more than 0)", "peak learning rate"]),
+        (["--help=all"], ["--config.rollout.samples=8", "--config.seed=0", "--config.log.entropy=True  (bool)"]),
+        (["--help=pretrain"], ["--config.corpus.digits=3  (int, at least 1 and at most 9)"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            entry(argv)
+        assert not ended.value.code
+        out = capsys.readouterr().out
+        assert all(part in out for part in parts), out
+
+
+def test_generating_filters_at_its_own_temperature(tmp_path):
+    """The keys eval.top_k, eval.top_p and eval.min_p apply at --temperature, or else at rollout.temperature."""
+    write_config(tmp_path / "run", check_with(eval__temperature=0.0))
+    top_k, prompt = "--config.eval.top_k=5", "--prompt=hello"
+    refused(evaluate.main, tmp_path / "run", top_k, says="eval.top_k=5 has no effect while eval.temperature=0.0")
+    refused(generate.main, tmp_path / "run", top_k, prompt, says="expected a checkpoint")
+    refused(generate.main, tmp_path / "run", top_k, prompt, "--temperature=0.5", says="expected a checkpoint")
+    refused(
+        generate.main,
+        tmp_path / "run",
+        top_k,
+        prompt,
+        "--temperature=0",
+        says="eval.top_k=5 has no effect while eval.temperature=0.0",
+    )
+
+
+def test_flags_expand_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from grpo_jax.config import default\n\ndef get_config(preset=''):\n    return default()\n"
+    )
+    for config in ("~/mine.py", "~/mine.py:any"):
+        _, _, workdir = flags.parse_flags(flags.make_parser("", ""), [f"--config={config}", "--workdir=~/run"])
+        assert workdir == tmp_path / "run"
+    write_config(tmp_path / "run", check_with(model__path="~/model"))
+    shutil.copytree(find_model("tiny"), tmp_path / "model")
+    refused(evaluate.main, Path("~/run"), "--config.model.path=~/model", says="expected a checkpoint")
+    refused(evaluate.main, Path("~/run"), "--questions=~/none.jsonl", says=f"{tmp_path}/none.jsonl")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    refused(export.main, Path("~/run"), "--out=~/out", says=f"{tmp_path}/out; found other files there")
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("def get_config():\n    return None\n", "to return a ConfigDict; found NoneType"),
-        ("def get_config(:\n", "mine.py to give a config; found SyntaxError"),
+        ("def get_config():\n    return None\n", "must return a ConfigDict; found NoneType"),
+        ("def get_config(:\n", "mine.py raised SyntaxError"),
         (
             "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.rollout.samples = '8'\n    return c\n",
-            "mine.py line 5 to give a config; found TypeError",
+            "mine.py line 5 raised TypeError",
         ),
         (
-            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.update.epochs = 2\n    return c\n",
-            "mine.py line 5 to give a config; found AttributeError",
+            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.train.epochs = 2\n    return c\n",
+            "mine.py line 5 raised AttributeError",
         ),
     ],
 )
@@ -376,20 +449,20 @@ def test_mistake_in_a_config_file(tmp_path, text, says):
 
 def test_preset_of_a_config_without_presets(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
-    refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py:big", says="found TypeError")
+    refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py:big", says="raised TypeError")
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "", "  "])
 def test_workdir_that_is_no_folder_of_a_file_system(tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="expected --workdir to be a folder of a file system"):
+    with pytest.raises(UserError, match="--workdir must be a folder of a mounted file system"):
         main.main([R1ZERO, f"--workdir={workdir}", *LITTLE])
     assert not list(tmp_path.iterdir())
 
 
 def test_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="expected a folder that can be written"):
+    with pytest.raises(UserError, match="--workdir must be a writable folder"):
         main.main(
             [R1ZERO, f"--workdir={tmp_path}/file/run", "--config.mesh.data=8", *LITTLE, "--config.rollout.prompts=8"]
         )
@@ -397,24 +470,20 @@ def test_workdir_that_cannot_be_made(tmp_path):
 
 def test_fewer_steps_than_the_run_has_done(tmp_path):
     run = tmp_path / "run"
-    write_config(run, default())
+    write_config(run, Config())
     (run / "checkpoints" / "40").mkdir(parents=True)
     refused(
-        main.main,
-        run,
-        R1ZERO,
-        "--config.total_steps=20",
-        says="expected total_steps to be 40 or more, which .* has done",
+        main.main, run, R1ZERO, "--config.total_steps=20", says="total_steps must be at least 40, .* has done; found 20"
     )
 
 
 @pytest.mark.parametrize(
     "flag, says",
     [
-        ("--config.model.num_heads=3", "model.num_heads to be a multiple of model.num_kv_heads"),
-        ("--config.batch.row_tokens=4096", "batch.row_tokens to be at most model.max_positions"),
-        ("--config.batch.rows=0", "batch.rows to be more than 0"),
-        ("--config.total_steps=3", "total_steps to be more than optim.warmup_steps"),
+        ("--config.model.num_heads=3", "model.num_heads must be a multiple of model.num_kv_heads=2; found 3"),
+        ("--config.batch.row_tokens=4096", "batch.row_tokens must be at most model.max_positions=512"),
+        ("--config.batch.rows=0", "batch.rows must be at least 1"),
+        ("--config.total_steps=3", "total_steps must be more than optim.warmup_steps=50; found 3"),
     ],
 )
 def test_mistake_in_pretraining(tmp_path, flag, says):
@@ -422,7 +491,7 @@ def test_mistake_in_pretraining(tmp_path, flag, says):
 
 
 def test_pretraining_does_not_write_into_a_run(tmp_path):
-    write_config(tmp_path / "run", default())
+    write_config(tmp_path / "run", Config())
     refused(main.main, tmp_path / "run", PRETRAIN, says="expected a workdir without a model or a run")
 
 

@@ -1,153 +1,254 @@
-"""The config: no key without a reader, a case for each rule, and what a workdir may be used for."""
+"""The config: its schema and checks, that the code reads every key, and which workdirs a run may use."""
 
 import ast
 import dataclasses
-import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
+from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.config import (
+    Config,
+    PretrainConfig,
     check,
     check_model,
+    check_pretrain,
     check_workdir,
     default,
-    flat,
-    freeze,
     pretrain_default,
     read_config,
     write_config,
 )
+from grpo_jax.config.docs import explain, markdown
+from grpo_jax.config.flags import load_config, override_key
+from grpo_jax.config.keys import flatten, key_specs
+from grpo_jax.config.rules import NO_EFFECT
 from grpo_jax.errors import UserError
-from grpo_jax.flags import override
-from grpo_jax.model.architecture import ModelConfig
 
-PACKAGE = Path(__file__).parent.parent / "grpo_jax"
+REPO = Path(__file__).parent.parent
+PACKAGE = REPO / "grpo_jax"
 
 
-def changed(**values):
-    """The default config with other values: rollout__samples=1 stands for rollout.samples. 16 * 8 rows of 80 + 64."""
-    sizes = dict(rollout__prompts=16, rollout__samples=8, rollout__max_prompt_tokens=80, rollout__max_tokens=64)
+def changed(**values) -> ConfigDict:
+    """Returns the default config with other values; `rollout__samples=1` sets rollout.samples.
+
+    Unless changed, it has 16 x 8 sequences of 80 + 64 tokens.
+    """
+    sizes = {"rollout__prompts": 16, "rollout__samples": 8, "rollout__max_prompt_tokens": 80, "rollout__max_tokens": 64}
     config = default()
     for key, value in (sizes | values).items():
-        override(config, key.replace("__", "."), str(value))
+        override_key(config, key.replace("__", "."), str(value))
     return config
 
 
-def attributes(source: str) -> set[str]:
-    """`b.c` of every expression that ends in `.b.c` or is `b.c`. Strings and comments do not count as reading."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
-            owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
-            found.add(f"{owner}.{node.attr}")
-    return found
+def dotted(node: ast.AST) -> list[str]:
+    """Returns the names of `a.b.c`; the empty list for any other expression."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [node.id, *names[::-1]] if isinstance(node, ast.Name) else []
 
 
-def unread(config) -> list[str]:
-    """The leaf keys that no module but config.py reads."""
+def section_classes(config_class: type) -> dict[str, str]:
+    """Returns the name of each section by the name of its class, and "" for the config's own class."""
+    sections = {type(f.default).__name__: f.name for f in dataclasses.fields(config_class) if "spec" not in f.metadata}
+    return sections | {config_class.__name__: ""}
+
+
+def keys_read(source: str, config_class: type) -> set[str]:
+    """Returns the config keys that the code reads, by type.
+
+    An attribute counts if it is read from a config, named `cfg` (or `raw` before the check), as in
+    `cfg.rollout.samples`; from a parameter that is annotated with a section's class, as in `rollout: RolloutSection`;
+    or from a variable that is assigned a section, as in `rollout = cfg.rollout`. Attributes of other objects that have
+    the name of a section do not count.
+    """
+    sections, keys = section_classes(config_class), set()
+
+    def visit(node: ast.AST, prefixes: dict[str, str]) -> None:
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            prefixes = {name: prefix for name, prefix in prefixes.items() if name not in {a.arg for a in arguments}}
+            for argument in arguments:
+                kind = (dotted(argument.annotation) or [""])[-1] if argument.annotation else ""
+                if kind in sections:
+                    prefixes[argument.arg] = sections[kind]
+                elif argument.arg in ("cfg", "raw") and not kind:
+                    prefixes[argument.arg] = ""
+        first, *rest = dotted(node) or [None]
+        if first in prefixes and rest:
+            keys.add(".".join(filter(None, [prefixes[first], *rest[: 1 if prefixes[first] else 2]])))
+            keys.update([] if prefixes[first] else rest[:1])
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            first, *rest = dotted(node.value) or [None]
+            if len(rest) == 1 and prefixes.get(first) == "" and rest[0] in sections.values():
+                prefixes[node.targets[0].id] = rest[0]
+        for child in ast.iter_child_nodes(node):
+            visit(child, prefixes)
+
+    visit(ast.parse(source), {"cfg": "", "raw": ""})
+    return keys
+
+
+def unread(config: ConfigDict, config_class: type) -> list[str]:
+    """Returns the keys of a config that no module outside of grpo_jax/config reads from a config of that class."""
     read = set()
-    for path in PACKAGE.glob("*.py"):
-        if path.stem != "config":
-            read |= attributes(path.read_text(encoding="utf-8"))
-    whole = lambda key: key if "." in key else f"config.{key}"
-    return [key for key in flat(config.to_dict()) if whole(key) not in read and f"raw.{key}" not in read]
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "config" and (path.stem == "pretrain") == (config_class is PretrainConfig):
+            read |= keys_read(path.read_text(encoding="utf-8"), config_class)
+    return [key for key in flatten(config.to_dict()) if key not in read]
 
 
-def test_every_key_is_read_by_the_code():
-    assert unread(default()) == []
+def test_the_code_reads_every_key():
+    assert unread(default(), Config) == []
 
 
-def test_every_key_of_pretraining_is_read_by_the_code():
-    shape = {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}  # passed on as a whole
-    assert [key for key in unread(pretrain_default()) if key not in shape] == []
+def test_the_code_reads_every_key_of_pretraining():
+    passed_on = {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    read_by_main = {"job"}
+    assert set(unread(pretrain_default(), PretrainConfig)) - passed_on <= read_by_main
 
 
-def test_a_key_that_nobody_reads_is_found():
+@pytest.mark.parametrize(
+    "key",
+    [
+        "forgotten",
+        "rollout.forgotten",
+        "rollout.tokens",
+        "mesh.shape",
+        "checkpoint.save",
+        "optim.update",
+        "model.layers",
+        "train.tokens",
+        "loss.shape",
+        "task.path_name",
+    ],
+)
+def test_a_key_that_nothing_reads_is_found(key):
+    """Other objects have the attributes `rollout.tokens`, `mesh.shape` and so on; reading those does not count."""
     config = default()
-    config.rollout.forgotten = 1
-    config.forgotten = 1
-    assert sorted(unread(config)) == ["forgotten", "rollout.forgotten"]
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = 1
+    assert key in unread(config, Config)
 
 
-def test_default_config_passes_and_keeps_its_values():
-    assert check(default())._asdict().keys() == default().to_dict().keys()
-    config = check(changed(seed=3, optim__lr=0.5, task__path="q.jsonl"))
-    assert (config.seed, config.optim.lr, config.task.path, config.rollout.prompts) == (3, 0.5, "q.jsonl", 16)
+def test_reading_a_key_is_told_from_reading_an_attribute_of_the_same_name():
+    source = """
+def f(cfg, rollout, mesh: Mesh, optim: OptimSection, settings: "x.y" = cfg.seed):
+    print(cfg.rollout.samples.real, rollout.tokens, mesh.shape, optim.lr, other.loss.kl_coef)
+    train = cfg.train
+    return train.epochs, lambda optim: optim.b1
+"""
+    assert keys_read(source, Config) >= {"seed", "rollout.samples", "optim.lr", "train.epochs"}
+    assert not keys_read(source, Config) & {"rollout.tokens", "mesh.shape", "optim.b1", "loss.kl_coef"}
+
+
+def test_the_default_config_passes_and_keeps_its_values():
+    assert dataclasses.asdict(check(default())) == default().to_dict() == dataclasses.asdict(Config())
+    assert check(default()) == Config() and check_pretrain(pretrain_default()) == PretrainConfig()
+    cfg = check(changed(seed=3, optim__lr=0.5, task__name="jsonl", task__path="q.jsonl"))
+    assert (cfg.seed, cfg.optim.lr, cfg.task.path, cfg.rollout.prompts) == (3, 0.5, "q.jsonl", 16)
 
 
 def test_a_checked_config_cannot_be_changed():
-    config = check(default())
+    cfg = check(default())
     with pytest.raises(AttributeError):
-        config.seed = 1
+        cfg.seed = 1
     with pytest.raises(AttributeError):
-        config.loss.kl_coef = 0.5
+        cfg.loss.kl_coef = 0.5
     with pytest.raises(AttributeError):
-        config.loss.new = 0.5
-    with pytest.raises(TypeError):
-        config["seed"] = 1
-    assert (config.seed, config.loss.kl_coef) == (0, 0.001)
+        cfg.loss.new = 0.5
+    assert (cfg.seed, cfg.loss.kl_coef) == (0, 0.001)
 
 
-def test_a_frozen_config_does_not_follow_its_source():
+def test_a_checked_config_is_hashable_and_does_not_follow_its_source():
     source = default()
-    config = freeze(source)
+    cfg = check(source)
     source.loss.kl_coef = 0.5
-    assert config.loss.kl_coef == 0.001
+    assert cfg.loss.kl_coef == 0.001
+    assert hash(cfg) == hash(check(default())) != hash(check(source))
+    assert cfg.rollout.stop_strings == ("</answer>",)
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "total_steps",
-        "rollout.prompts",
-        "rollout.max_prompt_tokens",
-        "rollout.max_tokens",
-        "update.minibatches",
-        "update.epochs",
-        "update.micro_tokens",
-        "update.chunk_tokens",
-        "optim.lr",
-        "optim.grad_clip",
-        "optim.max_skips",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "eval.questions",
-        "log.every_steps",
-        "task.digits",
-    ],
+    "config_class, prepare, checked", [(Config, default, check), (PretrainConfig, pretrain_default, check_pretrain)]
 )
-@pytest.mark.parametrize("value", ["0", "-1"])
-def test_value_must_be_more_than_0(key, value):
-    config = default()
-    override(config, key, value)
-    with pytest.raises(UserError, match=rf"expected {key} to be more than 0; found {value}(\.0)?; set --config.{key}"):
-        check(config)
+def test_the_schema_types_its_keys_and_allows_its_defaults(config_class, prepare, checked):
+    types = (int, float, str, bool, tuple)
+    for key, spec in key_specs(config_class).items():
+        assert type(spec.default) in types and spec.accepts(spec.default), key
+        assert spec.meaning and not spec.meaning.endswith("."), key
+    for section in (config_class, *(type(f.default) for f in dataclasses.fields(config_class))):
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if "spec" in field.metadata:
+                assert type(field.default) is getattr(field.type, "__origin__", field.type), field
+    assert checked(prepare())
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "seed",
-        "loss.kl_coef",
-        "loss.clip_low",
-        "loss.clip_high",
-        "optim.warmup_steps",
-        "optim.decay_steps",
-        "optim.weight_decay",
-        "eval.every_steps",
-        "eval.temperature",
-        "log.samples",
-    ],
+def bounds_of(config_class):
+    """Yields each key that has numeric bounds, with values just outside of them."""
+    for key, spec in key_specs(config_class).items():
+        step = 1 if isinstance(spec.default, int) else 1e-3
+        values = [spec.more_than, spec.below]
+        values += [spec.at_least - step] if spec.at_least is not None else []
+        values += [spec.at_most + step] if spec.at_most is not None else []
+        yield from ((config_class, key, value) for value in values if value is not None)
+
+
+@pytest.mark.parametrize("config_class, key, value", [*bounds_of(Config), *bounds_of(PretrainConfig)])
+def test_a_value_outside_of_its_bounds_is_refused(config_class, key, value):
+    config = default() if config_class is Config else pretrain_default()
+    override_key(config, key, str(value))
+    with pytest.raises(UserError, match=rf"{key} must be (at least|more|at most|below) .*found .*Set --config.{key}="):
+        (check if config_class is Config else check_pretrain)(config)
+
+
+POSITIVE = (
+    "total_steps",
+    "rollout.prompts",
+    "rollout.max_prompt_tokens",
+    "rollout.max_tokens",
+    "train.minibatches",
+    "train.epochs",
+    "train.micro_tokens",
+    "train.chunk_tokens",
+    "optim.lr",
+    "optim.grad_clip",
+    "optim.max_skips",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "eval.questions",
+    "log.every_steps",
+    "task.digits",
 )
-def test_value_must_be_0_or_more(key):
+NOT_NEGATIVE = (
+    "seed",
+    "loss.kl_coef",
+    "loss.clip_low",
+    "loss.clip_high",
+    "optim.warmup_steps",
+    "optim.decay_steps",
+    "task.shots",
+    "optim.weight_decay",
+    "eval.every_steps",
+    "eval.temperature",
+    "eval.top_k",
+    "log.samples",
+    "rollout.slots",
+)
+
+
+@pytest.mark.parametrize("key, smallest", [*((key, 0) for key in NOT_NEGATIVE), *((key, 1) for key in POSITIVE)])
+def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
     config = default()
-    override(config, key, "-1")
-    with pytest.raises(UserError, match=rf"expected {key} to be 0 or more; found -1(\.0)?; set --config.{key}"):
+    override_key(config, key, str(smallest - 1))
+    with pytest.raises(UserError, match=rf"{key} must be (at least|more than) .*; found {smallest - 1}(\.0)?\. Set"):
         check(config)
-    override(config, key, "0")
+    override_key(config, key, str(smallest))
     check(config)
 
 
@@ -156,61 +257,59 @@ def test_value_must_be_0_or_more(key):
     [
         (
             dict(task__name="sums"),
-            "expected task.name to be 'addition' or 'jsonl'; found 'sums'; .*task.path=FILE.jsonl",
+            "task.name must be 'addition' or 'jsonl'; found 'sums'. Set --config.task.name=VALUE; ",
         ),
-        (dict(task__name="jsonl"), "expected task.path to be a JSONL file.*found none; set --config.task.path"),
-        (dict(task__digits=10), "expected task.digits to be at most 9; found 10"),
-        (dict(rollout__samples=1), "expected rollout.samples to be 2 or more; found 1; .*measured against the others"),
-        (dict(rollout__samples=0), "expected rollout.samples to be 2 or more; found 0"),
-        (dict(rollout__temperature=0), "expected rollout.temperature to be 0.01 or more in training; found 0.0; "),
-        (dict(rollout__temperature=-1), "expected rollout.temperature to be 0.01 or more in training; found -1.0; "),
-        (dict(optim__b1=1), r"expected optim.b1 to be in \[0, 1\); found 1.0"),
-        (dict(optim__b2=-0.1), r"expected optim.b2 to be in \[0, 1\); found -0.1"),
-        (dict(optim__name="sgd"), "expected optim.name to be 'adamw', 'adafactor', 'lion' or 'muon'; found 'sgd'"),
-        (dict(optim__schedule="sqrt"), "expected optim.schedule to be 'constant', 'linear' or 'cosine'; found 'sqrt'"),
-        (dict(optim__mu_dtype="float16"), "expected optim.mu_dtype to be 'float32' or 'bfloat16'; found 'float16'"),
-        (dict(optim__end_lr_fraction=1.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found 1.5"),
-        (dict(optim__end_lr_fraction=-0.5), r"expected optim.end_lr_fraction to be in \[0, 1\]; found -0.5"),
+        (dict(task__name="jsonl"), "task.path must be a JSONL file.*found none. Set --config.task.path=FILE.jsonl"),
+        (dict(task__digits=10), "task.digits must be at least 1 and at most 9; found 10"),
+        (
+            dict(rollout__samples=1),
+            "rollout.samples must be at least 2, because a completion's advantage .*; found 1. Set",
+        ),
+        (dict(rollout__temperature=0), "rollout.temperature must be at least 0.01, because greedy .*; found 0.0. Set"),
+        (dict(optim__b1=1), "optim.b1 must be at least 0 and below 1; found 1.0"),
+        (dict(optim__b2=-0.1), "optim.b2 must be at least 0 and below 1; found -0.1"),
+        (dict(optim__name="sgd"), "optim.name must be 'adamw', 'adafactor', 'lion' or 'muon'; found 'sgd'"),
+        (dict(optim__schedule="sqrt"), "optim.schedule must be 'constant', 'linear' or 'cosine'; found 'sqrt'"),
+        (dict(optim__mu_dtype="float16"), "optim.mu_dtype must be 'float32' or 'bfloat16'; found 'float16'"),
+        (dict(optim__end_lr_fraction=1.5), "optim.end_lr_fraction must be at least 0 and at most 1; found 1.5"),
         (
             dict(optim__schedule="linear"),
-            "expected optim.decay_steps to be more than optim.warmup_steps.*'linear'; found 0 and 0; set --config",
+            "optim.decay_steps must be more than optim.warmup_steps=0 while optim.schedule='linear'; found 0. Set --config",
         ),
         (
             dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
-            "expected optim.decay_steps to be more than optim.warmup_steps.*'cosine'; found 90 and 90",
+            "optim.decay_steps must be more than optim.warmup_steps=90 while optim.schedule='cosine'; found 90",
         ),
         (
             dict(
                 total_steps=91, optim__schedule="linear", optim__decay_steps=90
             ),  # the last update would change nothing
-            "expected total_steps to be at most optim.decay_steps, .* is 0; found 91 and 90; ",
+            "total_steps must be at most optim.decay_steps=90, after which the learning rate is 0; found 91. Lower it",
         ),
         (
             dict(optim__name="lion", optim__mu_dtype="bfloat16"),
-            "expected optim.b2 to be at most 0.99 with .*'bfloat16'.*found 0.999",
+            "optim.b2 must be at most 0.99 with optim.mu_dtype='bfloat16'.*found 0.999",
         ),
         (
             dict(optim__b1=0.995, optim__mu_dtype="bfloat16"),
-            "expected optim.b1 to be at most 0.99 with .*'bfloat16'.*found 0.995",
+            "optim.b1 must be at most 0.99 with optim.mu_dtype='bfloat16'.*found 0.995",
         ),
         (
-            dict(update__minibatches=3),
-            "expected update.minibatches to be a divisor of the 128 rows .*found 3; change one of the three",
+            dict(train__minibatches=3),
+            "train.minibatches must be a divisor of the 128 sequences .*found 3. Change one of the three",
         ),
-        (dict(update__remat="all"), "expected update.remat to be 'none', 'matmuls' or 'layers'; found 'all'"),
+        (dict(train__remat="all"), "train.remat must be 'layers', 'matmuls' or 'none'; found 'all'"),
         (
             dict(model__attention="flash"),
-            "expected model.attention to be one of auto, plain, blocks, splash, cudnn; found",
+            "model.attention must be 'auto', 'plain', 'blocks', 'splash' or 'cudnn'; found",
         ),
-        (
-            dict(model__reference_dtype="int8"),
-            "expected model.reference_dtype to be 'float32' or 'bfloat16'; found 'int8'",
-        ),
-        (dict(seed=2**32), "expected seed to be "),  # JAX drops the upper bits: the same keys as of 0
-        (dict(seed=10**30), "expected seed to be "),
+        (dict(model__reference_dtype="int8"), "model.reference_dtype must be 'float32' or 'bfloat16'; found 'int8'"),
+        (dict(mesh__fsdp=0), "mesh.fsdp must be at least 1, or -1 for the devices that the other axes leave; found 0"),
+        (dict(seed=2**32), "seed must be "),  # JAX drops the upper bits: the same keys as with seed 0
+        (dict(seed=10**30), "seed must be "),
     ],
 )
-def test_rule_of_check(values, says):
+def test_a_wrong_value_or_combination_is_refused(values, says):
     with pytest.raises(UserError, match=says):
         check(changed(**values))
 
@@ -225,28 +324,139 @@ def test_rule_of_check(values, says):
         dict(optim__b1=0),
         dict(optim__b2=0.999),
         dict(optim__decay_steps=0, optim__warmup_steps=100),
+        dict(mesh__fsdp=-1),
         *(dict(optim__name=name) for name in ("adafactor", "lion", "muon")),
         dict(optim__mu_dtype="bfloat16"),
         dict(optim__name="lion", optim__mu_dtype="bfloat16", optim__b1=0.995, optim__b2=0.99),
-        dict(optim__name="adafactor", optim__mu_dtype="bfloat16", optim__b1=0.995),
         dict(total_steps=90, optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=89),
         dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=0.1),
         dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90, optim__end_lr_fraction=1),
         dict(loss__kl_coef=0),
         dict(eval__temperature=0),
-        dict(update__minibatches=32),
+        dict(train__minibatches=32),
         dict(task__name="jsonl", task__path="q.jsonl"),
         dict(seed=2**32 - 1),
     ],
 )
-def test_values_at_the_edge_pass(values):
+def test_values_at_their_bounds_pass(values):
     check(changed(**values))
+
+
+# A key without effect, the values that give it one, and the switch that takes it away.
+IDLE = [
+    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='addition'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='addition'"),
+    ("task.digits", "2", {"task.name": "addition"}, "task.name='jsonl'"),
+    ("task.shots", "2", {"task.name": "addition"}, "task.name='jsonl'"),
+    ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
+    (
+        "optim.end_lr_fraction",
+        "0.1",
+        {"optim.schedule": "cosine", "optim.decay_steps": "90"},
+        "optim.schedule='constant'",
+    ),
+    *(
+        (key, value, {"optim.name": name}, "optim.name='adafactor'")
+        for key, value in (("optim.b1", "0.8"), ("optim.b2", "0.95"), ("optim.mu_dtype", "bfloat16"))
+        for name in ("adamw", "muon")
+    ),
+    ("optim.b1", "0.8", {"optim.name": "lion"}, "optim.name='adafactor'"),
+    ("optim.b2", "0.95", {"optim.name": "lion"}, "optim.name='adafactor'"),
+    ("optim.mu_dtype", "bfloat16", {"optim.name": "lion", "optim.b2": "0.99"}, "optim.name='adafactor'"),
+    ("eval.top_k", "5", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
+    ("eval.top_p", "0.9", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
+    ("eval.min_p", "0.1", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
+    ("model.reference_dtype", "bfloat16", {"loss.kl_coef": "0.1"}, "loss.kl_coef=0.0"),
+]
+
+
+@pytest.mark.parametrize("key, value, others, switch", IDLE)
+def test_a_key_that_another_switches_off_is_refused(key, value, others, switch):
+    config = default()
+    for name, text in {key: value, **others}.items():
+        override_key(config, name, text)
+    check(config)
+    name, _, off = switch.partition("=")
+    config = default()
+    override_key(config, name, off.strip("'"))
+    if off == "'jsonl'":
+        config.task.path = "q.jsonl"
+    check(config)
+    override_key(config, key, value)
+    with pytest.raises(UserError) as raised:
+        check(config)
+    reset = str(default()[key.split(".")[0]][key.split(".")[1]]) or "''"
+    for part in (f"{key}=", f"has no effect while {switch}. Pass --config.{key}={reset} to", f"or change {name}."):
+        assert part in str(raised.value)
+
+
+def test_every_pair_of_the_table_has_a_case():
+    assert {(key, switch.partition("=")[0]) for key, _, _, switch in IDLE} == {
+        (key, switch) for switch, _, keys in NO_EFFECT for key in keys
+    }
+
+
+def test_overrides_that_switch_off_what_a_preset_sets_are_told_all_flags_at_once():
+    config = load_config(f"{REPO}/configs/r1zero.py:qwen2.5-0.5b")
+    for key, value in (("task.name", "addition"), ("optim.name", "adafactor"), ("loss.kl_coef", "0")):
+        override_key(config, key, value)
+    with pytest.raises(UserError) as raised:
+        check(config)
+    told = str(raised.value).partition("Pass ")[2].partition(" to restore")[0].split()
+    assert sorted(told) == [
+        "--config.model.reference_dtype=float32",
+        "--config.optim.b2=0.999",
+        "--config.task.path=''",
+    ]
+    for flag in told:
+        key, _, value = flag.removeprefix("--config.").partition("=")
+        override_key(config, key, value.strip("'"))
+    check(config)
+
+
+def test_paths_expand_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = changed(task__name="jsonl", task__path="~/q.jsonl", task__eval_path="~/e.jsonl", model__path="~/model")
+    cfg = check(config)
+    assert (cfg.task.path, cfg.task.eval_path, cfg.model.path) == tuple(
+        f"{tmp_path}/{name}" for name in ("q.jsonl", "e.jsonl", "model")
+    )
+    write_config(tmp_path / "run", cfg)
+    check_workdir(tmp_path / "run", check(config))  # the same command resumes
+    config.task.path = os.path.expanduser("~/q.jsonl")
+    check_workdir(tmp_path / "run", check(config))  # and so does one whose shell expanded the path
+    assert check(read_config(tmp_path / "run")) == cfg
+    assert check(changed(model__path="org/name")).model.path == "org/name"
+
+
+def test_the_page_of_keys_is_what_the_schema_makes():
+    """Written by `python -m grpo_jax.config.docs > docs/config.md`."""
+    page = (REPO / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == markdown()
+    for config_class in (Config, PretrainConfig):
+        for key, spec in key_specs(config_class).items():
+            assert f"| `{key}`" in page and spec.meaning in page
+
+
+def test_help_explains_every_key_and_suggests_topics():
+    for key, spec in key_specs(Config).items():
+        for topic in ("all", key, key.split(".")[0]):
+            assert f"--config.{key}=" in explain(topic)
+        assert " ".join(spec.meaning.split()) in " ".join(explain(key).split())
+    assert "--config.corpus.digits=3" in explain("pretrain")
+    assert "optim" in explain("optim") and "rollout" not in explain("optim")
+    with pytest.raises(UserError, match=r"found 'optm'. Did you mean --help=optim\?"):
+        explain("optm")
+    with pytest.raises(UserError, match="found 'xyzzy'. Choose one of .*rollout.*all"):
+        explain("xyzzy")
 
 
 def test_job_of_a_training_config_is_grpo():
     """A config of pretraining has other keys, and an unknown job must not train as if it were known."""
-    with pytest.raises(UserError, match="expected (job|the keys)"):
+    with pytest.raises(UserError, match="job must be 'grpo'"):
         check(pretrain_default())
+    with pytest.raises(UserError, match="job must be 'pretrain' here; found 'grpo'"):
+        check_pretrain(default())
     with pytest.raises(UserError, match="job.*'sft'"):
         check(changed(job="sft"))
 
@@ -256,9 +466,9 @@ def test_keys_are_those_of_the_default_config():
     lacking, more = default(), default()
     del lacking.loss["clip_low"]
     more.loss.new = 1
-    with pytest.raises(UserError, match="loss.clip_low missing"):
+    with pytest.raises(UserError, match="loss.clip_low is missing"):
         check(lacking)
-    with pytest.raises(UserError, match="loss.new unknown"):
+    with pytest.raises(UserError, match="loss.new is unknown"):
         check(more)
 
 
@@ -279,7 +489,7 @@ def test_values_are_of_the_default_configs_types(key, value):
     *sections, name = key.split(".")
     section = config[sections[0]] if sections else config
     section[name] = value
-    with pytest.raises(UserError, match=f"expected {key} to be of type .*; found {value!r}; set --config.{key}"):
+    with pytest.raises(UserError, match=rf"{key} must be of type \w+; found {value!r}. Set --config.{key}="):
         check(ConfigDict(config))
     config = default().to_dict()
     config["optim"]["lr"] = 1  # a whole number is a float, too
@@ -291,31 +501,29 @@ def test_prompt_and_completion_fit_the_model():
     config = check(changed())
     check_model(config, SimpleNamespace(max_positions=144))
     says = (
-        r"rollout.max_prompt_tokens \+ rollout.max_tokens to be at most the model's 143 positions "
-        r"\(max_position_embeddings\); found 80 \+ 64"
+        r"rollout.max_prompt_tokens \+ rollout.max_tokens must be at most the model's 143 positions "
+        r"\(max_position_embeddings\); found 80 \+ 64. Lower one of them"
     )
     with pytest.raises(UserError, match=says):
         check_model(config, SimpleNamespace(max_positions=143))
 
 
-def test_config_of_a_run_is_read_back(tmp_path):
-    config = changed(optim__lr=1e-5, task__path="q.jsonl")
-    write_config(tmp_path / "a" / "run", config)
-    again = read_config(tmp_path / "a" / "run")
-    assert again.to_dict() == config.to_dict()
-    assert check(again) == check(config)
-    check_workdir(tmp_path / "a" / "run", config)  # the same command resumes
+def test_the_config_of_a_run_is_read_back(tmp_path):
+    cfg = check(changed(optim__lr=1e-5, task__name="jsonl", task__path="q.jsonl"))
+    write_config(tmp_path / "a" / "run", cfg)
+    assert check(read_config(tmp_path / "a" / "run")) == cfg
+    check_workdir(tmp_path / "a" / "run", cfg)  # the same command resumes
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "5", "null"])
 def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="expected the workdir of a run, with config.json, at .*pass the --workdir"):
+    with pytest.raises(UserError, match="must be the workdir of a training run, with a config.json: .*Pass another"):
         read_config(tmp_path)
 
 
-# What does not change an update's result may change between a run and its continuation.
+# Keys that do not affect what an update computes, so that they may change between a run and its continuation.
 MAY_CHANGE = {
     "total_steps",
     "checkpoint.every_steps",
@@ -333,56 +541,58 @@ MAY_CHANGE = {
     "mesh.fsdp",
     "mesh.expert",
     "mesh.tensor",
-    "update.micro_tokens",
-    "update.chunk_tokens",
-    "update.remat",
+    "train.micro_tokens",
+    "train.chunk_tokens",
+    "train.remat",
     "model.attention",
     "log.entropy",
     "optim.max_skips",
 }
 
 
-@pytest.mark.parametrize("key", flat(default().to_dict()))
-def test_only_keys_that_change_no_update_may_change_on_a_resume(tmp_path, key):
-    write_config(tmp_path, default())
-    config = default()
-    old = flat(config.to_dict())[key]
-    new = (
-        not old
-        if isinstance(old, bool)
-        else f"{old}x"
-        if isinstance(old, str)
-        else (*old, "x")
-        if isinstance(old, tuple)
-        else old + 1
-    )
-    override(config, key, json.dumps(new) if isinstance(old, tuple) else str(new))
+def with_key(cfg: Config, key: str, value) -> Config:
+    """Returns the config with another value, which need not be allowed."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(cfg, **{name: value})
+    return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **{name: value})})
+
+
+@pytest.mark.parametrize("key", key_specs(Config))
+def test_only_keys_that_affect_no_update_may_change_on_a_resume(tmp_path, key):
+    write_config(tmp_path, Config())
+    old = key_specs(Config)[key].default
+    new = not old if isinstance(old, bool) else (*old, "x") if isinstance(old, tuple) else old + type(old)(1)
+    cfg = with_key(Config(), key, new)
     if key in MAY_CHANGE:
-        check_workdir(tmp_path, config)
+        check_workdir(tmp_path, cfg)
         return
     with pytest.raises(UserError) as raised:
-        check_workdir(tmp_path, config)
-    for part in (f"found {key}={new!r}", repr(old), str(tmp_path), "choose another --workdir"):
+        check_workdir(tmp_path, cfg)
+    for part in (f"started with {key}={old!r}", f"with {key}={new!r}", str(tmp_path), "Choose another --workdir"):
         assert part in str(raised.value)
 
 
-def test_key_that_the_run_does_not_have_is_a_difference(tmp_path):
-    write_config(tmp_path, default())
-    config = default()
-    config.loss.new = 1
-    with pytest.raises(UserError, match="found loss.new added: another version"):
-        check_workdir(tmp_path, config)
+def test_a_run_with_other_keys_is_not_resumed(tmp_path):
+    write_config(tmp_path, Config())
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"clip_low"', '"clip"'))
+    with pytest.raises(UserError, match="must have the keys of this version .* has the unknown key loss.clip. Choose"):
+        check_workdir(tmp_path, Config())
+    (tmp_path / "config.json").write_text(text.replace('"clip_low": 0.2,', ""))
+    with pytest.raises(UserError, match="lacks key loss.clip_low. Choose another"):
+        check_workdir(tmp_path, Config())
 
 
 def test_new_or_empty_folder_is_a_workdir(tmp_path):
-    check_workdir(tmp_path / "new" / "run", default())
-    check_workdir(tmp_path, default())
+    check_workdir(tmp_path / "new" / "run", Config())
+    check_workdir(tmp_path, Config())
     assert not list(tmp_path.iterdir())  # looking creates nothing
 
 
 def test_folder_with_other_files_is_no_workdir(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="found other files there; choose another --workdir"):
-        check_workdir(tmp_path, default())
-    with pytest.raises(UserError, match="choose another --workdir"):
-        check_workdir(tmp_path / "thesis.tex", default())
+    with pytest.raises(UserError, match="holds other files. Choose another --workdir"):
+        check_workdir(tmp_path, Config())
+    with pytest.raises(UserError, match="Choose another --workdir"):
+        check_workdir(tmp_path / "thesis.tex", Config())

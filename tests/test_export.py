@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import export, forward, load, save
-from grpo_jax.config import default, write_config
+from grpo_jax.config import check, default, write_config
 from grpo_jax.errors import UserError
 from grpo_jax.run import checkpoint
 from grpo_jax.weights import model_io
@@ -174,7 +174,7 @@ def test_saving_over_the_source_is_refused(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A workdir of the tiny model with checkpoints after steps 3 and 7, whose embeddings are all 3 and all 7."""
-    cfg = default()
+    cfg = check(default())
     write_config(tmp_path / "run", cfg)
     _, params = load(find_model("tiny"))
     for step in (3, 7):

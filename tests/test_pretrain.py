@@ -37,7 +37,7 @@ def small():
     raw = configs.pretrain_default()
     raw.total_steps, raw.batch.rows, raw.log.every_steps, raw.optim.warmup_steps = 12, 8, 4, 2
     raw.model.hidden_size, raw.model.intermediate_size, raw.model.num_layers, raw.model.head_dim = 32, 32, 1, 8
-    return configs.freeze(raw)
+    return configs.check_pretrain(raw)
 
 
 def test_it_learns_and_writes_a_model_folder(tmp_path, capsys):

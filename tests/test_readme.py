@@ -94,12 +94,13 @@ def test_files_named_are_there():
 
 def test_keys_and_functions_named_exist():
     """`section.key` is a key of the config, or `module.function` is one of the package."""
-    from grpo_jax.config import default, flat
+    from grpo_jax.config import default
+    from grpo_jax.config.keys import flatten
 
     named = set(re.findall(r"`([a-z_]+\.[a-z_0-9]+)`", README)) | set(re.findall(r"--config\.([a-z_.]+[a-z])", README))
     missing = []
     for name in {name for name in named if not name.endswith((".py", ".json", ".jsonl"))}:
         module, _, attribute = name.rpartition(".")
-        if name not in flat(default().to_dict()) and not hasattr(import_module(f"grpo_jax.{module}"), attribute):
+        if name not in flatten(default().to_dict()) and not hasattr(import_module(f"grpo_jax.{module}"), attribute):
             missing.append(name)
     assert len(named) > 10 and not missing

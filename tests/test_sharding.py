@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import grpo_jax.learn.logprobs
-from grpo_jax.config import default, freeze
+from grpo_jax.config import check, default
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
 from grpo_jax.learn.update import make_update, minibatch_gradients
 from grpo_jax.model.architecture import LayerConfig
@@ -44,7 +44,7 @@ def gathered(text: str) -> list[tuple[int, ...]]:
 
 def compiled_update(mesh, cfg=WIDE):
     weights = params(cfg)
-    train = freeze(default())
+    train = check(default())
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(train.optim)
         state = init_train_state(mesh, jax.device_put(weights, tree_shardings(mesh, weights)), optimizer)
@@ -118,7 +118,7 @@ def test_ways_of_attention_agree_on_every_mesh(attention, sizes, monkeypatch):
     model_cfg = replace(
         CONFIG, layers=(LayerConfig(window=3), LayerConfig()), attention=attention, remat="layers", max_positions=256
     )
-    loss = freeze(default()).loss
+    loss = check(default()).loss
     run = lambda model_cfg, params, batch: jax.jit(
         lambda params, batch: minibatch_gradients(model_cfg, params, batch, temperature=1.0, loss=loss)[0]
     )(params, batch)
@@ -154,8 +154,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from grpo_jax.model.architecture import Layer, ModelConfig
-from grpo_jax.config import freeze
-from grpo_jax.flags import load_config
+from grpo_jax.config import check
+from grpo_jax.config.flags import load_config
 from grpo_jax.parallel.mesh import ROWS, fit, make_mesh, row_shards
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.learn.optimizer import make_optimizer, state_shapes, state_shardings
@@ -164,12 +164,12 @@ from grpo_jax.learn.update import make_update
 from grpo_jax.types import Packed, Segments
 from tests.test_sharding import gathered
 mesh = make_mesh(fsdp=-1, devices=topologies.get_topology_desc("v5e:8x8", platform="tpu").devices)
-config = freeze(load_config("configs/r1zero.py:qwen2.5-7b"))
+config = check(load_config("configs/r1zero.py:qwen2.5-7b"))
 model = ModelConfig(
     vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=(Layer(),) * 28, num_heads=28, num_kv_heads=4,
     head_dim=128, max_positions=32768, qkv_bias=True, tokenizer_vocab_size=151665, compute_dtype="bfloat16",
     remat="layers")
-shape = packed_shape(512, 16, 512, 4096, config.update.micro_tokens, row_shards(mesh))
+shape = packed_shape(512, 16, 512, 4096, config.train.micro_tokens, row_shards(mesh))
 shapes, optimizer = param_shapes(model), make_optimizer(config.optim)
 placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 state = jax.tree.map(placed, state_shapes(shapes, optimizer), state_shardings(mesh, shapes, optimizer))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_jax.config import default, freeze
+from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.tasks.addition import addition_task, is_held_out
@@ -145,9 +145,10 @@ def test_jsonl_with_fewer_than_ten_lines_needs_an_eval_path(tmp_path):
 def test_make_task_follows_the_config(tmp_path):
     cfg = default()
     cfg.task.digits = 2
-    assert make_task(freeze(cfg).task, 5, "eval")(3) == addition_task(5, "eval", 2)(3)
+    assert make_task(check(cfg).task, 5, "eval")(3) == addition_task(5, "eval", 2)(3)
+    cfg.task.digits = 3
     cfg.task.name, cfg.task.path = "jsonl", twenty(tmp_path / "q.jsonl")
-    assert questions(make_task(freeze(cfg).task, 5, "train"), range(18)) == questions(
+    assert questions(make_task(check(cfg).task, 5, "train"), range(18)) == questions(
         file_task(5, "train", cfg.task.path, ""), range(18)
     )
 

@@ -49,7 +49,7 @@ def saved(workdir, step, item):
 def test_resume_equals_uninterrupted(tmp_path, monkeypatch):
     """Stopped after 3 of 5 updates, in the middle of a rollout that feeds 4 of them (2 minibatches, 2 epochs)."""
     monkeypatch.chdir(REPO)
-    several = ["--config.update.minibatches=2", "--config.update.epochs=2", "--config.checkpoint.every_steps=3"]
+    several = ["--config.train.minibatches=2", "--config.train.epochs=2", "--config.checkpoint.every_steps=3"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, *several, "--config.total_steps=5")
     train(broken, *several, "--config.total_steps=3")

@@ -181,7 +181,7 @@ def make_update(
             temperature=cfg.rollout.temperature,
             loss=cfg.loss,
             entropy=cfg.log.entropy,
-            chunk_tokens=cfg.update.chunk_tokens,
+            chunk_tokens=cfg.train.chunk_tokens,
         )
         grads = jax.lax.with_sharding_constraint(grads, places.params)
         state, about_step = apply_gradients(state, grads, optimizer, schedule)

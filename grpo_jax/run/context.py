@@ -57,7 +57,7 @@ def build_context(cfg, *, training: bool = False) -> RunContext:
         compute_dtype=cfg.model.compute_dtype,
         logit_dtype=cfg.model.logit_dtype,
         attention=cfg.model.attention if training else "auto",
-        remat=cfg.update.remat,
+        remat=cfg.train.remat,
     )
     if count > model_cfg.vocab_size:
         raise UserError(

@@ -1,6 +1,6 @@
 """The loop: problems -> Prompts -> Rollout -> rewards -> advantages -> Experience -> (TrainState, metrics) -> checkpoint.
 
-A step is one update. A rollout feeds `update.minibatches * update.epochs` of them. Everything random is decided by
+A step is one update. A rollout feeds `train.minibatches * train.epochs` of them. Everything random is decided by
 (seed, what for, counter), so a resumed run goes on as if it had not been interrupted.
 """
 
@@ -91,7 +91,7 @@ def collect_experience(
                 reference,
                 shard_rows(context.mesh, packed),
                 temperature=cfg.rollout.temperature,
-                chunk_tokens=cfg.update.chunk_tokens,
+                chunk_tokens=cfg.train.chunk_tokens,
             )
         )
         experience = experience.replace(
@@ -133,7 +133,7 @@ def pack_batch(cfg, mesh, experience: Experience) -> PackedBatch:
         cfg.rollout.samples,
         cfg.rollout.max_prompt_tokens,
         cfg.rollout.max_tokens,
-        cfg.update.micro_tokens,
+        cfg.train.micro_tokens,
         shards,
     )
     return pack_completions(experience, shape, shards)
@@ -190,7 +190,7 @@ def _train(cfg, context: RunContext, workdir: Path) -> None:
     update = make_update(context.model_cfg, cfg, context.mesh, state.params, optimizer)
     problem = make_task(cfg.task, cfg.seed, "train")
     held_out = held_out_problems(cfg.task, cfg.eval.questions)
-    updates = cfg.update.minibatches * cfg.update.epochs
+    updates = cfg.train.minibatches * cfg.train.epochs
     log = MetricsLog(workdir, first if first else -1)
     speaks = jax.process_index() == 0
     bar = tqdm(total=cfg.total_steps, initial=first, unit="step", disable=not speaks)
@@ -224,10 +224,10 @@ def _train(cfg, context: RunContext, workdir: Path) -> None:
             if any(due(later) for later in range(step, step + updates)):
                 write_samples(workdir, "train", step, [{"step": step} | record for record in records])
         batch = experience
-        if cfg.update.minibatches > 1:
-            epoch, index = divmod(inner, cfg.update.minibatches)
+        if cfg.train.minibatches > 1:
+            epoch, index = divmod(inner, cfg.train.minibatches)
             key = fold_in_all(root, SHUFFLING_KEY, position, epoch)
-            batch = take_minibatch(experience, key, index, count=cfg.update.minibatches)
+            batch = take_minibatch(experience, key, index, count=cfg.train.minibatches)
 
         updating = time.monotonic()
         state, about_update = update(state, shard_rows(context.mesh, pack_batch(cfg, context.mesh, batch)))

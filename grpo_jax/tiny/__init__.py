@@ -1,5 +1,5 @@
 """The tiny base model that the package carries (`base/`), and how it was made.
 
-    corpus    the synthetic corpus and its tokenizer
-    pretrain  pretrains the tiny base model
+corpus    the synthetic corpus and its tokenizer
+pretrain  pretrains the tiny base model
 """

@@ -62,7 +62,7 @@ def pretrain(cfg, workdir: Path) -> Path:
     start = time.monotonic()
     texts = [corpus_text(cfg.seed + 1, i, cfg.corpus.exercises, cfg.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
-    shape = {name: value for name, value in cfg.model._asdict().items() if name != "num_layers"}
+    shape = {name: value for name, value in vars(cfg.model).items() if name != "num_layers"}
     model_cfg = ModelConfig(
         **shape,
         layers=(LayerConfig(),) * cfg.model.num_layers,

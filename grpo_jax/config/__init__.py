@@ -1,0 +1,38 @@
+"""Typed configs: every key with its meaning, default and allowed values, the check of a config, and the flags.
+
+    keys         declares a config key as a typed dataclass field
+    schema       all keys of both jobs, one frozen dataclass per section
+    rules        checks a config before any device work and builds the frozen `Config`
+    workdir      reads and writes a run's config.json, and decides which runs may be resumed
+    docs         renders the schema as `--help=SECTION` and docs/config.md
+    flags        parses the command line of every entry point
+
+A config file is written with ml_collections and starts from `default()`:
+
+    from grpo_jax import config
+
+    def get_config(preset=""):
+        cfg = config.default()
+        cfg.train.minibatches = 4
+        return cfg
+
+`check` turns it into the frozen `Config` that the rest of the package reads.
+"""
+
+from grpo_jax.config.rules import check, check_model, check_pretrain, require
+from grpo_jax.config.schema import Config, PretrainConfig, default, pretrain_default
+from grpo_jax.config.workdir import check_workdir, read_config, write_config
+
+__all__ = [
+    "Config",
+    "PretrainConfig",
+    "check",
+    "check_model",
+    "check_pretrain",
+    "check_workdir",
+    "default",
+    "pretrain_default",
+    "read_config",
+    "require",
+    "write_config",
+]

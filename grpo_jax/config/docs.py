@@ -1,0 +1,93 @@
+"""Renders the schema: the text of `--help=SECTION`, and docs/config.md.
+
+python -m grpo_jax.config.docs > docs/config.md
+"""
+
+import dataclasses
+import difflib
+import textwrap
+
+from grpo_jax.config.keys import KeySpec, format_as_flag, key_specs
+from grpo_jax.config.rules import NO_EFFECT
+from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.errors import UserError
+
+INTRO = """# Config keys
+
+<!-- Written by `python -m grpo_jax.config.docs > docs/config.md` from grpo_jax/config/schema.py; edit that file. -->
+
+A config file sets a key by `cfg.section.key = value`, the command line by `--config.section.key=value`. Keys with a
+star may change when a run is resumed. A key must keep its default where it has no effect."""
+
+
+def phrase(part: dataclasses.Field) -> str:
+    """Returns the meaning of a key, or of a section as its docstring gives it, without a full stop."""
+    meaning = part.metadata["spec"].meaning if "spec" in part.metadata else str(type(part.default).__doc__)
+    return meaning[0].upper() + meaning[1:].rstrip(".")
+
+
+def describe_key(name: str, spec: KeySpec) -> tuple[str, str]:
+    """Returns a key's type and allowed values, and its meaning followed by when it has no effect."""
+    allowed = spec.allowed if spec.choices else ", ".join(filter(None, (type(spec.default).__name__, spec.allowed)))
+    idle = [f"; no effect while {switch}={off}" for switch, off, names in NO_EFFECT if name in names]
+    return allowed, spec.meaning + "".join(idle)
+
+
+def explain(topic: str) -> str:
+    """Returns the text of `--help=TOPIC`.
+
+    Args:
+      topic: a section or key of a training config, `all`, or `pretrain` for all keys of pretraining.
+
+    Raises:
+      UserError: there is no such topic.
+    """
+    config_class = PretrainConfig if topic == "pretrain" else Config
+    lines: list[str] = []
+    for part in dataclasses.fields(config_class):
+        keys = {name: spec for name, spec in key_specs(config_class).items() if name.split(".")[0] == part.name}
+        chosen = [name for name in keys if topic in ("all", "pretrain", part.name, name)]
+        if chosen and "spec" not in part.metadata:
+            lines.append(f"{part.name}: {phrase(part)}")
+        for name in chosen:
+            allowed, meaning = describe_key(name, keys[name])
+            lines.append(f"  {format_as_flag(name, keys[name].default)}  ({allowed})")
+            lines.append(textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if not lines:
+        topics = [*(part.name for part in dataclasses.fields(Config)), "all", "pretrain"]
+        close = difflib.get_close_matches(topic, [*topics, *key_specs(Config)], n=1)
+        hint = f"Did you mean --help={close[0]}?" if close else f"Choose one of {', '.join(topics)}."
+        raise UserError(f"--help=SECTION must name a section of the config; found {topic!r}. {hint}")
+    return "\n".join(lines)
+
+
+def list_topics() -> str:
+    """Returns the part of `--help` that lists the sections, and the keys outside of them, with their meanings."""
+    topics = {part.name: phrase(part) for part in dataclasses.fields(Config)}
+    topics |= {"all": "Every key of a training config", "pretrain": "Every key of a pretraining config"}
+    return "config sections (--help=SECTION shows their keys):\n" + "\n".join(
+        f"  {name:<12}{meaning}" for name, meaning in topics.items()
+    )
+
+
+def markdown() -> str:
+    """Returns the contents of docs/config.md."""
+    lines = [INTRO]
+    for title, config_class in (("Training", Config), ("Pretraining", PretrainConfig)):
+        lines += ["", f"## {title}"]
+        heading = None
+        for name, spec in key_specs(config_class).items():
+            section = name.rpartition(".")[0]
+            if section != heading:
+                heading = section
+                if section:
+                    lines += ["", f"### `{section}`", "", f"{type(getattr(config_class, section)).__doc__}"]
+                lines += ["", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+            allowed, meaning = describe_key(name, spec)
+            star = " \\*" if spec.resumable else ""
+            lines.append(f"| `{name}`{star} | `{spec.default!r}` | {allowed} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,231 @@
+"""Parses the command line of every entry point, and turns a user's mistake into one line and exit code 2.
+
+`--config=FILE.py[:PRESET]` names a Python file with a function `get_config(preset)` that returns a config, and
+`--config.section.key=VALUE` overrides one of its keys.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from grpo_jax.config.docs import explain, list_topics
+from grpo_jax.config.keys import flatten
+from grpo_jax.config.rules import REFUSED
+from grpo_jax.config.schema import default
+from grpo_jax.config.workdir import read_config
+from grpo_jax.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser that raises a UserError on a mistake, instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the UserError."""
+        raise UserError(f"The flags must be as --help lists them; found a mistake in one: {message}.")
+
+
+class HelpAction(argparse.Action):
+    """Shows help and exits with code 0."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Prints the flags and the config's sections, or for `--help=SECTION` the keys of that section."""
+        print(explain(values) if values else parser.format_help().rstrip())
+        sys.exit(0)
+
+
+def make_parser(description: str, example: str, *, of_a_run: bool = False) -> OneLineParser:
+    """Builds a parser with the flags that all entry points share.
+
+    Args:
+      description: what the entry point does, for --help.
+      example: a command line, for --help.
+      of_a_run: whether the entry point reads the workdir of a run; it then needs no --config.
+    """
+    parser = OneLineParser(
+        description=description,
+        epilog=f"{list_topics()}\n\nexample:\n  {example}",
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-h", "--help", action=HelpAction, nargs="?", metavar="SECTION", help="show this, or a section")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py[:PRESET]",
+        type=os.path.expanduser,
+        help="the config file; --config.KEY=VALUE overrides one of its keys",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="folder of the run; default: runs/ plus the name of the config file and preset",
+    )
+    if of_a_run:
+        parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
+    parser.set_defaults(of_a_run=of_a_run)
+    return parser
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Returns what `get_config` of `FILE.py[:PRESET]` returns.
+
+    Raises:
+      UserError: there is no such file, or its `get_config` is missing, fails, or returns something else. A config file
+        raises its own UserError for an unknown preset.
+    """
+    file, _, preset = spec.partition(":")
+    path = Path(file)
+    module_spec = importlib.util.spec_from_file_location("grpo_jax_config_file", path)
+    if path.suffix != ".py" or not path.is_file() or module_spec is None or module_spec.loader is None:
+        raise UserError(
+            f"--config must name a Python file such as configs/r1zero.py; found no file {file!r}. Check the path."
+        )
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{file} must define a function get_config(preset); found none. Add it.")
+        raw = module.get_config(preset) if preset else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{file} line {lines[-1]}" if lines else file
+        raise UserError(
+            f"get_config(preset) must return a config; {where} raised {type(error).__name__}: {error}. Fix that file."
+        ) from None
+    if not isinstance(raw, ConfigDict):
+        raise UserError(
+            f"get_config(preset) of {file} must return a ConfigDict; found {type(raw).__name__}. "
+            "Return config.default() or a changed one."
+        )
+    return raw
+
+
+def parse_value(key: str, text: str, old: Any) -> Any:
+    """Returns `text` as a value of the type of `old`."""
+    kind = type(old)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is tuple:
+            value = json.loads(text)
+            if not isinstance(value, list):
+                raise ValueError
+            return tuple(value)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (KeyError, ValueError):
+        expected = "a JSON list" if kind is tuple else f"of type {kind.__name__}"
+        like = json.dumps(old) if kind is tuple else old
+        raise UserError(f"--config.{key} must be {expected}; found {text!r}. Write it like {like!r}.") from None
+
+
+def override_key(raw: ConfigDict, key: str, text: str) -> None:
+    """Sets one key of a config in place, from the text of a flag.
+
+    Raises:
+      UserError: the key is unknown, or the text is not a value of its type.
+    """
+    known = flatten(raw.to_dict())
+    if key in REFUSED:
+        raise UserError(f"--config.{key} must not be set, because {REFUSED[key]}; found {text}. Leave it out.")
+    if key not in known:
+        same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+        close = difflib.get_close_matches(key, known, n=1) or same_name
+        hint = f"Did you mean --config.{close[0]}?" if close else f"The keys are {', '.join(sorted(known))}."
+        raise UserError(f"--config.KEY must name a key of the config; found --config.{key}. {hint}")
+    raw.update_from_flattened_dict({key: parse_value(key, text, known[key])})
+
+
+def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> None:
+    """Applies all `--config.KEY=VALUE` and `--config.KEY VALUE` to a config in place, and refuses other arguments."""
+    rest = list(arguments)
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            what = "flag" if flag.startswith("-") else "argument"
+            raise UserError(f"The flags must be as --help lists them; found the unknown {what} {flag!r}. Leave it out.")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{flag} must be followed by a value; found none. Write {flag}=VALUE.")
+            text = rest.pop(0)
+        override_key(raw, flag.removeprefix("--config."), text)
+
+
+def default_workdir(spec: str) -> Path:
+    """Returns runs/NAME, or runs/NAME-PRESET, for a config NAME.py[:PRESET]."""
+    file, _, preset = spec.partition(":")
+    return Path("runs") / (Path(file).stem + (f"-{preset}" if preset else ""))
+
+
+def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict, Path]:
+    """Parses a command line.
+
+    Args:
+      parser: a parser of `make_parser`. If it is one of a run, the run's own config is used without a --config.
+      argv: the command line, without the program's name.
+
+    Returns:
+      The flags, the config with its overrides (not checked yet), and the workdir.
+
+    Raises:
+      UserError: there is any mistake on the command line.
+    """
+    flags, rest = parser.parse_known_args(argv)
+    if flags.config is None and not (flags.of_a_run and flags.workdir):
+        expected = "--config=FILE.py or --workdir=DIR" if flags.of_a_run else "--config=FILE.py"
+        raise UserError(f"{expected} must be given; found none. Run with --help for an example.")
+    if flags.workdir is not None and (not flags.workdir.strip() or "://" in flags.workdir):
+        raise UserError(f"--workdir must be a folder of a mounted file system; found {flags.workdir!r}. Name another.")
+    workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
+    if flags.config is not None:
+        raw = load_config(flags.config)
+    else:
+        raw = read_config(workdir)
+        if "mesh" in raw:  # the run may have used more devices than there are here
+            raw.mesh = default().mesh
+            raw.mesh.data, raw.mesh.fsdp = 1, -1
+    apply_overrides(raw, rest)
+    if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
+        check_same_model(workdir, read_config(workdir), raw)
+    return flags, raw, workdir
+
+
+def check_same_model(workdir: Path, run_raw: ConfigDict, raw: ConfigDict) -> None:
+    """Raises a UserError if a config names another base model than the run in `workdir` was started with."""
+    theirs, ours = (os.path.expanduser(flatten(c.to_dict()).get("model.path", "")) for c in (run_raw, raw))
+    if theirs != ours:
+        raise UserError(
+            f"model.path must be {theirs}, with which the run in {workdir} was started; found {ours}. "
+            "Leave out --config.model.path."
+        )
+
+
+def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` on the command line; a UserError becomes `error: ...` on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "Interrupted. A training run continues from its last checkpoint when it is started again.", file=sys.stderr
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # an orderly exit would wait for the run's other processes, which may be waiting for this one

@@ -1,0 +1,181 @@
+"""Checks a config before any device work: its keys, then their values one by one, then the rules between keys."""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpo_jax.config.keys import flatten, format_as_flag, key_specs
+from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+C = TypeVar("C", Config, PretrainConfig)
+
+# Keys that users look for but that training cannot have, with the reason.
+REFUSED = dict.fromkeys(
+    ("rollout.top_k", "rollout.top_p", "rollout.min_p"),
+    "the update scores the full distribution, so the ratio to a truncated one would be biased "
+    "(eval.top_k, eval.top_p and eval.min_p may be set)",
+)
+
+# Keys that nothing reads while another key has a certain value: (the other key, that value, the keys without effect).
+NO_EFFECT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("task.name", "addition", ("task.path", "task.eval_path")),
+    ("task.name", "jsonl", ("task.digits", "task.shots")),
+    ("optim.schedule", "constant", ("optim.decay_steps", "optim.end_lr_fraction")),
+    ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.mu_dtype")),
+    ("eval.temperature", 0, ("eval.top_k", "eval.top_p", "eval.min_p")),
+    ("loss.kl_coef", 0, ("model.reference_dtype",)),
+)
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises a UserError with `message`, which says what was expected, what was found and what to do, unless `ok`."""
+    if not ok:
+        raise UserError(message)
+
+
+def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
+    """Checks keys, types and allowed values one by one, and builds the frozen config.
+
+    Whole numbers become floats where the key is a float, and `~` is expanded in paths.
+    """
+    specs, values = key_specs(config_class), flatten(raw.to_dict())
+    job, raw_job = specs["job"].default, values.get("job")
+    require(raw_job == job, f"job must be {job!r} here; found {raw_job!r}. Pass a --config of that job.")
+    for name in REFUSED.keys() & values.keys():
+        raise UserError(f"{name} must not be set, because {REFUSED[name]}; found {values[name]!r}. Remove it.")
+    for name in sorted(specs.keys() ^ values.keys()):
+        problem = "is missing" if name in specs else "is unknown"
+        start = "config.default()" if config_class is Config else "config.pretrain_default()"
+        raise UserError(f"A config with job={job!r} must have the keys of {start}; {name} {problem}. Start from it.")
+    for name, spec in specs.items():
+        value, kind = values[name], type(spec.default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        topic = name if config_class is Config else "pretrain"
+        ending = f"; found {value!r}. Set --config.{name}=VALUE; --help={topic} explains it."
+        require(type(value) is kind, f"{name} must be of type {kind.__name__}{ending}")
+        because = f", because {spec.because}" if spec.because else ""
+        require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
+        values[name] = os.path.expanduser(value) if spec.path else value
+    return build(config_class, values)
+
+
+def build(config_class: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Builds a config dataclass and its sections from values by dotted name."""
+    fields = {}
+    for field in dataclasses.fields(config_class):
+        name = prefix + field.name
+        fields[field.name] = values[name] if name in values else build(type(field.default), values, f"{name}.")
+    return config_class(**fields)
+
+
+def check(raw: "ConfigDict") -> Config:
+    """Checks everything about a training config that needs neither the model nor the devices.
+
+    Args:
+      raw: the config, as made by `default()`, a config file and flags.
+
+    Returns:
+      The same values as a frozen, hashable `Config`.
+
+    Raises:
+      UserError: a key is missing, unknown, of the wrong type or outside its allowed values, has no effect, or does not
+        fit another key.
+    """
+    cfg = check_keys(raw, Config)
+    check_effects(cfg)
+    require(
+        cfg.task.name != "jsonl" or bool(cfg.task.path),
+        "task.path must be a JSONL file while task.name='jsonl'; found none. Set --config.task.path=FILE.jsonl.",
+    )
+    check_optimizer(cfg)
+    sequences, minibatches = cfg.rollout.prompts * cfg.rollout.samples, cfg.train.minibatches
+    require(
+        sequences % minibatches == 0,
+        f"train.minibatches must be a divisor of the {sequences} sequences of a rollout (rollout.prompts * "
+        f"rollout.samples); found {minibatches}. Change one of the three.",
+    )
+    return cfg
+
+
+def check_effects(cfg: Config) -> None:
+    """Raises a UserError if keys are set away from their defaults although other keys switch them off (`NO_EFFECT`)."""
+    specs, values = key_specs(Config), flatten(dataclasses.asdict(cfg))
+    idle = {
+        name: switch
+        for switch, off, names in NO_EFFECT
+        for name in names
+        if values[switch] == off and values[name] != specs[name].default
+    }
+    causes = [f"{name}={values[name]!r} has no effect while {idle[name]}={values[idle[name]]!r}" for name in idle]
+    resets = [format_as_flag(name, specs[name].default) for name in idle]
+    switches = " and ".join(dict.fromkeys(idle.values()))
+    require(not idle, f"{'; '.join(causes)}. Pass {' '.join(resets)} to restore the default, or change {switches}.")
+
+
+def check_optimizer(cfg: Config) -> None:
+    """Checks the learning-rate schedule against the length of the run, and the decay of a bfloat16 moment."""
+    optim, steps = cfg.optim, cfg.optim.decay_steps
+    if optim.schedule != "constant":
+        # The schedule has a length of its own: total_steps may change on a resume, and learning rates must not.
+        require(
+            steps > optim.warmup_steps,
+            f"optim.decay_steps must be more than optim.warmup_steps={optim.warmup_steps} while optim.schedule="
+            f"{optim.schedule!r}; found {steps}. Set --config.optim.decay_steps to total_steps or more.",
+        )
+        require(
+            optim.end_lr_fraction > 0 or cfg.total_steps <= steps,
+            f"total_steps must be at most optim.decay_steps={steps}, after which the learning rate is 0; found "
+            f"{cfg.total_steps}. Lower it, or start a run with a larger optim.decay_steps or optim.end_lr_fraction.",
+        )
+    name = "b2" if optim.name == "lion" else "b1"
+    decay = getattr(optim, name)
+    require(
+        optim.mu_dtype == "float32" or decay <= 0.99,
+        f"optim.{name} must be at most 0.99 with optim.mu_dtype='bfloat16', whose 8 bits cannot hold smaller changes "
+        f"of the moment; found {decay}. Lower --config.optim.{name}, or use optim.mu_dtype=float32.",
+    )
+
+
+def check_model(cfg: Config, model_cfg: Any) -> None:
+    """Checks that prompt and completion fit into the model's positions.
+
+    Raises:
+      UserError: they do not.
+    """
+    prompt, completion, positions = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens, model_cfg.max_positions
+    require(
+        prompt + completion <= positions,
+        f"rollout.max_prompt_tokens + rollout.max_tokens must be at most the model's {positions} positions "
+        f"(max_position_embeddings); found {prompt} + {completion}. Lower one of them.",
+    )
+
+
+def check_pretrain(raw: "ConfigDict") -> PretrainConfig:
+    """Checks a pretraining config, as `check` does a training config.
+
+    Raises:
+      UserError: see `check`.
+    """
+    cfg = check_keys(raw, PretrainConfig)
+    model, warmup = cfg.model, cfg.optim.warmup_steps
+    require(
+        cfg.total_steps > warmup,
+        f"total_steps must be more than optim.warmup_steps={warmup}; found {cfg.total_steps}. Raise total_steps.",
+    )
+    require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_heads must be a multiple of model.num_kv_heads={model.num_kv_heads}; found {model.num_heads}. "
+        "Change one of them.",
+    )
+    require(model.head_dim % 2 == 0, f"model.head_dim must be even; found {model.head_dim}. Set another one.")
+    require(
+        cfg.batch.row_tokens <= model.max_positions,
+        f"batch.row_tokens must be at most model.max_positions={model.max_positions}; found {cfg.batch.row_tokens}. "
+        "Lower it.",
+    )
+    return cfg

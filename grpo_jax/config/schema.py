@@ -1,0 +1,278 @@
+"""Every config key of both jobs with its meaning, default and allowed values: one frozen dataclass per section.
+
+`default()`, the check, `--help` and docs/config.md are all made from these classes, so nothing about a key is written
+anywhere else. A class's docstring is the section's line in `--help`. `Config` and `PretrainConfig`, at the end of each
+part, name the sections.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from grpo_jax.config.keys import Resumable, key
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+DTYPES = ("float32", "bfloat16")
+
+
+def is_axis_size(size: int) -> bool:
+    """Returns whether a mesh axis may have this size; -1 stands for the devices that the other axes leave."""
+    return size == -1 or size >= 1
+
+
+def are_stop_strings(strings: tuple) -> bool:
+    """Returns whether all elements are non-empty strings that are short enough for the stop table."""
+    return all(isinstance(text, str) and text for text in strings) and sum(map(len, strings)) <= 4000
+
+
+AXIS_SIZE = (is_axis_size, "at least 1, or -1 for the devices that the other axes leave")
+GROUP_OF_TWO = "a completion's advantage is measured against the rest of its group"
+NOT_GREEDY = "greedy completions of a prompt are identical and teach nothing (eval.temperature may be 0)"
+STOP_STRINGS = (are_stop_strings, "non-empty strings of at most 4000 characters in total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The base model, its attention kernel, and the dtypes of training."""
+
+    path: str = key("tiny", "base model: Hugging Face folder, hub id, GGUF file, `tiny` or `smollm2`", path=True)
+    param_dtype: str = key(
+        "float32", "dtype of the master weights; bfloat16 loses updates below 1/256 of a weight", choices=DTYPES
+    )
+    reference_dtype: str = key("float32", "dtype of the frozen reference model", choices=DTYPES)
+    compute_dtype: str = key(
+        "float32", "dtype of activations, and of weights where they are used; bfloat16 on accelerators", choices=DTYPES
+    )
+    logit_dtype: str = key("float32", "dtype of logits; probabilities are always float32", choices=DTYPES)
+    attention: str = key(
+        "auto",
+        "attention kernel: `plain` (the definition), `blocks` (any device), `splash` (TPU), `cudnn` (NVIDIA), or "
+        "`auto` for the fastest one available; all compute the same function",
+        choices=("auto", "plain", "blocks", "splash", "cudnn"),
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSection:
+    """The problems to learn from."""
+
+    name: str = key("addition", "`addition` generates sums, `jsonl` reads a file", choices=("addition", "jsonl"))
+    digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
+    shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
+    path: str = key("", "JSONL file of problems, one object per line with `question` and `answer`", path=True)
+    eval_path: str = key("", "JSONL file of held-out problems; if empty, every tenth line of task.path", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSection:
+    """The completions that are sampled from the policy."""
+
+    prompts: int = key(16, "B, number of prompts per rollout", at_least=1)
+    samples: int = key(8, "G, number of completions per prompt", at_least=2, because=GROUP_OF_TWO)
+    max_prompt_tokens: int = key(80, "T, longest prompt in tokens; a longer prompt is an error", at_least=1)
+    max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
+    temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)
+    stop_strings: tuple[str, ...] = key(
+        ("</answer>",), "a completion ends with the token that completes one of these, or an EOS", check=STOP_STRINGS
+    )
+    slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How a rollout is divided into updates and micro-batches."""
+
+    minibatches: int = key(1, "number of minibatches per rollout; each is one update", at_least=1)
+    epochs: int = key(1, "number of passes over a rollout", at_least=1)
+    micro_tokens: int = key(
+        1024, "micro-batch size in tokens per data shard, or the longest sequence if longer", at_least=1, resumable=True
+    )
+    chunk_tokens: int = key(512, "tokens whose logits are computed at a time", at_least=1, resumable=True)
+    remat: str = key(
+        "layers",
+        "what the backward pass recomputes: `layers` (each layer except its attention), `matmuls` (everything except "
+        "matrix products) or `none`",
+        choices=("layers", "matmuls", "none"),
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """The GRPO loss."""
+
+    kl_coef: float = key(0.001, "beta, the weight of the KL penalty; at 0 no reference model is kept", at_least=0)
+    clip_low: float = key(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0)
+    clip_high: float = key(0.2, "see clip_low", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """The optimizer, the learning-rate schedule and gradient clipping."""
+
+    name: str = key(
+        "adamw",
+        "update rule; `muon` is for the weight matrices of the layers and leaves the rest to AdamW",
+        choices=("adamw", "adafactor", "lion", "muon"),
+    )
+    lr: float = key(1.5e-4, "peak learning rate; multiplies steps with an RMS of about 1 (Muon: 0.2)", more_than=0)
+    schedule: str = key(
+        "constant", "shape of the learning rate after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = key(0, "updates of linear warm-up to the peak learning rate", at_least=0)
+    decay_steps: int = key(0, "updates until the decay of the learning rate ends, warm-up included", at_least=0)
+    end_lr_fraction: float = key(0.0, "fraction of optim.lr that is left after the decay", at_least=0, at_most=1)
+    b1: float = key(
+        0.9, "decay of the first moment; in Lion, the weight of the moment in the step", at_least=0, below=1
+    )
+    b2: float = key(0.999, "decay of the second moment; in Lion, of the only moment", at_least=0, below=1)
+    mu_dtype: str = key("float32", "dtype of the moment that averages gradients", choices=DTYPES)
+    weight_decay: float = key(0.0, "an update subtracts lr * weight_decay times the parameter", at_least=0)
+    grad_clip: float = key(1.0, "largest global norm of a gradient; larger ones are scaled down to it", more_than=0)
+    max_skips: int = key(
+        5, "consecutive updates skipped for non-finite gradients before the run stops", at_least=1, resumable=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSection(Resumable):
+    """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1."""
+
+    data: int = key(-1, "data parallelism: splits rows and replicates parameters", check=AXIS_SIZE)
+    fsdp: int = key(1, "splits rows, and parameters, which are gathered layer by layer", check=AXIS_SIZE)
+    expert: int = key(1, "splits rows, and the experts of a mixture", check=AXIS_SIZE)
+    tensor: int = key(1, "splits attention heads, MLP and vocabulary", check=AXIS_SIZE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection(Resumable):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = key(20, "updates between checkpoints; the last update is always saved", at_least=1)
+    keep: int = key(2, "number of checkpoints to keep, the newest ones", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection(Resumable):
+    """The evaluation on held-out problems."""
+
+    every_steps: int = key(0, "updates between evaluations; 0 for only before the first and after the last", at_least=0)
+    questions: int = key(256, "number of held-out problems", at_least=1)
+    temperature: float = key(1.0, "sampling temperature; 0 decodes greedily", at_least=0)
+    top_k: int = key(0, "samples from the k most likely tokens; 0 for all", at_least=0)
+    top_p: float = key(
+        1.0, "samples from the fewest tokens with at least this total probability", more_than=0, at_most=1
+    )
+    min_p: float = key(
+        0.0, "samples from tokens with at least this fraction of the largest probability", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection(Resumable):
+    """Console lines, sample files and metrics."""
+
+    every_steps: int = key(5, "updates between console lines, and between files in samples/", at_least=1)
+    samples: int = key(16, "number of completions per file in samples/", at_least=0)
+    entropy: bool = key(True, "whether to log policy/entropy, which takes a pass over the logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The config of a training run."""
+
+    job: str = key("grpo", "the job that `grpo_jax.main` runs", choices=("grpo",))
+    seed: int = key(0, "seed of every random draw of the run", at_least=0, below=2**32)
+    total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    rollout: RolloutSection = RolloutSection()
+    train: TrainSection = TrainSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSection:
+    """The synthetic corpus."""
+
+    digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
+    exercises: int = key(3, "number of exercises after each conversation", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSection:
+    """The batch of a pretraining step."""
+
+    rows: int = key(64, "number of pages of the corpus per step", at_least=1)
+    row_tokens: int = key(192, "number of tokens after which a page is truncated", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewModelSection:
+    """The shape of the new model."""
+
+    vocab_size: int = key(512, "rows of the embedding", at_least=300, because="it holds all bytes and some words")
+    hidden_size: int = key(128, "model width", at_least=1)
+    intermediate_size: int = key(384, "hidden width of the MLP", at_least=1)
+    num_layers: int = key(4, "number of layers", at_least=1)
+    num_heads: int = key(4, "number of query heads", at_least=1)
+    num_kv_heads: int = key(2, "number of key/value heads", at_least=1)
+    head_dim: int = key(32, "width of a head", at_least=1)
+    max_positions: int = key(512, "longest sequence in tokens", at_least=1)
+    tie_embeddings: bool = key(True, "whether the head shares the weights of the embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptimSection:
+    """AdamW with a cosine schedule."""
+
+    lr: float = key(2e-3, "peak learning rate", more_than=0)
+    warmup_steps: int = key(50, "steps of linear warm-up to the peak learning rate", at_least=0)
+    weight_decay: float = key(0.01, "AdamW's weight decay", at_least=0)
+    grad_clip: float = key(1.0, "largest global norm of a gradient", more_than=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainLogSection:
+    """Console lines."""
+
+    every_steps: int = key(50, "number of steps between console lines", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """The config of pretraining, which makes the tiny base model (configs/pretrain_tiny.py)."""
+
+    job: str = key("pretrain", "the job that `grpo_jax.main` runs", choices=("pretrain",))
+    seed: int = key(0, "seed of the corpus and of the initial weights", at_least=0)
+    total_steps: int = key(800, "number of optimizer steps", at_least=1)
+    corpus: CorpusSection = CorpusSection()
+    batch: BatchSection = BatchSection()
+    model: NewModelSection = NewModelSection()
+    optim: PretrainOptimSection = PretrainOptimSection()
+    log: PretrainLogSection = PretrainLogSection()
+
+
+def to_config_dict(values: dict) -> "ConfigDict":
+    """Returns nested dicts as a ConfigDict, which config files and flags can change."""
+    from ml_collections import ConfigDict  # here, so that the sections can be used where it is not installed
+
+    return ConfigDict(values)
+
+
+def default() -> "ConfigDict":
+    """Returns the default training config, which trains the tiny base model on a CPU. Config files start from it."""
+    return to_config_dict(dataclasses.asdict(Config()))
+
+
+def pretrain_default() -> "ConfigDict":
+    """Returns the default config of pretraining."""
+    return to_config_dict(dataclasses.asdict(PretrainConfig()))
