@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.config import (
     Config,
     PretrainConfig,
@@ -27,6 +26,7 @@ from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.keys import flatten, key_specs
 from grpo_jax.config.rules import NO_EFFECT
 from grpo_jax.errors import UserError
+from grpo_jax.model.architecture import ModelConfig
 
 REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "grpo_jax"

@@ -46,7 +46,7 @@ def test_a_problem_has_its_own_draws_whatever_the_slots(context):
     questions = [QUESTIONS[0]] * 16
     few = completions(context, questions)
     assert context.rollout_plan.slots == 8 and len(set(few[:8])) > 1 and few[:8] != few[8:]
-    assert completions(context._replace(plan=context.rollout_plan._replace(slots=16)), questions) == few
+    assert completions(context._replace(rollout_plan=context.rollout_plan._replace(slots=16)), questions) == few
 
 
 def test_training_holds_optimizer_and_reference_too(context):

@@ -1,7 +1,6 @@
 """Mixtures of experts: every token gets its experts, on any mesh, and the gradient is that of the plain sum."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import sample
+from grpo_jax.config.schema import LossSection
 from grpo_jax.learn.update import minibatch_gradients
 from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
 from grpo_jax.model.experts import choose_experts, run_experts
@@ -17,7 +17,7 @@ from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_ro
 from grpo_jax.text.stops import build_stop_table
 from tests.tiny import CONFIG, experience, packed, params
 
-LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
+LOSS = LossSection(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
 # One layer without experts and two with, the last of which sees 3 tokens; 5 experts, which no axis divides.
 SOFTMAX = replace(
     CONFIG,

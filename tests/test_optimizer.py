@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache, partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.config import default
+from grpo_jax.config.schema import OptimSection
 from grpo_jax.learn.optimizer import (
     apply_gradients,
     init_train_state,
@@ -42,13 +41,13 @@ BIASED = replace(CONFIG, qkv_bias=True, qk_norm=True, tie_embeddings=True)
 
 def section(**values):
     """The `optim` section of the default config with other values."""
-    return SimpleNamespace(**default().optim.to_dict() | values)
+    return OptimSection(**values)
 
 
 @cache
 def compiled(items):
     """An optimizer and its jitted update, made once for a section's items."""
-    optim = SimpleNamespace(**dict(items))
+    optim = OptimSection(**dict(items))
     optimizer = make_optimizer(optim)
     return optimizer, jax.jit(partial(apply_gradients, optimizer=optimizer, schedule=make_schedule(optim)))
 
@@ -239,9 +238,9 @@ def test_muon_takes_each_matrix_of_a_stack_for_itself():
 
 
 @pytest.mark.parametrize("model_cfg", [CONFIG, MIXTURE, BIASED])
-def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(cfg):
+def test_muon_has_the_matrices_of_the_layers_and_adam_the_rest(model_cfg):
     """Their axes are all but those that layers and experts are stacked in."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(cfg)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg)):
         name, numbers = path_name(path), muon_dimensions(path)
         vector = name.split("/")[-1] in ("scale", "bias", "correction")
         assert (numbers is None) == (vector or not name.startswith("layers")), name
@@ -353,9 +352,9 @@ WIDE = replace(CONFIG, hidden_size=256, intermediate_size=384, head_dim=128)  # 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_cfg", [CONFIG, *(pytest.param(x, marks=pytest.mark.slow) for x in (WIDE, MIXTURE))])
-def test_state_is_split_as_its_parameters(name, cfg):
+def test_state_is_split_as_its_parameters(name, model_cfg):
     """On 1 x 4 x 2 devices no matrix of the state is on each device as a whole if its parameter is not."""
-    mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(cfg), make_optimizer(section(name=name))
+    mesh, shapes, optimizer = make_mesh(1, 4, 2), param_shapes(model_cfg), make_optimizer(section(name=name))
     places, state = train_state_shardings(mesh, shapes, optimizer), train_state_shapes(shapes, optimizer)
     assert jax.tree.structure(places) == jax.tree.structure(state)
     assert places.params == tree_shardings(mesh, shapes)
@@ -396,12 +395,12 @@ def test_split_of_adafactors_rows_and_columns():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, model_cfg", [*((name, CONFIG) for name in NAMES), ("adafactor", WIDE)])
-def test_same_update_on_eight_devices(name, cfg):
+def test_same_update_on_eight_devices(name, model_cfg):
     """Made, kept and updated in its place, in the memory of the state before."""
     optim = section(name=name, lr=0.1, weight_decay=0.1)
     optimizer, draw = make_optimizer(optim), np.random.default_rng(0)
     weights, grads = (
-        jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), jnp.float32), param_shapes(cfg))
+        jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), jnp.float32), param_shapes(model_cfg))
         for _ in range(2)
     )
     (_, want), _ = run(optim, weights, grads)

@@ -2,11 +2,11 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
 from grpo_jax.config import check, default
+from grpo_jax.config.schema import TaskSection
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.tasks.addition import addition_task, is_held_out
@@ -240,6 +240,6 @@ def test_a_question_that_cannot_be_rewarded_is_refused(tmp_path, row):
 
 def test_held_out_problems_are_no_more_than_there_are(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(30)))
-    task = SimpleNamespace(name="jsonl", path=str(tmp_path / "q.jsonl"), eval_path="")
+    task = TaskSection(name="jsonl", path=str(tmp_path / "q.jsonl"))
     assert sorted(problem.question for problem in held_out_problems(task, 256)) == ["19?", "29?", "9?"]
     assert len(held_out_problems(task, 2)) == 2

@@ -1,7 +1,6 @@
 """The learning step: one gradient, however the batch is split, padded, ordered or placed."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 
 import grpo_jax.learn.logprobs
 from grpo_jax import forward, sample
+from grpo_jax.config.schema import Config, LossSection, OptimSection, RolloutSection, TrainSection
 from grpo_jax.learn.grpo import token_weights
 from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
@@ -21,13 +21,9 @@ from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_s
 from grpo_jax.rollout.sampler import pad_prompts
 from tests.tiny import CONFIG, experience, packed, padded, params
 
-LOSS = SimpleNamespace(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
-TRAIN = SimpleNamespace(
-    rollout=SimpleNamespace(temperature=0.9),
-    loss=LOSS,
-    optim=SimpleNamespace(lr=1.0, schedule="constant", warmup_steps=0, decay_steps=0, end_lr_fraction=0.0),
-    update=SimpleNamespace(chunk_tokens=5),
-    log=SimpleNamespace(entropy=True),
+LOSS = LossSection(kl_coef=0.05, clip_low=0.2, clip_high=0.3)
+TRAIN = Config(
+    rollout=RolloutSection(temperature=0.9), loss=LOSS, optim=OptimSection(lr=1.0), train=TrainSection(chunk_tokens=5)
 )
 GRADIENTS = jax.jit(lambda params, batch: minibatch_gradients(CONFIG, params, batch, temperature=0.9, loss=LOSS))
 
@@ -122,7 +118,7 @@ def on_policy(weights):
     return experience().replace(sampler_logps=logps_of(experience(), weights))
 
 
-NO_KL = SimpleNamespace(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
+NO_KL = LossSection(kl_coef=0.0, clip_low=0.2, clip_high=0.2)
 
 
 def test_first_step_gradient_equals_policy_gradient():

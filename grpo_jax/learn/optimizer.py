@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from grpo_jax.config.schema import OptimSection
 from grpo_jax.parallel.mesh import path_name, tree_shardings
 from grpo_jax.types import TrainState
 
@@ -45,7 +46,7 @@ MUON_TABLE = (
 MUON_RMS = 0.2  # root mean square of Muon's steps, about that of AdamW's (arXiv 2502.16982): both have one optim.lr
 
 
-def make_schedule(optim) -> optax.Schedule:
+def make_schedule(optim: OptimSection) -> optax.Schedule:
     """The learning rate by the number of updates done before.
 
     A linear warm-up reaches `optim.lr` at update `optim.warmup_steps`. A schedule that decays goes down from there;
@@ -103,7 +104,7 @@ def adafactor() -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
-def make_optimizer(optim) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
     """The update rule `optim.name` behind a clip of the global gradient norm, from a config's `optim` section."""
     rules = {
         "adamw": lambda: optax.scale_by_adam(optim.b1, optim.b2, mu_dtype=optim.mu_dtype),

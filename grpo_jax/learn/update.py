@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from grpo_jax.config.schema import Config, LossSection
 from grpo_jax.learn.grpo import k3, weighted_loss
 from grpo_jax.learn.logprobs import DEFAULT_CHUNK_TOKENS, packed_logprobs
 from grpo_jax.learn.optimizer import apply_gradients, make_schedule, train_state_shardings
@@ -95,7 +96,14 @@ MAX_REDUCED_METRICS = ("policy/ratio_max", "policy/logp_gap/max")  # metrics of 
 
 
 def loss_and_metrics(
-    model_cfg: ModelConfig, params, part: PackedBatch, *, temperature: float, loss, entropy: bool, chunk_tokens: int
+    model_cfg: ModelConfig,
+    params,
+    part: PackedBatch,
+    *,
+    temperature: float,
+    loss: LossSection,
+    entropy: bool,
+    chunk_tokens: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The GRPO loss of some rows under `params`, and its metrics; both sum over parts (those in LARGEST do not)."""
     logps, entropies = packed_logprobs(model_cfg, params, part, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
@@ -127,7 +135,7 @@ def minibatch_gradients(
     batch: PackedBatch,
     *,
     temperature: float,
-    loss,
+    loss: LossSection,
     entropy: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[dict, dict[str, Float[Array, ""]]]:
@@ -163,7 +171,7 @@ def minibatch_gradients(
 
 
 def make_update(
-    model_cfg: ModelConfig, cfg, mesh: Mesh, params, optimizer: optax.GradientTransformation
+    model_cfg: ModelConfig, cfg: Config, mesh: Mesh, params, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """The jitted update (state, minibatch) -> (state, metrics); the old state is donated.
 

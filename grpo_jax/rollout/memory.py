@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
@@ -82,7 +83,7 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     )
 
 
-def plan_rollout(cfg, model_cfg: ModelConfig, mesh, held_bytes: int, *, strict: bool = True) -> RolloutPlan:
+def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, strict: bool = True) -> RolloutPlan:
     """The slots that a config asks for, or with `rollout.slots` 0 as many as fit and are of use.
 
     Args:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
@@ -39,7 +40,7 @@ class RunContext(NamedTuple):
     rollout_plan: RolloutPlan  # of the rollout's memory
 
 
-def build_context(cfg, *, training: bool = False) -> RunContext:
+def build_context(cfg: Config, *, training: bool = False) -> RunContext:
     """Finds model, tokenizer and mesh of a checked config, and what of a rollout fits in memory.
 
     Args:
@@ -89,7 +90,7 @@ def build_context(cfg, *, training: bool = False) -> RunContext:
     return RunContext(source, model_cfg, tokenizer, stop_ids, table, mesh, plan)
 
 
-def check_prompt_lengths(cfg, tokenizer) -> None:
+def check_prompt_lengths(cfg: Config, tokenizer) -> None:
     """Encodes the questions: all of a file, or some of each stream of a task that is computed. None may be too long.
 
     Raises:
@@ -105,7 +106,7 @@ def check_prompt_lengths(cfg, tokenizer) -> None:
         encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
 
 
-def load_policy(cfg, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
+def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
     """A run's newest policy, or with `base` the model it began with; its step, and the parameters on the mesh."""
     if base:
         return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo_jax.config.schema import Config
 from grpo_jax.parallel.mesh import gather_to_host, num_row_shards
 from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.rollout.draws import TokenFilter
@@ -13,7 +14,9 @@ from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import decode_completions, encode_prompts, format_prompt
 
 
-def evaluate(cfg, context: RunContext, params, problems: Sequence[Problem], key) -> tuple[dict[str, float], list[dict]]:
+def evaluate(
+    cfg: Config, context: RunContext, params, problems: Sequence[Problem], key
+) -> tuple[dict[str, float], list[dict]]:
     """One completion a problem: the metrics `eval/*`, and a record of each completion.
 
     Args:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import make_mesh, tree_shardings
@@ -13,7 +14,7 @@ from grpo_jax.weights.model_io import load, open_model_tensors, save
 from grpo_jax.weights.source import find_model, read_model_config
 
 
-def export_policy(cfg, workdir: Path, out: Path, *, step: int | None = None, base: bool = False) -> int:
+def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = None, base: bool = False) -> int:
     """Writes the policy of a run after update `step` (the newest by default), or the model it began with; its step.
 
     The folder appears when all of it is written.

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from grpo_jax.config.schema import Config
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import start_rollout
 from grpo_jax.rollout.slots import decode_tokens
@@ -11,7 +12,7 @@ from grpo_jax.text.prompt import decode_completion, encode_prompts
 TOKENS_PER_PRINT = 4  # tokens between two prints
 
 
-def stream_completion(cfg, context, params, question: str, temperature: float, key):
+def stream_completion(cfg: Config, context, params, question: str, temperature: float, key):
     """Yields the text of a completion piece by piece.
 
     Args:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_state_shapes, train_state_shardings
@@ -46,7 +47,7 @@ def fold_in_all(key, *counters):
 
 
 def collect_experience(
-    cfg, context: RunContext, problem: Task, params, reference, position: int, key
+    cfg: Config, context: RunContext, problem: Task, params, reference, position: int, key
 ) -> tuple[Experience, dict[str, float], list[dict]]:
     """Rollout `position` of a run: the experience, its metrics and records of its completions.
 
@@ -125,7 +126,7 @@ def collect_experience(
     return experience, {name: float(value) for name, value in metrics.items()}, records
 
 
-def pack_batch(cfg, mesh, experience: Experience) -> PackedBatch:
+def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
     """A batch in packed rows, on the host."""
     shards = num_row_shards(mesh)
     shape = packed_shape(
@@ -139,7 +140,7 @@ def pack_batch(cfg, mesh, experience: Experience) -> PackedBatch:
     return pack_completions(experience, shape, shards)
 
 
-def train(cfg, context: RunContext, workdir: Path) -> None:
+def train(cfg: Config, context: RunContext, workdir: Path) -> None:
     """Trains to `total_steps`, from the newest checkpoint of the workdir if it has one."""
     with jax.set_mesh(context.mesh):
         _train(cfg, context, workdir)
@@ -148,7 +149,7 @@ def train(cfg, context: RunContext, workdir: Path) -> None:
         print(f"\nwrote {workdir}/metrics.jsonl, samples/, checkpoints/ and tensorboard/")
 
 
-def describe_run(cfg, context: RunContext, params) -> str:
+def describe_run(cfg: Config, context: RunContext, params) -> str:
     """What is trained, on what."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = jax.devices()[0]
@@ -159,7 +160,7 @@ def describe_run(cfg, context: RunContext, params) -> str:
     )
 
 
-def start_or_resume(cfg, context: RunContext, manager, workdir: Path, optimizer):
+def start_or_resume(cfg: Config, context: RunContext, manager, workdir: Path, optimizer):
     """(state, reference, meta, experience): of the newest checkpoint, or of a new run."""
     shapes, mesh = param_shapes(context.model_cfg, cfg.model.param_dtype), context.mesh
     resumed = checkpoint.restore_checkpoint(
@@ -181,7 +182,7 @@ def start_or_resume(cfg, context: RunContext, manager, workdir: Path, optimizer)
     return init_train_state(mesh, params, optimizer), reference, meta, None
 
 
-def _train(cfg, context: RunContext, workdir: Path) -> None:
+def _train(cfg: Config, context: RunContext, workdir: Path) -> None:
     optimizer = make_optimizer(cfg.optim)
     manager = checkpoint.open_checkpoint_manager(workdir, cfg.checkpoint.keep)
     state, reference, meta, experience = start_or_resume(cfg, context, manager, workdir, optimizer)

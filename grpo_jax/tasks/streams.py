@@ -1,12 +1,13 @@
 """The training and held-out problem streams that a config names."""
 
+from grpo_jax.config.schema import TaskSection
 from grpo_jax.tasks.addition import addition_task
 from grpo_jax.tasks.problem_file import file_task, problems_of_split
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
 
-def make_task(task, seed: int, split: str) -> Task:
+def make_task(task: TaskSection, seed: int, split: str) -> Task:
     """The stream that a config's `task` section names.
 
     Args:
@@ -18,7 +19,7 @@ def make_task(task, seed: int, split: str) -> Task:
     return file_task(seed, split, task.path, task.eval_path)
 
 
-def held_out_problems(task, count: int) -> list[Problem]:
+def held_out_problems(task: TaskSection, count: int) -> list[Problem]:
     """The first `count` problems of the held-out stream, or all there are; the same for every seed of a run."""
     if task.name == "jsonl":
         count = min(count, len(problems_of_split("eval", task.path, task.eval_path)))

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from grpo_jax.config.schema import PretrainConfig
 from grpo_jax.errors import UserError
 from grpo_jax.learn.logprobs import logprobs_from_hidden
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
@@ -36,7 +37,7 @@ def next_token_loss(
     return -jnp.sum(logps * mask[:, 1:]) / jnp.sum(mask[:, 1:])
 
 
-def corpus_batch(tokenizer, cfg, step: int) -> tuple[np.ndarray, np.ndarray]:
+def corpus_batch(tokenizer, cfg: PretrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
     tokens = np.zeros((cfg.batch.rows, cfg.batch.row_tokens), np.int32)
     mask = np.zeros(tokens.shape, bool)
@@ -49,7 +50,7 @@ def corpus_batch(tokenizer, cfg, step: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def pretrain(cfg, workdir: Path) -> Path:
+def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
     """Trains tokenizer and model from nothing and writes them to `workdir/model`, a Hugging Face folder.
 
     Raises:
