@@ -95,7 +95,7 @@ def compare(flags) -> dict:
                         samples=flags.samples,
                         max_tokens=flags.new_tokens,
                         temperature=1.0,
-                        table=build_stop_table(model_cfg.vocab_size, ()),
+                        stop_table=build_stop_table(model_cfg.vocab_size, ()),
                         slots=slots,
                     )
                 )

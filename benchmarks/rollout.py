@@ -99,7 +99,7 @@ def rollout(model_cfg: ModelConfig, params, parts: list[tuple], flags) -> float:
             samples=flags.samples,
             max_tokens=flags.new_tokens,
             temperature=1.0,
-            table=table,
+            stop_table=table,
             slots=flags.slots,
             limits=limits,
         )

@@ -63,7 +63,7 @@ def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainS
                 samples=flags.samples,
                 max_tokens=flags.new_tokens,
                 temperature=cfg.rollout.temperature,
-                table=build_stop_table(model.vocab_size, (), (), None),
+                stop_table=build_stop_table(model.vocab_size, (), (), None),
                 limits=limits,
             )
         ),

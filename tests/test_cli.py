@@ -89,7 +89,7 @@ def asking(path: Path, *questions: str) -> str:
         (["--config.rollout.slots=-2"], "rollout.slots"),
         (
             ["--config.rollout.slots=4000000", "--config.rollout.prompts=4000", "--config.rollout.samples=1000"],
-            r"rollout.slots of at most [1-9]\d+; found 4000000: .*lower rollout.slots",
+            r"rollout.slots may be at most [1-9]\d+ .*; found 4000000, .*Lower rollout.slots",
         ),
         (['--config.rollout.stop_strings=["' + "a" * 4001 + '"]'], "at most 4000 characters in total"),
         (["train"], "found the unknown argument 'train'"),

@@ -133,7 +133,7 @@ def test_completions_are_the_same_on_every_mesh(model_cfg):
                 pad_prompts(prompts),
                 jax.random.key(3),
                 temperature=1.0,
-                table=build_stop_table(model_cfg.vocab_size, ()),
+                stop_table=build_stop_table(model_cfg.vocab_size, ()),
                 **how,
             )
         np.testing.assert_array_equal(made.tokens, expected.tokens)

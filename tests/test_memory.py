@@ -28,7 +28,7 @@ SHORT = int((prefill_activation_bytes(MODEL, 80) + 2**21) / 0.9)
 
 
 def plan(monkeypatch, *, total=TOTAL, held=0, mesh=None, **rollout):
-    monkeypatch.setattr(memory, "device_bytes", lambda: total)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: total)
     cfg = default()
     for key, value in rollout.items():
         cfg.rollout[key] = value
@@ -46,9 +46,16 @@ def test_bytes_of_a_token_are_those_of_the_cache(dtype, each):
     )  # two heads are not split over four devices
     placed = place_for_rollout(model_cfg, params())
     state, _ = start_rollout(
-        model_cfg, placed, pad_prompts([[1, 2]]), jax.random.key(0), np.full((1, 3), 8), slots=3, columns=40, sampled=8
+        model_cfg,
+        placed,
+        pad_prompts([[1, 2]]),
+        jax.random.key(0),
+        np.full((1, 3), 8),
+        slots=3,
+        columns=40,
+        max_tokens=8,
     )
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv)) == 3 * 40 * kv_bytes_per_token(model_cfg)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.kv_cache)) == 3 * 40 * kv_bytes_per_token(model_cfg)
 
 
 def test_placed_bytes_are_those_of_one_device():
@@ -72,21 +79,23 @@ def test_slots_fill_what_is_left_of_the_memory(monkeypatch):
     weights = sum(leaf.size for leaf in jax.tree.leaves(params())) * 4
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
-    assert made.most == (int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_activation_bytes(MODEL, 80)) // slot
-    assert made.slots == min(128, made.most)
-    assert made.most - plan(monkeypatch, held=100 * slot).most == 100
+    assert (
+        made.max_slots == (int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_activation_bytes(MODEL, 80)) // slot
+    )
+    assert made.slots == min(128, made.max_slots)
+    assert made.max_slots - plan(monkeypatch, held=100 * slot).max_slots == 100
     assert plan(monkeypatch, slots=7).slots == 7 and plan(monkeypatch, slots=1000).slots == 128
 
 
 def test_fewer_slots_than_completions_where_memory_is_short(monkeypatch):
     made = plan(monkeypatch, total=SHORT, max_tokens=400)
-    assert 0 < made.slots == made.most < 128
+    assert 0 < made.slots == made.max_slots < 128
 
 
 def test_slots_are_a_multiple_of_the_shards(monkeypatch):
     mesh = make_mesh(2, 4, 1)
     assert plan(monkeypatch, mesh=mesh, slots=9).slots == 16
-    assert plan(monkeypatch, mesh=mesh).most % 8 == 0
+    assert plan(monkeypatch, mesh=mesh).max_slots % 8 == 0
 
 
 @pytest.mark.parametrize("width, count", [(128, 4), (512, 3)])
@@ -106,11 +115,13 @@ def test_prefill_takes_no_more_than_is_planned(width, count):
 
 
 def test_what_cannot_fit_is_refused_with_the_largest_that_can(monkeypatch):
-    most = plan(monkeypatch, total=SHORT).most
+    most = plan(monkeypatch, total=SHORT).max_slots
     assert plan(monkeypatch, total=SHORT, slots=most).slots == most
-    with pytest.raises(UserError, match=rf"rollout.slots of at most {most}; found {most + 1}: .*lower rollout.slots"):
+    with pytest.raises(
+        UserError, match=rf"rollout.slots may be at most {most} .*found {most + 1}, .*Lower rollout.slots"
+    ):
         plan(monkeypatch, total=SHORT, slots=most + 1)
-    with pytest.raises(UserError, match="at most 0; .*lower rollout.max_tokens, or spread the model"):
+    with pytest.raises(UserError, match="at most 0 .*Lower rollout.max_tokens or shard the model"):
         plan(monkeypatch, total=SHORT, held=2**22)
 
 
@@ -125,7 +136,7 @@ def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
     slot = token * (80 + 56 + 80) + 12 * 48
     assert made.slot_bytes == slot
     assert (
-        made.most
+        made.max_slots
         == (int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_activation_bytes(MODEL, 80, 2)) // slot * 4
     )
 
@@ -134,7 +145,7 @@ def test_memory_of_a_device(monkeypatch, tmp_path):
     """CPU devices share the machine's memory, or what the container has of it."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**28 < memory.device_memory_bytes() <= machine // 8
-    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", tmp_path / "memory.max")
     assert memory.device_memory_bytes() == machine // 8
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.device_memory_bytes() == machine // 8

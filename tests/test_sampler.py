@@ -131,7 +131,7 @@ def pieces(stop_ids, counts, limit=9, samples=4):
     """The prompts' rollout decoded a number of tokens at a time."""
     weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), build_stop_table(48, stop_ids)
     state, work = start_rollout(
-        CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41, sampled=limit
+        CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41, max_tokens=limit
     )
     for count in counts:
         state = decode_tokens(
@@ -154,8 +154,8 @@ def test_decoding_in_pieces_equals_decoding_at_once():
     state, whole = pieces((7,), (50,))
     jax.tree.map(np.testing.assert_array_equal, apart, whole)
     early, two = pieces((), (2,))
-    assert two.lengths.max() == 2 and (early.index == 2).all()  # and not a token more
-    assert int(state.longest) == 0 and int(state.taken[0]) == 12
+    assert two.lengths.max() == 2 and (early.num_sampled == 2).all()  # and not a token more
+    assert int(state.longest) == 0 and int(state.num_started[0]) == 12
 
 
 def test_the_loop_stops_when_all_rows_are_done():
@@ -199,7 +199,7 @@ def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
     limits = np.asarray([[1, 9, 4, 200], [7, 1, 150, 3], [5, 8, 2, 6]])
     model_cfg = dataclasses.replace(CONFIG, max_positions=512)
-    how = dict(samples=4, max_tokens=200, temperature=1.0, table=build_stop_table(48, ()), limits=limits)
+    how = dict(samples=4, max_tokens=200, temperature=1.0, stop_table=build_stop_table(48, ()), limits=limits)
     assert cache_sizes(32, 232) == [128, 192, 232]
     made = []
 
@@ -207,12 +207,12 @@ def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
         made.append(columns)
         return resize_cache(kv, columns)
 
-    monkeypatch.setattr("grpo_jax.rollout.sampler.resize", spied)
+    monkeypatch.setattr("grpo_jax.rollout.sampler.resize_cache", spied)
     grown = generate_rollout(model_cfg, weights, prompts, jax.random.key(0), **how, slots=1)
     # One slot, two layers: up for the sequence of 200, down after it, up for that of 150, down again.
     assert made[::2] == made[1::2] == [192, 232, 192, 128, 192, 128]
     state, work = start_rollout(
-        model_cfg, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, sampled=200
+        model_cfg, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, max_tokens=200
     )
     state = decode_tokens(
         model_cfg,
@@ -234,7 +234,7 @@ def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
 def test_the_loop_is_left_to_grow_and_to_shrink():
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[1, 2, 3]])
     limits = np.asarray([[60, 2, 2]])
-    state, work = start_rollout(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, sampled=60)
+    state, work = start_rollout(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, max_tokens=60)
     go = lambda state, floor: decode_tokens(
         CONFIG,
         weights,
@@ -248,13 +248,13 @@ def test_the_loop_is_left_to_grow_and_to_shrink():
         filter=TokenFilter(),
     )
     full = go(state, 0)
-    assert state.kv[0].k.is_deleted() and state.tokens.is_deleted()  # what is replaced is given up
-    assert int(full.longest) == 41 and int(full.index[0]) == 38  # the token drawn last has no column any more
-    larger = full.replace(kv=tuple(resize_cache(kv, 64) for kv in full.kv))
-    assert larger.kv[0].k.shape[-1] == larger.kv[0].v.shape[-2] == 64
+    assert state.kv_cache[0].k.is_deleted() and state.tokens.is_deleted()  # what is replaced is given up
+    assert int(full.longest) == 41 and int(full.num_sampled[0]) == 38  # the token drawn last has no column any more
+    larger = full.replace(kv_cache=tuple(resize_cache(kv, 64) for kv in full.kv_cache))
+    assert larger.kv_cache[0].k.shape[-1] == larger.kv_cache[0].v.shape[-2] == 64
     left = go(larger, 20)
     assert int(left.longest) == 3 and int(left.lengths[0]) == 60  # the long one has ended; the next is at its prompt
-    smaller = left.replace(kv=tuple(resize_cache(kv, 32) for kv in left.kv))
+    smaller = left.replace(kv_cache=tuple(resize_cache(kv, 32) for kv in left.kv_cache))
     assert int(go(smaller, 0).longest) == 0
 
 
@@ -331,9 +331,9 @@ def test_stops_that_span_tokens(slots):
     table[1, 15:30] = -1
     weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
     how = dict(samples=16, max_tokens=4, temperature=1.0)
-    free = generate_rollout(CONFIG, weights, prompts, jax.random.key(0), table=build_stop_table(48, ()), **how)
+    free = generate_rollout(CONFIG, weights, prompts, jax.random.key(0), stop_table=build_stop_table(48, ()), **how)
     made = generate_rollout(
-        CONFIG, weights, prompts, jax.random.key(0), table=table.astype(np.int16), slots=slots, **how
+        CONFIG, weights, prompts, jax.random.key(0), stop_table=table.astype(np.int16), slots=slots, **how
     )
     for b, g in np.ndindex(3, 16):
         drawn = free.tokens[b, g].tolist()
@@ -374,7 +374,7 @@ def test_shards_exchange_one_number_a_token(shape, model_cfg):
             np.full((3, 8), 8),
             slots=16,
             columns=40,
-            sampled=8,
+            max_tokens=8,
         )
         leaves, tree = jax.tree.flatten((state, work))
         run = lambda *leaves: jax.tree.leaves(

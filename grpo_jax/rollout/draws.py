@@ -1,4 +1,4 @@
-"""Drawing tokens: exactly from softmax(logits), from what filters leave of it, or the likeliest."""
+"""Token sampling: exact draws from softmax(logits), top-k/top-p/min-p filtering, and greedy decoding."""
 
 import math
 from typing import NamedTuple
@@ -9,79 +9,93 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class TokenFilter(NamedTuple):
-    """Which tokens may be drawn: those that every one of the three keeps. The likeliest always stays.
+    """Restricts sampling to the tokens that satisfy all three criteria. The most likely token is always kept.
 
-    For evaluation. A policy sampled through a filter is not the policy that is scored, and its ratio is biased.
+    Intended for evaluation. A policy sampled through a filter is not the policy that the trainer scores, so the
+    probability ratio would be biased.
     """
 
-    top_k: int = 0  # the k likeliest; 0 keeps all
-    top_p: float = 1.0  # the fewest that have probability top_p together (arXiv 1904.09751)
-    min_p: float = 0.0  # those with min_p times the largest probability (arXiv 2407.01082)
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p (arXiv 1904.09751)
+    min_p: float = 0.0  # keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082)
 
 
-def vocab_block_width(vocab: int) -> int:
-    """How many tokens a draw chooses among in its second stage: about the root of the vocabulary, a power of two."""
-    return 2 ** round(math.log2(vocab) / 2)
+NO_FILTER = TokenFilter()
+
+
+def vocab_block_width(vocab_size: int) -> int:
+    """Returns the number of tokens in a vocabulary block: the power of two nearest to sqrt(V), on a log scale."""
+    return 2 ** round(math.log2(vocab_size) / 2)
 
 
 def gumbel_stages(
     keys: Key[Array, " N"], logits: Float[Array, "N V"]
 ) -> tuple[Float[Array, "N blocks width"], Float[Array, "N blocks"], Float[Array, "N blocks"], Float[Array, "N width"]]:
-    """What a draw is made of: the logits in blocks, the blocks' logsumexps, and the noise of either stage."""
-    rows, vocab = logits.shape
-    width = vocab_block_width(vocab)
-    blocks = -(-vocab // width)
-    padded = jnp.pad(logits, ((0, 0), (0, blocks * width - vocab)), constant_values=-jnp.inf)
-    padded = padded.reshape(rows, blocks, width)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks + width,)))(keys)
-    return padded, jax.nn.logsumexp(padded, axis=-1), noise[:, :blocks], noise[:, blocks:]
+    """Prepares a two-stage draw.
+
+    Returns:
+        The logits split into blocks (padded with -inf), the logsumexp of each block, the Gumbel noise that selects the
+        block, and the Gumbel noise that selects the token within it.
+    """
+    rows, vocab_size = logits.shape
+    width = vocab_block_width(vocab_size)
+    num_blocks = -(-vocab_size // width)
+    padded = jnp.pad(logits, ((0, 0), (0, num_blocks * width - vocab_size)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, num_blocks, width)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (num_blocks + width,)))(keys)
+    return blocks, jax.nn.logsumexp(blocks, axis=-1), noise[:, :num_blocks], noise[:, num_blocks:]
 
 
 def draw_tokens(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """One token a row from softmax(logits), and its log-probability.
+    """Samples one token per row from softmax(logits) and returns it with its log-probability.
 
-    Hierarchical: a block of tokens by the Gumbel-max trick over the blocks' logsumexps, then a token in the block.
-    Exact, and with about 2 sqrt(V) random numbers instead of V.
+    The draw has two stages: the Gumbel-max trick over the blocks' logsumexps selects a block, then the trick over the
+    logits of that block selects a token. The result is exact and takes about 2 sqrt(V) random numbers instead of V.
     """
-    padded, masses, noise, noise_inside = gumbel_stages(keys, logits)
-    block = jnp.argmax(masses + noise, axis=-1)
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    token = jnp.argmax(inside + noise_inside, axis=-1)
-    chosen = jnp.take_along_axis(inside, token[:, None], axis=-1)[:, 0]
-    return block * padded.shape[-1] + token, chosen - jax.nn.logsumexp(masses, axis=-1)
+    blocks, block_logits, block_noise, token_noise = gumbel_stages(keys, logits)
+    block = jnp.argmax(block_logits + block_noise, axis=-1)
+    token_logits = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token = jnp.argmax(token_logits + token_noise, axis=-1)
+    chosen_logit = jnp.take_along_axis(token_logits, token[:, None], axis=-1)[:, 0]
+    return block * blocks.shape[-1] + token, chosen_logit - jax.nn.logsumexp(block_logits, axis=-1)
 
 
 def runner_up_margin(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> Float[Array, " N"]:
-    """How near a draw was to another: between the two largest perturbed scores, of the nearer stage.
+    """Returns how close each draw came to another outcome.
 
-    Rounding that moves logits by less cannot change the token.
+    This is the gap between the two largest perturbed scores, in the stage where it is smaller. Rounding errors in the
+    logits below half the gap cannot change the token.
     """
-    padded, masses, noise, noise_inside = gumbel_stages(keys, logits)
-    scores = masses + noise
-    inside = jnp.take_along_axis(padded, jnp.argmax(scores, axis=-1)[:, None, None], axis=1)[:, 0] + noise_inside
-    between = lambda x: -jnp.diff(jax.lax.top_k(x, 2)[0], axis=-1)[:, 0] if x.shape[-1] > 1 else jnp.inf
-    return jnp.minimum(between(scores), between(inside))
+    blocks, block_logits, block_noise, token_noise = gumbel_stages(keys, logits)
+    block_scores = block_logits + block_noise
+    block = jnp.argmax(block_scores, axis=-1)
+    token_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] + token_noise
+
+    def top_two_gap(scores):
+        return -jnp.diff(jax.lax.top_k(scores, 2)[0], axis=-1)[:, 0] if scores.shape[-1] > 1 else jnp.inf
+
+    return jnp.minimum(top_two_gap(block_scores), top_two_gap(token_scores))
 
 
 def keep_mask(logits: Float[Array, "N V"], filter: TokenFilter) -> Bool[Array, "N V"]:
-    """The tokens that a filter keeps; those as likely as the last one kept are kept too."""
+    """Returns True for the tokens that the filter keeps, including ties with the least likely of them."""
     probs = jax.nn.softmax(logits, axis=-1)
-    least = filter.min_p * probs.max(axis=-1)
+    threshold = filter.min_p * probs.max(axis=-1)
     if filter.top_k or filter.top_p < 1:
         ordered = jnp.sort(probs, axis=-1, descending=True)
-        before = jnp.cumsum(ordered, axis=-1) - ordered  # the probability of the likelier ones
-        enough = before >= filter.top_p
+        mass_before = jnp.cumsum(ordered, axis=-1) - ordered  # the total probability of the more likely tokens
+        dropped = mass_before >= filter.top_p
         if filter.top_k:
-            enough = enough | (jnp.arange(ordered.shape[-1]) >= filter.top_k)
-        least = jnp.maximum(least, jnp.min(jnp.where(enough, jnp.inf, ordered), axis=-1))
-    return probs >= least[:, None]
+            dropped = dropped | (jnp.arange(ordered.shape[-1]) >= filter.top_k)
+        threshold = jnp.maximum(threshold, jnp.min(jnp.where(dropped, jnp.inf, ordered), axis=-1))
+    return probs >= threshold[:, None]
 
 
 def choose_tokens(
     keys: Key[Array, " N"], logits: Float[Array, "N V"], greedy: bool, filter: TokenFilter
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """The next token of each row, and its log-probability in softmax(logits), whatever the filter."""
-    if not greedy and filter == TokenFilter():
+    """Returns the next token of each row and its log-probability under the unfiltered softmax(logits)."""
+    if not greedy and filter == NO_FILTER:
         return draw_tokens(keys, logits)
     if greedy:
         token = jnp.argmax(logits, axis=-1)

@@ -1,7 +1,8 @@
-"""Sampling: a rollout's sequences are split over the shards of rows and drawn through slots (slots.py).
+"""Samples completions with continuous batching: each row shard decodes its share of the sequences in a few slots.
 
-Attention costs as many columns as the cache has. It starts small and the compiled loop is left when the longest sequence
-has filled it, or when that has ended and a smaller cache would do; there is one compiled program a size (`sizes`).
+The cost of attention grows with the number of columns in the KV cache. The cache therefore starts small. The compiled
+loop (`slots.decode_tokens`) returns when the longest sequence has filled the cache, or when a smaller cache suffices
+again, and is called again with a resized cache. Each size in `cache_sizes` compiles once.
 """
 
 import re
@@ -17,61 +18,70 @@ from jaxtyping import Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes, unstack_layers
 from grpo_jax.parallel.mesh import num_row_shards, path_name, tree_shardings
-from grpo_jax.rollout.draws import TokenFilter
+from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens, init_decode, resize_cache
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import Rollout
 from grpo_jax.weights.tokenizer import load_tokenizer
 
+UNLIMITED_STEPS = np.int32(2**31 - 1)
 
-def to_rollout(slots: DecodeState, prompts: Prompts, samples: int) -> Rollout:
-    """What was drawn, as B groups of G."""
+
+def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
+    """Returns the completions of a decode state as a `Rollout` of B groups of G."""
     count = len(prompts.ids)
-    group = lambda x: x[: count * samples].reshape(count, samples, *x.shape[1:])
+
+    def group(x):
+        return x[: count * samples].reshape(count, samples, *x.shape[1:])
+
     return Rollout(
-        tokens=group(slots.tokens),
-        logps=group(slots.logps),
-        lengths=group(slots.lengths),
-        truncated=group(slots.stopped) == 0,
+        tokens=group(state.tokens),
+        logps=group(state.logps),
+        lengths=group(state.lengths),
+        truncated=group(state.stopped) == 0,
         prompt_ids=jnp.asarray(prompts.ids),
     )
 
 
-def cache_sizes(width: int, most: int) -> list[int]:
-    """The numbers of columns that a cache may have: 128, 192, 256, 384, 512, ..., and `most` in the end.
+def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
+    """Returns the column counts that a KV cache may have: 128, 192, 256, 384, 512, ... and finally `max_columns`.
 
     Args:
-      width: T, the columns of a prompt, which every size exceeds.
-      most: what the longest sequence can need.
+        prompt_columns: Columns of a padded prompt, T. Every size is larger.
+        max_columns: Columns that the longest possible sequence needs.
     """
-    steps = sorted({step << shift for step in (128, 192) for shift in range(most.bit_length())})
-    return [step for step in steps if step > width and step * 1.2 < most] + [most]
+    sizes = sorted({size << shift for size in (128, 192) for shift in range(max_columns.bit_length())})
+    return [size for size in sizes if size > prompt_columns and size * 1.2 < max_columns] + [max_columns]
 
 
 def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
-    """The sequences split over shards: (prompts of the shards, and by sequence prompt, limit and ids), numpy.
+    """Divides the sequences of a rollout among row shards, in order.
 
-    Sequence n is sample n % G of prompt n // G; shard w draws the w-th part of them. Each shard has the prompts of its own
-    sequences, so a group that is cut has its prompt in several.
+    Sequence n is sample n % G of prompt n // G. Each shard has its own copy of the prompts that its sequences need, so
+    the prompt of a group that spans two shards is in both.
+
+    Returns:
+        NumPy arrays, shard after shard: the prompts; and per sequence the index of its prompt within the shard, its
+        limit (0 for padding) and its ids (prompt id, sample id).
 
     Raises:
-      ValueError: a sequence of no tokens.
+        ValueError: A limit is less than 1.
     """
     if limits.min() < 1:
-        raise ValueError(f"expected limits of 1 or more; found {limits.min()}")
+        raise ValueError(f"Every completion must be allowed at least 1 token; found a limit of {limits.min()}.")
     count, samples = limits.shape
-    each = -(-count * samples // shards)
-    number = np.arange(shards * each)
-    real = number < count * samples
-    prompt = np.minimum(number // samples, count - 1)
-    first = prompt.reshape(shards, each)[:, :1]
-    local = prompt.reshape(shards, each) - first
-    taken = np.minimum(first + np.arange(local.max() + 1), count - 1).reshape(-1)
-    of_shards = jax.tree.map(lambda x: np.asarray(x)[taken], prompts)
-    limit = np.where(real, limits.reshape(-1)[np.minimum(number, count * samples - 1)], 0)
-    ids = np.stack([np.asarray(prompts.ids)[prompt], number % samples], axis=1)
-    return of_shards, local.reshape(-1).astype(np.int32), limit.astype(np.int32), ids.astype(np.int32)
+    total = count * samples
+    per_shard = -(-total // shards)
+    sequence = np.arange(shards * per_shard)
+    prompt = np.minimum(sequence // samples, count - 1)
+    first = prompt.reshape(shards, per_shard)[:, :1]
+    prompt_index = prompt.reshape(shards, per_shard) - first
+    shard_prompts = np.minimum(first + np.arange(prompt_index.max() + 1), count - 1).reshape(-1)
+    shard_limits = np.where(sequence < total, limits.reshape(-1)[np.minimum(sequence, total - 1)], 0)
+    ids = np.stack([np.asarray(prompts.ids)[prompt], sequence % samples], axis=1)
+    prompts = jax.tree.map(lambda x: np.asarray(x)[shard_prompts], prompts)
+    return prompts, prompt_index.reshape(-1).astype(np.int32), shard_limits.astype(np.int32), ids.astype(np.int32)
 
 
 def start_rollout(
@@ -83,16 +93,19 @@ def start_rollout(
     *,
     slots: int,
     columns: int,
-    sampled: int,
+    max_tokens: int,
 ) -> tuple[DecodeState, RolloutQueue]:
-    """`start` for whole prompts (numpy) and the number of tokens, at most S, that each completion may have."""
+    """Divides the sequences among the row shards of the current mesh, prefills and fills the slots.
+
+    The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
+    maximum number of tokens of each completion, and 0 `slots` means one per sequence.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else num_row_shards(mesh)
-    of_shards, prompt, limit, ids = split_over_shards(prompts, limits, shards)
-    slots = min(-(-slots // shards) * shards or len(limit), len(limit))
-    return init_decode(
-        model_cfg, params, of_shards, prompt, limit, ids, key, slots=slots, columns=columns, sampled=sampled
-    )
+    prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
+    slots = min(-(-slots // shards) * shards or len(limits), len(limits))
+    sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
+    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, **sizes)
 
 
 def generate_rollout(
@@ -104,86 +117,117 @@ def generate_rollout(
     samples: int,
     max_tokens: int,
     temperature: float,
-    table: Int[np.ndarray, "A V"],
+    stop_table: Int[np.ndarray, "A V"],
     slots: int = 0,
     limits: Int[np.ndarray, "B G"] | None = None,
-    filter: TokenFilter = TokenFilter(),
+    filter: TokenFilter = NO_FILTER,
 ) -> Rollout:
-    """`sample` for prompts that are encoded (numpy) and parameters that are placed (`place_for_rollout`).
+    """Samples completions like `sample`, for prompts that are already encoded and padded.
 
     Args:
-      table: of stops.stop_table.
-      slots: sequences drawn at a time, of all shards of rows together; 0: all of them.
+        model_cfg: The model.
+        params: Parameters placed for the rollout (`place_for_rollout`).
+        prompts: B encoded prompts (NumPy).
+        key: Random key of the rollout.
+        samples: Number of completions per prompt, G.
+        max_tokens: Maximum number of tokens per completion, S.
+        temperature: Sampling temperature; 0 decodes greedily.
+        stop_table: From `grpo_jax.text.stops.build_stop_table`.
+        slots: Number of sequences to decode at once, over all row shards; 0 decodes all of them at once.
+        limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
+        filter: Restricts sampling; for evaluation.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
-    ladder, level = cache_sizes(width, width + max_tokens), 0
-    state, work = start_rollout(
-        model_cfg, params, prompts, key, limits, slots=slots, columns=ladder[0], sampled=max_tokens
+    sizes, level = cache_sizes(width, width + max_tokens), 0
+    state, queue = start_rollout(
+        model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens
     )
-    scale, forever = np.float32(temperature or 1.0), np.int32(2**31 - 1)
     while True:
-        # Not right below the smaller size: a resize costs about two steps, and the longest soon grows again.
-        smaller = ladder[level - 1] if level else 0
-        floor = max(0, smaller - (ladder[level] - smaller) // 4)
+        # Shrink only when the longest sequence is well below the smaller size: a resize costs about as much as two
+        # decode steps, and the longest sequence soon grows again.
+        smaller = sizes[level - 1] if level else 0
+        shrink_at = max(0, smaller - (sizes[level] - smaller) // 4)
         state = decode_tokens(
             model_cfg,
             params,
             state,
-            work,
-            table,
-            scale,
-            np.int32(floor),
-            forever,
+            queue,
+            stop_table,
+            np.float32(temperature or 1.0),
+            np.int32(shrink_at),
+            UNLIMITED_STEPS,
             greedy=temperature == 0,
             filter=filter,
         )
         longest = int(state.longest)
         if not longest:
             return to_rollout(state, prompts, samples)
-        level += 1 if longest > ladder[level] else -1
-        layers, state = list(state.kv), state.replace(kv=())
-        for i in range(len(layers)):  # one by one, so that the old and the new cache never exist whole together
-            layers[i] = resize_cache(layers[i], ladder[level])
-        state = state.replace(kv=tuple(layers))
+        level += 1 if longest > sizes[level] else -1
+        # Layer by layer, so that the old and the new cache never exist in full at the same time.
+        layers, state = list(state.kv_cache), state.replace(kv_cache=())
+        for i in range(len(layers)):
+            layers[i] = resize_cache(layers[i], sizes[level])
+        state = state.replace(kv_cache=tuple(layers))
 
 
 @lru_cache
 def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
-    """The compiled copy of `place_for_rollout`, one a model and mesh."""
+    """Returns the compiled function behind `place_for_rollout`, cached per model and mesh."""
 
     def place(params):
-        def cast(path, leaf):  # not what is computed in float32: norms and routers
+        def cast(path, leaf):  # norms and routers compute in float32 and keep their dtype
             return leaf if re.search("scale$|router/", path_name(path)) else leaf.astype(model_cfg.compute_dtype)
 
         return jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
 
     if mesh is None:
         return jax.jit(place)
-    places = tree_shardings(mesh, jax.eval_shape(place, param_shapes(model_cfg)), layout="rollout")
-    return jax.jit(place, out_shardings=places)
+    shapes = jax.eval_shape(place, param_shapes(model_cfg))
+    return jax.jit(place, out_shardings=tree_shardings(mesh, shapes, layout="rollout"))
 
 
 def place_for_rollout(model_cfg: ModelConfig, params, mesh: Mesh | None = None):
-    """A copy of stacked parameters as decoding wants it: layers apart, compute dtype, no fsdp axis to gather over.
+    """Copies stacked parameters into the form that decoding needs.
 
-    Made once a rollout; free it afterwards.
+    The copy has separate layers, the compute dtype, and no dimension sharded over fsdp, so that no weight is gathered
+    while decoding. Make one copy per rollout and free it afterwards.
     """
     return rollout_placement(model_cfg, mesh)(params)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | None = None) -> Prompts:
-    """Lists of token ids as Prompts, T rounded up to a multiple of 32 so that few shapes are compiled."""
+    """Pads lists of token ids to `Prompts`. T is rounded up to a multiple of 32, so that few shapes are compiled."""
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.all():
-        raise ValueError(f"expected prompts of one token or more; found lengths {lengths.tolist()}")
+        raise ValueError(f"Pass at least one prompt, each of at least one token; found lengths {lengths.tolist()}.")
     ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
     if ids.shape != lengths.shape or ids.min() < 0 or ids.max() >= 2**31 or len(set(ids.tolist())) < len(ids):
-        raise ValueError(f"expected {len(lengths)} different prompt ids from 0 to 2**31 - 1; found {ids.tolist()}")
+        raise ValueError(
+            f"prompt_ids must be {len(lengths)} different integers from 0 to 2**31 - 1; found {ids.tolist()}."
+        )
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // 32) * 32), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return Prompts(tokens=tokens, lengths=lengths, ids=ids.astype(np.int32))
+
+
+def check_request(
+    model_cfg: ModelConfig, prompts: Prompts, limits: Int[np.ndarray, "B G"], filter: TokenFilter
+) -> None:
+    """Raises a ValueError if the model cannot take the prompts, or if the filter's parameters are out of range."""
+    tokens, longest = prompts.tokens, int((prompts.lengths[:, None] + limits).max())
+    if tokens.min() < 0 or tokens.max() >= model_cfg.vocab_size:
+        raise ValueError(
+            f"The token ids of a prompt must be in [0, {model_cfg.vocab_size}); found {tokens.min()} to {tokens.max()}."
+        )
+    if longest > model_cfg.max_positions:
+        raise ValueError(
+            f"A prompt and its completion may have at most {model_cfg.max_positions} positions together; found "
+            f"{longest}. Shorten the prompts or lower max_tokens."
+        )
+    if filter.top_k < 0 or not 0 < filter.top_p <= 1 or not 0 <= filter.min_p <= 1:
+        raise ValueError(f"top_k must be 0 or more, top_p in (0, 1] and min_p in [0, 1]; found {tuple(filter)}.")
 
 
 def sample(
@@ -204,57 +248,49 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Rollout:
-    """Draws `samples` completions of at most `max_tokens` tokens for each prompt.
+    """Samples `samples` completions of at most `max_tokens` tokens for each prompt.
+
+    A completion depends only on the parameters, its prompt and the key, which is folded with its prompt id, its sample
+    id and the index of each token. It does not depend on the other prompts or on `slots`.
 
     Args:
-      prompts: a list of B lists of token ids.
-      key: of this rollout; with the prompt's id, the sample's and the token's index it decides a draw.
-      max_tokens: of every completion, or an array with that of each.
-      temperature: 0 is greedy; log-probabilities are then those at temperature 1.
-      stop_ids: a row ends with the first of them, which is part of it. None given, no stop.
-      stop_strings: a row ends with the token that completes one of them, however they are cut into tokens.
-      tokenizer: for stop_strings; by default that of the folder which the model came from.
-      prompt_ids: B integers that name the prompts in the keys, 0 to B - 1 by default.
-      slots: sequences drawn at a time; 0: all. It changes speed and memory, not what is drawn.
-      top_k, top_p, min_p: as in draws.Filter. The log-probabilities are those of the whole distribution.
+        model_cfg: The model, as returned by `load`.
+        params: Its parameters, as returned by `load` or by `place_for_rollout`.
+        prompts: B lists of token ids.
+        key: Random key of the rollout.
+        samples: Number of completions per prompt, G.
+        max_tokens: Maximum number of tokens: an integer, or an array [B, G] with one number per completion.
+        temperature: Sampling temperature. 0 decodes greedily and returns log-probabilities at temperature 1.
+        stop_ids: A completion ends with the first of these tokens, which it includes. By default none.
+        stop_strings: A completion ends with the token that completes one of these strings, however the strings are
+            split into tokens.
+        tokenizer: Tokenizer for `stop_strings`. Defaults to that of the folder the model was loaded from.
+        prompt_ids: B distinct integers to fold into the key. Defaults to 0, ..., B - 1.
+        slots: Number of sequences to decode at once; 0 decodes all of them at once. Affects speed and memory only.
+        top_k: Sample from the `top_k` most likely tokens; 0 keeps all.
+        top_p: Sample from the smallest set of tokens whose probability reaches `top_p`.
+        min_p: Sample from the tokens that are at least `min_p` times as likely as the most likely one.
+
+    Returns:
+        A `Rollout`. Its log-probabilities are those of the unfiltered distribution at the sampling temperature.
+
     Raises:
-      ValueError: an empty prompt, an id that is no row of the embedding, a value out of its range, nothing to draw, or a
-        prompt that with its completion exceeds the model's positions.
+        ValueError: A prompt is empty or contains an id outside the vocabulary, a prompt and its completion would exceed
+            the model's positions, or another argument is out of range.
     """
     padded = pad_prompts(prompts, prompt_ids)
     limits = np.broadcast_to(np.asarray(max_tokens), (len(prompts), max(samples, 0)))
-    most = int(limits.max(initial=0))
-    longest = int((padded.lengths[:, None] + limits).max(initial=0))
-    for fine, expected, found in (
-        (
-            limits.size and limits.min() > 0 and limits.dtype.kind in "iu",
-            "samples and max_tokens of 1 or more",
-            (samples, max_tokens),
-        ),
-        (temperature >= 0, "a temperature of 0 or more", temperature),
-        (
-            0 <= padded.tokens.min() and padded.tokens.max() < model_cfg.vocab_size,
-            f"token ids from 0 to {model_cfg.vocab_size - 1}",
-            (padded.tokens.min(), padded.tokens.max()),
-        ),
-        (
-            longest <= model_cfg.max_positions,
-            f"prompt + max_tokens of at most {model_cfg.max_positions} positions",
-            longest,
-        ),
-        (slots >= 0, "slots of 0 or more", slots),
-        (not isinstance(stop_strings, str), "a list of stop_strings", repr(stop_strings)),
-        (
-            top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1,
-            "top_k of 0 or more, top_p in (0, 1] and min_p in [0, 1]",
-            (top_k, top_p, min_p),
-        ),
-    ):
-        if not fine:
-            raise ValueError(f"expected {expected}; found {found}")
+    if not limits.size or limits.min() < 1 or limits.dtype.kind not in "iu":
+        raise ValueError(f"samples and max_tokens must be integers of at least 1; found {samples} and {max_tokens}.")
+    if not temperature >= 0 or slots < 0:
+        raise ValueError(f"temperature and slots must be 0 or more; found {temperature} and {slots}.")
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings must be a list of strings; found the string {stop_strings!r}.")
+    filter = TokenFilter(top_k, top_p, min_p)
+    check_request(model_cfg, padded, limits, filter)
     if stop_strings and tokenizer is None:
         tokenizer = load_tokenizer(model_cfg.source)
-    table = build_stop_table(model_cfg.vocab_size, [int(i) for i in stop_ids], stop_strings, tokenizer)
+    stop_table = build_stop_table(model_cfg.vocab_size, [int(i) for i in stop_ids], stop_strings, tokenizer)
     if len(params["layers"]) < model_cfg.num_layers:
         params = place_for_rollout(model_cfg, params)
     return generate_rollout(
@@ -263,10 +299,10 @@ def sample(
         padded,
         key,
         samples=samples,
-        max_tokens=most,
+        max_tokens=int(limits.max()),
         temperature=temperature,
-        table=table,
+        stop_table=stop_table,
         slots=slots,
         limits=limits,
-        filter=TokenFilter(top_k, top_p, min_p),
+        filter=filter,
     )

@@ -1,17 +1,18 @@
-"""The compiled part of sampling: sequences run through a fixed number of slots.
+"""The compiled part of a rollout: continuous batching over a fixed number of decode slots.
 
-    start   prefills each distinct prompt once; the slots take the first sequences
-    decode  draws a token for every slot, again and again; a slot whose sequence ends takes the next one of the queue
+    init_decode    prefills each distinct prompt once and assigns the first sequences to the slots
+    decode_tokens  samples one token per slot and step; a slot whose sequence ends takes the next one from the queue
 
-Taking a sequence copies its prompt's keys and values into the slot and steps back by one token: the prompt's last token
-is decoded again, which gives the first token of the completion like any other. Column c of a slot's cache holds the token
-at position c, so prompts of different lengths need no padding.
+Assigning a sequence to a slot copies the keys and values of its prompt into the slot's cache and steps back by one
+token: the prompt's last token is decoded again, which yields the completion's first token like any other. Column c of a
+slot's cache holds the token at position c, so prompts of different lengths need no padding.
 
-On a mesh each shard of rows has its own prompts, queue and slots. Its rows never leave it: all that shards exchange for a
-token is how long the longest sequence is, which says when to stop.
+On a mesh, each row shard has its own prompts, queue and slots, and its rows never leave it. All that the shards
+exchange per token is the length of the longest sequence, which decides when the loop ends.
 
-Randomness is counter-based: the key of a token is folded from (key, prompt id, sample id, index in the completion). A
-completion therefore does not depend on its slot, on the others or on the number of hosts, and can be drawn again.
+Randomness is counter-based: the key of a token is folded from (rollout key, prompt id, sample id, index in the
+completion). A completion therefore does not depend on its slot, on the other sequences or on the number of hosts, and
+it can be reproduced.
 """
 
 from functools import partial
@@ -32,248 +33,294 @@ from grpo_jax.rollout.draws import TokenFilter, choose_tokens
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import STOPPED
 
-PREFILL_TOKENS = 8192  # that a shard prefills at a time, and the bytes of their attention scores; at least one prompt
+# What a shard prefills at once: at most this many prompt tokens and bytes of attention scores, but at least one prompt.
+PREFILL_TOKENS = 8192
 PREFILL_SCORE_BYTES = 2**28
 
 
 @flax.struct.dataclass
 class RolloutQueue:
-    """What a rollout draws, of all shards of rows one after another; constant while it lasts."""
+    """The sequences of a rollout, shard after shard. Constant throughout the rollout."""
 
-    prompts: Prompts  # those that the shard's sequences have
-    kv: tuple[KV, ...]  # their keys and values, one KV [1, prompts, ...] of T columns a layer
-    prompt: Int[Array, " N"]  # of each sequence: which of the shard's prompts
-    limit: Int[Array, " N"]  # tokens to draw at most; 0 fills the last shards up and is no sequence
-    keys: Key[Array, " N"]
+    prompts: Prompts  # the distinct prompts of each shard
+    prompt_kv: tuple[KV, ...]  # their keys and values: for each layer one KV [1, prompts, ...] with T columns
+    prompt_index: Int[Array, " N"]  # index of the sequence's prompt among the prompts of its shard
+    limits: Int[Array, " N"]  # maximum number of completion tokens; 0 marks padding at the end of the last shards
+    keys: Key[Array, " N"]  # the sequence's random key, to which the index of each token is folded in
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """All that the decode loop carries: M slots and what the N sequences have drawn."""
+    """The loop state of decoding: M slots, and the completions of the N sequences so far."""
 
-    kv: tuple[KV, ...]  # the cache, one KV [1, M, ...] of C columns a layer
-    sequence: Int[Array, " M"]  # that the slot draws, counted in its shard; -1: the slot is idle
-    last: Int[Array, " M"]  # its last token, not yet in the cache
-    position: Int[Array, " M"]  # of `last`
-    index: Int[Array, " M"]  # of the token to be drawn next, in the completion
-    stop_state: Int[Array, " M"]  # in the stop table
-    taken: Int[Array, " shards"]  # sequences that have had a slot
-    longest: Int[Array, ""]  # columns that the longest sequence needs for its next token; 0: all are done
+    kv_cache: tuple[KV, ...]  # for each layer one KV [1, M, ...] with C columns
+    sequence: Int[Array, " M"]  # the sequence in the slot, counted within the shard; -1 if the slot is idle
+    last_token: Int[Array, " M"]  # the sequence's last token, which is not in the cache yet
+    position: Int[Array, " M"]  # position of last_token
+    num_sampled: Int[Array, " M"]  # tokens of the completion so far
+    stop_state: Int[Array, " M"]  # state in the stop table
+    num_started: Int[Array, " shards"]  # sequences that have been assigned to a slot
+    longest: Int[
+        Array, ""
+    ]  # cache columns that the longest active sequence needs for its next token; 0 when all are done
     tokens: Int[Array, "N S"]
     logps: Float[Array, "N S"]
     lengths: Int[Array, " N"]
-    stopped: Int[Array, " N"]  # 1: ended by a stopping token
+    stopped: Int[Array, " N"]  # 1 if a stop id or stop string ended the completion
 
 
 def per_shard(function, *args):
-    """function(*args) of each shard's own rows, on the mesh in force. It returns what its first argument is.
+    """Applies `function` to the rows of each shard separately, on the current mesh.
 
-    Every leaf but `longest` has rows, which are split; a cache has layers in front of them.
+    The leading dimension of every leaf is split over the shards, except that `longest` is replicated and keys and
+    values have a layer dimension in front. The result has the structure of the first argument.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*args)
     leaves, tree = jax.tree_util.tree_flatten_with_path(args)
     names = [path_name(path) for path, _ in leaves]
     specs = tuple(
-        P() if name.endswith("longest") else P(None, ROW_AXES) if "/kv/" in name else P(ROW_AXES) for name in names
+        P() if name.endswith("longest") else P(None, ROW_AXES) if "kv" in name else P(ROW_AXES) for name in names
     )
 
-    def run(*leaves):
+    def apply_to_shard(*leaves):
         return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
 
-    out, out_tree = jax.tree.flatten(args[0])
-    made = jax.shard_map(run, in_specs=specs, out_specs=specs[: len(out)], axis_names=set(ROW_AXES), check_vma=False)(
-        *(leaf for _, leaf in leaves)
+    out_leaves, out_tree = jax.tree.flatten(args[0])
+    sharded = jax.shard_map(
+        apply_to_shard, in_specs=specs, out_specs=specs[: len(out_leaves)], axis_names=set(ROW_AXES), check_vma=False
     )
-    return jax.tree.unflatten(out_tree, made)
+    return jax.tree.unflatten(out_tree, sharded(*(leaf for _, leaf in leaves)))
 
 
 def score_columns(model_cfg: ModelConfig, width: int) -> int:
-    """How many columns of scores a row of a prompt of T columns holds at most."""
+    """Returns how many columns of attention scores are held at once per query while prefilling T = `width` columns."""
     return width if choose_kernel(model_cfg, width, cached=False) == "plain" else BLOCK_SIZE
 
 
 def prefill_batch_size(model_cfg: ModelConfig, width: int) -> int:
-    """How many prompts of T columns a shard prefills at a time. Scores and their softmax are float32."""
-    scores = 8 * model_cfg.num_heads * width * score_columns(model_cfg, width)
-    return max(1, min(PREFILL_TOKENS // width, PREFILL_SCORE_BYTES // scores))
+    """Returns how many prompts of T = `width` columns a shard prefills at once."""
+    # Scores and their softmax, 4 bytes each.
+    score_bytes = 8 * model_cfg.num_heads * width * score_columns(model_cfg, width)
+    return max(1, min(PREFILL_TOKENS // width, PREFILL_SCORE_BYTES // score_bytes))
 
 
 def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
-    """The keys and values of prompts, T columns."""
+    """Computes the keys and values of all prompts: for each layer one KV [1, prompts, ...] with T columns."""
     count, width = prompts.tokens.shape
 
-    def run(tokens):
+    def prefill(tokens):
         rows = tokens.shape[0]
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
         return hidden_states(model_cfg, params, tokens, single_sequence(positions), layout="rollout")[1]
 
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_row_shards(mesh)
-    at_once = prefill_batch_size(model_cfg, width) * shards
-    if count <= at_once:
-        return run(prompts.tokens)
-    pieces = -(-count // at_once)
-    padded = jnp.pad(prompts.tokens, ((0, pieces * at_once - count), (0, 0)))
-    # Every piece takes prompts from all shards, so that all of them work.
-    split = constrain(jnp.swapaxes(padded.reshape(-1, pieces, width), 0, 1), None, ROW_AXES, None)
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(1, pieces * at_once, *x.shape[3:])[:, :count]
-    return jax.tree.map(join, jax.lax.map(run, split))
+    batch_size = prefill_batch_size(model_cfg, width) * (1 if mesh.empty else num_row_shards(mesh))
+    if count <= batch_size:
+        return prefill(prompts.tokens)
+    num_batches = -(-count // batch_size)
+    padded = jnp.pad(prompts.tokens, ((0, num_batches * batch_size - count), (0, 0)))
+    # Every batch takes prompts from all shards, so that no shard is idle.
+    batches = constrain(jnp.swapaxes(padded.reshape(-1, num_batches, width), 0, 1), None, ROW_AXES, None)
+
+    def merge_batches(x):
+        return jnp.moveaxis(x, 0, 2).reshape(1, num_batches * batch_size, *x.shape[3:])[:, :count]
+
+    return jax.tree.map(merge_batches, jax.lax.map(prefill, batches))
 
 
-def refill_slots(slots: DecodeState, work: RolloutQueue) -> DecodeState:
-    """The idle slots of a shard take the next sequences of its queue."""
-    free = slots.sequence < 0
-    turn = slots.taken[0] + jnp.cumsum(free) - 1
-    takes = free & (turn < jnp.sum(work.limit > 0))
-    sequence = jnp.where(takes, turn, slots.sequence)
-    prompt = work.prompt[jnp.where(takes, turn, 0)]
-    before_last = work.prompts.lengths[prompt] - 1
-    filled = jnp.nonzero(takes, size=len(takes), fill_value=0)[0]
+def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
+    """Assigns the next sequences of a shard's queue to its idle slots."""
+    idle = state.sequence < 0
+    candidate = state.num_started[0] + jnp.cumsum(idle) - 1
+    refilled = idle & (candidate < jnp.sum(queue.limits > 0))
+    sequence = jnp.where(refilled, candidate, state.sequence)
+    prompt = queue.prompt_index[jnp.where(refilled, candidate, 0)]
+    last_position = queue.prompts.lengths[prompt] - 1
+    refilled_slots = jnp.nonzero(refilled, size=len(refilled), fill_value=0)[0]
 
-    def copy(i, kv):
-        slot = filled[i]
+    def copy_prompt(i, kv_cache):
+        slot = refilled_slots[i]
 
-        def put(cache, of_prompts):
-            one = jax.lax.dynamic_slice_in_dim(of_prompts, prompt[slot], 1, axis=1)
+        def copy(cache, prompt_kv):
+            one = jax.lax.dynamic_slice_in_dim(prompt_kv, prompt[slot], 1, axis=1)
             return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
 
-        return jax.tree.map(put, kv, work.kv)
+        return jax.tree.map(copy, kv_cache, queue.prompt_kv)
 
-    return slots.replace(
-        kv=jax.lax.fori_loop(0, jnp.sum(takes), copy, slots.kv),
+    return state.replace(
+        kv_cache=jax.lax.fori_loop(0, jnp.sum(refilled), copy_prompt, state.kv_cache),
         sequence=sequence,
-        last=jnp.where(takes, work.prompts.tokens[prompt, before_last], slots.last),
-        position=jnp.where(takes, before_last, jnp.where(sequence < 0, 0, slots.position)),
-        index=jnp.where(takes, 0, slots.index),
-        stop_state=jnp.where(takes, 0, slots.stop_state),
-        taken=slots.taken + jnp.sum(takes),
+        last_token=jnp.where(refilled, queue.prompts.tokens[prompt, last_position], state.last_token),
+        position=jnp.where(refilled, last_position, jnp.where(sequence < 0, 0, state.position)),
+        num_sampled=jnp.where(refilled, 0, state.num_sampled),
+        stop_state=jnp.where(refilled, 0, state.stop_state),
+        num_started=state.num_started + jnp.sum(refilled),
     )
 
 
 def append_tokens(
-    slots: DecodeState, work: RolloutQueue, token: Int[Array, " M"], logp: Float[Array, " M"], state: Int[Array, " M"]
+    state: DecodeState,
+    queue: RolloutQueue,
+    token: Int[Array, " M"],
+    logp: Float[Array, " M"],
+    stop_state: Int[Array, " M"],
 ) -> DecodeState:
-    """Writes down the tokens that a shard's slots drew, which led to `state`; slots whose sequence ends become idle."""
-    live = slots.sequence >= 0
-    to = jnp.where(live, slots.sequence, len(work.limit))  # an idle slot writes beyond the end: nowhere
-    drawn = slots.index + 1
-    ended = (state == STOPPED) | (drawn >= work.limit[jnp.maximum(slots.sequence, 0)])
-    return slots.replace(
-        sequence=jnp.where(live & ~ended, slots.sequence, -1),
-        last=token,
-        position=slots.position + 1,
-        index=drawn,
-        stop_state=jnp.maximum(state, 0),
-        tokens=slots.tokens.at[to, slots.index].set(token, mode="drop"),
-        logps=slots.logps.at[to, slots.index].set(logp, mode="drop"),
-        lengths=slots.lengths.at[to].set(drawn, mode="drop"),
-        stopped=slots.stopped.at[to].set((state == STOPPED).astype(jnp.int32), mode="drop"),
+    """Appends a shard's sampled tokens to their completions and frees the slots of completions that have ended.
+
+    `stop_state` is the state in the stop table after the sampled token.
+    """
+    active = state.sequence >= 0
+    row = jnp.where(
+        active, state.sequence, len(queue.limits)
+    )  # idle slots write past the end, where writes are dropped
+    num_sampled = state.num_sampled + 1
+    stopped = stop_state == STOPPED
+    done = stopped | (num_sampled >= queue.limits[jnp.maximum(state.sequence, 0)])
+    return state.replace(
+        sequence=jnp.where(active & ~done, state.sequence, -1),
+        last_token=token,
+        position=state.position + 1,
+        num_sampled=num_sampled,
+        stop_state=jnp.maximum(stop_state, 0),
+        tokens=state.tokens.at[row, state.num_sampled].set(token, mode="drop"),
+        logps=state.logps.at[row, state.num_sampled].set(logp, mode="drop"),
+        lengths=state.lengths.at[row].set(num_sampled, mode="drop"),
+        stopped=state.stopped.at[row].set(stopped.astype(jnp.int32), mode="drop"),
     )
 
 
-def update_longest(slots: DecodeState) -> DecodeState:
-    """Sets `longest`, of all shards."""
-    return slots.replace(longest=jnp.max(jnp.where(slots.sequence >= 0, slots.position + 1, 0)))
+def update_longest(state: DecodeState) -> DecodeState:
+    """Recomputes `longest` over the slots of all shards."""
+    return state.replace(longest=jnp.max(jnp.where(state.sequence >= 0, state.position + 1, 0)))
 
 
-@partial(jax.jit, static_argnames=("model_cfg", "slots", "columns", "sampled"))
+@partial(jax.jit, static_argnames=("model_cfg", "slots", "columns", "max_tokens"))
 def init_decode(
     model_cfg: ModelConfig,
     params,
     prompts: Prompts,
-    prompt,
-    limit,
+    prompt_index,
+    limits,
     ids: Int[Array, "N 2"],
     key,
     *,
     slots: int,
     columns: int,
-    sampled: int,
+    max_tokens: int,
 ) -> tuple[DecodeState, RolloutQueue]:
-    """Prefills the prompts and fills `slots` slots with caches of `columns` columns.
+    """Prefills the prompts and assigns the first sequences to the slots.
 
     Args:
-      prompts, prompt, limit: as in Work.
-      ids: prompt id and sample id of each sequence.
+        model_cfg: The model.
+        params: Parameters placed for the rollout.
+        prompts: The distinct prompts of each shard, as in `RolloutQueue`.
+        prompt_index: As in `RolloutQueue`.
+        limits: As in `RolloutQueue`; at most `max_tokens`.
+        ids: Prompt id and sample id of each sequence.
+        key: Random key of the rollout.
+        slots: Number of decode slots M over all shards.
+        columns: Number of columns C of each slot's KV cache.
+        max_tokens: Number of columns S of the completions.
     """
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
-    prompts, prompt, limit, keys = jax.tree.map(lambda x: constrain(x, ROW_AXES), (prompts, prompt, limit, keys))
-    work = RolloutQueue(
-        prompts=prompts, kv=prefill_prompts(model_cfg, params, prompts), prompt=prompt, limit=limit, keys=keys
+    prompts, prompt_index, limits, keys = jax.tree.map(
+        lambda x: constrain(x, ROW_AXES), (prompts, prompt_index, limits, keys)
     )
-    empty = lambda x, c: constrain(
-        jnp.zeros((1, slots, *x.shape[2:-2], *c), x.dtype), None, ROW_AXES, "tensor", None, None
-    )
-    cache = [KV(empty(kv.k, (kv.k.shape[-2], columns)), empty(kv.v, (columns, kv.v.shape[-1]))) for kv in work.kv]
+    prompt_kv = prefill_prompts(model_cfg, params, prompts)
+    queue = RolloutQueue(prompts, prompt_kv, prompt_index, limits, keys)
+
+    def empty_cache(x, last_dims):
+        zeros = jnp.zeros((1, slots, *x.shape[2:-2], *last_dims), x.dtype)
+        return constrain(zeros, None, ROW_AXES, "tensor", None, None)
+
+    def row_zeros(*shape, dtype=jnp.int32):
+        return constrain(jnp.zeros(shape, dtype), ROW_AXES)
+
     mesh = jax.sharding.get_abstract_mesh()
-    zeros = lambda *shape, dtype=jnp.int32: constrain(jnp.zeros(shape, dtype), ROW_AXES)
     state = DecodeState(
-        kv=tuple(cache),
-        sequence=zeros(slots) - 1,
-        last=zeros(slots),
-        position=zeros(slots),
-        index=zeros(slots),
-        stop_state=zeros(slots),
-        taken=zeros(1 if mesh.empty else num_row_shards(mesh)),
+        kv_cache=tuple(
+            KV(empty_cache(kv.k, (kv.k.shape[-2], columns)), empty_cache(kv.v, (columns, kv.v.shape[-1])))
+            for kv in prompt_kv
+        ),
+        sequence=row_zeros(slots) - 1,
+        last_token=row_zeros(slots),
+        position=row_zeros(slots),
+        num_sampled=row_zeros(slots),
+        stop_state=row_zeros(slots),
+        num_started=row_zeros(1 if mesh.empty else num_row_shards(mesh)),
         longest=jnp.int32(0),
-        tokens=zeros(len(limit), sampled),
-        logps=zeros(len(limit), sampled, dtype=jnp.float32),
-        lengths=zeros(len(limit)),
-        stopped=zeros(len(limit)),
+        tokens=row_zeros(len(limits), max_tokens),
+        logps=row_zeros(len(limits), max_tokens, dtype=jnp.float32),
+        lengths=row_zeros(len(limits)),
+        stopped=row_zeros(len(limits)),
     )
-    return update_longest(per_shard(refill_slots, state, work)), work
+    return update_longest(per_shard(refill_slots, state, queue)), queue
 
 
-@partial(jax.jit, static_argnames=("model_cfg", "greedy", "filter"), donate_argnames=("slots",))
+@partial(jax.jit, static_argnames=("model_cfg", "greedy", "filter"), donate_argnames=("state",))
 def decode_tokens(
     model_cfg: ModelConfig,
     params,
-    slots: DecodeState,
-    work: RolloutQueue,
-    table,
+    state: DecodeState,
+    queue: RolloutQueue,
+    stop_table,
     temperature,
-    floor,
-    count,
+    shrink_at,
+    max_steps,
     *,
     greedy: bool,
     filter: TokenFilter,
 ) -> DecodeState:
-    """Draws up to `count` tokens a slot; ends early when all is done, the cache is full, or `floor` columns would do."""
-    columns = slots.kv[0].k.shape[-1]
+    """Decodes until every sequence is done, the cache is full or too large, or `max_steps` steps have been taken.
 
-    def going(carry):
-        slots, steps = carry
-        return (slots.longest > floor) & (slots.longest <= columns) & (steps < count)
+    Args:
+        model_cfg: The model.
+        params: Parameters placed for the rollout.
+        state: The state to continue from. Its buffers are donated.
+        queue: The sequences of the rollout.
+        stop_table: From `grpo_jax.text.stops.build_stop_table`.
+        temperature: Sampling temperature; ignored if `greedy`.
+        shrink_at: Return once this many cache columns suffice for every active sequence, so that the caller can
+            shrink the cache; 0 never returns early.
+        max_steps: Maximum number of tokens to sample per slot.
+        greedy: Choose the most likely token.
+        filter: Restricts sampling.
+    """
+    columns = state.kv_cache[0].k.shape[-1]
 
-    def own_keys(sequence, work):
-        return work.keys[jnp.maximum(sequence, 0)]
+    def keep_decoding(carry):
+        state, steps = carry
+        return (state.longest > shrink_at) & (state.longest <= columns) & (steps < max_steps)
 
-    def step(carry):
-        slots, steps = carry
-        position = slots.position[:, None]
-        hidden, kv = hidden_states(
-            model_cfg, params, slots.last[:, None], single_sequence(position), slots.kv, layout="rollout"
+    def slot_keys(sequence, queue):
+        return queue.keys[jnp.maximum(sequence, 0)]
+
+    def decode_step(carry):
+        state, steps = carry
+        position = state.position[:, None]
+        hidden, kv_cache = hidden_states(
+            model_cfg, params, state.last_token[:, None], single_sequence(position), state.kv_cache, layout="rollout"
         )
         logits = sampling_logits(model_cfg, params, hidden[:, 0], 1.0 if greedy else temperature)
-        keys = jax.vmap(jax.random.fold_in)(per_shard(own_keys, slots.sequence, work), slots.index)
+        keys = jax.vmap(jax.random.fold_in)(per_shard(slot_keys, state.sequence, queue), state.num_sampled)
         token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, None), greedy, filter)
-        state = table[slots.stop_state, token].astype(jnp.int32)
-        slots = per_shard(append_tokens, slots.replace(kv=kv), work, token, logp, state)
-        return update_longest(per_shard(refill_slots, slots, work)), steps + 1
+        stop_state = stop_table[state.stop_state, token].astype(jnp.int32)
+        state = per_shard(append_tokens, state.replace(kv_cache=kv_cache), queue, token, logp, stop_state)
+        return update_longest(per_shard(refill_slots, state, queue)), steps + 1
 
-    return jax.lax.while_loop(going, step, (slots, jnp.int32(0)))[0]
+    return jax.lax.while_loop(keep_decoding, decode_step, (state, jnp.int32(0)))[0]
 
 
 @partial(jax.jit, static_argnames=("columns",))
 def resize_cache(kv: KV, columns: int) -> KV:
-    """A layer's cache with another number of columns; the first are kept."""
+    """Returns a layer's KV cache cut or zero-padded to `columns` columns; the first columns are kept."""
 
-    def fit(x, axis):
+    def resize(x, axis):
         if columns <= x.shape[axis]:
             return jax.lax.slice_in_dim(x, 0, columns, axis=axis)
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, columns - x.shape[axis])
         return jnp.pad(x, pad)
 
-    return KV(fit(kv.k, 4), fit(kv.v, 3))
+    return KV(resize(kv.k, 4), resize(kv.v, 3))

@@ -38,7 +38,7 @@ def evaluate(
                 samples=1,
                 max_tokens=cfg.rollout.max_tokens,
                 temperature=cfg.eval.temperature,
-                table=context.stop_table,
+                stop_table=context.stop_table,
                 filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p),
             )
         )

@@ -23,7 +23,14 @@ def stream_completion(cfg: Config, context, params, question: str, temperature: 
     scale, nothing = np.float32(temperature or 1.0), np.int32(0)
     how = dict(greedy=temperature == 0, filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p))
     state, work = start_rollout(
-        context.model_cfg, params, prompts, key, np.full((1, 1), limit), slots=0, columns=width + limit, sampled=limit
+        context.model_cfg,
+        params,
+        prompts,
+        key,
+        np.full((1, 1), limit),
+        slots=0,
+        columns=width + limit,
+        max_tokens=limit,
     )
     shown = ""
     while True:

@@ -69,7 +69,7 @@ def collect_experience(
         samples=samples,
         max_tokens=cfg.rollout.max_tokens,
         temperature=cfg.rollout.temperature,
-        table=context.stop_table,
+        stop_table=context.stop_table,
         slots=context.rollout_plan.slots,
     )
     rollout = gather_to_host(rollout)
