@@ -107,4 +107,4 @@ def test_two_processes_compute_what_one_does_and_resume(tmp_path):
 def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
     codes, printed = run(tmp_path, [tmp_path / "a", tmp_path / "b"], "--config.total_steps=1")
     assert codes == [2, 2]
-    assert all("error: expected all processes to see one" in text for text in printed)
+    assert all("error: All processes must share the workdir" in text for text in printed)

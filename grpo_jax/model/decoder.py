@@ -1,12 +1,12 @@
-"""The decoder, as pure functions of its parameters.
+"""The decoder as pure functions of its parameters.
 
-`hidden_states` runs tokens through all layers. Each layer attends to the tokens given, or writes their keys and values into
-a cache and attends to that.
+`hidden_states` runs tokens through all layers. Each layer attends to the given tokens, or writes their keys and values
+into a KV cache and attends to the cache.
 
-The parameters are a dict of dicts. `params["layers"]` is a tuple of runs: a run is a tree whose leaves are stacked over
-consecutive layers of one shape, and is scanned (compiled once, sharded as one array). Most models are one run;
-DeepSeek-V3 is two, its first layers having no experts. `unstack` cuts the runs into single layers, which are unrolled:
-decoding then copies no weight out of a stack for every token.
+Parameters are nested dicts. `params["layers"]` is a tuple of layer stacks: trees whose leaves are stacked over
+consecutive layers of equal shapes. A layer stack is scanned, so it is compiled once and sharded as one array. Most
+models have one; DeepSeek-V3 has two, because its first layers have no experts. `unstack_layers` makes each layer a
+stack of its own, which is not scanned: decoding then copies no weights out of a larger array for every token.
 """
 
 import flax.linen as nn
@@ -24,40 +24,47 @@ from grpo_jax.types import Segments
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); with `post_norms`, both are normed once more."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `model_cfg.post_norms`, the outputs of attention and MLP are normalized before they are added.
+    """
 
     model_cfg: ModelConfig
     experts: bool = False
 
     @nn.compact
-    def __call__(self, x, view: AttentionInputs, cache: KV | None = None):
-        c = self.model_cfg
-        attention = LatentAttention if c.latent else Attention
-        mixed, kv = attention(c, name="attention")(make_norm(c, "attention_norm")(x), view, cache)
-        if c.post_norms:
-            mixed = make_norm(c, "attention_post_norm")(mixed)
-        x = constrain(x + mixed, ROW_AXES, None, None)
-        mlp = MixtureOfExperts(c, name="moe") if self.experts else MLP(c, c.intermediate_size, name="mlp")
-        mixed = mlp(make_norm(c, "mlp_norm")(x))
-        if c.post_norms:
-            mixed = make_norm(c, "mlp_post_norm")(mixed)
-        return constrain(x + mixed, ROW_AXES, None, None), kv
+    def __call__(self, x, inputs: AttentionInputs, cache: KV | None = None):
+        """Returns the layer's output [N, L, D] and its keys and values, or the updated cache if one is given."""
+        model_cfg = self.model_cfg
+        attention = (LatentAttention if model_cfg.latent else Attention)(model_cfg, name="attention")
+        if self.experts:
+            mlp = MixtureOfExperts(model_cfg, name="moe")
+        else:
+            mlp = MLP(model_cfg, model_cfg.intermediate_size, name="mlp")
+        delta, kv = attention(make_norm(model_cfg, "attention_norm")(x), inputs, cache)
+        if model_cfg.post_norms:
+            delta = make_norm(model_cfg, "attention_post_norm")(delta)
+        x = constrain(x + delta, ROW_AXES, None, None)
+        delta = mlp(make_norm(model_cfg, "mlp_norm")(x))
+        if model_cfg.post_norms:
+            delta = make_norm(model_cfg, "mlp_post_norm")(delta)
+        return constrain(x + delta, ROW_AXES, None, None), kv
 
 
 def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
-    """Random float32 parameters."""
+    """Returns random float32 parameters."""
     key_embed, key_layers, key_norm, key_head = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, model_cfg.hidden_size))
-    seen = make_attention_inputs(model_cfg, model_cfg.layers[0], single_sequence(jnp.zeros((1, 1), jnp.int32)))
-    keys, runs = jax.random.split(key_layers, model_cfg.num_layers), []
-    for run in model_cfg.layer_stacks:
-        block = DecoderLayer(model_cfg, run[0].use_experts)
-        runs.append(jax.vmap(lambda key: block.init(key, x, seen)["params"])(keys[: len(run)]))
-        keys = keys[len(run) :]
+    inputs = make_attention_inputs(model_cfg, model_cfg.layers[0], single_sequence(jnp.zeros((1, 1), jnp.int32)))
+    layer_keys, stacks = jax.random.split(key_layers, model_cfg.num_layers), []
+    for layers in model_cfg.layer_stacks:
+        init_layer = jax.vmap(DecoderLayer(model_cfg, layers[0].use_experts).init, in_axes=(0, None, None))
+        stacks.append(init_layer(layer_keys[: len(layers)], x, inputs)["params"])
+        layer_keys = layer_keys[len(layers) :]
     embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size)
     params = {
         "embed": embed.init(key_embed, jnp.zeros((1, 1), jnp.int32))["params"],
-        "layers": tuple(runs),
+        "layers": tuple(stacks),
         "final_norm": make_norm(model_cfg).init(key_norm, x)["params"],
     }
     if not model_cfg.tie_embeddings:
@@ -66,60 +73,64 @@ def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
 
 
 def param_shapes(model_cfg: ModelConfig, dtype: str = "float32") -> dict:
-    """The tree of `init_params` as jax.ShapeDtypeStruct in a dtype, without making an array."""
+    """Returns the tree of `init_params` as `jax.ShapeDtypeStruct` leaves of a dtype, without allocating any array."""
     shapes = jax.eval_shape(lambda key: init_params(model_cfg, key), jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
-def num_stacked_layers(run) -> int:
-    """The number of layers in a run."""
-    return jax.tree.leaves(run)[0].shape[0]
+def num_stacked_layers(stack) -> int:
+    """Returns the number of layers in a layer stack."""
+    return jax.tree.leaves(stack)[0].shape[0]
 
 
 def unstack_layers(params: dict) -> dict:
-    """The same parameters with every layer a run of its own."""
-    layers = tuple(
-        jax.tree.map(lambda leaf: leaf[i : i + 1], run)
-        for run in params["layers"]
-        for i in range(num_stacked_layers(run))
-    )
-    return params | {"layers": layers}
+    """Returns the same parameters with every layer in a layer stack of its own."""
+
+    def split(stack):
+        count = num_stacked_layers(stack)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for i in range(count)]
+
+    return params | {"layers": tuple(layer for stack in params["layers"] for layer in split(stack))}
 
 
-def run_layers(
+def apply_layer_stack(
     model_cfg: ModelConfig,
-    run,
+    stack,
     layers: tuple[LayerConfig, ...],
     x,
-    views: dict[LayerConfig, AttentionInputs],
+    inputs: dict[LayerConfig, AttentionInputs],
     cache: KV | None,
 ):
-    """x through consecutive layers of one shape; and their keys and values or written caches, stacked."""
-    block = DecoderLayer(model_cfg, layers[0].use_experts)
+    """Applies the layers of one layer stack to x [N, L, D].
 
-    def apply(x, weights, view, cache):
-        return block.apply({"params": weights}, x, view, cache)
+    Returns:
+        The output [N, L, D], and the stacked keys and values of the layers, or their updated caches.
+    """
+    module = DecoderLayer(model_cfg, layers[0].use_experts)
+
+    def apply(x, weights, layer_inputs, cache):
+        return module.apply({"params": weights}, x, layer_inputs, cache)
 
     if model_cfg.remat != "none":
-        kept = ("attention", "matmul") if model_cfg.remat == "matmuls" else ("attention",)
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        saved = ("attention", "matmul") if model_cfg.remat == "matmuls" else ("attention",)
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(layers) == 1)
 
     if len(layers) == 1:
-        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-        x, kv = apply(x, first(run), views[layers[0]], first(cache))
+        weights, layer_cache = jax.tree.map(lambda leaf: leaf[0], (stack, cache))
+        x, kv = apply(x, weights, inputs[layers[0]], layer_cache)
         return x, jax.tree.map(lambda leaf: leaf[None], kv)
     kinds = list(dict.fromkeys(layers))
     if len(kinds) == 1:
-        return jax.lax.scan(lambda x, scanned: apply(x, scanned[0], views[kinds[0]], scanned[1]), x, (run, cache))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(views[kind] for kind in kinds))
+        return jax.lax.scan(lambda x, scanned: apply(x, scanned[0], inputs[kinds[0]], scanned[1]), x, (stack, cache))
+    stacked_inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(inputs[kind] for kind in kinds))
     kind_of_layer = jnp.asarray([kinds.index(layer) for layer in layers])
 
     def step(x, scanned):
         weights, cache, kind = scanned
-        return apply(x, weights, jax.tree.map(lambda leaf: leaf[kind], stacked), cache)
+        return apply(x, weights, jax.tree.map(lambda leaf: leaf[kind], stacked_inputs), cache)
 
-    return jax.lax.scan(step, x, (run, cache, kind_of_layer))
+    return jax.lax.scan(step, x, (stack, cache, kind_of_layer))
 
 
 def hidden_states(
@@ -131,15 +142,21 @@ def hidden_states(
     *,
     layout: Layout = "training",
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
-    """The final layer's output after its norm, and the keys and values of all layers.
+    """Computes the hidden states after the final norm.
 
     Args:
-      segments: whose tokens they are, [N, L]. They see each other as `attend.sees` says.
-      cache: a KV for each run of the parameters, of rows that are one sequence each. The tokens given are written into
-        the columns of their positions, and then see all columns up to their own.
-      layout: How the parameters are placed on the mesh; see `tree_shardings`.
+        model_cfg: The model's config.
+        params: The parameters, as from `init_params` or `unstack_layers`.
+        tokens: Token ids [N, L].
+        segments: The prompt and completion that each token belongs to, [N, L]. They decide which tokens attend to
+            each other (`grpo_jax.model.mask.attention_mask`).
+        cache: One KV cache for each layer stack, in which every row is a single sequence. The tokens are written into
+            the columns of their positions and then attend to all columns up to their own.
+        layout: How the parameters are placed on the current mesh; see `grpo_jax.parallel.mesh.Layout`.
+
     Returns:
-      hidden [N, L, D] in the compute dtype, and a KV for each run of the parameters: of the tokens given, or the cache.
+        The hidden states [N, L, D] in the compute dtype, and a KV for each layer stack: the keys and values of the
+        tokens, or the updated cache.
     """
     x = Embed(model_cfg.vocab_size, model_cfg.hidden_size, layout).apply({"params": params["embed"]}, tokens)
     x = x.astype(model_cfg.compute_dtype)
@@ -147,30 +164,30 @@ def hidden_states(
         x = x * jnp.asarray(model_cfg.embed_scale, x.dtype)
     x = constrain(x, ROW_AXES, None, None)
     columns = 0 if cache is None else cache[0].v.shape[-2]
-    views = {
+    inputs = {
         layer: make_attention_inputs(model_cfg, layer, segments, columns) for layer in dict.fromkeys(model_cfg.layers)
     }
-    kv, first = [], 0
-    for index, run in enumerate(params["layers"]):
-        layers = model_cfg.layers[first : first + num_stacked_layers(run)]
-        x, own = run_layers(model_cfg, run, layers, x, views, None if cache is None else cache[index])
-        kv.append(own)
-        first += len(layers)
-    return make_norm(model_cfg).apply({"params": params["final_norm"]}, x), tuple(kv)
+    stacked_kv, start = [], 0
+    for index, stack in enumerate(params["layers"]):
+        layers = model_cfg.layers[start : start + num_stacked_layers(stack)]
+        x, kv = apply_layer_stack(model_cfg, stack, layers, x, inputs, None if cache is None else cache[index])
+        stacked_kv.append(kv)
+        start += len(layers)
+    return make_norm(model_cfg).apply({"params": params["final_norm"]}, x), tuple(stacked_kv)
 
 
 def head_path(model_cfg: ModelConfig) -> str:
-    """The path of the parameter that makes logits."""
+    """Returns the path of the parameter that maps hidden states to logits."""
     return "embed/embedding" if model_cfg.tie_embeddings else "head/kernel"
 
 
 def head_kernel(model_cfg: ModelConfig, params: dict) -> Float[Array, "D V"]:
-    """The matrix from hidden states to logits."""
+    """Returns the matrix that maps hidden states to logits."""
     return params["embed"]["embedding"].T if model_cfg.tie_embeddings else params["head"]["kernel"]
 
 
 def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-    """Hidden states times the head, in `config.logit_dtype`."""
+    """Multiplies hidden states with the head, in `model_cfg.logit_dtype`."""
     flat = hidden.reshape(-1, model_cfg.hidden_size)
     kernel = head_kernel(model_cfg, params).astype(hidden.dtype)
     out = jnp.matmul(flat, kernel, preferred_element_type=model_cfg.logit_dtype)
@@ -178,7 +195,7 @@ def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*row
 
 
 def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
-    """Logits from what `head_product` gives, float32."""
+    """Returns float32 logits from the output of `head_matmul`, soft-capped if the model has a cap."""
     logits = product.astype(jnp.float32)
     return model_cfg.logit_softcap * jnp.tanh(logits / model_cfg.logit_softcap) if model_cfg.logit_softcap else logits
 
@@ -186,7 +203,7 @@ def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Floa
 def logits_from_hidden(
     model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]
 ) -> Float[Array, "*rows V"]:
-    """Hidden states through the head, float32."""
+    """Returns the float32 logits of hidden states."""
     return cap_logits(model_cfg, head_matmul(model_cfg, params, hidden))
 
 
@@ -194,26 +211,28 @@ def temperature_logits(
     model_cfg: ModelConfig,
     product: Float[Array, "*rows _"],
     temperature: float | Float[Array, ""],
-    first: int | Int[Array, ""] = 0,
+    first_id: int | Int[Array, ""] = 0,
 ) -> Float[Array, "*rows _"]:
-    """The logits that tokens are drawn from and scored with: at the temperature, and -inf for rows that are no token.
+    """Returns float32 logits divided by the temperature, and -inf for ids that stand for no token.
 
-    Sampler and trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
+    The sampler and the trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
 
     Args:
-      product: of hidden states and the head, as of `head_product`,
-      first: and the id of its first column, where it is a part of the vocabulary's.
+        model_cfg: The model's config.
+        product: The output of `head_matmul`, or a slice of its columns.
+        temperature: The sampling temperature, above 0.
+        first_id: The token id of the first column of `product`.
     """
     logits = cap_logits(model_cfg, product) / temperature
     if model_cfg.sampleable_vocab_size == model_cfg.vocab_size:
         return logits
-    return jnp.where(first + jnp.arange(logits.shape[-1]) < model_cfg.sampleable_vocab_size, logits, -jnp.inf)
+    return jnp.where(first_id + jnp.arange(logits.shape[-1]) < model_cfg.sampleable_vocab_size, logits, -jnp.inf)
 
 
 def sampling_logits(
     model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""]
 ):
-    """`temper` of hidden states."""
+    """Returns the logits that tokens are sampled from: `temperature_logits` of hidden states, [..., V]."""
     return temperature_logits(model_cfg, head_matmul(model_cfg, params, hidden), temperature)
 
 
@@ -225,12 +244,15 @@ def forward(
     positions: Int[Array, "N L"] | None = None,
     mask: Int[Array, "N L"] | Bool[Array, "N L"] | None = None,
 ) -> Float[Array, "N L V"]:
-    """Logits of every token of every row, float32.
+    """Computes the float32 logits of every token, for rows that each hold a single sequence.
 
     Args:
-      positions: each token's position; by default its place among the real tokens of its row. A token sees the real
-        tokens of its row whose position is not after its own.
-      mask: 1 on real tokens, 0 on padding, which may stand on either side. By default all tokens are real.
+        model_cfg: The model's config.
+        params: The parameters.
+        tokens: Token ids [N, L].
+        positions: The position of each token in its sequence, by default its index among the real tokens of its row.
+            A token attends to the real tokens of its row whose position is at most its own.
+        mask: 1 on real tokens and 0 on padding, which may be on either side. By default all tokens are real.
     """
     tokens = jnp.asarray(tokens)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)

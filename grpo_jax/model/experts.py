@@ -1,8 +1,8 @@
-"""Mixtures of experts, without capacity: no token is dropped, whatever the others choose.
+"""Mixtures of experts without a capacity limit: no token is dropped, whichever experts the tokens choose.
 
-The tokens are sorted by their experts and go through `jax.lax.ragged_dot`. On a mesh whose `expert` axis splits the
-experts, the tokens of that axis are gathered, each device computes what its own experts are asked for, and the sum of
-the devices' answers is scattered back to the rows.
+Tokens are sorted by expert and go through `jax.lax.ragged_dot`. On a mesh whose `expert` axis splits the experts, the
+tokens of that axis are gathered, each device applies its own experts to the tokens that chose them, and the sum over
+devices is scattered back to the rows.
 """
 
 import math
@@ -21,17 +21,28 @@ from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes
 def choose_experts(
     experts: ExpertsConfig, logits: Float[Array, "T X"], correction: Float[Array, " X"] | None
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """The experts of each of T tokens and their weights, float32."""
+    """Chooses the experts of T tokens.
+
+    Args:
+        experts: The mixture's config. With `sigmoid_gate`, DeepSeek-V3's gate (arXiv 2412.19437, eq. 12-16) is used;
+            otherwise a softmax over all experts.
+        logits: The router's logits [T, X].
+        correction: The sigmoid gate's bias [X], which affects which experts are chosen but not their weights.
+
+    Returns:
+        The indices of the chosen experts [T, k] and their float32 weights [T, k].
+    """
     if experts.sigmoid_gate:
         scores = jax.nn.sigmoid(logits)
-        wanted = scores + jax.lax.stop_gradient(correction)  # decides who is chosen, not with what weight
-        by_group = wanted.reshape(-1, experts.num_groups, experts.num_experts // experts.num_groups)
-        best_two = jax.lax.top_k(by_group, 2)[0].sum(axis=-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best_two, experts.num_top_groups)[1], experts.num_groups).sum(axis=1)
-        wanted = jnp.where(kept[..., None] > 0, by_group, -jnp.inf).reshape(logits.shape)
+        biased = scores + jax.lax.stop_gradient(correction)
+        grouped = biased.reshape(-1, experts.num_groups, experts.num_experts // experts.num_groups)
+        group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+        best_groups = jax.lax.top_k(group_scores, experts.num_top_groups)[1]
+        keep_mask = jax.nn.one_hot(best_groups, experts.num_groups).sum(axis=1)
+        ranking = jnp.where(keep_mask[..., None] > 0, grouped, -jnp.inf).reshape(logits.shape)
     else:
-        scores = wanted = jax.nn.softmax(logits, axis=-1)
-    chosen = jax.lax.top_k(wanted, experts.num_experts_per_token)[1]
+        scores = ranking = jax.nn.softmax(logits, axis=-1)
+    chosen = jax.lax.top_k(ranking, experts.num_experts_per_token)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.normalize_weights:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
@@ -39,73 +50,86 @@ def choose_experts(
 
 
 def run_experts(x: Float[Array, "T D"], chosen, weights, gate, up, down, first, activation) -> Float[Array, "T D"]:
-    """The sum over each token's experts of weight * expert(x), for the experts `first` and following that are given.
+    """Returns the weighted sum of expert outputs for each token, over a contiguous range of the experts.
 
-    In float32: the order in which a token's experts are added must not matter.
+    The sum is float32, so that it does not depend on the order in which a token's experts are added.
 
     Args:
-      chosen, weights: [T, k].
-      gate, up: [X, D, F]; down: [X, F, D]: of some of the experts.
+        x: Tokens [T, D].
+        chosen: The indices of each token's experts [T, k].
+        weights: The weights of each token's experts [T, k].
+        gate: Gate kernels [X, D, F] of the experts `first` to `first + X - 1`.
+        up: Up kernels [X, D, F] of the same experts.
+        down: Down kernels [X, F, D] of the same experts.
+        first: The index of the first of these experts.
+        activation: The activation function of the gate.
     """
     local = chosen.reshape(-1) - first
-    local = jnp.where((local >= 0) & (local < gate.shape[0]), local, gate.shape[0])  # others' come last
+    local = jnp.where((local >= 0) & (local < gate.shape[0]), local, gate.shape[0])  # other experts sort to the end
     order = jnp.argsort(local)
     token = order // chosen.shape[1]
     sizes = jnp.bincount(local, length=gate.shape[0]).astype(jnp.int32)
-    # What ragged_dot gives for rows beyond the sizes' sum is not defined; it must reach neither result nor gradient.
-    mine = (jnp.arange(len(order)) < sizes.sum())[:, None]
-    rows = jnp.where(mine, x[token], 0)
+    # The output of ragged_dot is undefined beyond the sum of the sizes, so it must reach neither result nor gradient.
+    valid = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    rows = jnp.where(valid, x[token], 0)
     hidden = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jnp.where(mine, jax.lax.ragged_dot(hidden, down, sizes), 0).astype(jnp.float32)
+    out = jnp.where(valid, jax.lax.ragged_dot(hidden, down, sizes), 0).astype(jnp.float32)
     return jnp.zeros(x.shape, jnp.float32).at[token].add(out * weights.reshape(-1)[order][:, None])
 
 
 def experts_on_mesh(x: Float[Array, "N L D"], chosen, weights, gate, up, down, activation) -> Float[Array, "N L D"]:
-    """`run_experts` for all experts on the mesh in force.
+    """Returns `run_experts` over all experts, computed on the current mesh, in the dtype of x.
 
     Args:
-      chosen, weights: [N, L, k].
+        x: Tokens [N, L, D].
+        chosen: The indices of each token's experts [N, L, k].
+        weights: The weights of each token's experts [N, L, k].
+        gate: Gate kernels [X, D, F].
+        up: Up kernels [X, D, F].
+        down: Down kernels [X, F, D].
+        activation: The activation function of the gate.
     """
 
-    def run(x, chosen, weights, gate, up, down, first=0):
+    def run_flat(x, chosen, weights, gate, up, down, first=0):
         flat = [y.reshape(-1, y.shape[-1]) for y in (x, chosen, weights)]
         return run_experts(*flat, gate, up, down, first, activation).reshape(x.shape)  # float32
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run(x, chosen, weights, gate, up, down).astype(x.dtype)
-    rows = drop_indivisible_axes(P(ROW_AXES), x.shape, mesh)[0]
-    columns = drop_indivisible_axes(P("expert", None, "tensor"), gate.shape, mesh)
-    by_expert = columns[0] is not None and mesh.shape["expert"] > 1
-    by_column = columns[2] is not None and mesh.shape["tensor"] > 1
+        return run_flat(x, chosen, weights, gate, up, down).astype(x.dtype)
+    row_spec = drop_indivisible_axes(P(ROW_AXES), x.shape, mesh)
+    kernel_spec = drop_indivisible_axes(P("expert", None, "tensor"), gate.shape, mesh)
+    rows_split = row_spec[0] is not None
+    experts_split = kernel_spec[0] is not None and mesh.shape["expert"] > 1
+    columns_split = kernel_spec[2] is not None and mesh.shape["tensor"] > 1
 
-    def on_device(x, chosen, weights, gate, up, down):
-        if by_expert and rows:
+    def run_shard(x, chosen, weights, gate, up, down):
+        if experts_split and rows_split:
             x, chosen, weights = (jax.lax.all_gather(y, "expert", tiled=True) for y in (x, chosen, weights))
-        first = jax.lax.axis_index("expert") * gate.shape[0] if by_expert else 0
-        out = run(x, chosen, weights, gate, up, down, first)
-        if by_column:
+        first = jax.lax.axis_index("expert") * gate.shape[0] if experts_split else 0
+        out = run_flat(x, chosen, weights, gate, up, down, first)
+        if columns_split:
             out = jax.lax.psum(out, "tensor")
-        if by_expert:
-            out = jax.lax.psum_scatter(out, "expert", tiled=True) if rows else jax.lax.psum(out, "expert")
+        if experts_split:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True) if rows_split else jax.lax.psum(out, "expert")
         return out.astype(x.dtype)
 
-    whole = P(rows)
     return jax.shard_map(
-        on_device,
-        in_specs=(whole, whole, whole, columns, columns, P(columns[0], columns[2])),
-        out_specs=whole,
+        run_shard,
+        in_specs=(row_spec, row_spec, row_spec, kernel_spec, kernel_spec, P(kernel_spec[0], kernel_spec[2])),
+        out_specs=row_spec,
         check_vma=False,
     )(x, chosen, weights, gate, up, down)
 
 
 class Router(nn.Module):
-    """Which experts a token goes to. Always in float32: a rounding would send it elsewhere."""
+    """The gate of a mixture of experts. It is always float32: rounding would send tokens to other experts."""
 
     model_cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x):
+        """Returns the indices and weights of the experts of each token of x [N, L, D], both [N, L, k]."""
         experts, width = self.model_cfg.experts, self.model_cfg.hidden_size
         kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, experts.num_experts))
         correction = (
@@ -115,33 +139,35 @@ class Router(nn.Module):
         logits = jnp.matmul(flat, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
         def choose(logits, correction):
-            found = choose_experts(experts, logits.reshape(-1, experts.num_experts), correction)
-            return tuple(y.reshape(*logits.shape[:-1], -1) for y in found)
+            chosen_and_weights = choose_experts(experts, logits.reshape(-1, experts.num_experts), correction)
+            return tuple(y.reshape(*logits.shape[:-1], -1) for y in chosen_and_weights)
 
         logits, mesh = logits.reshape(*x.shape[:-1], -1), jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return choose(logits, correction)
-        rows = drop_indivisible_axes(P(ROW_AXES), logits.shape, mesh)  # the partitioner would gather the rows for top_k
+        # Without shard_map the partitioner would gather the rows for top_k.
+        rows = drop_indivisible_axes(P(ROW_AXES), logits.shape, mesh)
         return jax.shard_map(choose, in_specs=(rows, P()), out_specs=(rows, rows), check_vma=False)(logits, correction)
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts, and the shared one where the model has it."""
+    """A mixture of routed experts, plus a shared expert if the model has one."""
 
     model_cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x):
-        c, experts = self.model_cfg, self.model_cfg.experts
-        chosen, weights = Router(c, name="router")(x)
+        """Returns the mixture's output [N, L, D] for x [N, L, D]."""
+        model_cfg, experts = self.model_cfg, self.model_cfg.experts
+        chosen, weights = Router(model_cfg, name="router")(x)
 
         def kernel(name, inputs, outputs):
             init = nn.initializers.normal(1 / math.sqrt(inputs))
             return self.param(f"experts_{name}", init, (experts.num_experts, inputs, outputs)).astype(x.dtype)
 
-        gate, up = (kernel(name, c.hidden_size, experts.intermediate_size) for name in ("gate", "up"))
-        down = kernel("down", experts.intermediate_size, c.hidden_size)
-        out = experts_on_mesh(x, chosen, weights, gate, up, down, ACTIVATIONS[c.activation])
+        gate, up = (kernel(name, model_cfg.hidden_size, experts.intermediate_size) for name in ("gate", "up"))
+        down = kernel("down", experts.intermediate_size, model_cfg.hidden_size)
+        out = experts_on_mesh(x, chosen, weights, gate, up, down, ACTIVATIONS[model_cfg.activation])
         if experts.shared_intermediate_size:
-            out = out + MLP(c, experts.shared_intermediate_size, name="shared")(x)
+            out = out + MLP(model_cfg, experts.shared_intermediate_size, name="shared")(x)
         return out

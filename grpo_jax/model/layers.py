@@ -1,4 +1,4 @@
-"""The parts that every decoder layer is built from: projections, norms, the token table, the MLP."""
+"""The building blocks of decoder layers: projections, norms, the embedding table and the MLP."""
 
 import math
 from functools import partial
@@ -23,21 +23,25 @@ ACTIVATIONS = {
 
 @jax.custom_vjp
 def linear(x: Float[Array, "tokens _"], kernel: Float[Array, "_ _"]) -> Float[Array, "tokens _"]:
-    """x kernel in x's dtype. The kernel's gradient is float32 from the start: devices add their shares up in it."""
+    """Computes `x @ kernel` in the dtype of x.
+
+    The kernel's gradient is accumulated in float32, also when the devices of a mesh add up their shares of it.
+    """
     return x @ kernel.astype(x.dtype)
 
 
-def linear_bwd(saved, gradient):
-    x, kernel = saved
-    of_kernel = jnp.matmul(x.T, gradient, preferred_element_type=jnp.float32)
-    return gradient @ kernel.T.astype(x.dtype), of_kernel.astype(kernel.dtype)
+def linear_bwd(residuals, d_out):
+    """Returns the gradients of `linear` with respect to x and the kernel."""
+    x, kernel = residuals
+    d_kernel = jnp.matmul(x.T, d_out, preferred_element_type=jnp.float32)
+    return d_out @ kernel.T.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
 linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), linear_bwd)
 
 
 class Projection(nn.Module):
-    """x[..., *inputs] -> [..., *outputs], as one matrix product over [tokens, features]."""
+    """A linear map from [..., *inputs] to [..., *outputs], computed as one matrix product over [tokens, features]."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -45,11 +49,12 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Returns the projection of x [..., *inputs] in the dtype of x."""
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         init = nn.initializers.normal(1 / math.sqrt(fan_in))
         kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
-        # Two dimensions: the backward pass of the same product on [N, L, D] is over twice slower on a CPU.
+        # Two-dimensional, because the backward pass of the same product on [N, L, D] takes twice as long on a CPU.
         out = checkpoint_name(linear(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out)), "matmul")
         out = out.reshape(*lead, *self.outputs)
         if self.bias:
@@ -58,64 +63,72 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale (or 1 + scale), in float32."""
+    """RMS normalization (arXiv 1910.07467) in float32: x / rms(x) * scale, or * (1 + scale) with `unit_offset`."""
 
     eps: float
     unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x):
+        """Returns x normalized over its last dimension, in the dtype of x."""
         init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],))
-        wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # two dimensions: sums backwards are ten times faster
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        # Two-dimensional, because the backward pass then sums ten times faster on a CPU.
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        flat = flat * jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32)
-        return (wide * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype).reshape(x.shape)
+        return (flat * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype).reshape(x.shape)
 
 
 def make_norm(model_cfg: ModelConfig, name: str | None = None) -> RMSNorm:
-    """The norm of a config."""
+    """Returns the `RMSNorm` that a model uses."""
     return RMSNorm(model_cfg.norm_eps, model_cfg.unit_offset, name=name)
 
 
 def embed_tokens(
     table: Float[Array, "V D"], tokens: Int[Array, "N L"], *, layout: Layout = "training"
 ) -> Float[Array, "N L D"]:
-    """The tokens' rows of a table that lies split over the mesh in force.
+    """Looks tokens up in an embedding table that is sharded over the current mesh.
 
-    Not the table travels but what is asked of it: each device looks all tokens of the fsdp axis up in its own columns,
-    and the answers are exchanged.
+    The table is never gathered: each device looks up all tokens of its fsdp group in its own columns of the table, and
+    the devices of the group exchange the results.
 
     Args:
-      layout: How the table is placed on the mesh; see `tree_shardings`.
+        table: The embedding table [V, D].
+        tokens: Token ids [N, L].
+        layout: How the table is placed on the mesh. With "rollout" it is not split over fsdp, and nothing is exchanged
+            over that axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table[tokens]
-    split = drop_indivisible_axes(P("tensor", "fsdp" if layout == "training" else None), table.shape, mesh)
-    rows = drop_indivisible_axes(P(ROW_AXES), tokens.shape, mesh)
-    by_id = split[0] is not None and mesh.shape["tensor"] > 1
-    by_column = split[1] is not None and mesh.shape["fsdp"] > 1
+    table_spec = drop_indivisible_axes(P("tensor", "fsdp" if layout == "training" else None), table.shape, mesh)
+    row_spec = drop_indivisible_axes(P(ROW_AXES), tokens.shape, mesh)
+    ids_split = table_spec[0] is not None and mesh.shape["tensor"] > 1
+    columns_split = table_spec[1] is not None and mesh.shape["fsdp"] > 1
+    rows_split = row_spec[0] is not None
 
-    def on_device(table, tokens):
-        if by_column and rows[0]:
+    def embed_shard(table, tokens):
+        if columns_split and rows_split:
             tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
-        if by_id:
+        if ids_split:
             tokens = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-            mine = (tokens >= 0) & (tokens < table.shape[0])
-            found = jnp.where(mine[..., None], table[jnp.where(mine, tokens, 0)], 0)
-            found = jax.lax.psum(found, "tensor")
+            local = (tokens >= 0) & (tokens < table.shape[0])
+            vectors = jnp.where(local[..., None], table[jnp.where(local, tokens, 0)], 0)
+            vectors = jax.lax.psum(vectors, "tensor")
         else:
-            found = table[tokens]
-        if by_column and rows[0]:
-            return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-        return jax.lax.all_gather(found, "fsdp", axis=2, tiled=True) if by_column else found
+            vectors = table[tokens]
+        if columns_split and rows_split:
+            return jax.lax.all_to_all(vectors, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.all_gather(vectors, "fsdp", axis=2, tiled=True) if columns_split else vectors
 
-    return jax.shard_map(on_device, in_specs=(split, rows), out_specs=P(rows[0]), check_vma=False)(table, tokens)
+    return jax.shard_map(embed_shard, in_specs=(table_spec, row_spec), out_specs=P(row_spec[0]), check_vma=False)(
+        table, tokens
+    )
 
 
 class Embed(nn.Module):
-    """The token table."""
+    """The embedding table [vocab_size, width]."""
 
     vocab_size: int
     width: int
@@ -123,20 +136,23 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
+        """Returns the embeddings [N, L, width] of token ids [N, L]."""
         init = nn.initializers.normal(1 / math.sqrt(self.width))
-        return embed_tokens(self.param("embedding", init, (self.vocab_size, self.width)), tokens, layout=self.layout)
+        table = self.param("embedding", init, (self.vocab_size, self.width))
+        return embed_tokens(table, tokens, layout=self.layout)
 
 
 class MLP(nn.Module):
-    """The gated MLP (arXiv 2002.05202), F wide."""
+    """The gated MLP (arXiv 2002.05202) with a hidden width of `width`."""
 
     model_cfg: ModelConfig
     width: int
 
     @nn.compact
     def __call__(self, x):
-        c = self.model_cfg
-        gate = Projection((c.hidden_size,), (self.width,), c.mlp_bias, name="gate")(x)
-        up = Projection((c.hidden_size,), (self.width,), c.mlp_bias, name="up")(x)
-        hidden = constrain(ACTIVATIONS[c.activation](gate) * up, ROW_AXES, None, "tensor")
-        return Projection((self.width,), (c.hidden_size,), c.mlp_bias, name="down")(hidden)
+        """Returns the MLP's output [N, L, D] for x [N, L, D]."""
+        d_model, bias = self.model_cfg.hidden_size, self.model_cfg.mlp_bias
+        gate = Projection((d_model,), (self.width,), bias, name="gate")(x)
+        up = Projection((d_model,), (self.width,), bias, name="up")(x)
+        hidden = constrain(ACTIVATIONS[self.model_cfg.activation](gate) * up, ROW_AXES, None, "tensor")
+        return Projection((self.width,), (d_model,), bias, name="down")(hidden)

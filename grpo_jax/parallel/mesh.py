@@ -56,19 +56,19 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, de
     One size may be -1; it becomes the number of devices divided by the other sizes.
 
     Raises:
-      UserError: The product of the sizes is not the number of devices.
+        UserError: The product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, expert, tensor]
     given = f"mesh.data={data} mesh.fsdp={fsdp} mesh.expert={expert} mesh.tensor={tensor} on {len(devices)} device(s)"
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"Mesh sizes must be at least 1, except for one that may be -1; found {given}. Change mesh.*")
+        raise UserError(f"Mesh sizes must be at least 1, except for one that may be -1; found {given}. Change mesh.*.")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
     if math.prod(sizes) != len(devices):
         raise UserError(
             f"The product of the mesh sizes must be the number of devices; found {given}. "
-            "Set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1"
+            "Set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1."
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
@@ -96,10 +96,10 @@ def spec_for(name: str) -> tuple[str, P]:
     """Looks up a parameter's path in `PARTITION_TABLE`.
 
     Returns:
-      The pattern that matched and the spec of the parameter's last dimensions.
+        The pattern that matched and the spec of the parameter's last dimensions.
 
     Raises:
-      ValueError: No pattern matches.
+        ValueError: No pattern matches.
     """
     for pattern, spec in PARTITION_TABLE:
         if re.search(pattern, name):
@@ -111,12 +111,12 @@ def tree_shardings(mesh: Mesh, tree, *, layout: Layout = "training"):
     """Returns the `NamedSharding` of every leaf of a tree of parameters, optimizer state or both.
 
     Args:
-      mesh: The mesh to place the tree on.
-      tree: Arrays or `jax.ShapeDtypeStruct`. Scalars are replicated.
-      layout: Whether parameters are split over the fsdp axis ("training") or not ("rollout").
+        mesh: The mesh to place the tree on.
+        tree: Arrays or `jax.ShapeDtypeStruct`. Scalars are replicated.
+        layout: Whether parameters are split over the fsdp axis ("training") or not ("rollout").
 
     Raises:
-      ValueError: `PARTITION_TABLE` has no row for a leaf.
+        ValueError: `PARTITION_TABLE` has no row for a leaf.
     """
 
     def leaf_sharding(path, leaf):

@@ -1,4 +1,4 @@
-"""Several processes that run one program: whether there are any, and how they find one another."""
+"""Multi-process runs: whether a process is one of several, and how they connect."""
 
 import time
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from grpo_jax.errors import UserError
 
 
 def is_multiprocess(environ: Mapping[str, str]) -> bool:
-    """Whether the environment says that this process is one of several.
+    """Returns whether the environment variables describe a multi-process run.
 
-    JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), a TPU pod (launch/tpu_pod.sh sets
-    GRPO_JAX_DISTRIBUTED=1), Slurm or Open MPI.
+    Recognized are JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), TPU pods
+    (GRPO_JAX_DISTRIBUTED=1, which launch/tpu_pod.sh sets), Slurm and Open MPI.
     """
     tasks = [environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     return bool(
@@ -26,40 +26,42 @@ def is_multiprocess(environ: Mapping[str, str]) -> bool:
 
 
 def join_processes(environ: Mapping[str, str]) -> None:
-    """Joins the other processes, if there are any; what the environment does not say, JAX finds out from the cluster.
+    """Connects to the other processes of a multi-process run; does nothing in a single-process run.
+
+    JAX detects from the cluster what the environment variables leave out.
 
     Raises:
-      UserError: the environment says too little, or something else than numbers.
+        UserError: The environment variables are incomplete or not numbers.
     """
     if not is_multiprocess(environ):
         return
-    # Its service would keep SIGTERM from ending the processes, and nothing here listens to it.
+    # The preemption service would keep SIGTERM from ending the processes, and nothing here handles preemption.
     jax.config.update("jax_enable_preemption_service", False)
     numbers = {name: environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         jax.distributed.initialize(**{name: int(value) for name, value in numbers.items() if value is not None})
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"expected JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster that JAX "
-            f"knows; found: {error}; set all three"
+            "A multi-process run needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster "
+            f"that JAX detects; initialization failed with: {error}. Set all three variables."
         ) from None
 
 
 def check_shared_workdir(workdir: Path) -> None:
-    """Checks that all processes see the workdir that process 0 has just written into.
+    """Checks that all processes see the config.json that process 0 has written into the workdir.
 
     Raises:
-      UserError: on all of them, if one does not.
+        UserError: Some process does not see it. Every process raises.
     """
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices("config.json is written")
-    end = time.monotonic() + 60  # a network file system may show a new file late
-    while not (workdir / "config.json").is_file() and time.monotonic() < end:
+    deadline = time.monotonic() + 60  # a network file system may show a new file late
+    while not (workdir / "config.json").is_file() and time.monotonic() < deadline:
         time.sleep(1)
     seen = multihost_utils.process_allgather(np.int32((workdir / "config.json").is_file()))
     if not seen.all():
         raise UserError(
-            f"expected all processes to see one {workdir}; found {seen.size - seen.sum()} of {seen.size} "
-            "without its config.json; choose a --workdir on a file system that all hosts mount"
+            f"All processes must share the workdir {workdir}; {seen.size - seen.sum()} of {seen.size} do not see its "
+            "config.json. Choose a --workdir on a file system that all hosts mount."
         )
