@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.config import default, freeze
+from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes, unstack_layers
 from grpo_jax.parallel.mesh import constrain, drop_indivisible_axes, log_indivisible_axes, make_mesh, tree_shardings
@@ -52,7 +52,7 @@ def test_a_run_logs_each_dropped_axis_once(caplog):
     cfg = default()
     cfg.mesh.data, cfg.mesh.tensor = 1, 8
     with caplog.at_level(logging.WARNING, logger="grpo_jax"):
-        build_context(freeze(cfg), training=True)
+        build_context(check(cfg), training=True)
     dropped = [message for message in caplog.messages if "is not split over" in message]
     assert dropped and len(dropped) == len(set(dropped))
 
