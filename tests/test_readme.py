@@ -1,4 +1,4 @@
-"""Every command of the README runs, and every file it names is there."""
+"""README's commands run, and the paths, keys and functions that it names exist."""
 
 import os
 import re
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.config import default
+from grpo_jax.config.keys import flatten
+
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
 COMMANDS = [
@@ -19,7 +22,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
-# What makes the long commands short; the commands themselves stay as they are.
+# Flags appended to the commands to shorten them; the commands themselves stay as they are.
 SHORT = {
     "grpo_jax.main": [
         "--config.total_steps=1",
@@ -35,7 +38,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what the commands name: the configs, a file of questions, a model folder, a run."""
+    """Makes a folder with what the commands refer to: configs, a problem file, a model folder and a run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPO / "configs", folder / "configs")
     shutil.copytree(REPO / "launch", folder / "launch")
@@ -44,7 +47,7 @@ def workplace(tmp_path_factory):
     (folder / "questions.jsonl").write_text("\n".join(lines))
     before = os.getcwd()
     os.chdir(folder)
-    try:  # tests come in any order
+    try:  # the tests may run in any order
         import_module("grpo_jax.main").main(
             ["--config=configs/r1zero.py", "--workdir=runs/r1zero", *SHORT["grpo_jax.main"]]
         )
@@ -54,11 +57,13 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
+def test_readme_command_runs(command, workplace, monkeypatch):
     words = shlex.split(command)
     if words[0] == "make":
         made = subprocess.run([*words, "--dry-run"], cwd=REPO, capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
+    elif words[-1].startswith("--help="):
+        assert subprocess.run([sys.executable, *words[1:]], cwd=workplace, capture_output=True).returncode == 0
     elif "-m" in words and words[words.index("-m") + 1] in SHORT:
         name = words[words.index("-m") + 1]
         monkeypatch.chdir(workplace)
@@ -73,34 +78,30 @@ def test_a_command_of_the_readme_runs(command, workplace, monkeypatch):
         assert run.returncode == 0, run.stderr
 
 
-def test_the_python_of_the_readme_runs():
+def test_readme_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(blocks) == 2
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], check=True, cwd=REPO, timeout=120)
 
 
-def test_files_named_are_there():
-    names = set(re.findall(r"`(\w+\.py)`", README))
-    missing = [name for name in names if not (REPO / "grpo_jax" / name).exists()]
-    assert len(names) > 15 and not missing
-    listed = {path.name for path in (REPO / "grpo_jax").glob("*.py")} - {"__init__.py"}
-    assert listed <= names, listed - names
-    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(
-        r"`((?:configs|tests|launch|docs)/[\w./]+)`", README
-    ):
-        assert (REPO / path).exists(), path
+def test_every_path_in_the_readme_exists():
+    linked = re.findall(r"\]\(([\w/.]+)\)", README)
+    named = re.findall(r"`((?:configs|tests|launch|docs|benchmarks)/[\w./]+)`", README)
+    assert len(linked) > 3 and len(named) > 5
+    assert [path for path in linked + named if not (REPO / path).exists()] == []
 
 
-def test_keys_and_functions_named_exist():
-    """`section.key` is a key of the config, or `module.function` is one of the package."""
-    from grpo_jax.config import default
-    from grpo_jax.config.keys import flatten
+def test_every_key_in_the_readme_exists():
+    keys = flatten(default().to_dict())
+    sections = "|".join(default().to_dict())
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+)`", README))
+    named |= set(re.findall(r"--config\.([a-z_.]+[a-z])", README))
+    assert len(named) > 25
+    assert sorted(named - set(keys) - {"model.safetensors"}) == []
 
-    named = set(re.findall(r"`([a-z_]+\.[a-z_0-9]+)`", README)) | set(re.findall(r"--config\.([a-z_.]+[a-z])", README))
-    missing = []
-    for name in {name for name in named if not name.endswith((".py", ".json", ".jsonl"))}:
-        module, _, attribute = name.rpartition(".")
-        if name not in flatten(default().to_dict()) and not hasattr(import_module(f"grpo_jax.{module}"), attribute):
-            missing.append(name)
-    assert len(named) > 10 and not missing
+
+def test_every_function_in_the_equations_exists():
+    named = re.findall(r"\bgrpo\.([a-z_0-9]+)", README)
+    grpo = import_module("grpo_jax.learn.grpo")
+    assert len(named) == 3 and all(callable(getattr(grpo, name)) for name in named)
