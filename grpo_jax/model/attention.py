@@ -1,10 +1,10 @@
-"""The layers' attention: grouped-query, and multi-head latent (DeepSeek-V3's), over the tokens given or a cache.
+"""Attention layers: grouped-query attention and DeepSeek-V3's multi-head latent attention, with or without a KV cache.
 
-Column c of a row's cache holds the token at position c. With a cache, a layer first writes the tokens given into it and
-then attends to its columns: a compiled loop that carries the cache then updates it in place.
+Column c of a row's cache holds the token at position c. With a cache, a layer first writes the new tokens into it and
+then attends to its columns, so that a compiled loop that carries the cache updates it in place.
 
-`attend` is the one function that attention is computed by. On each platform it takes the way that is best there; all
-follow `attend.sees`, and `attend.plain` is what they are tested against.
+All attention without a cache goes through `attend`, which uses the best implementation for the platform. All
+implementations follow `attention_mask` and are tested against `plain_attention`.
 """
 
 from typing import Any, NamedTuple
@@ -33,10 +33,10 @@ from grpo_jax.types import Segments
 
 
 class KV(NamedTuple):
-    """What is cached of some tokens, of one layer or stacked over layers.
+    """Cached keys and values of one layer, or of several layers stacked.
 
-    Keys (after RoPE) and values of K heads; the keys lie with their columns last, as their product wants them. Latent
-    attention: in `v` the latent vector, in `k` the rotated key that all heads share; K is 1.
+    Keys are stored after RoPE, with the columns last, which is the layout that their product with the queries needs.
+    With latent attention K is 1: `v` holds the compressed vectors and `k` the rotary part of the key.
     """
 
     k: Float[Array, "*layers N K E C"]
@@ -44,36 +44,37 @@ class KV(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What the tokens given see, for all layers of one kind."""
+    """Rotary tables and mask of a batch, shared by all layers with the same `LayerConfig`."""
 
-    rotation: Any  # their rotary tables
-    queries: Segments  # whose tokens they are
-    keys: Segments  # the same tokens, or a cache's columns
+    cos_sin: Any  # rotary tables of the queries' positions
+    queries: Segments
+    keys: Segments  # those of the queries, or of the cache's columns
     window: Int[Array, ""]
-    prepared: Any  # what the way in use makes of the mask, once for all layers
+    mask: Any  # in the format of the chosen kernel: bool [N, L, C], SplashMasks, or BlockPlan with a leading shard axis
 
 
-PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # what `auto` takes on a platform, where it fits
+PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # used for "auto", if the kernel supports the shapes
 
 
 def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
-    """How attention of rows of L tokens is computed: `plain`, `blocks`, `splash` or `cudnn`.
+    """Returns the attention implementation for rows of `length` tokens: "plain", "blocks", "splash" or "cudnn".
 
-    Rows that an accelerator's kernel does not take are computed in blocks, short ones by the definition.
+    Where the wanted kernel does not support the shapes, long rows use "blocks" and short ones "plain".
     """
     if cached:
-        return "plain"  # a few queries: their scores are no larger than the cache
+        return "plain"  # there are few queries, so the scores are no larger than the cache
     wanted = model_cfg.attention if model_cfg.attention != "auto" else PLATFORM_KERNELS.get(mesh_platform(), "")
-    widths = (model_cfg.head_dim,) * 2
-    if model_cfg.latent:
-        widths = model_cfg.latent.qk_nope_head_dim + model_cfg.latent.qk_rope_head_dim, model_cfg.latent.v_head_dim
-    fits = {
+    key_width = value_width = model_cfg.head_dim
+    if latent := model_cfg.latent:
+        key_width, value_width = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
+    softcap = model_cfg.score_softcap
+    supported = {
         "plain": True,
         "blocks": True,
         "splash": splash_supports(length),
-        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap),
+        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, key_width, value_width, softcap),
     }
-    if fits.get(wanted):
+    if supported.get(wanted):
         return wanted
     return "blocks" if length > 2 * BLOCK_SIZE else "plain"
 
@@ -81,92 +82,103 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
 def make_attention_inputs(
     model_cfg: ModelConfig, layer: LayerConfig, queries: Segments, columns: int = 0
 ) -> AttentionInputs:
-    """The view of a layer of that kind.
+    """Builds the `AttentionInputs` of all layers with the config `layer`.
 
     Args:
-      columns: of the cache; 0: no cache, the tokens given are the keys.
+        model_cfg: the architecture.
+        layer: the layers' RoPE and sliding window.
+        queries: segments of the tokens given.
+        columns: number of columns of the cache; 0: there is no cache, and the tokens attend to one another.
     """
-    width = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
+    rope_dim = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
     rows, length = queries.position.shape
     keys = queries
     if columns:
         keys = single_sequence(jnp.broadcast_to(jnp.arange(columns), (rows, columns)))
     window = jnp.int32(layer.window or NO_WINDOW)
-    chosen = choose_kernel(model_cfg, length, columns > 0)
-    if chosen == "blocks":  # of each shard's own rows
-        first = lambda *args: jax.tree.map(lambda x: x[None], plan_blocks(*args))
-        split = row_spec(rows)
-        prepared = shard_map_on_mesh(first, (split, split, P()), split)(queries, keys, window)
+    kernel = choose_kernel(model_cfg, length, columns > 0)
+    by_row = row_spec(rows)
+
+    def plan_on_shard(*args):  # every shard plans for its own rows
+        return jax.tree.map(lambda x: x[None], plan_blocks(*args))
+
+    if kernel == "blocks":
+        mask = shard_map_on_mesh(plan_on_shard, (by_row, by_row, P()), by_row)(queries, keys, window)
     else:
-        prepared = constrain(attention_mask(queries, keys, window), ROW_AXES)
-        if chosen == "splash":
-            prepared = shard_map_on_mesh(make_splash_masks, (row_spec(rows),), row_spec(rows))(prepared)
-    return AttentionInputs(rope_tables(layer.rope, width, queries.position), queries, keys, window, prepared)
+        mask = constrain(attention_mask(queries, keys, window), ROW_AXES)
+        if kernel == "splash":
+            mask = shard_map_on_mesh(make_splash_masks, (by_row,), by_row)(mask)
+    return AttentionInputs(rope_tables(layer.rope, rope_dim, queries.position), queries, keys, window, mask)
 
 
 def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
-    """The cache with L new tokens a row in their columns."""
+    """Returns the cache with L new tokens per row written into `columns`."""
 
-    def put(cache, new, columns):  # of one row: mapped over rows, the partitioner sees that no row meets another
+    def write_row(cache, new, columns):
         return KV(cache.k.at[:, :, columns].set(new.k), cache.v.at[:, columns].set(new.v))
 
-    return jax.vmap(put)(cache, new, columns)
+    return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
 
 
 def row_spec(rows: int) -> P:
-    """The spec of an array of that many rows on the mesh in force."""
+    """Returns the spec of an array with this many rows on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return P() if mesh.empty else drop_indivisible_axes(P(ROW_AXES), (rows,), mesh)
+    return P(None) if mesh.empty else drop_indivisible_axes(P(ROW_AXES), (rows,), mesh)
 
 
 def shard_map_on_mesh(function, in_specs, out_specs):
-    """The function of each device's own part, on the mesh in force."""
+    """Returns `function` mapped over the shards of the current mesh; without a mesh, `function` itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def kv_head_copies(heads: int, key_heads: int, devices: int) -> int:
-    """How often each key head must stand for the heads to be split over devices; 0: they cannot be."""
-    fine = lambda times: key_heads * times % devices == 0 and heads % (key_heads * times) == 0
-    return next((times for times in range(1, heads // key_heads + 1) if fine(times)), 0)
+def kv_head_copies(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
+    """Returns how often each key head must be repeated to divide the heads among shards; 0 if that is impossible."""
+    for copies in range(1, num_heads // num_kv_heads + 1):
+        repeated = num_kv_heads * copies
+        if repeated % num_shards == 0 and num_heads % repeated == 0:
+            return copies
+    return 0
 
 
 def attend(
-    model_cfg: ModelConfig, q: Float[Array, "N L H E"], kv: KV, view: AttentionInputs, *, cached: bool
+    model_cfg: ModelConfig, q: Float[Array, "N L H E"], kv: KV, inputs: AttentionInputs, *, cached: bool
 ) -> Float[Array, "N L H _"]:
-    """softmax(q k) v of one layer. Where a query sees nothing, the result is finite and of no meaning."""
-    scale = dict(divisor=model_cfg.effective_score_divisor, cap=model_cfg.score_softcap)
-    chosen = choose_kernel(model_cfg, q.shape[1], cached)
-    if chosen == "plain":
-        return plain_attention(q, kv.k, kv.v, view.prepared, **scale)
+    """Computes `softmax(q k) v` of one layer. The output of a query that attends to no key is finite but undefined."""
+    divisor = model_cfg.effective_score_divisor
+    options = dict(divisor=divisor, softcap=model_cfg.score_softcap)
+    kernel = choose_kernel(model_cfg, q.shape[1], cached)
+    if kernel == "plain":
+        return plain_attention(q, kv.k, kv.v, inputs.mask, **options)
 
-    def run(q, keys, values, view):
-        if chosen == "splash":
-            return splash_attention(q, keys, values, view.prepared, interpret=mesh_platform() != "tpu", **scale)
-        if chosen == "cudnn":
-            return cudnn_attention(q, keys, values, view.prepared, divisor=model_cfg.effective_score_divisor)
-        own = jax.tree.map(lambda x: x[0], view.prepared)
-        return blockwise_attention(q, keys, values, view.queries, view.keys, view.window, own, **scale)
+    def attend_on_shard(q, keys, values, queries, key_segments, window, mask):
+        if kernel == "splash":
+            return splash_attention(q, keys, values, mask, interpret=mesh_platform() != "tpu", **options)
+        if kernel == "cudnn":
+            return cudnn_attention(q, keys, values, mask, divisor=divisor)
+        plan = jax.tree.map(lambda x: x[0], mask)
+        return blockwise_attention(q, keys, values, queries, key_segments, window, plan, **options)
 
     mesh = jax.sharding.get_abstract_mesh()
-    times = 0 if mesh.empty else kv_head_copies(q.shape[2], kv.k.shape[1], mesh.shape["tensor"])
-    heads, (rows,) = ("tensor" if times else None), tuple(row_spec(q.shape[0])) or (None,)
-    keys, values = (jnp.repeat(x, times, axis=1) if times > 1 else x for x in kv)
-    by_row = view._replace(rotation=(), window=None)
-    specs = jax.tree.map(lambda _: P(rows), by_row)._replace(window=P())
-    return shard_map_on_mesh(run, (P(rows, None, heads), P(rows, heads), P(rows, heads), specs), P(rows, None, heads))(
-        q, keys, values, view._replace(rotation=())
+    copies = 0 if mesh.empty else kv_head_copies(q.shape[2], kv.k.shape[1], mesh.shape["tensor"])
+    keys, values = (jnp.repeat(x, copies, axis=1) if copies > 1 else x for x in kv)
+    by_row, head_axis = row_spec(q.shape[0]), ("tensor" if copies else None)
+    q_spec, kv_spec = P(*by_row, None, head_axis), P(*by_row, head_axis)
+    in_specs = q_spec, kv_spec, kv_spec, by_row, by_row, P(), by_row
+    return shard_map_on_mesh(attend_on_shard, in_specs, q_spec)(
+        q, keys, values, inputs.queries, inputs.keys, inputs.window, inputs.mask
     )
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary position embeddings."""
 
     model_cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x, view: AttentionInputs, cache: KV | None):
+    def __call__(self, x, inputs: AttentionInputs, cache: KV | None):
+        """Returns the output for hidden states x [N, L, D], and the new keys and values or the written cache."""
         c = self.model_cfg
         q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
         k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
@@ -174,31 +186,39 @@ class Attention(nn.Module):
         q, k, v = (constrain(y, ROW_AXES, None, "tensor", None) for y in (q, k, v))
         if c.qk_norm:
             q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
-        q = apply_rope(q, view.rotation)
-        kv = KV(jnp.moveaxis(apply_rope(k, view.rotation), 1, -1), jnp.swapaxes(v, 1, 2))
+        q = apply_rope(q, inputs.cos_sin)
+        kv = KV(jnp.moveaxis(apply_rope(k, inputs.cos_sin), 1, -1), jnp.swapaxes(v, 1, 2))
         if cache is not None:
-            kv = write_cache(cache, kv, view.queries.position)
-        out = attend(c, q, kv, view, cached=cache is not None)
+            kv = write_cache(cache, kv, inputs.queries.position)
+        out = attend(c, q, kv, inputs, cached=cache is not None)
         return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, eq. 1-11).
 
-    Without a cache, keys and values are made from the latents. With one, that would be done again for every cached
-    token: instead the queries are taken to the latent space, where the latents are keys and values of one head.
+    Without a cache, keys and values are projected from the compressed vectors. With a cache that would project every
+    cached token again in each step, so the queries are projected instead: in the compressed space, the cached vectors
+    are the keys and values of a single head.
     """
 
     model_cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x, view: AttentionInputs, cache: KV | None):
+    def __call__(self, x, inputs: AttentionInputs, cache: KV | None):
+        """Returns the output for hidden states x [N, L, D], and the new latents or the written cache."""
         c, z = self.model_cfg, self.model_cfg.latent
         heads, key_width = c.num_heads, z.qk_nope_head_dim + z.qk_rope_head_dim
-        latent_norm = lambda name: RMSNorm(1e-6, name=name)  # the model's own code does not pass rms_norm_eps here
+
+        def latent_norm(name):
+            return RMSNorm(1e-6, name=name)  # DeepSeek's own code ignores rms_norm_eps here
+
+        def rotate(y):
+            return apply_rope(deinterleave(y) if z.rope_interleave else y, inputs.cos_sin)
+
         if z.q_lora_rank:
-            low = Projection((c.hidden_size,), (z.q_lora_rank,), c.qkv_bias, name="q_a")(x)
-            q = Projection((z.q_lora_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(low))
+            compressed_q = Projection((c.hidden_size,), (z.q_lora_rank,), c.qkv_bias, name="q_a")(x)
+            q = Projection((z.q_lora_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(compressed_q))
         else:
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
         compressed = Projection((c.hidden_size,), (z.kv_lora_rank + z.qk_rope_head_dim,), c.qkv_bias, name="kv_a")(x)
@@ -207,21 +227,22 @@ class LatentAttention(nn.Module):
         expand = self.param("kv_b", init, (z.kv_lora_rank, heads, z.qk_nope_head_dim + z.v_head_dim))
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.qk_nope_head_dim], axis=-1)
 
-        place = lambda y: apply_rope(deinterleave(y) if z.rope_interleave else y, view.rotation)
         q = constrain(q, ROW_AXES, None, "tensor", None)
-        q_plain, q_rope = q[..., : z.qk_nope_head_dim], place(q[..., z.qk_nope_head_dim :])
-        rope_key = place(compressed[..., None, z.kv_lora_rank :])
+        q_nope, q_rope = q[..., : z.qk_nope_head_dim], rotate(q[..., z.qk_nope_head_dim :])
+        rope_key = rotate(compressed[..., None, z.kv_lora_rank :])
         kv = KV(jnp.moveaxis(rope_key, 1, -1), latent[:, None])
         if cache is None:
             keys = jnp.einsum("nlr,rhe->nhel", latent, to_key)
             values = jnp.einsum("nlr,rhe->nhle", latent, to_value)
-            by_position = jnp.broadcast_to(kv.k, (*keys.shape[:2], *kv.k.shape[2:]))
-            both = KV(jnp.concatenate([keys, by_position], axis=2), values)
-            out = attend(c, jnp.concatenate([q_plain, q_rope], axis=-1), both, view, cached=False)
+            rope_keys = jnp.broadcast_to(kv.k, (*keys.shape[:2], *kv.k.shape[2:]))
+            expanded = KV(jnp.concatenate([keys, rope_keys], axis=2), values)
+            out = attend(c, jnp.concatenate([q_nope, q_rope], axis=-1), expanded, inputs, cached=False)
         else:
-            kv = write_cache(cache, kv, view.queries.position)
-            q_latent = jnp.einsum("nlhe,rhe->nlhr", q_plain, to_key)
+            kv = write_cache(cache, kv, inputs.queries.position)
+            q_latent = jnp.einsum("nlhe,rhe->nlhr", q_nope, to_key)
             scores = attention_scores(q_latent, jnp.swapaxes(kv.v, -1, -2)) + attention_scores(q_rope, kv.k)
-            mixed = weighted_values(scores, kv.v, view.prepared, divisor=c.effective_score_divisor, cap=c.score_softcap)
+            mixed = weighted_values(
+                scores, kv.v, inputs.mask, divisor=c.effective_score_divisor, softcap=c.score_softcap
+            )
             out = jnp.einsum("nlhr,rhe->nlhe", mixed, to_value)
         return Projection((heads, z.v_head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv

@@ -1,50 +1,53 @@
-"""Attention by the library kernels of accelerators: splash on TPU, cuDNN on NVIDIA.
+"""Attention by vendor kernels: splash attention on TPU, cuDNN on NVIDIA GPUs.
 
-Both mean what grpo_jax.model.mask.plain means, and keep no scores. Of arrays [N, L, C] there is only the mask, which splash
-reads as int32 and cuDNN adds to the scores, in their dtype, and so differentiates. A query that sees nothing gets
-something finite, and gradients of 0 where its cotangent is 0.
+Both compute `grpo_jax.model.mask.plain_attention` without holding the scores in memory. The only array of size
+[N, L, C] is the mask, which splash reads as int32. cuDNN adds it to the scores as a bias of their dtype and computes
+the gradient of that bias too. The output of a query that attends to no key is finite but undefined; it adds nothing to
+the gradients as long as its cotangent is 0.
 """
 
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-TILE_SIZES = (512, 384, 256, 128)  # lengths of a tile of the mask; what no query of a tile sees is not computed
+TILE_SIZES = (512, 384, 256, 128)  # tokens along either side of a tile of the mask; empty tiles are skipped
 
 
 class SplashMasks(NamedTuple):
-    """The masks of N rows as splash reads them: which tiles are empty, and all tiles. Every array begins with N."""
+    """The masks of N rows in the format of splash attention. All arrays have a leading axis N."""
 
-    forward: tables.MaskInfo  # for the output and the queries' gradient
-    backward: tables.MaskInfo  # for the gradients of keys and values, which go through the tiles by key
+    forward: mask_info.MaskInfo  # for the output and the gradient of the queries
+    backward: mask_info.MaskInfo  # for the gradients of keys and values; tiles in the order of keys
 
 
 def tile_size(length: int) -> int:
-    """The longest of TILES that divides the length."""
-    return next(tile_size for tile_size in TILE_SIZES if length % tile_size == 0)
+    """Returns the largest of `TILE_SIZES` that divides the row length."""
+    return next(size for size in TILE_SIZES if length % size == 0)
 
 
 def splash_supports(length: int) -> bool:
-    """Whether splash takes rows of that length."""
+    """Returns whether splash attention supports rows of this length."""
     return length % TILE_SIZES[-1] == 0
 
 
 def make_splash_masks(mask: Bool[Array, "N L L"]) -> SplashMasks:
-    """What `splash` needs of a mask, to be made once for all layers that share it."""
-    # Where all tiles of a query are empty the kernel divides 0 by 0. A query that sees nothing therefore sees itself.
+    """Converts a mask to the format of `splash_attention`. Layers with the same mask can share the result."""
+    # The kernel divides 0 by 0 for a query whose tiles are all empty, so a query without keys attends to itself.
     mask = mask | ~jnp.any(mask, axis=-1, keepdims=True) & jnp.eye(mask.shape[-1], dtype=bool)
     shape = (tile_size(mask.shape[-1]),) * 2
 
-    def of_row(mask):  # the kernel's first axis is that of heads; a single mask serves them all
-        forward, _ = tables.process_dynamic_mask(mask[None], shape)
-        backward, _ = tables.process_dynamic_mask_dkv(mask[None], shape)
-        return SplashMasks(*(info._replace(is_dynamic_mask=None) for info in (forward, backward)))  # arrays alone
+    def convert_row(mask):
+        # The library expects a leading axis of heads; of size 1, it applies to all heads.
+        forward, _ = mask_info.process_dynamic_mask(mask[None], shape)
+        backward, _ = mask_info.process_dynamic_mask_dkv(mask[None], shape)
+        # vmap maps over arrays only, so the flag is removed here and set again in `splash_attention`.
+        return SplashMasks(*(info._replace(is_dynamic_mask=None) for info in (forward, backward)))
 
-    return jax.vmap(of_row)(mask)
+    return jax.vmap(convert_row)(mask)
 
 
 def splash_attention(
@@ -54,33 +57,39 @@ def splash_attention(
     masks: SplashMasks,
     *,
     divisor: float,
-    cap: float = 0.0,
+    softcap: float = 0.0,
     interpret: bool = False,
 ) -> Float[Array, "N L H _"]:
-    """attend.plain on a TPU; the mask is the one that `splash_masks` was given.
+    """Computes `plain_attention` on a TPU.
 
     Args:
-      interpret: run the kernel's program operation by operation, on any device.
+        q: query heads.
+        keys: key heads.
+        values: value heads.
+        masks: the mask, converted by `make_splash_masks`.
+        divisor: divides the scores.
+        softcap: as in `weighted_values`.
+        interpret: whether to interpret the kernel operation by operation, which works on any device.
     """
     size = tile_size(q.shape[1])
-    # The library's other kernel for the backward pass finds all gradients at once, but writes the queries' once for
-    # every tile of keys, L / size times the queries in their dtype, and adds up those rounded parts.
-    sizes = library.BlockSizes(
+    # The library's fused backward kernel is not used: it writes the gradient of the queries once per tile of keys
+    # (L / size times the size of q), in the dtype of q, and then adds up those rounded parts.
+    sizes = splash_kernel.BlockSizes(
         block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
     )
     q = (q.astype(jnp.float32) / divisor).astype(q.dtype)
 
-    def of_row(row):  # the tables of empty tiles steer what the kernel loads, so it cannot be mapped by vmap
+    def attend_row(row):
         q, keys, values, masks = row
         forward, backward = (info._replace(is_dynamic_mask=True) for info in masks)
-        kernel = library.SplashAttentionKernel(
+        kernel = splash_kernel.SplashAttentionKernel(
             forward,
             forward,
             backward,
             block_sizes=sizes,
             is_mqa=False,
-            attn_logits_soft_cap=cap or None,
-            mask_value=library.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=softcap or None,
+            mask_value=splash_kernel.DEFAULT_MASK_VALUE,
             mask_function=None,
             save_residuals=False,
             residual_checkpoint_name="attention",
@@ -88,15 +97,18 @@ def splash_attention(
         )
         return kernel(q, keys, values)
 
-    out = jax.lax.map(of_row, (jnp.moveaxis(q, 1, 2), jnp.swapaxes(keys, 2, 3), values, masks))
+    # vmap does not apply: the kernel decides which tiles to load from the row's own table of empty tiles.
+    out = jax.lax.map(attend_row, (jnp.moveaxis(q, 1, 2), jnp.swapaxes(keys, 2, 3), values, masks))
     return jnp.moveaxis(out, 1, 2)
 
 
-def cudnn_supports(dtype: DTypeLike, width: int, value_width: int, cap: float) -> bool:
-    """Whether cuDNN takes such heads; it also wants even L and C. (Widths up to 256 need a GPU from Hopper on.)"""
-    return (
-        jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and width == value_width <= 128 and width % 8 == 0 and not cap
-    )
+def cudnn_supports(dtype: DTypeLike, key_width: int, value_width: int, softcap: float) -> bool:
+    """Returns whether `cudnn_attention` supports heads of these widths. It also requires an even L and C.
+
+    cuDNN supports widths of 136 to 256 on some GPUs only (Hopper and later), so they are not used.
+    """
+    half_precision = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return half_precision and key_width == value_width <= 128 and key_width % 8 == 0 and not softcap
 
 
 def cudnn_attention(
@@ -108,7 +120,7 @@ def cudnn_attention(
     divisor: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "N L H E"]:
-    """attend.plain by cuDNN's flash attention, or with the same arguments by XLA, which keeps the scores."""
+    """Computes `plain_attention` with cuDNN's flash attention, or in XLA, where the scores are held in memory."""
     return jax.nn.dot_product_attention(
         q,
         jnp.moveaxis(keys, -1, 1),

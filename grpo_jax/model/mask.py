@@ -1,4 +1,7 @@
-"""Who sees whom, and attention as it is defined. Faster ways of the same are in blockwise.py and kernels.py."""
+"""Attention masks and a reference implementation of attention.
+
+See blockwise.py and kernels.py for implementations that do not hold all scores in memory at once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,34 +9,36 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.types import Segments
 
-NO_WINDOW = 2**30  # a window that hides nothing
+NO_WINDOW = 2**30  # a window that excludes no key
 
 
 def single_sequence(position: Int[Array, "N L"], real: Bool[Array, "N L"] | None = None) -> Segments:
-    """The segments of rows that are one sequence each; what is not `real` is padding."""
+    """Builds `Segments` for rows that each hold a single sequence. Positions where `real` is False are padding."""
     prompt = jnp.ones_like(position) if real is None else real.astype(position.dtype)
     return Segments(position, prompt, jnp.zeros_like(position))
 
 
 def attention_mask(queries: Segments, keys: Segments, window: int | Int[Array, ""] = NO_WINDOW) -> Bool[Array, "N L C"]:
-    """[n, l, c] is True where query l of row n sees key c.
+    """Returns the attention mask: `[n, l, c]` is True where query `l` of row `n` attends to key `c`.
 
-    A token sees the tokens of its prompt and, if it belongs to a completion, those of that completion, from itself
-    backwards; at most `window` of them. Nothing is said of the order in which the tokens lie in their row.
+    A token attends to its prompt and, if it belongs to a completion, to that completion; in both to tokens at its own
+    position or before, at most `window` of them. Nothing attends to padding. The mask depends on segment ids and
+    positions only, not on the order of tokens within a row.
     """
-    across = lambda compare, name: compare(getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :])
-    back = across(jnp.subtract, "position")
-    own = across(jnp.equal, "completion") | (keys.completion == 0)[:, None, :]
-    same = across(jnp.equal, "prompt") & (keys.prompt > 0)[:, None, :]
-    return same & own & (back >= 0) & (back < window)
+    same_prompt = (queries.prompt[:, :, None] == keys.prompt[:, None, :]) & (keys.prompt > 0)[:, None, :]
+    same_completion = queries.completion[:, :, None] == keys.completion[:, None, :]
+    visible = same_prompt & (same_completion | (keys.completion == 0)[:, None, :])
+    distance = queries.position[:, :, None] - keys.position[:, None, :]
+    return visible & (distance >= 0) & (distance < window)
 
 
 def attention_scores(q: Float[Array, "N L H E"], keys: Float[Array, "N K E C"]) -> Float[Array, "N K R L C"]:
-    """q k, in float32; R = H / K query heads, one after another, share a key head."""
-    rows, length, heads, width = q.shape
-    shared = jnp.moveaxis(q, 1, 2).reshape(rows, keys.shape[1], -1, width)  # heads and tokens: one matrix a key head
-    scores = jnp.matmul(shared, keys, preferred_element_type=jnp.float32)
-    return scores.reshape(rows, keys.shape[1], -1, length, keys.shape[-1])
+    """Computes `q @ keys` in float32. Each key head serves R = H / K consecutive query heads."""
+    rows, length, _, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    grouped = jnp.moveaxis(q, 1, 2).reshape(rows, num_kv_heads, -1, head_dim)  # one matrix [R * L, E] per key head
+    scores = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(rows, num_kv_heads, -1, length, keys.shape[-1])
 
 
 def weighted_values(
@@ -42,21 +47,27 @@ def weighted_values(
     mask: Bool[Array, "N L C"],
     *,
     divisor: float,
-    cap: float = 0.0,
+    softcap: float = 0.0,
 ) -> Float[Array, "N L H _"]:
-    """softmax(scores) values. A query that sees nothing gets the mean of all values.
+    """Computes `softmax(scores) @ values`. A query that attends to no key gets the mean of all values.
 
     Args:
-      divisor: the scores are divided by it,
-      cap: and then become cap * tanh(score / cap); 0: no cap.
+        scores: products of queries and keys, from `attention_scores`.
+        values: the values, one head per key head.
+        mask: True where a query attends to a key.
+        divisor: divides the scores.
+        softcap: replaces the divided scores by `softcap * tanh(score / softcap)`, unless it is 0.
+
+    Returns:
+        The output of each query head, in the dtype of `values`.
     """
     scores = scores / divisor
-    if cap:
-        scores = cap * jnp.tanh(scores / cap)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    rows, heads, _, length, columns = probs.shape
-    out = jnp.matmul(probs.reshape(rows, heads, -1, columns), values)
+    rows, num_kv_heads, _, length, num_keys = probs.shape
+    out = jnp.matmul(probs.reshape(rows, num_kv_heads, -1, num_keys), values)
     return jnp.moveaxis(out.reshape(rows, -1, length, out.shape[-1]), 1, 2)
 
 
@@ -67,7 +78,10 @@ def plain_attention(
     mask: Bool[Array, "N L C"],
     *,
     divisor: float,
-    cap: float = 0.0,
+    softcap: float = 0.0,
 ) -> Float[Array, "N L H _"]:
-    """Attention as it is defined, all scores at once. Arguments as of `score` and `mix`."""
-    return weighted_values(attention_scores(q, keys), values, mask, divisor=divisor, cap=cap)
+    """Computes attention with all scores in memory: the reference that other implementations are tested against.
+
+    Arguments are those of `attention_scores` and `weighted_values`.
+    """
+    return weighted_values(attention_scores(q, keys), values, mask, divisor=divisor, softcap=softcap)
