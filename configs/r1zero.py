@@ -197,12 +197,12 @@ def deepseek_v3():
 
     python -m grpo_jax.main --config=configs/r1zero.py:deepseek-v3 --workdir=/runs/r1zero
 
-    On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): the experts are split 64 ways, their matrices 8 ways. A
-    rollout of 512 prompts x 16 completions feeds 16 updates of 512 completions each. R1-Zero allowed 32,768 tokens per
-    completion, and 65,536 after update 8,200.
+    On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): the experts are split 16 ways, and all matrices
+    32 ways. A rollout of 512 prompts x 16 completions feeds 16 updates of 512 completions each. R1-Zero allowed 32,768
+    tokens per completion, and 65,536 after update 8,200.
     """
     return hub_model(
-        "deepseek-ai/DeepSeek-V3-Base", prompts=512, max_tokens=32768, lr=3e-6, minibatches=16, steps=10400, expert=64
+        "deepseek-ai/DeepSeek-V3-Base", prompts=512, max_tokens=32768, lr=3e-6, minibatches=16, steps=10400, expert=16
     )
 
 

@@ -267,7 +267,7 @@ def test_config_of_pretraining_is_no_run_to_read(tmp_path, entry, argv):
 def test_neither_config_nor_workdir():
     for entry, argv in ((evaluate.main, []), (generate.main, ["--prompt=hello"])):
         with pytest.raises(
-            UserError, match="--config=FILE.py or --workdir=DIR must be given; found none. Run with --help"
+            UserError, match=r"--config=FILE.py or --workdir=DIR must be given; found none. Run with --help"
         ):
             entry(argv)
 

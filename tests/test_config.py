@@ -447,7 +447,7 @@ def test_help_explains_every_key_and_suggests_topics():
     assert "optim" in explain("optim") and "rollout" not in explain("optim")
     with pytest.raises(UserError, match=r"found 'optm'. Did you mean --help=optim\?"):
         explain("optm")
-    with pytest.raises(UserError, match="found 'xyzzy'. Choose one of .*rollout.*all"):
+    with pytest.raises(UserError, match=r"found 'xyzzy'. Choose one of .*rollout.*all"):
         explain("xyzzy")
 
 
@@ -457,7 +457,7 @@ def test_job_of_a_training_config_is_grpo():
         check(pretrain_default())
     with pytest.raises(UserError, match="job must be 'pretrain' here; found 'grpo'"):
         check_pretrain(default())
-    with pytest.raises(UserError, match="job.*'sft'"):
+    with pytest.raises(UserError, match=r"job.*'sft'"):
         check(changed(job="sft"))
 
 
@@ -466,9 +466,9 @@ def test_keys_are_those_of_the_default_config():
     lacking, more = default(), default()
     del lacking.loss["clip_low"]
     more.loss.new = 1
-    with pytest.raises(UserError, match="loss.clip_low is missing"):
+    with pytest.raises(UserError, match=r"loss.clip_low is missing"):
         check(lacking)
-    with pytest.raises(UserError, match="loss.new is unknown"):
+    with pytest.raises(UserError, match=r"loss.new is unknown"):
         check(more)
 
 
@@ -519,7 +519,7 @@ def test_the_config_of_a_run_is_read_back(tmp_path):
 def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="must be the workdir of a training run, with a config.json: .*Pass another"):
+    with pytest.raises(UserError, match=r"must be the workdir of a training run, with a config.json: .*Pass another"):
         read_config(tmp_path)
 
 
@@ -577,10 +577,10 @@ def test_a_run_with_other_keys_is_not_resumed(tmp_path):
     write_config(tmp_path, Config())
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"clip_low"', '"clip"'))
-    with pytest.raises(UserError, match="must have the keys of this version .* has the unknown key loss.clip. Choose"):
+    with pytest.raises(UserError, match=r"must have the keys of this version .* has the unknown key loss.clip. Choose"):
         check_workdir(tmp_path, Config())
     (tmp_path / "config.json").write_text(text.replace('"clip_low": 0.2,', ""))
-    with pytest.raises(UserError, match="lacks key loss.clip_low. Choose another"):
+    with pytest.raises(UserError, match=r"lacks key loss.clip_low. Choose another"):
         check_workdir(tmp_path, Config())
 
 
@@ -592,7 +592,7 @@ def test_new_or_empty_folder_is_a_workdir(tmp_path):
 
 def test_folder_with_other_files_is_no_workdir(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="holds other files. Choose another --workdir"):
+    with pytest.raises(UserError, match=r"holds other files. Choose another --workdir"):
         check_workdir(tmp_path, Config())
     with pytest.raises(UserError, match="Choose another --workdir"):
         check_workdir(tmp_path / "thesis.tex", Config())

@@ -194,7 +194,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="general.architecture") as error:
+    with pytest.raises(UserError, match=r"general.architecture") as error:
         read_gguf_config(write(tmp_path / "model.gguf", "mamba"))
     assert "'mamba'" in str(error.value) and all(name in str(error.value) for name in GGUF_ARCHITECTURES)
 

@@ -121,7 +121,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_that_can(monkeypatch):
         UserError, match=rf"rollout.slots may be at most {most} .*found {most + 1}, .*Lower rollout.slots"
     ):
         plan(monkeypatch, total=SHORT, slots=most + 1)
-    with pytest.raises(UserError, match="at most 0 .*Lower rollout.max_tokens or shard the model"):
+    with pytest.raises(UserError, match=r"at most 0 .*Lower rollout.max_tokens or shard the model"):
         plan(monkeypatch, total=SHORT, held=2**22)
 
 

@@ -4,11 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from grpo_jax import main
-from grpo_jax.config import check, default
+from grpo_jax.config import Config, check, default
 from grpo_jax.config.flags import load_config
 from grpo_jax.errors import UserError
+from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import MESH_AXES, tree_shardings
+from grpo_jax.rollout.memory import bytes_per_device
+from grpo_jax.weights.families import model_config_from_hf
 
 FILE = Path(__file__).parent.parent / "configs" / "r1zero.py"
 NAMES = (
@@ -56,6 +63,82 @@ def test_a_preset_fits_the_devices_that_it_names(name):
         assert count % known == 0 and (known == count or -1 in sizes)
 
 
+# The architectures of the hub models, from their published config.json.
+ARCHITECTURES = {
+    "qwen2.5-0.5b": "qwen2 151936 896 4864 24 14 2 tied",
+    "qwen2.5-1.5b": "qwen2 151936 1536 8960 28 12 2 tied",
+    "qwen2.5-3b": "qwen2 151936 2048 11008 36 16 2 tied",
+    "qwen2.5-7b": "qwen2 152064 3584 18944 28 28 4 untied",
+    "qwen2.5-32b": "qwen2 152064 5120 27648 64 40 8 untied",
+    "qwen3-1.7b": "qwen3 151936 2048 6144 28 16 8 tied",
+    "qwen3-8b": "qwen3 151936 4096 12288 36 32 8 untied",
+    "qwen3-30b-a3b": "qwen3_moe 151936 2048 6144 48 32 4 untied",
+    "llama3.2-3b": "llama 128256 3072 8192 28 24 8 tied",
+    "llama3.1-8b": "llama 128256 4096 14336 32 32 8 untied",
+    "gemma3-4b": "gemma3_text 262208 2560 10240 34 8 4 tied",
+    "deepseek-v3": "deepseek_v3 129280 7168 18432 61 128 128 untied",
+}
+FURTHER_FIELDS = {
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    "gemma3_text": {"head_dim": 256},
+    "deepseek_v3": {
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_group": 8,
+        "topk_group": 4,
+    },
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    """Returns the architecture of a preset's model."""
+    model_type, *sizes, tied = ARCHITECTURES[name].split()
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields += ("num_attention_heads", "num_key_value_heads")
+    raw = dict(zip(fields, map(int, sizes), strict=True))
+    raw |= {"model_type": model_type, "tie_word_embeddings": tied == "tied"} | FURTHER_FIELDS.get(model_type, {})
+    return model_config_from_hf(raw, name)
+
+
+def state_bytes(cfg: Config, model_cfg: ModelConfig, sizes: tuple[int, ...]) -> int:
+    """Returns the bytes per device of policy, gradient, optimizer state and reference on a mesh of these sizes."""
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    params = param_shapes(model_cfg, cfg.model.param_dtype)
+    reference = param_shapes(model_cfg, cfg.model.reference_dtype)
+    optimizer = make_optimizer(cfg.optim)
+    moments = train_state_shapes(params, optimizer).opt_state
+    return (
+        2 * bytes_per_device(params, tree_shardings(mesh, params))
+        + bytes_per_device(moments, train_state_shardings(mesh, params, optimizer).opt_state)
+        + bytes_per_device(reference, tree_shardings(mesh, reference))
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(name):
+    """At most two thirds of a device's memory, which leaves the rest for activations and the KV cache."""
+    cfg, model_cfg = check(load_config(f"{FILE}:{name}")), model_of(name)
+    text = module().PRESETS[name].__doc__
+    stated, unit = re.search(r"([\d.]+) (GB|TB) of state", text).groups()
+    total = state_bytes(cfg, model_cfg, (1, 1, 1, 1))
+    assert total == pytest.approx(float(stated) * {"GB": 1e9, "TB": 1e12}[unit], rel=0.03)
+    machines = re.findall(r"(\d+) (?:devices? )?of (\d+) GB", text)
+    assert machines
+    for devices, memory in machines:
+        fixed = cfg.mesh.expert * cfg.mesh.tensor
+        sizes = (cfg.mesh.data, int(devices) // fixed, cfg.mesh.expert, cfg.mesh.tensor)
+        assert state_bytes(cfg, model_cfg, sizes) < int(memory) * 1e9 * 2 / 3
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_says_how_it_is_run(name):
     text = module().PRESETS[name].__doc__
@@ -76,11 +159,11 @@ def test_no_preset_is_tiny():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(UserError, match="qwen2.5-7b.*found 'qwen2.5-8b'. Did you mean qwen2.5-7b"):
+    with pytest.raises(UserError, match=r"qwen2.5-7b.*found 'qwen2.5-8b'. Did you mean qwen2.5-7b"):
         load_config(f"{FILE}:qwen2.5-8b")
 
 
 def test_a_hub_model_without_a_network_says_what_to_download(tmp_path):
-    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B.*model.path"):
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B.*model.path"):
         main.main([f"--config={FILE}:qwen2.5-0.5b", f"--workdir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()

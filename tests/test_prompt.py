@@ -201,7 +201,7 @@ def test_packaged_tokenizer_gives_any_text_back(text):
 
 
 def test_folder_without_a_tokenizer_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="expected a tokenizer .*copy the tokenizer files"):
+    with pytest.raises(UserError, match=r"expected a tokenizer .*copy the tokenizer files"):
         load_tokenizer(tmp_path)
 
 

@@ -138,7 +138,7 @@ def test_jsonl_takes_held_out_questions_from_eval_path(tmp_path):
 
 def test_jsonl_with_fewer_than_ten_lines_needs_an_eval_path(tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": f"q{i}", "answer": i} for i in range(9)])
-    with pytest.raises(UserError, match="at least 10 questions in task.path=.*set task.eval_path"):
+    with pytest.raises(UserError, match=r"at least 10 questions in task.path=.*set task.eval_path"):
         file_task(0, "eval", path, "")
 
 
@@ -234,7 +234,7 @@ def test_unreadable_file_is_a_user_error(tmp_path):
 )
 def test_a_question_that_cannot_be_rewarded_is_refused(tmp_path, row):
     (tmp_path / "q.jsonl").write_text('{"question": "1?", "answer": 1}\n' + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="answer of 1 to 200 characters in .* line 2"):
+    with pytest.raises(UserError, match=r"answer of 1 to 200 characters in .* line 2"):
         read_problems(str(tmp_path / "q.jsonl"))
 
 

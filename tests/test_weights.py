@@ -82,13 +82,13 @@ def test_a_config_is_hashable_and_remembers_its_source():
 
 def test_missing_tensor(folder):
     rewrite(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(UserError, match="1 missing.*model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"1 missing.*model.layers.1.mlp.up_proj.weight"):
         load(folder)
 
 
 def test_unknown_tensor(folder):
     rewrite(folder, lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)}))
-    with pytest.raises(UserError, match="unknown.*model.extra.weight"):
+    with pytest.raises(UserError, match=r"unknown.*model.extra.weight"):
         load(folder)
 
 
@@ -192,7 +192,7 @@ def test_a_config_that_is_no_object(folder):
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder):
     """96 rows; the tiny base's tokenizer has over 400 ids, whose lookups would silently be clamped."""
     shutil.copyfile(find_model("tiny") / "tokenizer.json", folder / "tokenizer.json")
-    with pytest.raises(UserError, match="96 rows and 4.. ids"):
+    with pytest.raises(UserError, match=r"96 rows and 4.. ids"):
         read_model_config(folder)
 
 
@@ -295,7 +295,7 @@ def test_a_tied_head_goes_out_as_the_embedding_is_now(tmp_path):
 def test_a_tied_head_that_differs_is_refused(folder):
     raw = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="lm_head.weight .* to equal the embedding.*tie_word_embeddings"):
+    with pytest.raises(UserError, match=r"lm_head.weight .* to equal the embedding.*tie_word_embeddings"):
         load(folder)
 
 
@@ -312,7 +312,7 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
 
 def test_a_config_nested_too_deep(folder):
     (folder / "config.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match="readable config.json"):
+    with pytest.raises(UserError, match=r"readable config.json"):
         load(folder)
 
 
@@ -321,7 +321,7 @@ def test_one_gguf_of_several_is_not_guessed(tmp_path):
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
     assert find_model(tmp_path) == tmp_path / "b.gguf"
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="one GGUF file .* found a.gguf, b.gguf"):
+    with pytest.raises(UserError, match=r"one GGUF file .* found a.gguf, b.gguf"):
         find_model(tmp_path)
 
 
