@@ -1,8 +1,9 @@
-"""The error that a user's mistake ends with."""
+"""The exception that reports a user's mistake."""
 
 
 class UserError(Exception):
-    """A user's mistake, as one line that says what was expected, what was found and what to do.
+    """Raised when a path, a value or a line of data that the user gave cannot be used.
 
-    Entry points print it as `error: ...` and exit with code 2, without a traceback.
+    The message is a single line that says what was expected, what was found and what to do. Entry points print it as
+    `error: ...` and exit with code 2, without a traceback.
     """

@@ -1,4 +1,4 @@
-"""Answers: how they are found, how each notation is read, that nothing is evaluated, and that junk costs no time."""
+"""Extraction, parsing and comparison of answers: every notation, and inputs that are long, hostile or malformed."""
 
 import time
 from fractions import Fraction
@@ -35,18 +35,18 @@ from grpo_jax.text.answers import answers_match, extract_answer, parse_number
         (".", None),
         ("%", None),
         ("--5", None),
-        ("1,23", None),  # no thousands
+        ("1,23", None),  # commas separate groups of three digits
         ("1 234", None),
         ("1 2", None),
         ("1/0", None),
         (r"\frac{1}{0}", None),
         ("1/2/3", None),
         (r"\frac{1}{\frac{2}{3}}", None),
-        ("²", None),  # a digit to str.isdigit, but no number
+        ("²", None),  # str.isdigit is True, but int() raises
         ("½", None),
         ("1+1", None),
         ("2**9999999", None),
-        ("1e5", None),  # no exponents: it is compared as a word
+        ("1e5", None),  # compared as a word
         ("0x10", None),
         ("1_000", None),
         ("inf", None),
@@ -54,12 +54,12 @@ from grpo_jax.text.answers import answers_match, extract_answer, parse_number
         ('__import__("os")', None),
     ],
 )
-def test_value_of_a_written_number(written, value):
+def test_written_numbers_are_parsed_exactly(written, value):
     assert parse_number(written) == value
 
 
 @pytest.mark.parametrize(
-    "found, expected, same",
+    "answer, expected, match",
     [
         ("72", "72", True),
         ("72", "73", False),
@@ -67,7 +67,7 @@ def test_value_of_a_written_number(written, value):
         ("3.50", "3.5", True),
         ("1,234", "1234", True),
         ("1234", "1,234", True),
-        ("72.", "72", True),  # full stop
+        ("72.", "72", True),  # a final period
         ("$72$", "72", True),
         ("$1,234.50", "1234.5", True),
         ("0.75", "3/4", True),
@@ -75,7 +75,7 @@ def test_value_of_a_written_number(written, value):
         (r"$-\dfrac{1}{2}$", "-1/2", True),
         ("50%", "0.5", True),
         ("50%", "50", False),
-        ("0.3333", "1/3", False),  # equal, not close
+        ("0.3333", "1/3", False),  # close is not equal
         ("Blue Whale", "blue  whale.", True),
         ("STRASSE", "straße", True),
         ("blue", "blue whale", False),
@@ -86,7 +86,7 @@ def test_value_of_a_written_number(written, value):
         ("1e5", "100000", False),
         ("1e5", "1E5", True),
         ('__import__("os")', "0", False),
-        ("1/0", "1/0", True),  # words
+        ("1/0", "1/0", True),  # equal as words
         ("1/0", "0", False),
         (r"\left( 1, 2 \right)", "( 1, 2 )", True),
         (r"\leftarrow", r"\rightarrow", False),
@@ -96,8 +96,8 @@ def test_value_of_a_written_number(written, value):
         (".", "", False),
     ],
 )
-def test_same_answer(found, expected, same):
-    assert answers_match(found, expected) is same
+def test_answers_match_as_numbers_or_else_as_words(answer, expected, match):
+    assert answers_match(answer, expected) is match
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_same_answer(found, expected, same):
         ("<answer>72</answer>", "72"),
         ("<think> 1 </think> <answer> 72 </answer>", "72"),
         ("<answer>\n72\n</answer> and more", "72"),
-        ("<answer>1</answer> <answer>2</answer>", "2"),  # the last counts
+        ("<answer>1</answer> <answer>2</answer>", "2"),  # the last one counts
         ("<answer>1</answer> <answer>2", "1"),
         ("<answer>1 <answer>2</answer>", "2"),
-        ("<answer>1</answer> or so </answer>", "1"),  # whatever stands around it
+        ("<answer>1</answer> or so </answer>", "1"),  # the text around the answer is ignored
         (r"<answer>\boxed{72}</answer>", "72"),
         (r"<answer>It is \boxed{ 72 }.</answer>", "72"),
         (r"<answer>\boxed{1} \fbox{2}</answer>", "2"),
         (r"<answer>\boxed{\frac{3}{4}}</answer>", r"\frac{3}{4}"),  # nested braces
         (r"<answer>\boxed{72</answer>", None),
         (r"<answer>\boxed{}</answer>", None),
-        (r"\boxed{72}", None),  # no tag
+        (r"\boxed{72}", None),  # a box without tags
         ("72", None),
         ("", None),
         ("<answer></answer>", None),
@@ -126,10 +126,10 @@ def test_same_answer(found, expected, same):
         ("</answer>72<answer>", None),
         ("<Answer>72</Answer>", None),
         ("<answer>" + "7" * 200 + "</answer>", "7" * 200),
-        ("<answer>" + "7" * 201 + "</answer>", None),  # too long for an answer
+        ("<answer>" + "7" * 201 + "</answer>", None),  # too long to be an answer
     ],
 )
-def test_answer_of_a_text(text, answer):
+def test_answer_is_what_the_last_tags_hold(text, answer):
     assert extract_answer(text) == answer
 
 
@@ -154,25 +154,25 @@ def test_answer_of_a_text(text, answer):
         "1,111",
     ],
 )
-def test_ten_megabytes_of_junk_are_read_at_once(junk):
-    """Every function is linear. The sizes go up to 10 MB, so that one that is not fails instead of running on."""
+def test_ten_megabytes_are_graded_in_linear_time(junk):
+    """Quadratic time would exceed the limit, far above what linear time needs, well before the largest size."""
     for size in (10**5, 10**6, 10**7):
         text = junk * (size // len(junk))
-        began = time.monotonic()
-        for whole in (text, f"<answer>{text}</answer>", f"<think>{text}</think> <answer>5</answer>"):
-            reward_parts([whole], ["5"])
-        assert time.monotonic() - began < 5
+        start = time.monotonic()
+        texts = [text, f"<answer>{text}</answer>", f"<think>{text}</think> <answer>5</answer>"]
+        reward_parts(texts, ["5"] * 3)
+        assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("junk", ["9", "%", "-", "{", "5%", r"\frac{"])
-def test_expected_answer_may_be_anything_too(junk):
-    """It comes from a file. Python refuses int() of over 4300 digits, and deep recursion."""
+def test_malformed_expected_answers_are_graded_without_errors(junk):
+    """Expected answers come from files. Python raises in int() of more than 4300 digits, and in deep recursion."""
     long = junk * 10_000
     assert reward_parts(["<answer>5</answer>"], [long])["accuracy"].tolist() == [0]
     assert reward_parts(["<answer>5</answer>"], ["5" + long])["accuracy"].tolist() == [0]
 
 
-def test_nothing_in_an_answer_is_evaluated(tmp_path):
+def test_answers_are_never_evaluated(tmp_path):
     file = tmp_path / "evaluated"
     text = f"<answer>__import__('pathlib').Path({str(file)!r}).touch() or 5</answer>"
     assert len(text) < 220 and reward_parts([text], ["5"])["accuracy"].tolist() == [0]

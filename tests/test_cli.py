@@ -118,11 +118,11 @@ def asking(path: Path, *questions: str) -> str:
         (["--config.task.name=jsonl"], "task.path must be a JSONL file.*Set --config.task.path"),
         (
             ["--config.task.name=jsonl", "--config.task.path=none.jsonl"],
-            "expected a JSONL file of questions at none.jsonl",
+            "one JSON object per line; could not read none.jsonl: .*No such file",
         ),
         (
             ["--config.rollout.max_prompt_tokens=40"],
-            r"at most rollout.max_prompt_tokens=40 tokens; problem \d+ .* has \d+; raise rollout.max_prompt_tokens",
+            r"at most rollout.max_prompt_tokens=40 tokens; .*problem \d+ .* has \d+\. Raise rollout.max_prompt_tokens",
         ),
         (["--config.job=pretrain"], "job"),
         (["--config.job=sft"], "job"),
@@ -177,7 +177,7 @@ def test_question_longer_than_the_prompt_is_found_before_training(tmp_path, plac
         *LITTLE,
         "--config.task.name=jsonl",
         *paths,
-        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.*; raise rollout.max_prompt_tokens",
+        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.* Raise rollout.max_prompt_tokens",
     )
 
 
@@ -187,9 +187,12 @@ def test_broken_file_of_questions_is_found_before_training(tmp_path):
     bad.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n')
     few = asking(tmp_path / "few.jsonl", "a", "b")
     for paths, says in (
-        ([f"--config.task.path={bad}"], "expected the field 'answer' .*bad.jsonl line 2"),
-        ([f"--config.task.path={good}", f"--config.task.eval_path={bad}"], "field 'answer' .*bad.jsonl line 2"),
-        ([f"--config.task.path={few}"], "at least 10 questions in task.path"),
+        ([f"--config.task.path={bad}"], "bad.jsonl line 2 must have the field 'answer'"),
+        (
+            [f"--config.task.path={good}", f"--config.task.eval_path={bad}"],
+            "bad.jsonl line 2 must have the field 'answer'",
+        ),
+        ([f"--config.task.path={few}"], "few.jsonl must have at least 10"),
     ):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=jsonl", *paths, says=says)
 
@@ -228,7 +231,7 @@ def test_workdir_with_other_files(tmp_path):
 
 def test_pretraining_does_not_overwrite_a_model(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    refused(main.main, tmp_path / "run", PRETRAIN, says="expected a workdir without a model")
+    refused(main.main, tmp_path / "run", PRETRAIN, says="neither a model nor a run; found .*model")
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
@@ -277,7 +280,7 @@ def test_neither_config_nor_workdir():
     [
         ([], "expected a question; found none; pass --prompt="),
         (["--prompt="], "expected a question; found none"),
-        (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*raise rollout.max_prompt_tok"),
+        (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*Raise rollout.max_prompt_tok"),
         (["--prompt=hello", "--temperature=-1"], "expected --temperature of 0 or more; found -1.0"),
         (["--prompt=hello", "--temperature=nan"], "expected --temperature of 0 or more; found nan"),
         (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
@@ -292,19 +295,19 @@ def test_mistake_in_generating(tmp_path, argv, says):
 def test_mistake_in_the_questions_to_evaluate(tmp_path):
     run, path = tmp_path / "run", tmp_path / "q.jsonl"
     write_config(run, Config())
-    refused(evaluate.main, run, f"--questions={path}", says="expected a JSONL file of questions at .*No such file")
+    refused(evaluate.main, run, f"--questions={path}", says="could not read .*q.jsonl: .*No such file")
     path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "solution": 1}\n')
     refused(
         evaluate.main,
         run,
         f"--questions={path}",
-        says=r"expected the field 'answer' .*q.jsonl line 2; found the fields \['question', 'solution'\]",
+        says=r"q.jsonl line 2 must have the field 'answer'; found the fields \['question', 'solution'\]",
     )
     refused(
         evaluate.main,
         run,
         f"--questions={asking(path, 'q', 'word ' * 90)}",
-        says=r"at most rollout.max_prompt_tokens=\d+ tokens; problem 1 .*raise rollout.max_prompt_tokens",
+        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*problem 1 .*Raise rollout.max_prompt_tokens",
     )
 
 
@@ -357,7 +360,7 @@ def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProces
         ),  # a line's end in the message
         ("evaluate", ["--config.rollout.max_tokens=4"], "train first"),
         # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
-        ("generate", ["--prompt=" + "word " * 600], "raise rollout.max_prompt_tokens"),
+        ("generate", ["--prompt=" + "word " * 600], "Raise rollout.max_prompt_tokens"),
     ],
 )
 def test_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):
@@ -492,7 +495,7 @@ def test_mistake_in_pretraining(tmp_path, flag, says):
 
 def test_pretraining_does_not_write_into_a_run(tmp_path):
     write_config(tmp_path / "run", Config())
-    refused(main.main, tmp_path / "run", PRETRAIN, says="expected a workdir without a model or a run")
+    refused(main.main, tmp_path / "run", PRETRAIN, says="neither a model nor a run; found .*config.json")
 
 
 @pytest.mark.parametrize(

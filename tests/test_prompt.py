@@ -101,7 +101,7 @@ def test_prompt_as_long_as_allowed_fits_and_one_token_more_is_a_user_error():
     problems = [Problem("abc", "", {})]
     width = len(format_prompt("abc"))
     assert encode_prompts(byte_tokenizer(), problems, [7], width).lengths.tolist() == [width]
-    with pytest.raises(UserError, match=f"problem 7 .*'abc'.* has {width}; raise rollout.max_prompt_tokens"):
+    with pytest.raises(UserError, match=f"problem 7 .*'abc'.* has {width}. Raise rollout.max_prompt_tokens"):
         encode_prompts(byte_tokenizer(), problems, [7], width - 1)
 
 

@@ -421,7 +421,7 @@ def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
         (dict(top_p=0.0), "top_p"),
         (dict(min_p=1.5), "min_p"),
         (dict(top_k=-1), "top_k"),
-        (dict(stop_ids=[48]), "stop ids"),
+        (dict(stop_ids=[48]), "Stop ids"),
         (dict(stop_strings="</answer>"), "a list"),
         (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens"),
     ],

@@ -1,4 +1,4 @@
-"""The parts of a reward."""
+"""The parts of a reward, and their sum."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,6 @@ from grpo_jax.rewards.verify import accuracy, format
 
 
 def reward_parts(texts: Sequence[str], answers: Sequence[str]) -> dict[str, Float[np.ndarray, " N"]]:
-    """Each part of the reward and, as `mean`'s summand `total`, their sum: 0, 1 or 2."""
+    """Grades N completions: returns each part of the reward, and as `total` their sum, which is 0, 1 or 2."""
     parts = {"accuracy": accuracy(texts, answers), "format": format(texts)}
     return parts | {"total": parts["accuracy"] + parts["format"]}

@@ -1,7 +1,7 @@
-"""Rule-based rewards: r = accuracy + format, each 0 or 1 (DeepSeek-R1, section 2.2.2). No model judges anything.
+"""Accuracy and format of completions, each 0 or 1. Their sum is the reward (DeepSeek-R1, section 2.2.2).
 
-They read the text from the prompt's end (`Assistant:`) to the stop (`prompt.completion_text`); white space at either
-end is allowed. Columns of N values in, float32[N] out.
+Verifiers read the text from the end of the prompt (`Assistant:`) to the stop, as decoded by
+`grpo_jax.text.prompt.decode_completion`. White space at either end makes no difference.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,32 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """1 where the last `<answer>...</answer>` of a text holds the expected answer, whatever stands around it."""
-    found = [extract_answer(text) for text in texts]
-    right = [have is not None and answers_match(have, want) for have, want in zip(found, answers, strict=True)]
-    return np.asarray(right, np.float32)
+    """Returns 1 for each text whose last `<answer>...</answer>` holds the expected answer, otherwise 0, as float32.
 
+    The text around that answer is ignored.
 
-def is_well_formed(text: str) -> bool:
-    """`<think>...</think> <answer>...</answer>` and nothing else, each tag once; the content is free."""
-    text = text.strip()
-    if [text.count(tag) for tag in TAGS] != [1, 1, 1, 1]:
-        return False
-    _, think_end, answer, _ = (text.index(tag) for tag in TAGS)
-    between = text[think_end + len("</think>") : answer]
-    in_order = text.startswith("<think>") and think_end < answer and text.endswith("</answer>")
-    return in_order and not between.strip()
+    Raises:
+        ValueError: there are not as many texts as answers.
+    """
+    extracted = [extract_answer(text) for text in texts]
+    correct = [
+        answer is not None and answers_match(answer, expected)
+        for answer, expected in zip(extracted, answers, strict=True)
+    ]
+    return np.asarray(correct, np.float32)
 
 
 def format(texts: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """1 where a text is well-formed."""
+    """Returns 1 for each well-formed text, otherwise 0, as float32."""
     return np.asarray([is_well_formed(text) for text in texts], np.float32)
+
+
+def is_well_formed(text: str) -> bool:
+    """Returns whether a text is `<think>...</think> <answer>...</answer>` and nothing else, with each tag once."""
+    text = text.strip()
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return False
+    _, think_end, answer_start, _ = (text.index(tag) for tag in TAGS)
+    between = text[think_end + len("</think>") : answer_start]
+    in_order = text.startswith("<think>") and think_end < answer_start and text.endswith("</answer>")
+    return in_order and not between.strip()

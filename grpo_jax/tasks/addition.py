@@ -5,34 +5,38 @@ import numpy as np
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
-
-def is_held_out(a: int, b: int) -> bool:
-    """The held-out rule of `addition`: a * b leaves 1 when divided by 11 (one pair in twelve, in either order)."""
-    return a * b % 11 == 1
-
-
-# As the template has it, which puts ". Assistant:" behind a question.
+# Written like the prompt template, which puts ". Assistant:" after the question.
 SOLVED_EXAMPLE = "What is {a} + {b}?. Assistant: <think> {a} + {b} = {c} </think> <answer> {c} </answer> User: "
 
 
+def is_held_out(a: int, b: int) -> bool:
+    """Returns whether a pair is held out: a * b leaves 1 when divided by 11, true of one pair in twelve."""
+    return a * b % 11 == 1
+
+
+def draw_pair(rng: np.random.Generator, digits: int, held_out: bool) -> tuple[int, int]:
+    """Draws two numbers of exactly `digits` digits, uniformly from the pairs that are or are not held out."""
+    while True:
+        a, b = (int(x) for x in rng.integers(10 ** (digits - 1), 10**digits, size=2))
+        if is_held_out(a, b) == held_out:
+            return a, b
+
+
 def addition_task(seed: int, split: str, digits: int, shots: int = 0) -> Task:
-    """`What is {a} + {b}?` for two numbers of exactly `digits` digits, drawn uniformly from the split's pairs.
+    """Returns the task that asks `What is {a} + {b}?` for two numbers drawn from a split.
 
     Args:
-      shots: questions that stand answered before it; none of them is held out.
+        seed: seed of the problems.
+        split: "train", or "eval" for held-out pairs.
+        digits: number of digits of both numbers.
+        shots: number of solved examples in front of each question; none of them is held out.
     """
-    low, high = 10 ** (digits - 1), 10**digits
-
-    def pair(draw, from_held_out: bool) -> tuple[int, int]:
-        while True:
-            a, b = (int(x) for x in draw.integers(low, high, size=2))
-            if is_held_out(a, b) == from_held_out:
-                return a, b
 
     def problem(index: int) -> Problem:
-        draw = np.random.default_rng([seed, index, int(split == "eval")])
-        a, b = pair(draw, split == "eval")
-        examples = [SOLVED_EXAMPLE.format(a=x, b=y, c=x + y) for x, y in (pair(draw, False) for _ in range(shots))]
-        return Problem(f"{''.join(examples)}What is {a} + {b}?", str(a + b), {"a": a, "b": b})
+        rng = np.random.default_rng([seed, index, int(split == "eval")])
+        a, b = draw_pair(rng, digits, held_out=split == "eval")
+        solved = [draw_pair(rng, digits, held_out=False) for _ in range(shots)]
+        examples = "".join(SOLVED_EXAMPLE.format(a=x, b=y, c=x + y) for x, y in solved)
+        return Problem(f"{examples}What is {a} + {b}?", str(a + b), {"a": a, "b": b})
 
     return problem

@@ -1,8 +1,9 @@
-"""Problems read from a file."""
+"""Problems from a file, one JSON object per line."""
 
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.task import Task
@@ -11,66 +12,89 @@ from grpo_jax.text.problem import Problem
 
 
 def answer_text(answer: str | int | float) -> str:
-    """An answer as text, without an exponent: 0.00001 and not 1e-05, which the rewards read as a word."""
+    """Writes an answer as text, numbers without an exponent: the rewards would read 1e-05 as a word."""
     return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
 
 
-def read_problems(path: str) -> list[Problem]:
-    """The problems of a JSONL file: one object a line with `question` and `answer`; other fields become metadata.
+def parse_problem(line: str, location: str) -> Problem:
+    """Parses a line of a file of problems; `location` names the line in errors.
 
     Raises:
-      UserError: no such file, no line in it, or a line that is not such an object; it names the line.
+        UserError: the line is not a JSON object with a usable `question` and `answer`.
+    """
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{location} must be a JSON object; found invalid JSON: {error}. Correct that line.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{location} must be a JSON object; found {line[:40]!r}. Correct that line.")
+    for field, types, kind in (("question", (str,), "a string"), ("answer", (str, int, float), "a string or a number")):
+        if field not in row:
+            raise UserError(f"{location} must have the field {field!r}; found the fields {sorted(row)}. Add it.")
+        if not isinstance(row[field], types) or isinstance(row[field], bool):
+            raise UserError(
+                f"{location} must have {kind} in the field {field!r}; found {repr(row[field])[:40]}. Correct that line."
+            )
+    question, answer = row.pop("question"), answer_text(row.pop("answer"))
+    if not question.strip() or not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
+        raise UserError(
+            f"{location} must have a question, and an answer of 1 to {MAX_ANSWER_CHARS} characters; found "
+            f"{question[:40]!r} and {answer[:40]!r}. Correct that line."
+        )
+    return Problem(question, answer, metadata=row)
+
+
+def read_problems(path: str) -> list[Problem]:
+    """Reads a file of problems: one JSON object per line with `question` and `answer`.
+
+    Empty lines are skipped. All other fields of an object become the problem's metadata.
+
+    Raises:
+        UserError: the file cannot be read, it has no problems, or a line is malformed; the message names the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"expected a JSONL file of questions at {path}; found: {error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"expected a JSON object in {path} line {number}; found: {error}; mend that line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"expected a JSON object in {path} line {number}; found {line[:40]!r}; mend that line")
-        for field, kinds, kind in (("question", (str,), "a str"), ("answer", (str, int, float), "a text or number")):
-            if not isinstance(row.get(field), kinds) or isinstance(row[field], bool):
-                found = repr(row[field])[:40] if field in row else f"the fields {sorted(row)}"
-                raise UserError(f"expected the field {field!r} ({kind}) in {path} line {number}; found {found}; add it")
-        if not row["question"].strip() or not 0 < len(answer_text(row["answer"]).strip()) <= MAX_ANSWER_CHARS:
-            raise UserError(
-                f"expected a question and an answer of 1 to {MAX_ANSWER_CHARS} characters in {path} line {number}; "
-                f"found {row['question'][:40]!r} and {str(row['answer'])[:40]!r}; mend that line"
-            )
-        rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
-        problems.append(Problem(row["question"], answer_text(row["answer"]), rest))
+        raise UserError(
+            f"Problems must come in a UTF-8 file with one JSON object per line; could not read {path}: {error}. "
+            "Correct the path or the file."
+        ) from None
+    problems = [parse_problem(line, f"{path} line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not problems:
-        raise UserError(f"expected at least one question in {path}; found an empty file")
+        raise UserError(f"{path} must have at least one problem; found none. Add one JSON object per line.")
     return problems
 
 
-def problems_of_split(split: str, path: str, eval_path: str) -> list[Problem]:
-    """The lines of `jsonl` in a split: those of the split's file, or of `path` every tenth for `eval` and the others."""
+def read_split(split: str, path: str, eval_path: str) -> list[Problem]:
+    """Reads the problems of a split.
+
+    The held-out problems are those of `eval_path`. If that is empty, they are every tenth problem of `path`, which
+    training then leaves out.
+
+    Raises:
+        UserError: a file is malformed, or `path` has too few problems to hold any out.
+    """
     if eval_path:
         return read_problems(eval_path if split == "eval" else path)
     problems = [p for i, p in enumerate(read_problems(path)) if (i % 10 == 9) == (split == "eval")]
     if not problems:
         raise UserError(
-            f"expected at least 10 questions in task.path={path}, every tenth of which is held out; "
-            "found fewer; add some or set task.eval_path"
+            f"Every tenth problem of task.path is held out, so {path} must have at least 10; found fewer. Add some, or "
+            "set task.eval_path."
         )
     return problems
 
 
 def file_task(seed: int, split: str, path: str, eval_path: str) -> Task:
-    """Questions of a file, in an order shuffled anew each epoch.
+    """Returns the task that asks the problems of a file, in a new order in each epoch.
 
-    The held-out questions are those of `eval_path`; without one, every tenth line of `path`, which training then
-    leaves out.
+    Args:
+        seed: seed of the order.
+        split: "train", or "eval" for held-out problems.
+        path: file of problems.
+        eval_path: file of held-out problems; if empty, every tenth problem of `path` is held out.
     """
-    import grain
+    import grain  # imports JAX, which grading and reading problems must not need
 
-    stream = grain.MapDataset.source(problems_of_split(split, path, eval_path)).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(read_split(split, path, eval_path)).seed(seed).shuffle().repeat()
     return lambda index: stream[index]

@@ -1,12 +1,12 @@
-"""Answers: found in a completion, brought to one form, compared. Text is parsed, never evaluated.
+"""Extracts the answer from a completion and compares it with the expected one.
 
-Every function takes time linear in its text.
+Text is parsed and never evaluated. Every function runs in time linear in the length of its input.
 """
 
 import re
 from fractions import Fraction
 
-MAX_ANSWER_CHARS = 200  # a longer answer is no answer, and a question may not ask for one
+MAX_ANSWER_CHARS = 200  # a longer answer counts as none, and no problem may expect a longer one
 
 _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -16,25 +16,29 @@ _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands in the last `<answer>...</answer>` of a completion; None without one, or if it is too long.
+    r"""Returns the content of the last `<answer>...</answer>` in a completion.
 
-    If that holds `\\boxed{...}`, what is in the last such box.
+    If that content includes `\boxed{...}`, returns the content of the last box instead.
+
+    Returns:
+        The answer without surrounding white space, or None if there is no answer, if it is empty, or if the tags hold
+        more than `MAX_ANSWER_CHARS` characters.
     """
     start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     if start < 0:
         return None
     end = text.find("</answer>", start)
-    answer = text[start + len("<answer>") : end].strip()
-    boxes = list(_BOXED.finditer(answer)) if len(answer) <= MAX_ANSWER_CHARS else []
+    answer: str | None = text[start + len("<answer>") : end].strip()
+    if not answer or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    boxes = list(_BOXED.finditer(answer))
     if boxes:
         answer = read_braced(answer, boxes[-1].end())
-    if answer is None or not answer or len(answer) > MAX_ANSWER_CHARS:
-        return None
-    return answer
+    return answer or None
 
 
 def read_braced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; None if none does."""
+    """Returns the content of a brace group that opens just before `start`, or None if the group is never closed."""
     depth = 1
     for index in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
@@ -44,42 +48,48 @@ def read_braced(text: str, start: int) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a written number: integer, decimal, `1,234`, `3/4`, `\\frac{3}{4}`, `50%`; None for all else."""
+    r"""Returns the exact value of a written number, or None if the text is anything else.
+
+    Reads integers, decimals, `1,234`, `3/4`, `\frac{3}{4}` and `50%`, but no exponents: 1e5 is compared as a word.
+    """
     text = text.strip()
     if len(text) > MAX_ANSWER_CHARS:
         return None
     if text.endswith("%"):
-        whole = parse_number(text[:-1].removesuffix("\\"))
-        return None if whole is None else whole / 100
+        percent = parse_number(text[:-1].removesuffix("\\"))
+        return None if percent is None else percent / 100
     if _GROUPED.fullmatch(text):
         text = text.replace(",", "")
     if _NUMBER.fullmatch(text):
         return Fraction(text.removesuffix("."))
     fraction = _FRACTION.fullmatch(text)
     if fraction:
-        sign, top, bottom = fraction.groups()
+        sign, numerator, denominator = fraction.groups()
     elif text.count("/") == 1:
-        sign, (top, bottom) = "", text.split("/")
+        sign, (numerator, denominator) = "", text.split("/")
     else:
         return None
-    if not _NUMBER.fullmatch(top.strip()) or not _NUMBER.fullmatch(bottom.strip()):
+    if not _NUMBER.fullmatch(numerator.strip()) or not _NUMBER.fullmatch(denominator.strip()):
         return None
-    low = Fraction(bottom.strip().removesuffix("."))
-    return None if low == 0 else Fraction(top.strip().removesuffix(".")) / low * (-1 if sign == "-" else 1)
+    divisor = Fraction(denominator.strip().removesuffix("."))
+    if divisor == 0:
+        return None
+    value = Fraction(numerator.strip().removesuffix(".")) / divisor
+    return -value if sign == "-" else value
 
 
 def normalize_text(text: str) -> str:
-    """One spelling for answers that are words: no dollar signs, no final full stop, single spaces, lower case."""
+    """Returns the text in lower case, with single spaces, without dollar signs around it and without a final period."""
     text = text.strip().strip("$").strip()
     if text.endswith("."):
         text = text[:-1]
     return " ".join(_SPACING.sub("", text).split()).casefold()
 
 
-def answers_match(found: str, expected: str) -> bool:
-    """Equal as numbers if both are numbers, else equal as words."""
-    found, expected = normalize_text(found), normalize_text(expected)
-    left, right = parse_number(found), parse_number(expected)
-    if left is not None and right is not None:
-        return left == right
-    return bool(found) and found == expected
+def answers_match(answer: str, expected: str) -> bool:
+    """Returns whether two answers are equal: as numbers if both are numbers, otherwise as normalized text."""
+    answer, expected = normalize_text(answer), normalize_text(expected)
+    value, expected_value = parse_number(answer), parse_number(expected)
+    if value is not None and expected_value is not None:
+        return value == expected_value
+    return bool(answer) and answer == expected

@@ -1,6 +1,7 @@
-"""What a policy is asked: a problem, and problems encoded as prompts. NumPy only, so graders start without JAX.
+"""Problems, and batches of problems encoded as prompts.
 
-Axes are those of the legend in `grpo_jax.types`.
+Both hold NumPy arrays and plain Python values, so that a process that grades completions starts without JAX. The axis
+letters are explained in `grpo_jax.types`.
 """
 
 from typing import Any, NamedTuple
@@ -10,16 +11,16 @@ from jaxtyping import Int
 
 
 class Problem(NamedTuple):
-    """One question of a task."""
+    """A question with its expected answer."""
 
     question: str
-    answer: str  # what the accuracy reward compares with
-    metadata: dict[str, Any]
+    answer: str  # the accuracy reward compares completions with it
+    metadata: dict[str, Any]  # whatever else the task knows about the problem
 
 
 class Prompts(NamedTuple):
-    """B encoded prompts, padded on the right."""
+    """B encoded prompts, padded on the right to T tokens."""
 
-    tokens: Int[np.ndarray, "B T"]  # 0 beyond the prompt's length
-    lengths: Int[np.ndarray, " B"]
-    ids: Int[np.ndarray, " B"]  # position in the problem stream
+    tokens: Int[np.ndarray, "B T"]  # 0 on padding
+    lengths: Int[np.ndarray, " B"]  # tokens per prompt, without padding
+    ids: Int[np.ndarray, " B"]  # index of each problem in its task

@@ -1,58 +1,62 @@
-"""The synthetic web text that the tiny base model is pretrained on, and its tokenizer.
+"""The synthetic corpus that the tiny base model is pretrained on, and its tokenizer.
 
-The base plays the part of a language model that has read the web: its text holds short guesses that are mostly wrong
-and worked solutions that are mostly right, well-formed and malformed, in the words of R1-Zero's template. So the base
-can solve an addition by writing it out, and usually does not bother: what reinforcement then has to discover.
-Pairs of the held-out split never occur.
+The tiny base stands in for a language model that has read the web. In the words of R1-Zero's template, its corpus mixes
+short guesses, most of them wrong, with worked solutions, most of them right; some of both are malformed. The base
+therefore can solve an addition by writing it out but usually does not, and reinforcement learning has something to
+discover. Pairs of the held-out split never occur.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
-from grpo_jax.tasks.addition import is_held_out
+from grpo_jax.tasks.addition import draw_pair
 from grpo_jax.text.prompt import format_prompt
 
 EOS_TOKEN = "<|endoftext|>"
 
-# How an answer of the corpus comes about, and how it is dressed. A worked solution has one step a digit.
-WORKED_FRACTION = 0.28  # of the answers; the others are guesses
+WORKED_FRACTION = 0.28  # of all solutions; the others are guesses
 CORRECT_GUESS_FRACTION = 0.05  # of the guesses
-SLIP_FRACTION = 0.01  # of the worked solutions: one wrong digit, carried along
-MALFORMED_FRACTION = 0.24
+SLIP_FRACTION = 0.01  # of the worked solutions: one digit is wrong, and the error carries on
+MALFORMED_FRACTION = 0.24  # of all solutions
 
 GUESS_PHRASES = ("I know this one.", "Easy.", "It looks like it.", "I just guess.")
 
 
-def worked_solution(a: int, b: int, draw: np.random.Generator) -> tuple[str, str]:
-    """An addition written out, now and then with a slip, and the result it arrives at."""
+def worked_solution(a: int, b: int, rng: np.random.Generator) -> tuple[str, str]:
+    """Returns the steps of an addition and its result, rarely with a slip."""
     width = max(len(str(a)), len(str(b)))
-    return write_out_addition(a, b, int(draw.integers(width)) if draw.random() < SLIP_FRACTION else -1)
+    return write_out_addition(a, b, int(rng.integers(width)) if rng.random() < SLIP_FRACTION else -1)
 
 
 def write_out_addition(a: int, b: int, slip: int = -1) -> tuple[str, str]:
-    """An addition from the last digit to the first, one too many at the place `slip`, and the result."""
+    """Adds two numbers digit by digit, from the last to the first, and returns the steps and the result.
+
+    The sum of digit `slip`, counted from the last, comes out one too large.
+    """
     width = max(len(str(a)), len(str(b)))
     carry, steps, digits = 0, [], ""
-    for place in range(width):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        total = (x + y + carry + (1 if place == slip else 0)) % 20
-        steps.append(f"{x}+{y}+{carry}={total}" + (f", carry {total // 10}." if place < width - 1 else "."))
+    for i in range(width):
+        x, y = a // 10**i % 10, b // 10**i % 10
+        total = (x + y + carry + (1 if i == slip else 0)) % 20
+        steps.append(f"{x}+{y}+{carry}={total}" + (f", carry {total // 10}." if i < width - 1 else "."))
         digits = str(total % 10) + digits
         carry = total // 10
     return " ".join(steps), (str(carry) if carry else "") + digits
 
 
-def guessed_solution(a: int, b: int, draw: np.random.Generator) -> tuple[str, str]:
-    """A few words and a number that is near the sum and seldom the sum."""
+def guessed_solution(a: int, b: int, rng: np.random.Generator) -> tuple[str, str]:
+    """Returns a short phrase and a number close to the sum, rarely the sum itself."""
     total = a + b
-    if draw.random() >= CORRECT_GUESS_FRACTION:
-        off = int(draw.integers(1, 10)) * 10 ** int(draw.integers(0, 3))
-        total += off if off >= total or draw.random() < 0.5 else -off
-    return GUESS_PHRASES[draw.integers(len(GUESS_PHRASES))], str(total)
+    if rng.random() >= CORRECT_GUESS_FRACTION:
+        offset = int(rng.integers(1, 10)) * 10 ** int(rng.integers(0, 3))
+        total += offset if offset >= total or rng.random() < 0.5 else -offset
+    return GUESS_PHRASES[rng.integers(len(GUESS_PHRASES))], str(total)
 
 
-def format_solution(thought: str, answer: str, draw: np.random.Generator) -> str:
-    """Thought and answer in the template's tags, or in one of the ways in which people get them wrong."""
-    if draw.random() >= MALFORMED_FRACTION:
+def format_solution(thought: str, answer: str, rng: np.random.Generator) -> str:
+    """Puts thought and answer into the template's tags, sometimes malformed."""
+    if rng.random() >= MALFORMED_FRACTION:
         return f" <think> {thought} </think> <answer> {answer} </answer>"
     return (
         f" {thought} <answer> {answer} </answer>",
@@ -61,32 +65,30 @@ def format_solution(thought: str, answer: str, draw: np.random.Generator) -> str
         f" <think> {thought} </think> <answer> {answer}",
         f" <answer> {answer} </answer> <think> {thought} </think>",
         f" {thought} {answer}",
-    )[draw.integers(6)]
-
-
-def draw_training_pair(draw: np.random.Generator, digits: int) -> tuple[int, int]:
-    """Two numbers whose sum is not held out."""
-    while True:
-        a, b = (int(x) for x in draw.integers(10 ** (digits - 1), 10**digits, size=2))
-        if not is_held_out(a, b):
-            return a, b
+    )[rng.integers(6)]
 
 
 def corpus_text(seed: int, index: int, exercises: int, digits: int) -> str:
-    """Text i of the corpus: a conversation in the template's words, then a few exercises, each closed by EOS."""
-    draw = np.random.default_rng([seed, index, 7])
-    a, b = draw_training_pair(draw, digits)
-    solve = worked_solution if draw.random() < WORKED_FRACTION else guessed_solution
-    text = format_prompt(f"What is {a} + {b}?") + format_solution(*solve(a, b, draw), draw) + EOS_TOKEN
+    """Returns text `index` of the corpus: a question with its solution, then `exercises` worked sums.
+
+    The question stands in the prompt template. Each part ends with EOS.
+    """
+    rng = np.random.default_rng([seed, index, 7])
+    a, b = draw_pair(rng, digits, held_out=False)
+    solve = worked_solution if rng.random() < WORKED_FRACTION else guessed_solution
+    text = format_prompt(f"What is {a} + {b}?") + format_solution(*solve(a, b, rng), rng) + EOS_TOKEN
     for _ in range(exercises):
-        a, b = draw_training_pair(draw, digits)
+        a, b = draw_pair(rng, digits, held_out=False)
         steps, total = write_out_addition(a, b)
         text += f" Exercise: {a} + {b}. {steps} Sum: {total}" + EOS_TOKEN
     return text
 
 
-def train_tokenizer(texts, vocab_size: int):
-    """A byte-level BPE over words and single digits: any text can be encoded, words of the corpus are one token."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Trains a byte-level BPE `tokenizers.Tokenizer` whose tokens are single digits and words of the corpus.
+
+    Words of the corpus become one token each. Any other text can be encoded as well.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -97,9 +99,8 @@ def train_tokenizer(texts, vocab_size: int):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = (text.replace(EOS_TOKEN, "\n") for text in texts)
     tokenizer.train_from_iterator(
-        words,
+        (text.replace(EOS_TOKEN, "\n") for text in texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,

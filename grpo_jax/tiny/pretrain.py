@@ -1,10 +1,11 @@
-"""Pretraining: how the tiny base model that the package carries was made.
+"""Pretrains the tiny base model that ships with the package, with next-token loss on the synthetic corpus.
 
-Next-token loss over the synthetic corpus. Not part of reinforcement learning: the main job takes no supervised step.
+Reinforcement learning starts from its result and takes no supervised step itself.
 """
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,22 +24,21 @@ from grpo_jax.model.mask import single_sequence
 from grpo_jax.tiny.corpus import EOS_TOKEN, corpus_text, train_tokenizer
 from grpo_jax.weights.model_io import llama_hf_config, save
 
-TOKENIZER_TEXTS = 2000
+TOKENIZER_TEXTS = 2000  # corpus texts that the tokenizer is trained on
 
 
 def next_token_loss(
     model_cfg: ModelConfig, params: dict, tokens: Int[Array, "N L"], mask: Bool[Array, "N L"]
 ) -> Float[Array, ""]:
-    """-log p(token | tokens before it), in nats, mean over the real tokens but each row's first."""
-    rows, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    """Returns the mean of -log p(token | previous tokens), in nats, over all real tokens but the first of each row."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = hidden_states(model_cfg, params, tokens, single_sequence(positions))
     logps, _ = logprobs_from_hidden(model_cfg, params, hidden[:, :-1], tokens[:, 1:], temperature=1.0)
     return -jnp.sum(logps * mask[:, 1:]) / jnp.sum(mask[:, 1:])
 
 
 def corpus_batch(tokenizer, cfg: PretrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Step `step`'s rows of the corpus: tokens and mask [N, L]."""
+    """Returns the batch of a step, truncated to L tokens: int32 tokens and bool mask, [N, L], True on real tokens."""
     tokens = np.zeros((cfg.batch.rows, cfg.batch.row_tokens), np.int32)
     mask = np.zeros(tokens.shape, bool)
     first = step * cfg.batch.rows
@@ -51,15 +51,21 @@ def corpus_batch(tokenizer, cfg: PretrainConfig, step: int) -> tuple[np.ndarray,
 
 
 def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
-    """Trains tokenizer and model from nothing and writes them to `workdir/model`, a Hugging Face folder.
+    """Trains a tokenizer and a model from scratch and writes them to the model folder `workdir/model`.
+
+    Returns:
+        The model folder.
 
     Raises:
-      UserError: the folder is there already, or the workdir is that of a run.
+        UserError: the workdir already has a model, or belongs to a run.
     """
     folder = Path(workdir) / "model"
     for path in (folder, Path(workdir) / "config.json"):
         if path.exists():
-            raise UserError(f"expected a workdir without a model or a run; found {path}; choose another --workdir")
+            raise UserError(
+                f"Pretraining needs a workdir that holds neither a model nor a run; found {path}. Choose another "
+                "--workdir."
+            )
     start = time.monotonic()
     texts = [corpus_text(cfg.seed + 1, i, cfg.corpus.exercises, cfg.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
@@ -80,15 +86,15 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
     params = init_params(model_cfg, jax.random.key(cfg.seed))
     opt_state = optimizer.init(params)
 
+    @partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, tokens, mask):
         loss, grads = jax.value_and_grad(lambda p: next_token_loss(model_cfg, p, tokens, mask))(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    update = jax.jit(update, donate_argnums=(0, 1))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(
-        f"{count:,} parameters, {tokenizer.get_vocab_size()} token ids, {cfg.total_steps} steps of "
+        f"{num_params:,} parameters, {tokenizer.get_vocab_size()} token ids, {cfg.total_steps} steps of "
         f"{cfg.batch.rows} x {cfg.batch.row_tokens} tokens"
     )
     losses = []
@@ -103,7 +109,7 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
 
 
 def write_model_folder(folder: Path, model_cfg: ModelConfig, params: dict, tokenizer) -> None:
-    """The Hugging Face folder: weights, config, tokenizer."""
+    """Writes a Hugging Face folder with weights, config and tokenizer."""
     save(folder, model_cfg, params)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
