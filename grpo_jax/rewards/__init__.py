@@ -1,7 +1,9 @@
-"""Rule-based rewards: verifiers that read the text of completions. No module here imports JAX.
+"""Rule-based rewards: verifiers that read the text of completions.
 
-verify       accuracy and format of completions
-parts        the parts of a reward, and their sum
+    verify       accuracy and format of completions
+    parts        the parts of a reward, and their sum
+
+No module of this package imports JAX.
 """
 
 from grpo_jax.rewards.verify import accuracy, format

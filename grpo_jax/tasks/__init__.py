@@ -1,9 +1,11 @@
-"""Tasks: sources of problems, for training and for held-out evaluation. No module here imports JAX.
+"""Tasks: sources of problems, for training and for held-out evaluation.
 
-task           the interface: a function from an index to a problem
-addition       the built-in task, sums of two numbers
-problem_file   problems from a file, one JSON object per line
-streams        the training and held-out problems that a config names
+    task           the interface: a function from an index to a problem
+    addition       the built-in task, sums of two numbers
+    problem_file   problems from a file, one JSON object per line
+    streams        the training and held-out problems that a config names
+
+No module of this package imports JAX.
 """
 
 from grpo_jax.tasks.problem_file import read_problems

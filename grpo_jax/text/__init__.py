@@ -1,7 +1,9 @@
-"""Text and token ids: prompts, stop strings and answers. Imports no JAX.
+"""Text and token ids: prompts, stop strings and answers.
 
-problem  `Problem` and `Prompts`, the values that tasks and encoding produce
-answers  extracts, parses and compares answers
-prompt   R1-Zero's template, encoding of prompts, decoding of completions
-stops    stop strings as a transition table over tokens
+    problem      `Problem` and `Prompts`, the values that tasks and encoding produce
+    answers      extracts, parses and compares answers
+    prompt       R1-Zero's template, encoding of prompts, decoding of completions
+    stops        stop strings as a transition table over tokens
+
+No module of this package imports JAX.
 """

@@ -75,7 +75,7 @@ def encode_prompts(tokenizer: Any, problems: Sequence[Problem], ids: Sequence[in
     return Prompts(tokens=tokens, lengths=lengths, ids=np.asarray(ids, np.int32))
 
 
-def decode_tokens(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Decodes token ids verbatim: special tokens are kept and no white space is cleaned up."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -98,9 +98,9 @@ def decode_completion(
     ids = [int(token) for token in tokens]
     if ids and ids[-1] in stop_ids:
         ids = ids[:-1]
-    text = decode_tokens(tokenizer, ids)
+    text = decode_ids(tokenizer, ids)
     ends = [text.find(string) + len(string) for string in stop_strings if string in text]
-    if ends and not any(string in decode_tokens(tokenizer, ids[:-1]) for string in stop_strings):
+    if ends and not any(string in decode_ids(tokenizer, ids[:-1]) for string in stop_strings):
         text = text[: min(ends)]
     return text
 

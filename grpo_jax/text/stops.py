@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16
 
-from grpo_jax.text.prompt import decode_tokens
+from grpo_jax.text.prompt import decode_ids
 
 STOPPED = -1
 
@@ -169,8 +169,8 @@ def decode_byte_level(pieces: Sequence[str]) -> list[bytes]:
 def token_bytes_by_decoding(tokenizer: Any, vocab_size: int) -> list[bytes]:
     """Decodes each id behind the text `a`, because some tokenizers strip a space at the start of a text."""
     anchor = tokenizer.encode("a", add_special_tokens=False)
-    prefix, known = decode_tokens(tokenizer, anchor), set(tokenizer.get_vocab().values())
+    prefix, known = decode_ids(tokenizer, anchor), set(tokenizer.get_vocab().values())
     return [
-        decode_tokens(tokenizer, [*anchor, token]).removeprefix(prefix).encode() if token in known else b""
+        decode_ids(tokenizer, [*anchor, token]).removeprefix(prefix).encode() if token in known else b""
         for token in range(vocab_size)
     ]

@@ -1,5 +1,7 @@
 """The tiny base model that the package carries (`base/`), and how it was made.
 
-corpus    the synthetic corpus and its tokenizer
-pretrain  pretrains the tiny base model
+    corpus       the synthetic corpus and its tokenizer
+    pretrain     pretrains the tiny base model
+
+`configs/pretrain_tiny.py` is the config that made it.
 """
