@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh: what it asks gcloud to do, and that no slice outlives it. A stub stands in for gcloud."""
+"""launch/tpu_pod.sh with a stub for gcloud: the commands that it runs, and that it leaves no slice behind."""
 
 import json
 import os
@@ -24,7 +24,8 @@ FLAGS = [
 ]
 DIFFICULT = ['--config.task.path=it\'s "mine" $HOME `id`\\n.jsonl', "--config.seed=7", "* ; & | > ~ !#"]
 
-# Writes its arguments down; `describe` prints STATE, the job ends with JOB, creating with CREATE; a job "sleep" lasts.
+# The stub appends its arguments to calls.jsonl. `describe` prints $STATE, `create` exits with $CREATE and the job with
+# $JOB; if that is "sleep", the job runs on.
 STUB = """#!{python} -IS
 import json, os, sys, time
 from pathlib import Path
@@ -46,7 +47,7 @@ elif "grpo_jax.main" in words[-1]:
 
 @pytest.fixture
 def stub(tmp_path):
-    """A folder with a gcloud that is found first."""
+    """A folder with the stub, which comes first in PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "gcloud").write_text(STUB.format(python=sys.executable))
@@ -56,7 +57,7 @@ def stub(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository with the script, a tracked file that has changed since, and a file that git does not track."""
+    """A git repository with the script, a file with uncommitted changes, and an untracked file."""
     root = tmp_path / "the repository"
     for name in ("launch", "configs"):
         (root / name).mkdir(parents=True)
@@ -82,24 +83,24 @@ def run(stub: Path, *flags: str, script: Path = SCRIPT, **variables: str) -> sub
 
 
 def calls(stub: Path) -> list[list[str]]:
-    """What gcloud was called with."""
+    """Returns the arguments of each call of gcloud."""
     path = stub / "calls.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def verbs(commands: list[list[str]]) -> list[str]:
-    """create, describe, scp, ssh, delete: the fourth word behind gcloud, or of gcloud's own arguments."""
+    """Returns what each command does: create, describe, scp, ssh or delete."""
     return [words[3] for words in commands]
 
 
 def remote(words: list[str]) -> list[str]:
-    """The words of the command that a host's shell is given."""
+    """Returns the words of the command that runs on the hosts."""
     (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
     return shlex.split(command)
 
 
 def dry_run(stub: Path, *flags: str) -> list[list[str]]:
-    """The printed commands, as a shell reads them, without `gcloud`; none of them was run."""
+    """Returns the arguments of each command that --dry-run prints, and checks that none was run."""
     done = run(stub, *FLAGS, "--dry-run", *flags)
     assert (done.returncode, done.stderr, calls(stub)) == (0, "", [])
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -107,7 +108,7 @@ def dry_run(stub: Path, *flags: str) -> list[list[str]]:
     return [words[1:] for words in commands]
 
 
-def test_is_valid_bash():
+def test_the_script_is_valid_bash():
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 
@@ -130,30 +131,30 @@ def test_dry_run_prints_the_commands_in_order_and_runs_nothing(stub):
     assert {"constraints.txt", ".[tpu]"} <= set(remote(install))
 
 
-def test_flags_for_the_job_arrive_as_they_were_given(stub):
+def test_flags_reach_the_job_unchanged(stub):
     job = remote(dry_run(stub, "--", *DIFFICULT)[-2])
     assert "GRPO_JAX_DISTRIBUTED=1" in job
     assert job[job.index("grpo_jax.main") + 1 :] == ["--config=configs/r1zero.py", "--workdir=/runs/a b", *DIFFICULT]
 
 
-def test_no_spot_no_setup_and_keep(stub):
+def test_spot_setup_and_deletion_are_optional(stub):
     commands = dry_run(stub, "--keep")
     assert verbs(commands) == ["create", "describe", "scp", "ssh", "ssh"]
     assert "--spot" not in commands[0]
 
 
-def test_a_value_may_follow_its_flag_as_a_word(stub):
+def test_a_value_may_follow_its_flag_as_a_separate_word(stub):
     split = [word for flag in FLAGS for word in flag.split("=", 1)]
     assert run(stub, *split, "--dry-run").stdout == run(stub, *FLAGS, "--dry-run").stdout != ""
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         *[([flag for flag in FLAGS if flag != left_out], left_out.split("=")[0]) for left_out in FLAGS],
         ([*FLAGS, "--accelerater=v6e-8"], "--accelerater"),
-        ([*FLAGS, "--config.seed=1"], "behind --"),
-        ([*FLAGS, "--zone"], "a value for --zone"),
+        ([*FLAGS, "--config.seed=1"], "after --"),
+        ([*FLAGS, "--zone"], "--zone needs a value"),
         ([*FLAGS, "--wait=soon"], "minutes"),
         ([*FLAGS, "--workdir=gs://bucket/run"], "gs://bucket/run"),
         ([*FLAGS, "--workdir=runs/r1zero"], "all hosts mount"),
@@ -161,24 +162,24 @@ def test_a_value_may_follow_its_flag_as_a_word(stub):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_mistake_ends_with_one_line(stub, flags, says):
+def test_a_mistake_prints_one_line_and_exits_with_2(stub, flags, message):
     done = run(stub, *flags)
     assert (done.returncode, done.stdout, calls(stub)) == (2, "", [])
-    assert done.stderr.startswith("error: expected ") and done.stderr.count("\n") == 1
-    assert says in done.stderr and "; found " in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr and "; found " in done.stderr
 
 
-def test_without_gcloud_it_says_so(stub):
+def test_a_missing_gcloud_is_reported(stub):
     (stub / "gcloud").unlink()
     for name in ("bash", "dirname"):
         (stub / name).symlink_to(shutil.which(name))
     done = subprocess.run(
         [str(stub / "bash"), str(SCRIPT), *FLAGS], env={"PATH": str(stub)}, capture_output=True, text=True
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: expected gcloud in PATH")
+    assert done.returncode == 2 and done.stderr.startswith("error: gcloud must be in PATH")
 
 
-def test_help_is_the_comment_at_the_top(stub):
+def test_help_prints_the_comment_at_the_top(stub):
     text = run(stub, "--help").stdout
     comment = SCRIPT.read_text().split("\n\n")[0].splitlines()[1:]
     assert text.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in comment]
@@ -198,25 +199,25 @@ def test_the_slice_is_deleted_whether_the_job_succeeds_or_fails(stub, repository
     assert not list((repository / "build").iterdir())
 
 
-def test_keep_leaves_the_slice_and_says_how_to_delete_it(stub, repository):
+def test_keep_leaves_the_slice_and_prints_how_to_delete_it(stub, repository):
     done = run(stub, *FLAGS, "--keep", script=repository / "launch" / "tpu_pod.sh", JOB="3")
     assert done.returncode == 3 and "delete" not in verbs(calls(stub))
     assert "queued-resources delete pod-1 --zone=us-west4-a" in done.stderr
 
 
-def test_a_slice_that_fails_is_deleted_without_a_job(stub, repository):
+def test_a_failed_slice_is_deleted_and_runs_no_job(stub, repository):
     done = run(stub, *FLAGS, script=repository / "launch" / "tpu_pod.sh", STATE="FAILED")
     assert done.returncode == 1 and verbs(calls(stub)) == ["create", "describe", "delete"]
-    assert "error: expected pod-1 to become ACTIVE; found FAILED" in done.stderr
+    assert "error: pod-1 should become ACTIVE; found FAILED" in done.stderr
 
 
-def test_waiting_has_an_end(stub, repository):
+def test_a_slice_that_is_not_ready_in_time_is_deleted(stub, repository):
     done = run(stub, *FLAGS, "--wait=0", script=repository / "launch" / "tpu_pod.sh", STATE="WAITING_FOR_RESOURCES")
     assert done.returncode == 1 and verbs(calls(stub)) == ["create", "describe", "delete"]
     assert "found WAITING_FOR_RESOURCES" in done.stderr
 
 
-def test_what_it_did_not_create_it_does_not_delete(stub, repository):
+def test_a_slice_that_was_not_created_is_not_deleted(stub, repository):
     done = run(stub, *FLAGS, script=repository / "launch" / "tpu_pod.sh", CREATE="1")
     assert done.returncode == 1 and verbs(calls(stub)) == ["create"]
 
@@ -224,7 +225,7 @@ def test_what_it_did_not_create_it_does_not_delete(stub, repository):
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_an_interrupt_or_a_closed_terminal_deletes_the_slice(stub, repository, sent, status):
     command = ["bash", str(repository / "launch" / "tpu_pod.sh"), *FLAGS]
-    # A suite started in the background ignores these signals, and a shell that ignores one at its start cannot trap it.
+    # A test suite in the background ignores these signals, and a shell cannot trap one that it inherits ignored.
     process = subprocess.Popen(
         command,
         env=environment(stub, JOB="sleep"),
@@ -237,8 +238,8 @@ def test_an_interrupt_or_a_closed_terminal_deletes_the_slice(stub, repository, s
         end = time.monotonic() + 30
         while verbs(calls(stub)).count("ssh") < 2 and time.monotonic() < end:
             time.sleep(0.05)
-        process.stdout.close()  # nobody reads what it still has to say
-        os.killpg(process.pid, sent)  # to the script and its gcloud, as the terminal does
+        process.stdout.close()  # as if the terminal were gone
+        os.killpg(process.pid, sent)  # the terminal signals both the script and its gcloud
         assert process.wait(30) == status
     finally:
         if process.poll() is None:
