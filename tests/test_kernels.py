@@ -1,4 +1,4 @@
-"""Library kernels mean what attend.plain means, in values and gradients; those of accelerators compile for them."""
+"""Vendor kernels equal `plain_attention` in values and gradients, and compile for their accelerators."""
 
 import importlib.util
 import os
@@ -22,197 +22,185 @@ from grpo_jax.types import Segments
 ROOT = Path(__file__).parent.parent
 
 
-def packed(rows: int, length: int, filled: int, seed: int = 0) -> Segments:
-    """Rows of prompts, each with one to three completions behind it, all of random lengths, up to column `filled`."""
-    draw = np.random.default_rng(seed)
-    made = np.zeros((3, rows, length), np.int32)
-    for position, prompt, answer in np.moveaxis(made, 1, 0):
-        column, prompts, answers = 0, 0, 0
+def packed_segments(rows: int, length: int, filled: int) -> Segments:
+    """Returns rows of random prompts with one to three completions each, and padding from column `filled` on."""
+    rng = np.random.default_rng(0)
+    segments = np.zeros((3, rows, length), np.int32)
+    for row in np.moveaxis(segments, 1, 0):
+        column, prompt, completion = 0, 0, 0
         while column < filled:
-            prompts, start = prompts + 1, draw.integers(5, 40)
-            spans = [(0, start, 0)]
-            for _ in range(draw.integers(1, 4)):
-                answers += 1
-                spans.append((start, draw.integers(1, 70), answers))
-            for first, count, whose in spans:
-                here = slice(column, min(column + count, filled))
-                count = here.stop - here.start
-                position[here], prompt[here], answer[here] = first + np.arange(count), prompts, whose
-                column = here.stop
-    return Segments(*map(jnp.asarray, made))
+            prompt, prompt_length = prompt + 1, rng.integers(5, 40)
+            spans = [(0, prompt_length, 0)]
+            for _ in range(rng.integers(1, 4)):
+                completion += 1
+                spans.append((prompt_length, rng.integers(1, 70), completion))
+            for first_position, count, completion_id in spans:
+                end = min(column + count, filled)
+                row[0, column:end] = first_position + np.arange(end - column)
+                row[1, column:end], row[2, column:end] = prompt, completion_id
+                column = end
+    return Segments(*map(jnp.asarray, segments))
 
 
-def tensors(rows: int, length: int, heads: int, shared: int, width: int, value_width: int, seed: int = 0):
-    """q, keys, values, and a cotangent of the output."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+def random_inputs(rows: int, length: int, num_heads: int, num_kv_heads: int, key_width: int, value_width: int):
+    """Returns q, keys, values, and a cotangent of the output."""
     shapes = [
-        (rows, length, heads, width),
-        (rows, shared, width, length),
-        (rows, shared, length, value_width),
-        (rows, length, heads, value_width),
+        (rows, length, num_heads, key_width),
+        (rows, num_kv_heads, key_width, length),
+        (rows, num_kv_heads, length, value_width),
+        (rows, length, num_heads, value_width),
     ]
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def with_gradients(attend, slope):
-    """q, keys, values -> the output and the three gradients."""
+def with_gradients(attend, cotangent):
+    """Returns a jitted function of q, keys and values that returns the output and the three gradients."""
 
     def run(*inputs):
-        out, pull = jax.vjp(attend, *inputs)
-        return out, *pull(slope)
+        out, vjp = jax.vjp(attend, *inputs)
+        return out, *vjp(cotangent)
 
     return jax.jit(run)
 
 
-def same(ours, theirs, tolerance: float = 2e-5):
-    """Equal relative to each array's largest entry."""
-    for ours, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        assert ours.shape == theirs.shape and np.abs(theirs).max() > 0
-        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+def assert_close(got, want, tolerance: float = 2e-5):
+    """Asserts that arrays are equal up to a fraction of the largest entry of each."""
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert x.shape == y.shape and np.abs(y).max() > 0
+        assert np.abs(x - y).max() <= tolerance * np.abs(y).max()
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """A row of 256 tokens has four tiles."""
-    monkeypatch.setattr(kernels, "TILES", (128,))
+    """The mask of a row of 256 tokens has four tiles."""
+    monkeypatch.setattr(kernels, "TILE_SIZES", (128,))
 
 
-def splash_against_plain(rows, length, filled, heads, shared, width, value_width, window, cap):
-    segments = packed(rows, length, filled)
+def check_splash(length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap):
+    segments = packed_segments(rows, length, filled)
     mask = attention_mask(segments, segments, window)
-    *inputs, slope = tensors(rows, length, heads, shared, width, value_width)
-    seeing = jnp.any(mask, axis=-1)[..., None, None]
-    slope = slope * seeing
-    masks = make_splash_masks(mask)
-    ours = with_gradients(lambda *x: splash_attention(*x, masks, divisor=3.0, cap=cap, interpret=True), slope)(*inputs)
-    theirs = with_gradients(lambda *x: plain_attention(*x, mask, divisor=3.0, cap=cap), slope)(*inputs)
-    assert all(np.isfinite(x).all() for x in ours)  # those of queries that see nothing, too
-    same((ours[0] * seeing, *ours[1:]), (theirs[0] * seeing, *theirs[1:]))
+    *inputs, cotangent = random_inputs(rows, length, num_heads, num_kv_heads, key_width, value_width)
+    has_keys = jnp.any(mask, axis=-1)[..., None, None]
+    options = dict(divisor=3.0, softcap=softcap)
+    splash = partial(splash_attention, masks=make_splash_masks(mask), interpret=True, **options)
+    plain = partial(plain_attention, mask=mask, **options)
+    got, want = (with_gradients(attend, cotangent * has_keys)(*inputs) for attend in (splash, plain))
+    assert all(np.isfinite(x).all() for x in got)  # where a query has no keys, too
+    assert_close((got[0] * has_keys, *got[1:]), (want[0] * has_keys, *want[1:]))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        dict(rows=1, filled=256, heads=2, shared=2, width=16, value_width=16, window=NO_WINDOW, cap=0.0),
-        dict(rows=2, filled=120, heads=3, shared=1, width=16, value_width=24, window=20, cap=2.0),
-    ],
-    ids=["every head its key", "three heads a key, window, cap, empty tiles"],
-)
-def test_splash_is_plain(case, small_tiles):
-    splash_against_plain(length=256, **case)
+def test_splash_equals_plain_attention(small_tiles):
+    """Two rows with empty tiles, three heads per key head, a sliding window and a softcap."""
+    check_splash(256, 2, 120, num_heads=3, num_kv_heads=1, key_width=16, value_width=24, window=20, softcap=2.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
+    "length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap",
     [
-        dict(rows=1, length=1536, filled=1000, heads=2, shared=2, width=16, value_width=16, window=NO_WINDOW, cap=0.0),
-        dict(rows=2, length=768, filled=768, heads=6, shared=2, width=192, value_width=128, window=100, cap=5.0),
-        dict(rows=3, length=640, filled=600, heads=6, shared=2, width=64, value_width=64, window=NO_WINDOW, cap=0.0),
+        (1536, 1, 1000, 2, 2, 16, 16, NO_WINDOW, 0.0),
+        (768, 2, 768, 6, 2, 192, 128, 100, 5.0),
+        (640, 3, 600, 6, 2, 64, 64, NO_WINDOW, 0.0),
+        (256, 1, 256, 2, 2, 16, 16, NO_WINDOW, 0.0),
     ],
-    ids=["tiles of 512", "tiles of 384", "tiles of 128"],
+    ids=["tiles of 512", "tiles of 384", "tiles of 128", "tiles of 256"],
 )
-def test_splash_is_plain_in_tiles_of_all_sizes(case):
-    splash_against_plain(**case)
+def test_splash_equals_plain_attention_in_tiles_of_all_sizes(
+    length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap
+):
+    check_splash(length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap)
 
 
-def test_splash_does_not_compute_empty_tiles(small_tiles):
-    """Values that no query of a tile sees may be anything; plain multiplies them by 0."""
+def test_splash_skips_empty_tiles(small_tiles):
+    """NaN in the values of a tile that no query attends to does not spread; plain attention multiplies it by 0."""
     length = 256
-    q, keys, values, _ = tensors(1, length, 1, 1, 16, 16)
+    q, keys, values, _ = random_inputs(1, length, 1, 1, 16, 16)
     values = values.at[:, :, 128:].set(jnp.nan)
     mask = jnp.tril(jnp.ones((1, length, length), bool))
     masks = make_splash_masks(mask)
-    np.testing.assert_array_equal(masks.forward.block_mask[0, 0], [[1, 0], [2, 1]])  # 0: empty, 2: all True
+    np.testing.assert_array_equal(masks.forward.block_mask[0, 0], [[1, 0], [2, 1]])  # 0: empty, 1: mixed, 2: all True
     out = splash_attention(q, keys, values, masks, divisor=4.0, interpret=True)
     assert np.isfinite(out[:, :128]).all() and np.isnan(out[:, 128:]).all()
     assert np.isnan(plain_attention(q, keys, values, mask, divisor=4.0)[:, :128]).all()
 
 
 @pytest.mark.slow
-def test_splash_in_layers_that_are_recomputed_on_two_devices(small_tiles):
-    """One set of masks for a scan of layers, under jax.checkpoint, in shard_map."""
+def test_splash_in_rematerialized_layers_on_two_devices(small_tiles):
+    """A scan of layers that share the masks, under jax.checkpoint, in shard_map."""
     rows, length, width = 2, 256, 8
-    segments = packed(rows, length, 250)
+    segments = packed_segments(rows, length, 250)
     mask = attention_mask(segments, segments)
-    x, _, _, slope = tensors(rows, length, 2, 1, width, width)
-    slope = slope * jnp.any(mask, axis=-1)[..., None, None]
-    weights = jax.random.normal(jax.random.key(1), (2, 3, width, width)) / 3  # of two layers
+    x, _, _, cotangent = random_inputs(rows, length, 2, 1, width, width)
+    cotangent = cotangent * jnp.any(mask, axis=-1)[..., None, None]
+    weights = jax.random.normal(jax.random.key(1), (2, 3, width, width)) / 3  # two layers' projections to q, k, v
 
-    def model(masks, attend, x, weights):
+    def loss(attend, x, weights, masks, cotangent):
+        @jax.checkpoint
         def layer(x, weights):
             q, k, v = jnp.einsum("nlhe,pef->pnlhf", x, weights)
             keys, values = jnp.moveaxis(k[:, :, :1], 1, -1), jnp.swapaxes(v[:, :, :1], 1, 2)
             return x + attend(q, keys, values, masks, divisor=2.0), None
 
-        return jax.lax.scan(jax.checkpoint(layer), x, weights)[0]
+        return jnp.sum(cotangent * jax.lax.scan(layer, x, weights)[0])
 
-    def loss(masks_of, attend, x, weights, mask, slope):
-        return jnp.sum(slope * model(masks_of(mask), attend, x, weights))
-
-    def summed(x, weights, mask, slope):  # what one device does with its row
-        ours = jax.value_and_grad(
-            partial(loss, make_splash_masks, partial(splash_attention, interpret=True)), argnums=(0, 1)
-        )
-        total, (by_x, by_weights) = ours(x, weights, mask, slope)
-        return jax.lax.psum(total, "row"), (by_x, jax.lax.psum(by_weights, "row"))
+    def loss_and_gradients(x, weights, mask, cotangent):  # of one device's row
+        attend = partial(splash_attention, interpret=True)
+        grad = jax.value_and_grad(partial(loss, attend), argnums=(0, 1))
+        total, (dx, dweights) = grad(x, weights, make_splash_masks(mask), cotangent)
+        return jax.lax.psum(total, "row"), (dx, jax.lax.psum(dweights, "row"))
 
     mesh = Mesh(jax.devices()[:2], ("row",))
-    row, whole = PartitionSpec("row"), PartitionSpec()
-    ours = jax.jit(
-        jax.shard_map(
-            summed, mesh=mesh, in_specs=(row, whole, row, row), out_specs=(whole, (row, whole)), check_vma=False
-        )
-    )
-    theirs = jax.jit(jax.value_and_grad(partial(loss, lambda mask: mask, plain_attention), argnums=(0, 1)))
-    same(ours(x, weights, mask, slope), theirs(x, weights, mask, slope))
+    by_row, replicated = PartitionSpec("row"), PartitionSpec()
+    in_specs, out_specs = (by_row, replicated, by_row, by_row), (replicated, (by_row, replicated))
+    sharded = jax.shard_map(loss_and_gradients, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    plain = jax.value_and_grad(partial(loss, plain_attention), argnums=(0, 1))
+    assert_close(*(jax.jit(f)(x, weights, mask, cotangent) for f in (sharded, plain)))
 
 
-def test_lengths_that_splash_takes():
-    tiles = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 768: 384, 4608: 512}
-    assert {length: kernels.tile_size(length) for length in tiles} == tiles
+def test_splash_tile_sizes_and_supported_lengths():
+    sizes = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 768: 384, 4608: 512}
+    assert {length: kernels.tile_size(length) for length in sizes} == sizes
     assert [length for length in range(1, 700) if splash_supports(length)] == [128, 256, 384, 512, 640]
 
 
-def cudnn_against_plain(implementation: str, dtype, tolerance: float, heads: int, shared: int):
+def check_cudnn(implementation: str, dtype, tolerance: float):
     rows, length, width = 2, 64, 16
-    segments = packed(rows, length, 50)
+    segments = packed_segments(rows, length, 50)
     mask = attention_mask(segments, segments, 20)
-    *inputs, slope = (x.astype(dtype) for x in tensors(rows, length, heads, shared, width, width))
-    ours = with_gradients(lambda *x: cudnn_attention(*x, mask, divisor=3.0, implementation=implementation), slope)(
-        *inputs
-    )
-    theirs = with_gradients(lambda *x: plain_attention(*x, mask, divisor=3.0), slope)(*inputs)
-    same(ours, theirs, tolerance)  # queries that see nothing included: the mean of all values
+    *inputs, cotangent = (x.astype(dtype) for x in random_inputs(rows, length, 6, 2, width, width))
+    cudnn = partial(cudnn_attention, mask=mask, divisor=3.0, implementation=implementation)
+    plain = partial(plain_attention, mask=mask, divisor=3.0)
+    got, want = (with_gradients(attend, cotangent)(*inputs) for attend in (cudnn, plain))
+    assert_close(got, want, tolerance)  # also where a query has no keys: the mean of all values
 
 
-@pytest.mark.parametrize("heads, shared", [(2, 2), (6, 2)])
-def test_arguments_for_cudnn(heads, shared):
-    cudnn_against_plain("xla", jnp.float32, 2e-5, heads, shared)
+def test_cudnn_call_by_xla_equals_plain_attention():
+    """The same call, computed by XLA instead of cuDNN: layouts, scale and mask are right."""
+    check_cudnn("xla", jnp.float32, 2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no NVIDIA GPU")
-def test_cudnn_is_plain():
-    elsewhere("cudnn_against_plain('cudnn', jnp.bfloat16, 3e-2, 6, 2)", JAX_PLATFORMS="cuda")
+def test_cudnn_equals_plain_attention_on_a_gpu():
+    run_in_subprocess("check_cudnn('cudnn', jnp.bfloat16, 3e-2)", JAX_PLATFORMS="cuda")
 
 
-def test_cudnn_is_called_forward_and_backward(monkeypatch):
-    """Lowered for a GPU that is not there."""
+def test_cudnn_is_called_in_both_passes(monkeypatch):
+    """Lowers for a GPU, which needs none."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    *inputs, slope = (x.astype(jnp.bfloat16) for x in tensors(2, 64, 6, 2, 128, 128))
-    mask = jnp.ones((2, 64, 64), bool)
-    run = with_gradients(lambda *x: cudnn_attention(*x, mask, divisor=3.0), slope)
+    *inputs, cotangent = (x.astype(jnp.bfloat16) for x in random_inputs(2, 64, 6, 2, 128, 128))
+    run = with_gradients(partial(cudnn_attention, mask=jnp.ones((2, 64, 64), bool), divisor=3.0), cotangent)
     text = run.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
     assert '"fmha_scale": 0.333' in text.replace("\\22", '"')
 
 
 @pytest.mark.parametrize(
-    "dtype, width, value_width, cap, fits",
+    "dtype, key_width, value_width, softcap, supported",
     [
         (jnp.bfloat16, 128, 128, 0.0, True),
         (jnp.float16, 64, 64, 0.0, True),
@@ -224,49 +212,53 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
         (jnp.bfloat16, 128, 128, 30.0, False),
     ],
 )
-def test_heads_that_cudnn_takes(dtype, width, value_width, cap, fits):
-    assert cudnn_supports(dtype, width, value_width, cap) == fits
+def test_heads_supported_by_cudnn(dtype, key_width, value_width, softcap, supported):
+    assert cudnn_supports(dtype, key_width, value_width, softcap) == supported
 
 
-def compile_for_tpu(length: int, heads: int, shared: int, width: int, cap: float):
-    """splash and its gradients, in bfloat16, a row on each chip of a v5e-16: says the MiB of temporaries a chip."""
+def compile_for_tpu(length: int, num_heads: int, num_kv_heads: int, width: int, softcap: float):
+    """Compiles splash attention and its gradients in bfloat16 for a v5e-16 with a row per chip.
+
+    Prints the MiB of temporaries per chip.
+    """
     from jax.experimental import topologies
 
     mesh = Mesh(np.array(topologies.get_topology_desc("v5e:4x4", platform="tpu").devices), ("row",))
 
-    def run(q, keys, values, slope, mask):
+    def run(q, keys, values, cotangent, mask):
         masks = make_splash_masks(mask)
-        return with_gradients(lambda *x: splash_attention(*x, masks, divisor=width**0.5, cap=cap), slope)(
-            q, keys, values
-        )
+        splash = partial(splash_attention, masks=masks, divisor=width**0.5, softcap=softcap)
+        return with_gradients(splash, cotangent)(q, keys, values)
 
-    row = PartitionSpec("row")
-    shapes = [x.shape for x in jax.eval_shape(lambda: tensors(16, length, heads, shared, width, width))]
-    described = [(shape, jnp.bfloat16) for shape in shapes] + [((16, length, length), jnp.bool_)]
-    inputs = [jax.ShapeDtypeStruct(*each, sharding=NamedSharding(mesh, row)) for each in described]
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=row, out_specs=row, check_vma=False))
+    by_row = PartitionSpec("row")
+    inputs = jax.eval_shape(lambda: random_inputs(16, length, num_heads, num_kv_heads, width, width))
+    shapes = [(x.shape, jnp.bfloat16) for x in inputs] + [((16, length, length), jnp.bool_)]
+    inputs = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, by_row)) for shape in shapes]
+    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False))
     compiled = run.lower(*inputs).compile()
-    assert compiled.as_text().count("tpu_custom_call") >= 3  # the output, the queries' gradient, keys' and values'
+    assert compiled.as_text().count("tpu_custom_call") >= 3  # output, gradient of q, gradients of keys and values
     print("temporaries:", compiled.memory_analysis().temp_size_in_bytes // 2**20)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu to compile with")
-@pytest.mark.parametrize("heads, shared, width, cap", [(28, 4, 128, 0.0), (9, 3, 64, 30.0)])
-def test_splash_compiles_for_a_tpu(heads, shared, width, cap):
-    """In less memory than the scores would take in float32: 2268 and 729 MiB."""
-    said = elsewhere(f"compile_for_tpu(4608, {heads}, {shared}, {width}, {cap})", JAX_PLATFORMS="cpu")
-    assert 0 < int(said.split("temporaries:")[1]) < 400
+@pytest.mark.parametrize("num_heads, num_kv_heads, width, softcap", [(28, 4, 128, 0.0), (9, 3, 64, 30.0)])
+def test_splash_compiles_for_tpu_without_room_for_scores(num_heads, num_kv_heads, width, softcap):
+    """In float32, the scores would take 2268 and 729 MiB."""
+    output = run_in_subprocess(
+        f"compile_for_tpu(4608, {num_heads}, {num_kv_heads}, {width}, {softcap})", JAX_PLATFORMS="cpu"
+    )
+    assert 0 < int(output.split("temporaries:")[1]) < 400
 
 
-def elsewhere(call: str, **environment: str) -> str:
-    """What a call of this module prints in a process of its own: the backend of this one is the CPU's."""
-    done = subprocess.run(
+def run_in_subprocess(call: str, **environment: str) -> str:
+    """Runs a call of this module in a process with its own JAX backend, and returns what it prints."""
+    process = subprocess.run(
         [sys.executable, "-c", f"from tests.test_kernels import *; {call}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout

@@ -114,7 +114,7 @@ def test_ways_of_attention_agree_on_every_mesh(attention, sizes, monkeypatch):
     """4 heads, 2 KV heads: on four devices each KV head stands twice, on eight the heads are not split."""
     import grpo_jax.model.blockwise
 
-    monkeypatch.setattr(grpo_jax.model.blockwise, "BLOCK", 8)
+    monkeypatch.setattr(grpo_jax.model.blockwise, "BLOCK_SIZE", 8)
     model_cfg = replace(
         CONFIG, layers=(LayerConfig(window=3), LayerConfig()), attention=attention, remat="layers", max_positions=256
     )
