@@ -1,74 +1,92 @@
-"""Draws: exact probabilities, filters against their definitions."""
+"""Token sampling: draws follow the exact probabilities, and filters keep the tokens that their definitions say."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rollout.draws import TokenFilter, choose_tokens, keep_mask, vocab_block_width
+from grpo_jax.rollout.draws import (
+    TokenFilter,
+    choose_tokens,
+    draw_tokens,
+    keep_mask,
+    runner_up_margin,
+    vocab_block_width,
+)
+
+compiled_keep_mask = jax.jit(keep_mask, static_argnums=1)
 
 
-def fits(seen, probs) -> bool:
-    """Chi-square of counts against probabilities; True for a p-value over 1e-4."""
-    expected = np.asarray(probs, np.float64) * seen.sum()
-    big = expected >= 5
-    rest = max(expected[~big].sum(), 1)
-    chi = ((seen - expected)[big] ** 2 / expected[big]).sum() + (seen[~big].sum() - expected[~big].sum()) ** 2 / rest
-    freedom = big.sum()
-    # Wilson-Hilferty: (chi/k)^(1/3) is about normal; 3.72 standard deviations are a p-value of 1e-4.
+def fits(counts, probs) -> bool:
+    """Chi-square test of counts against probabilities; True for a p-value above 1e-4."""
+    expected = np.asarray(probs, np.float64) * counts.sum()
+    large = expected >= 5
+    rest = max(expected[~large].sum(), 1)
+    chi = ((counts - expected)[large] ** 2 / expected[large]).sum()
+    chi += (counts[~large].sum() - expected[~large].sum()) ** 2 / rest
+    freedom = large.sum()
+    # Wilson-Hilferty: (chi/k)^(1/3) is approximately normal; 3.72 standard deviations are a p-value of 1e-4.
     z = ((chi / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom))
     return z < 3.72
 
 
-def many(logits, filter=TokenFilter(), count=20_000):
-    """Tokens and log-probs of `count` draws."""
-    keys = jax.random.split(jax.random.key(4), count)
-    return choose_tokens(keys, jnp.broadcast_to(logits, (count, len(logits))), False, filter)
+@functools.partial(jax.jit, static_argnames="filter")
+def draw_many(logits, filter=TokenFilter()):  # noqa: B008  (immutable)
+    """Tokens and log-probs of 20,000 draws."""
+    keys = jax.random.split(jax.random.key(4), 20_000)
+    return choose_tokens(keys, jnp.broadcast_to(logits, (20_000, len(logits))), False, filter)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 45, 785])
-def test_draws_follow_the_exact_probabilities(vocab):
-    """For vocabularies of one block, of one token, and of several blocks that do not divide them."""
-    logits = 2 * jax.random.normal(jax.random.key(3), (vocab,))
-    tokens, logps = many(logits)
-    assert vocab < 3 or fits(np.bincount(tokens, minlength=vocab), jax.nn.softmax(logits))
+@pytest.mark.parametrize("vocab_size", [1, 2, 45, 785])
+def test_draws_follow_the_exact_probabilities(vocab_size):
+    """For vocabularies of one token, of one block, and of several blocks that do not divide them."""
+    logits = 2 * jax.random.normal(jax.random.key(3), (vocab_size,))
+    tokens, logps = draw_many(logits)
+    counts = np.bincount(tokens, minlength=vocab_size)
     np.testing.assert_allclose(logps, jax.nn.log_softmax(logits)[tokens], atol=1e-5)
-    assert not fits(np.bincount(tokens, minlength=vocab), jax.nn.softmax(1.1 * logits)) or vocab < 45
+    if vocab_size > 2:
+        assert fits(counts, jax.nn.softmax(logits))
+        assert not fits(counts, jax.nn.softmax(1.1 * logits))  # the test would notice a slight difference
 
 
-def test_two_draws_in_a_row_are_independent():
-    """The block's noise and that inside it come from one key: the pair (block, token in it) follows the product."""
-    vocab = 16
-    width = vocab_block_width(vocab)
-    logits = jnp.log(jnp.arange(1.0, vocab + 1))
-    tokens, _ = many(logits)
-    assert width == 4 and fits(np.bincount(tokens, minlength=vocab), jax.nn.softmax(logits))
+def test_the_two_stages_of_a_draw_are_independent():
+    """One key gives the noise of the block and of the token in it: the pair follows the product of probabilities."""
+    logits = jnp.log(jnp.arange(1.0, 17))
+    tokens, _ = draw_many(logits)
+    assert vocab_block_width(16) == 4 and fits(np.bincount(tokens, minlength=16), jax.nn.softmax(logits))
 
 
 def test_impossible_tokens_are_never_drawn():
-    logits = jnp.where(jnp.arange(100) % 3 == 0, -jnp.inf, 0.0)
-    tokens, logps = many(logits)
-    assert (tokens % 3 > 0).all() and np.isfinite(logps).all()
-    assert fits(np.bincount(tokens, minlength=100)[np.arange(100) % 3 > 0], np.full(66, 1 / 66))
+    possible = np.arange(100) % 3 > 0
+    tokens, logps = draw_many(jnp.where(possible, 0.0, -jnp.inf))
+    assert possible[tokens].all() and np.isfinite(logps).all()
+    assert fits(np.bincount(tokens, minlength=100)[possible], np.full(66, 1 / 66))
 
 
-def reference(logits, filter):
-    """What a filter keeps, token by token."""
-    probs = np.asarray(jax.nn.softmax(logits), np.float64)
+def test_changes_of_the_logits_below_half_the_margin_do_not_change_a_draw():
+    keys = jax.random.split(jax.random.key(5), 200)
+    logits = jax.random.normal(jax.random.key(6), (200, 45))
+    draw = jax.jit(lambda logits: (draw_tokens(keys, logits)[0], runner_up_margin(keys, logits)))
+    tokens, margin = draw(logits)
+    signs = np.random.default_rng(0).choice([-1, 1], logits.shape)
+    np.testing.assert_array_equal(draw(logits + 0.49 * margin[:, None] * signs)[0], tokens)
+    assert (margin > 0).all() and (margin < 1).any()
+
+
+def kept_by_definition(probs, filter):
+    """The tokens that a filter keeps, decided one by one."""
     order = np.argsort(-probs, kind="stable")
-    keep, total = set(), 0.0
+    kept, total = set(), 0.0
     for rank, token in enumerate(order):
-        enough = (
-            total >= filter.top_p
-            or filter.top_k
-            and rank >= filter.top_k
-            or probs[token] < filter.min_p * probs[order[0]]
-        )
-        if rank and enough:
+        too_many = filter.top_k and rank >= filter.top_k
+        too_unlikely = probs[token] < filter.min_p * probs[order[0]]
+        if rank and (total >= filter.top_p or too_many or too_unlikely):
             break
-        keep.add(int(token))
+        kept.add(int(token))
         total += probs[token]
-    return sorted(keep)
+    return sorted(kept)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +104,21 @@ def reference(logits, filter):
         TokenFilter(),
     ],
 )
-def test_filters_keep_what_their_definitions_say(filter):
-    for seed in range(20):
-        logits = 2 * jax.random.normal(jax.random.key(seed), (1, 60))
-        assert np.flatnonzero(keep_mask(logits, filter)[0]).tolist() == reference(logits[0], filter), seed
+def test_filters_keep_the_tokens_of_their_definitions(filter):
+    logits = 2 * jax.random.normal(jax.random.key(0), (20, 60))
+    probs = np.asarray(jax.nn.softmax(logits), np.float64)
+    kept = compiled_keep_mask(logits, filter)
+    for row in range(20):
+        assert np.flatnonzero(kept[row]).tolist() == kept_by_definition(probs[row], filter), row
 
 
-def test_filtered_draws_follow_the_truncated_distribution_and_are_scored_by_the_whole():
-    logits = jax.random.normal(jax.random.key(1), (300,))
+def test_filtered_draws_follow_the_truncated_distribution_and_keep_unfiltered_logps():
+    logits = jax.random.normal(jax.random.key(1), (60,))
     filter = TokenFilter(top_p=0.6)
-    tokens, logps = many(logits, filter)
+    tokens, logps = draw_many(logits, filter)
+    counts = np.bincount(tokens, minlength=60)
     probs = jnp.where(keep_mask(logits[None], filter)[0], jax.nn.softmax(logits), 0)
-    assert 20 < (probs > 0).sum() < 280
-    assert fits(np.bincount(tokens, minlength=300)[probs > 0], (probs / probs.sum())[probs > 0])
-    assert not np.bincount(tokens, minlength=300)[probs == 0].any()
+    assert 10 < (probs > 0).sum() < 50
+    assert fits(counts[probs > 0], (probs / probs.sum())[probs > 0])
+    assert not counts[probs == 0].any()
     np.testing.assert_allclose(logps, jax.nn.log_softmax(logits)[tokens], atol=1e-5)

@@ -1,6 +1,10 @@
-"""The sampler: slots and their refill, stops, log-probs, randomness by counters. Draws are tested in test_draws.py."""
+"""The sampler: decode slots, stopping, log-probs, counter-based randomness and sharding.
+
+Most tests decode the same shape (3 prompts, 4 samples, 9 tokens), so that they share one compiled program.
+"""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,6 +14,7 @@ import pytest
 
 from grpo_jax import forward, load, sample
 from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.rollout import sampler
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import (
     cache_sizes,
@@ -30,163 +35,166 @@ from tests.test_experts import SIGMOID, SOFTMAX
 from tests.tiny import CONFIG, params
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
+GROUPS = list(np.ndindex(3, 4))
+weights = functools.cache(params)
 
 
-def rollout(key=0, weights=None, **changes):
-    options = dict(samples=4, max_tokens=8) | changes
-    return sample(CONFIG, weights or params(), PROMPTS, jax.random.key(key), **options)
+def rollout(key=0, params=None, **changes):
+    options = dict(samples=4, max_tokens=9) | changes
+    return sample(CONFIG, weights() if params is None else params, PROMPTS, jax.random.key(key), **options)
 
 
-def test_shapes_and_defaults():
+def full_forward_logits(made):
+    """Logits [B, G, S, tokens] that one forward pass over each whole sequence predicts the completions from."""
+    rows = [prompt + made.tokens[b, g].tolist() for b, prompt in enumerate(PROMPTS) for g in range(4)]
+    padded = jnp.asarray([row + [0] * (15 - len(row)) for row in rows])
+    logits = forward(CONFIG, weights(), padded)[..., : CONFIG.tokenizer_vocab_size].reshape(3, 4, 15, -1)
+    starts = [len(prompt) - 1 for prompt in PROMPTS]
+    return jnp.stack([logits[b, :, start : start + 9] for b, start in enumerate(starts)])
+
+
+def test_completions_run_to_max_tokens_when_nothing_stops_them():
     made = rollout()
-    assert made.tokens.shape == made.logps.shape == (3, 4, 8)
+    assert made.tokens.shape == made.logps.shape == (3, 4, 9)
     assert made.lengths.shape == made.truncated.shape == (3, 4)
     np.testing.assert_array_equal(made.prompt_ids, [0, 1, 2])
-    assert (made.lengths == 8).all() and made.truncated.all()  # no stop ids, no stop
+    assert (made.lengths == 9).all() and made.truncated.all()
 
 
-def test_logps_are_those_of_a_full_forward_at_the_temperature():
-    weights = params()
-    made = rollout(temperature=0.7, weights=weights)
-    for b, prompt in enumerate(PROMPTS):
-        for g in range(4):
-            row = jnp.asarray(prompt + made.tokens[b, g].tolist())[None]
-            logits = forward(CONFIG, weights, row)[0, len(prompt) - 1 : -1, : CONFIG.tokenizer_vocab_size] / 0.7
-            expected = jax.nn.log_softmax(logits)[jnp.arange(8), made.tokens[b, g]]
-            np.testing.assert_allclose(made.logps[b, g], expected, atol=2e-5)
+def test_logps_match_a_full_forward_pass_at_the_sampling_temperature():
+    made = rollout(temperature=0.7)
+    logps = jax.nn.log_softmax(full_forward_logits(made) / 0.7)
+    np.testing.assert_allclose(made.logps, jnp.take_along_axis(logps, made.tokens[..., None], -1)[..., 0], atol=2e-5)
 
 
-def test_group_samples_differ_and_seeds_repeat():
-    """12 rows of 8 tokens from 45 nearly equal ones: two equal rows have probability about 1e-12."""
-    first = np.asarray(rollout(0).tokens).reshape(12, 8)
+def test_samples_of_a_group_differ_and_equal_keys_repeat_them():
+    """Two equal rows out of 12 have a probability of about 1e-12: 9 tokens from 45 nearly equally likely ones."""
+    first = np.asarray(rollout(0).tokens).reshape(12, 9)
     assert len({tuple(row) for row in first}) == 12
-    np.testing.assert_array_equal(first, np.asarray(rollout(0).tokens).reshape(12, 8))
-    assert (first != np.asarray(rollout(1).tokens).reshape(12, 8)).any(axis=1).all()
+    np.testing.assert_array_equal(first, np.asarray(rollout(0).tokens).reshape(12, 9))
+    assert (first != np.asarray(rollout(1).tokens).reshape(12, 9)).any(axis=1).all()
 
 
-def test_a_completion_depends_on_its_ids_alone():
-    """Other prompts beside it, another place in the batch, another number of samples: the same tokens."""
-    weights, whole = params(), rollout()
-    alone = sample(CONFIG, weights, [PROMPTS[1]], jax.random.key(0), samples=2, max_tokens=8, prompt_ids=[1])
-    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[1, :2])
-    swapped = sample(CONFIG, weights, PROMPTS[::-1], jax.random.key(0), samples=4, max_tokens=8, prompt_ids=[2, 1, 0])
+def test_a_completion_depends_only_on_its_ids():
+    """Other prompts beside it, another place in the batch and another number of samples do not change its tokens."""
+    whole = rollout()
+    single = sample(CONFIG, weights(), [PROMPTS[1]], jax.random.key(0), samples=2, max_tokens=9, prompt_ids=[1])
+    np.testing.assert_array_equal(single.tokens[0], whole.tokens[1, :2])
+    swapped = sample(CONFIG, weights(), PROMPTS[::-1], jax.random.key(0), samples=4, max_tokens=9, prompt_ids=[2, 1, 0])
     np.testing.assert_array_equal(swapped.tokens[::-1], whole.tokens)
-    renamed = sample(CONFIG, weights, [PROMPTS[1]], jax.random.key(0), samples=2, max_tokens=8, prompt_ids=[7])
+    renamed = sample(CONFIG, weights(), [PROMPTS[1]], jax.random.key(0), samples=2, max_tokens=9, prompt_ids=[7])
     assert (renamed.tokens[0] != whole.tokens[1, :2]).any(axis=1).all()
 
 
-def test_positions_do_not_share_a_key():
-    """With logits that are all equal, a row that reused one key at every position would repeat one token."""
-    flat = jax.tree.map(jnp.zeros_like, params())
-    tokens = np.asarray(rollout(weights=flat, samples=16).tokens).reshape(48, 8)
-    assert (np.asarray([len(set(row)) for row in tokens]) > 1).all()
+def test_positions_of_a_completion_do_not_share_a_key():
+    """With equal logits everywhere, a row that reused one key at every position would repeat one token."""
+    tokens = np.asarray(rollout(params=jax.tree.map(jnp.zeros_like, weights())).tokens).reshape(12, 9)
+    assert all(len(set(row)) > 1 for row in tokens)
 
 
-def test_greedy_ignores_the_key_and_scores_at_temperature_1():
-    weights = params()
-    one, two = rollout(0, temperature=0, weights=weights), rollout(5, temperature=0, weights=weights)
-    np.testing.assert_array_equal(one.tokens, two.tokens)
-    assert (one.tokens == one.tokens[:, :1]).all()
-    row = jnp.asarray(PROMPTS[0] + one.tokens[0, 0].tolist())[None]
-    logits = forward(CONFIG, weights, row)[0, 2:-1, : CONFIG.tokenizer_vocab_size]
-    np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), one.tokens[0, 0])
-    np.testing.assert_allclose(one.logps[0, 0], jax.nn.log_softmax(logits).max(axis=-1), atol=2e-5)
+def test_greedy_decoding_ignores_the_key_and_returns_logps_at_temperature_1():
+    first, second = rollout(0, temperature=0), rollout(5, temperature=0)
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    assert (first.tokens == first.tokens[:, :1]).all()
+    logits = full_forward_logits(first)
+    np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), first.tokens)
+    np.testing.assert_allclose(first.logps, jax.nn.log_softmax(logits).max(axis=-1), atol=2e-5)
 
 
-def test_stop_is_kept_and_nothing_follows_it():
-    free = rollout(max_tokens=12)
-    stops = (7, 20, 33)
-    stopped = rollout(max_tokens=12, stop_ids=stops)
+def test_the_stop_token_is_kept_and_nothing_follows_it():
+    free = rollout()
+    stop_ids = (7, 20, 33)
+    stopped = rollout(stop_ids=stop_ids)
     assert not stopped.truncated.all() and stopped.truncated.any()
-    for b, g in np.ndindex(3, 4):
-        drawn = free.tokens[b, g].tolist()
-        first = next((t for t, token in enumerate(drawn) if token in stops), None)
-        length = 12 if first is None else first + 1
+    for b, g in GROUPS:
+        tokens = free.tokens[b, g].tolist()
+        first = next((t for t, token in enumerate(tokens) if token in stop_ids), None)
+        length = 9 if first is None else first + 1
         assert stopped.lengths[b, g] == length
         assert bool(stopped.truncated[b, g]) == (first is None)
-        assert stopped.tokens[b, g].tolist() == drawn[:length] + [0] * (12 - length)
+        assert stopped.tokens[b, g].tolist() == tokens[:length] + [0] * (9 - length)
         assert (stopped.logps[b, g, length:] == 0).all() and (stopped.logps[b, g, :length] < 0).all()
 
 
-def test_stop_on_the_last_token_is_no_truncation():
-    free = rollout(max_tokens=3)
-    stop = int(free.tokens[0, 0, 2])
-    stopped = rollout(max_tokens=3, stop_ids=[stop])
-    assert stopped.lengths[0, 0] <= 3 and not stopped.truncated[0, 0]
+def test_a_stop_at_the_last_token_is_not_a_truncation():
+    free = rollout().tokens
+    b, g = next((b, g) for b, g in GROUPS if free[b, g, 8] not in free[b, g, :8])
+    stopped = rollout(stop_ids=[int(free[b, g, 8])])
+    assert stopped.lengths[b, g] == 9 and not stopped.truncated[b, g]
 
 
-def test_rows_beyond_the_tokenizer_are_never_drawn():
-    """Ids 45 to 47 have the largest logits by far, and no token."""
-    weights = params()
-    weights["head"]["kernel"] = weights["head"]["kernel"] * 0.01
-    bias = weights["final_norm"]["scale"]
-    weights["head"]["kernel"] = weights["head"]["kernel"].at[:, 45:].set(jnp.sign(bias)[:, None] * 5)
-    made = rollout(weights=weights, samples=16)
+def test_ids_without_a_token_are_never_sampled():
+    """Ids 45 to 47 have by far the largest logits, but are only padding of the vocabulary."""
+    changed = jax.tree.map(lambda x: x, weights())
+    kernel = changed["head"]["kernel"] * 0.01
+    scale = changed["final_norm"]["scale"]
+    changed["head"] = {"kernel": kernel.at[:, 45:].set(jnp.sign(scale)[:, None] * 5)}
+    made = rollout(params=changed)
     assert made.tokens.max() < 45
     assert np.isfinite(made.logps).all()
-    assert rollout(weights=weights, temperature=0).tokens.max() < 45
+    assert rollout(params=changed, temperature=0).tokens.max() < 45
 
 
-def pieces(stop_ids, counts, limit=9, samples=4):
-    """The prompts' rollout decoded a number of tokens at a time."""
-    weights, prompts, table = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS), build_stop_table(48, stop_ids)
-    state, work = start_rollout(
-        CONFIG, weights, prompts, jax.random.key(0), np.full((3, samples), limit), slots=5, columns=41, max_tokens=limit
+def decode_in_calls(stop_ids, max_steps, slots):
+    """The rollout of PROMPTS, decoded in several calls of `decode_tokens`; also returns the final decode state."""
+    placed, prompts = place_for_rollout(CONFIG, weights()), pad_prompts(PROMPTS)
+    limits = np.full((3, 4), 9)
+    state, queue = start_rollout(
+        CONFIG, placed, prompts, jax.random.key(0), limits, slots=slots, columns=41, max_tokens=9
     )
-    for count in counts:
+    for steps in max_steps:
+        before = state
         state = decode_tokens(
             CONFIG,
-            weights,
+            placed,
             state,
-            work,
-            table,
+            queue,
+            build_stop_table(48, stop_ids),
             np.float32(1),
             np.int32(0),
-            np.int32(count),
+            np.int32(steps),
             greedy=False,
             filter=TokenFilter(),
         )
-    return state, to_rollout(state, prompts, samples)
+        assert before.kv_cache[0].k.is_deleted() and before.tokens.is_deleted()  # donated
+    return state, to_rollout(state, prompts, 4)
 
 
-def test_decoding_in_pieces_equals_decoding_at_once():
-    _, apart = pieces((7,), (1, 3, 2, 50))
-    state, whole = pieces((7,), (50,))
-    jax.tree.map(np.testing.assert_array_equal, apart, whole)
-    early, two = pieces((), (2,))
-    assert two.lengths.max() == 2 and (early.num_sampled == 2).all()  # and not a token more
+def test_decoding_in_several_calls_equals_decoding_in_one():
+    _, several = decode_in_calls((7,), (1, 3, 2, 50), slots=5)
+    state, whole = decode_in_calls((7,), (50,), slots=5)
+    jax.tree.map(np.testing.assert_array_equal, several, whole)
     assert int(state.longest) == 0 and int(state.num_started[0]) == 12
+    early, two = decode_in_calls((), (2,), slots=5)
+    assert two.lengths.max() == 2 and (early.num_sampled == 2).all()  # not a token more than max_steps
 
 
-def test_the_loop_stops_when_all_rows_are_done():
-    """Every token stops and all 6 rows fit: after one step nothing is left to do, and further ones change nothing."""
-    state, first = pieces(tuple(range(45)), (1,), samples=1)
+def test_the_loop_ends_when_all_completions_are_done():
+    """Every token stops: after one step nothing is left to do, and further calls change nothing."""
+    every_token = tuple(range(45))
+    state, first = decode_in_calls(every_token, (1,), slots=12)
     assert int(state.longest) == 0 and (first.lengths == 1).all() and not first.truncated.any()
-    _, later = pieces(tuple(range(45)), (1, 50), samples=1)
+    _, later = decode_in_calls(every_token, (1, 50), slots=12)
     jax.tree.map(np.testing.assert_array_equal, first, later)
 
 
-def test_another_rollout_of_the_same_shapes_compiles_nothing():
-    weights = params()
+def test_other_prompts_and_temperatures_of_the_same_shapes_compile_nothing():
+    rollout()
     place = rollout_placement(CONFIG, None)
-    rollout(0, weights=weights)
     compiled = init_decode._cache_size(), decode_tokens._cache_size(), place._cache_size()
-    sample(CONFIG, weights, [[9] * 5, [8, 7], [1, 2]], jax.random.key(3), samples=4, max_tokens=8, temperature=0.5)
+    sample(CONFIG, weights(), [[9] * 31, [8], [1, 2]], jax.random.key(3), samples=4, max_tokens=9, temperature=0.5)
     assert rollout_placement(CONFIG, None) is place
     assert (init_decode._cache_size(), decode_tokens._cache_size(), place._cache_size()) == compiled
 
 
-LIMITS = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
-
-
-@pytest.mark.parametrize("slots", [1, 2, 5, 12, 100])
-def test_slots_change_nothing_that_is_drawn(slots):
-    """Sequences of unequal lengths through few slots: each has the tokens, log-probs and end that it has alone."""
-    weights = params()
-    whole = rollout(max_tokens=9, stop_ids=(7, 20), weights=weights)
-    made = rollout(max_tokens=LIMITS, stop_ids=(7, 20), weights=weights, slots=slots)
-    for b, g in np.ndindex(3, 4):
-        length = min(int(whole.lengths[b, g]), LIMITS[b, g])
+@pytest.mark.parametrize("slots", [1, 5, 100])
+def test_the_number_of_slots_does_not_change_completions(slots):
+    """Sequences of unequal lengths in a few slots have the tokens, log-probs and ends that they have in their own."""
+    limits = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
+    whole = rollout(stop_ids=(7, 20))
+    made = rollout(max_tokens=limits, stop_ids=(7, 20), slots=slots)
+    for b, g in GROUPS:
+        length = min(int(whole.lengths[b, g]), limits[b, g])
         assert made.lengths[b, g] == length
         assert bool(made.truncated[b, g]) == (int(made.tokens[b, g, length - 1]) not in (7, 20))
         np.testing.assert_array_equal(made.tokens[b, g], np.where(np.arange(9) < length, whole.tokens[b, g], 0))
@@ -194,246 +202,167 @@ def test_slots_change_nothing_that_is_drawn(slots):
         assert not made.logps[b, g, length:].any()
 
 
-def test_a_cache_that_grows_and_shrinks_changes_nothing(monkeypatch):
-    """Sizes 128, 192 and 232 instead of 232 alone: completions that leave them and come back are those of one large cache."""
-    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
+def test_a_cache_that_grows_and_shrinks_does_not_change_completions(monkeypatch):
+    """One slot with caches of 128, 192 and 232 columns samples what it samples with 232 columns throughout."""
+    placed, prompts = place_for_rollout(CONFIG, weights()), pad_prompts(PROMPTS)
     limits = np.asarray([[1, 9, 4, 200], [7, 1, 150, 3], [5, 8, 2, 6]])
     model_cfg = dataclasses.replace(CONFIG, max_positions=512)
-    how = dict(samples=4, max_tokens=200, temperature=1.0, stop_table=build_stop_table(48, ()), limits=limits)
+    options = dict(samples=4, max_tokens=200, temperature=1.0, stop_table=build_stop_table(48, ()), limits=limits)
     assert cache_sizes(32, 232) == [128, 192, 232]
-    made = []
+    resizes = []
 
-    def spied(kv, columns):
-        made.append(columns)
+    def recording_resize(kv, columns):
+        resizes.append(columns)
         return resize_cache(kv, columns)
 
-    monkeypatch.setattr("grpo_jax.rollout.sampler.resize_cache", spied)
-    grown = generate_rollout(model_cfg, weights, prompts, jax.random.key(0), **how, slots=1)
-    # One slot, two layers: up for the sequence of 200, down after it, up for that of 150, down again.
-    assert made[::2] == made[1::2] == [192, 232, 192, 128, 192, 128]
-    state, work = start_rollout(
-        model_cfg, weights, prompts, jax.random.key(0), limits, slots=12, columns=232, max_tokens=200
-    )
-    state = decode_tokens(
-        model_cfg,
-        weights,
-        state,
-        work,
-        build_stop_table(48, ()),
-        np.float32(1),
-        np.int32(0),
-        np.int32(1000),
-        greedy=False,
-        filter=TokenFilter(),
-    )
-    whole = to_rollout(state, prompts, 4)
-    np.testing.assert_array_equal(grown.tokens, whole.tokens)
-    np.testing.assert_allclose(grown.logps, whole.logps, atol=2e-5)
-
-
-def test_the_loop_is_left_to_grow_and_to_shrink():
-    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[1, 2, 3]])
-    limits = np.asarray([[60, 2, 2]])
-    state, work = start_rollout(CONFIG, weights, prompts, jax.random.key(0), limits, slots=1, columns=40, max_tokens=60)
-    go = lambda state, floor: decode_tokens(
-        CONFIG,
-        weights,
-        state,
-        work,
-        build_stop_table(48, ()),
-        np.float32(1),
-        np.int32(floor),
-        np.int32(1000),
-        greedy=False,
-        filter=TokenFilter(),
-    )
-    full = go(state, 0)
-    assert state.kv_cache[0].k.is_deleted() and state.tokens.is_deleted()  # what is replaced is given up
-    assert int(full.longest) == 41 and int(full.num_sampled[0]) == 38  # the token drawn last has no column any more
-    larger = full.replace(kv_cache=tuple(resize_cache(kv, 64) for kv in full.kv_cache))
-    assert larger.kv_cache[0].k.shape[-1] == larger.kv_cache[0].v.shape[-2] == 64
-    left = go(larger, 20)
-    assert int(left.longest) == 3 and int(left.lengths[0]) == 60  # the long one has ended; the next is at its prompt
-    smaller = left.replace(kv_cache=tuple(resize_cache(kv, 32) for kv in left.kv_cache))
-    assert int(go(smaller, 0).longest) == 0
+    monkeypatch.setattr(sampler, "resize_cache", recording_resize)
+    resized = generate_rollout(model_cfg, placed, prompts, jax.random.key(0), **options, slots=1)
+    # Two layers: the cache grows for the sequence of 200, shrinks after it, grows for that of 150, and shrinks again.
+    assert resizes[::2] == resizes[1::2] == [192, 232, 192, 128, 192, 128]
+    monkeypatch.setattr(sampler, "cache_sizes", lambda prompt_columns, max_columns: [max_columns])
+    whole = generate_rollout(model_cfg, placed, prompts, jax.random.key(0), **options, slots=1)
+    np.testing.assert_array_equal(resized.tokens, whole.tokens)
+    np.testing.assert_allclose(resized.logps, whole.logps, atol=2e-5)
 
 
 @pytest.mark.parametrize("count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (16, 8, 4)])
-def test_a_queue_gives_every_sequence_to_one_shard(count, samples, shards):
+def test_every_sequence_belongs_to_one_shard_which_has_its_prompt(count, samples, shards):
     prompts = pad_prompts([[i + 1] * (i + 1) for i in range(count)], [10 + i for i in range(count)])
     limits = np.arange(1, count * samples + 1).reshape(count, samples)
-    of_shards, prompt, limit, ids = split_over_shards(prompts, limits, shards)
-    each, per = len(limit) // shards, len(of_shards.ids) // shards
+    shard_prompts, prompt_index, limit, ids = split_over_shards(prompts, limits, shards)
+    sequences_per_shard, prompts_per_shard = len(limit) // shards, len(shard_prompts.ids) // shards
     real = np.flatnonzero(limit)
     np.testing.assert_array_equal(limit[real], limits.reshape(-1))
     for n in real:
-        found = (n // each) * per + prompt[n]  # in the shard's own part of the prompts
-        assert of_shards.ids[found] == ids[n, 0] == 10 + n // samples and ids[n, 1] == n % samples
-        assert of_shards.lengths[found] == n // samples + 1 and of_shards.tokens[found, 0] == n // samples + 1
-    assert per == max(1, count // shards) or count % shards  # every distinct prompt once where that is possible
+        row = (n // sequences_per_shard) * prompts_per_shard + prompt_index[n]
+        assert shard_prompts.ids[row] == ids[n, 0] == 10 + n // samples and ids[n, 1] == n % samples
+        assert shard_prompts.lengths[row] == n // samples + 1 and shard_prompts.tokens[row, 0] == n // samples + 1
+    # Each distinct prompt is prefilled once where that is possible.
+    assert prompts_per_shard == max(1, count // shards) or count % shards
 
 
-def test_prompts_prefilled_in_pieces_are_the_same(monkeypatch):
-    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts([[i + 1, 5, i + 2] for i in range(7)])
-    prompts = jax.tree.map(jnp.asarray, prompts)
-    whole = prefill_prompts(CONFIG, weights, prompts)
+def test_prefilling_in_batches_does_not_change_keys_and_values(monkeypatch):
+    placed = place_for_rollout(CONFIG, weights())
+    prompts = jax.tree.map(jnp.asarray, pad_prompts([[i + 1, 5, i + 2] for i in range(7)]))
+    whole = jax.jit(lambda p: prefill_prompts(CONFIG, placed, p))(prompts)
     monkeypatch.setattr("grpo_jax.rollout.slots.PREFILL_TOKENS", 64)
     assert prefill_batch_size(CONFIG, 32) == 2
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), prefill_prompts(CONFIG, weights, prompts), whole
-    )
+    batched = jax.jit(lambda p: prefill_prompts(CONFIG, placed, p))(prompts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), batched, whole)
 
 
-def test_prompts_of_other_lengths_compile_nothing():
-    weights = params()
-    rollout(weights=weights)
-    compiled = init_decode._cache_size(), decode_tokens._cache_size()
-    sample(CONFIG, weights, [[1] * 31, [8], [1, 2]], jax.random.key(3), samples=4, max_tokens=8)
-    assert (init_decode._cache_size(), decode_tokens._cache_size()) == compiled
-
-
-def test_stop_strings_end_a_completion_however_they_are_cut():
-    """The tiny tokenizer's own text: a row ends with the token that completes the string, and only then."""
-    model_cfg, weights = load(find_model("tiny"))
+def test_stop_strings_end_a_completion_however_they_are_tokenized():
+    """A completion of the tiny base ends with the token that completes a string, and not before."""
+    model_cfg, tiny_weights = load(find_model("tiny"))
     tokenizer = load_tokenizer(find_model("tiny"))
     prompt = encode_text(tokenizer, format_prompt("What is 1 + 2?"))
-    free = sample(model_cfg, weights, [prompt], jax.random.key(0), samples=8, max_tokens=24)
-    made = sample(
-        model_cfg,
-        weights,
-        [prompt],
-        jax.random.key(0),
-        samples=8,
-        max_tokens=24,
-        stop_strings=["</think> <answer>", "hink> I", "carry 1. "],
-    )
-    stopped = 0
-    for g in range(8):
-        texts = [tokenizer.decode(free.tokens[0, g, : t + 1]) for t in range(24)]
-        ends = [
-            t
-            for t, text in enumerate(texts)
-            if any(string in text for string in ("</think> <answer>", "hink> I", "carry 1. "))
-        ]
-        length = ends[0] + 1 if ends else 24
-        stopped += bool(ends)
-        assert made.lengths[0, g] == length and bool(made.truncated[0, g]) == (not ends)
-        np.testing.assert_array_equal(made.tokens[0, g, :length], free.tokens[0, g, :length])
-    assert stopped > 2
+    strings = ["</think> <answer>", "hink> I", "carry 1. "]
+    made = sample(model_cfg, tiny_weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=strings)
+    for tokens, length, truncated in zip(made.tokens[0], made.lengths[0], made.truncated[0], strict=True):
+        before, text = tokenizer.decode(tokens[: length - 1]), tokenizer.decode(tokens[:length])
+        assert not any(string in before for string in strings)
+        assert any(string in text for string in strings) != bool(truncated)
+        assert length == 24 or not truncated
+    assert 2 < (~made.truncated).sum() < 8
 
 
-@pytest.mark.parametrize("slots", [2, 48])
-def test_stops_that_span_tokens(slots):
-    """A row ends with a token of 15 to 29 that follows one below 15: the state is kept from token to token, and not from
-    a slot's sequence to its next."""
+def test_stops_that_span_tokens_do_not_carry_over_to_the_next_sequence_of_a_slot():
+    """A completion ends with a token from 15 to 29 right after one below 15."""
     token = np.arange(48)
     table = np.where(token < 15, 1, [[0], [0]])
     table[1, 15:30] = -1
-    weights, prompts = place_for_rollout(CONFIG, params()), pad_prompts(PROMPTS)
-    how = dict(samples=16, max_tokens=4, temperature=1.0)
-    free = generate_rollout(CONFIG, weights, prompts, jax.random.key(0), stop_table=build_stop_table(48, ()), **how)
-    made = generate_rollout(
-        CONFIG, weights, prompts, jax.random.key(0), stop_table=table.astype(np.int16), slots=slots, **how
-    )
-    for b, g in np.ndindex(3, 16):
-        drawn = free.tokens[b, g].tolist()
-        ends = [t + 1 for t in range(1, 4) if drawn[t - 1] < 15 <= drawn[t] < 30]
-        assert made.lengths[b, g] == (ends[0] if ends else 4) and bool(made.truncated[b, g]) == (not ends)
-    assert 10 < made.truncated.sum() < 40
+    placed, prompts = place_for_rollout(CONFIG, weights()), pad_prompts(PROMPTS)
+    options = dict(samples=4, max_tokens=9, temperature=1.0, stop_table=table.astype(np.int16), slots=5)
+    made = generate_rollout(CONFIG, placed, prompts, jax.random.key(0), **options)
+    free = rollout()
+    for b, g in GROUPS:
+        tokens = free.tokens[b, g].tolist()
+        ends = [t + 1 for t in range(1, 9) if tokens[t - 1] < 15 <= tokens[t] < 30]
+        assert made.lengths[b, g] == (ends[0] if ends else 9) and bool(made.truncated[b, g]) == (not ends)
+    assert 2 < made.truncated.sum() < 10
 
 
-def test_filters_of_sample():
-    weights = params()
-    likeliest = rollout(weights=weights, temperature=0)
-    np.testing.assert_array_equal(rollout(weights=weights, top_k=1).tokens, likeliest.tokens)
-    np.testing.assert_array_equal(rollout(weights=weights, top_p=1e-6).tokens, likeliest.tokens)
-    np.testing.assert_array_equal(rollout(weights=weights, min_p=1.0).tokens, likeliest.tokens)
-    np.testing.assert_allclose(rollout(weights=weights, top_k=1).logps, likeliest.logps, atol=2e-5)
+def test_sample_passes_each_filter_on(monkeypatch):
+    likeliest, only_one = rollout(temperature=0), rollout(top_k=1)
+    np.testing.assert_array_equal(only_one.tokens, likeliest.tokens)
+    np.testing.assert_allclose(only_one.logps, likeliest.logps, atol=2e-5)
+    filters = []
+
+    def recording_generate(*args, filter, **options):
+        filters.append(filter)
+        return likeliest
+
+    monkeypatch.setattr(sampler, "generate_rollout", recording_generate)
+    for changes in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}):
+        rollout(**changes)
+        assert filters.pop() == TokenFilter(**changes)
 
 
 @pytest.mark.parametrize(
     "shape, model_cfg",
     [
-        ((8, 1, 1), CONFIG),
-        ((1, 8, 1), CONFIG),
         ((2, 2, 2), CONFIG),
+        pytest.param((8, 1, 1), CONFIG, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), CONFIG, marks=pytest.mark.slow),
         pytest.param((8, 1, 1), SOFTMAX, marks=pytest.mark.slow),
         pytest.param((4, 2, 1), SIGMOID, marks=pytest.mark.slow),
     ],
 )
-def test_shards_exchange_one_number_a_token(shape, model_cfg):
-    """The compiled loop: no row, cache or weight leaves its shard. The sums over `tensor` are those of its matrices."""
-    mesh, weights = make_mesh(*shape), params(model_cfg)
+def test_a_mesh_samples_the_same_completions_and_exchanges_one_number_per_token(shape, model_cfg):
+    """In the compiled loop no row, cache or weight leaves its shard; the sums over `tensor` belong to its matmuls."""
+    mesh, replicated, shards = make_mesh(*shape), params(model_cfg), shape[0] * shape[1]
+    prompts, limits, key = pad_prompts(PROMPTS), np.full((3, 8), 9), jax.random.key(0)
+    table, structure = build_stop_table(model_cfg.vocab_size, ()), None
+    single = sample(model_cfg, replicated, PROMPTS, key, samples=8, max_tokens=9)
+
+    def decode(placed, *leaves):  # leaves, because tracing ahead of time builds states that are not arrays
+        state, queue = jax.tree.unflatten(structure, leaves)
+        numbers = np.float32(1), np.int32(0), sampler.UNLIMITED_STEPS
+        state = decode_tokens(model_cfg, placed, state, queue, table, *numbers, greedy=False, filter=TokenFilter())
+        return jax.tree.leaves(state)
+
     with jax.set_mesh(mesh):
-        placed = place_for_rollout(model_cfg, jax.device_put(weights, tree_shardings(mesh, weights)), mesh)
-        state, work = start_rollout(
-            model_cfg,
-            placed,
-            pad_prompts(PROMPTS),
-            jax.random.key(0),
-            np.full((3, 8), 8),
-            slots=16,
-            columns=40,
-            max_tokens=8,
-        )
-        leaves, tree = jax.tree.flatten((state, work))
-        run = lambda *leaves: jax.tree.leaves(
-            decode_tokens(
-                model_cfg,
-                placed,
-                *jax.tree.unflatten(tree, leaves),
-                build_stop_table(model_cfg.vocab_size, ()),
-                np.float32(1),
-                np.int32(0),
-                np.int32(9),
-                greedy=False,
-                filter=TokenFilter(),
-            )
-        )
-        compiled = jax.jit(run).lower(*leaves).compile().as_text()
-    moved = re.findall(r"= (\S+?)(?:\{\S*)? (all-[\w-]+?|collective-permute|reduce-scatter)(?:-start)?\(", compiled)
+        placed = place_for_rollout(model_cfg, jax.device_put(replicated, tree_shardings(mesh, replicated)), mesh)
+        state, queue = start_rollout(model_cfg, placed, prompts, key, limits, slots=11, columns=41, max_tokens=9)
+        leaves, structure = jax.tree.flatten((state, queue))
+        compiled = jax.jit(decode).lower(placed, *leaves).compile()
+        many = to_rollout(jax.tree.unflatten(jax.tree.structure(state), compiled(placed, *leaves)), prompts, 8)
+    np.testing.assert_array_equal(many.tokens, single.tokens)
+    np.testing.assert_allclose(many.logps, single.logps, atol=2e-5)
+    moved = re.findall(
+        r"= (\S+?)(?:\{\S*)? (all-[\w-]+?|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text()
+    )
     between_rows = [move for move in moved if shape[2] == 1 or not move[0].startswith("f32")]
     assert between_rows == [("s32[]", "all-reduce")]
-    per_shard = 16 // (shape[0] * shape[1])
-    assert all(re.match(rf"f32\[{per_shard},", kind) for kind, _ in moved if kind != "s32[]")
-
-
-def test_a_larger_batch_over_eight_devices_gives_the_same_completions():
-    weights = params()
-    one = rollout(weights=weights, samples=8)
-    for shape in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
-        mesh = make_mesh(*shape)
-        with jax.set_mesh(mesh):
-            placed = place_for_rollout(CONFIG, jax.device_put(weights, tree_shardings(mesh, weights)), mesh)
-            many = sample(CONFIG, placed, PROMPTS, jax.random.key(0), samples=8, max_tokens=8, slots=11)
-        np.testing.assert_array_equal(many.tokens, one.tokens)
-        np.testing.assert_allclose(many.logps, one.logps, atol=2e-5)
+    slots_per_shard = -(-11 // shards)
+    assert all(re.match(rf"f32\[{slots_per_shard},", kind) for kind, _ in moved if kind != "s32[]")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(samples=0), "samples"),
-        (dict(max_tokens=0), "max_tokens"),
-        (dict(temperature=-1), "temperature"),
-        (dict(max_tokens=59), "64 positions"),
-        (dict(slots=-1), "slots"),
-        (dict(top_p=0.0), "top_p"),
-        (dict(min_p=1.5), "min_p"),
-        (dict(top_k=-1), "top_k"),
+        (dict(samples=0), "samples and max_tokens must be .* at least 1; found 0 and 9"),
+        (dict(max_tokens=True), "found 4 and True"),
+        (dict(max_tokens=0), "found 4 and 0"),
+        (dict(max_tokens=np.zeros((3, 4), int)), "samples and max_tokens"),
+        (dict(temperature=-1), "temperature and slots must be 0 or more; found -1 and 0"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(slots=-1), "found 1.0 and -1"),
+        (dict(max_tokens=59), "at most 64 positions together; found 65"),
+        (dict(top_p=0.0), "top_p in"),
+        (dict(min_p=1.5), "min_p in"),
+        (dict(top_k=-1), "top_k must be 0 or more"),
         (dict(stop_ids=[48]), "Stop ids"),
-        (dict(stop_strings="</answer>"), "a list"),
-        (dict(max_tokens=np.zeros((3, 4), int)), "max_tokens"),
+        (dict(stop_strings="</answer>"), "must be a list of strings; found the string '</answer>'"),
+        (dict(prompt_ids=[1, 2, 1]), "3 different integers"),
     ],
 )
-def test_impossible_requests_are_refused(changes, message):
+def test_arguments_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         rollout(**changes)
 
 
-def test_wrong_prompts_are_refused():
-    with pytest.raises(ValueError, match="different prompt ids"):
-        rollout(prompt_ids=[1, 2, 1])
-    for prompts, message in (([[]], "one token"), ([[99]], "token ids"), ([], "one token")):
-        with pytest.raises(ValueError, match=message):
-            sample(CONFIG, params(), prompts, jax.random.key(0), samples=2, max_tokens=2)
+@pytest.mark.parametrize("prompts, message", [([[]], "one token"), ([[99]], "token ids"), ([], "at least one prompt")])
+def test_prompts_that_the_model_cannot_take_are_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        sample(CONFIG, weights(), prompts, jax.random.key(0), samples=2, max_tokens=2)
