@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     del learner, state, reference  # what is left takes memory too
     real, sampled = packed.segments.prompt > 0, (packed.flat_index >= 0).sum(axis=1)
     rows, width = packed.tokens.shape
-    tokens, used, learn_s = int(real.sum()), int(packed.micro_batches), sum(times.values())
+    tokens, used, learn_s = int(real.sum()), int(packed.num_micro_batches), sum(times.values())
     chunk = min(width, flags.chunk_tokens)
     limit_s = learn_limit_s(
         model,

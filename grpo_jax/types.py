@@ -1,21 +1,21 @@
-"""The axis legend, and the values that travel along the data's way.
+"""The legend of axis letters, and the data structures that are passed between packages.
 
-Axes, one letter each, everywhere in the package:
+Shape annotations use one letter per axis, with the same meaning throughout the package:
 
-    B  prompts (distinct questions)     T  prompt length, padded
-    G  samples per prompt               S  sampled length, padded
-    N  rows, N = B * G                  L  row length, L = T + S
+    B  prompts (distinct questions)     T  padded prompt length
+    G  completions per prompt           S  padded completion length
+    N  sequences, N = B * G             L  sequence length, L = T + S
     V  vocabulary (embedding rows)      D  model width
-    F  hidden width of the MLP          C  cache length
+    F  hidden width of the MLP          C  KV cache length
     H  query heads                      K  key/value heads
-    E  width of one head
-    R  query heads on one key/value head  Z  rotating pairs of a head
-    X  experts of a layer                 k  experts that a token takes
-    M  slots of the sampler               A  states of a stop table
-    P  packed rows                        W  columns of a packed row
+    E  head dimension                   Z  rotary pairs per head
+    R  query heads per key/value head   A  states of a stop table
+    X  experts per layer                k  experts chosen per token
+    M  decode slots                     W  width of a packed row, in tokens
+    P  packed rows
 
-A row is a prompt, its completion and then padding, with nothing in between: the column of a token in
-a row is its position in the sequence. Alignment: `logps[n, t]` is the log-probability of `tokens[n, t]`.
+In an `[N, L]` array each row holds a prompt, then its completion, then padding, so a token's column is its position in
+the sequence. Log-probabilities are aligned with tokens: `logps[n, t]` is the log-probability of `tokens[n, t]`.
 """
 
 from typing import Any, NamedTuple
@@ -28,16 +28,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class Rollout:
-    """G completions for each of B prompts, as the sampler drew them."""
+    """G completions for each of B prompts, as returned by the sampler."""
 
-    tokens: Int[Array, "B G S"]  # the stopping token included; 0 after it
-    logps: Float[Array, "B G S"]  # float32, at the sampling temperature; 0 after the stopping token
-    lengths: Int[Array, "B G"]  # tokens drawn, the stopping token included
-    truncated: Bool[Array, "B G"]  # True where S tokens were drawn and none of them stops
-    prompt_ids: Int[Array, " B"]
+    tokens: Int[Array, "B G S"]  # sampled tokens, including the stopping token; 0 after it
+    logps: Float[Array, "B G S"]  # float32 log-probs at the sampling temperature; 0 after the stopping token
+    lengths: Int[Array, "B G"]  # number of sampled tokens, including the stopping token
+    truncated: Bool[Array, "B G"]  # True where S tokens were sampled without reaching a stop
+    prompt_ids: Int[Array, " B"]  # index of each prompt in the problem stream
 
     def rows(self) -> dict[str, jax.Array]:
-        """The same values by row: tokens[N,S], logps[N,S], lengths[N], truncated[N], prompt_ids[N], sample_ids[N]."""
+        """Returns the rollout with prompts and samples merged into one axis of N sequences.
+
+        Returns:
+            A dict with `tokens` and `logps` `[N, S]`, and `lengths`, `truncated`, `prompt_ids` and `sample_ids` `[N]`.
+        """
         prompts, samples, _ = self.tokens.shape
         merged = {
             name: getattr(self, name).reshape(prompts * samples, *getattr(self, name).shape[2:])
@@ -50,52 +54,54 @@ class Rollout:
 
 
 class Segments(NamedTuple):
-    """Whose tokens these are. Prompts and completions lie in a row one after another, in any order.
+    """Assigns each token of a row to a prompt and a completion.
 
-    A completion's tokens see their prompt and what stands before them in the completion (grpo_jax.model.mask.sees).
+    A row may hold several prompts and completions, with their tokens in any order. A completion's tokens attend to
+    their prompt and to earlier tokens of the same completion (see `grpo_jax.model.mask.attention_mask`).
     """
 
-    position: Int[Array, "N L"]  # in the sequence of prompt and completion, from 0
-    prompt: Int[Array, "N L"]  # which prompt of the row, from 1; 0: padding, which nothing sees
-    completion: Int[Array, "N L"]  # which completion in the row, from 1; 0: the prompt itself
+    position: Int[Array, "N L"]  # position in the sequence (prompt + completion), counted from 0
+    prompt: Int[Array, "N L"]  # number of the prompt within the row, counted from 1; 0 for padding
+    completion: Int[Array, "N L"]  # number of the completion within the row, counted from 1; 0 for prompt tokens
 
 
 @flax.struct.dataclass
 class Experience:
-    """N rows ready to be learned from, on the host. Completion arrays are aligned with the completion, not the row."""
+    """N sequences to train on, as host arrays. Arrays `[N, S]` are aligned with the completion, not with the row."""
 
     tokens: Int[Array, "N L"]  # prompt, completion, padding
-    prompt_lengths: Int[Array, " N"]  # the completion's first token stands in this column
-    mask: Bool[Array, "N S"]  # True on completion tokens, the stopping token included
-    sampler_logps: Float[Array, "N S"]  # log pi_old, from the sampler
-    ref_logps: Float[Array, "N S"]  # log pi_ref; zeros when no reference is used
-    advantages: Float[Array, " N"]
-    prompt_ids: Int[Array, " N"]  # rows with one id have one prompt
+    prompt_lengths: Int[Array, " N"]  # prompt length, which is also the column of the completion's first token
+    mask: Bool[Array, "N S"]  # True on completion tokens, including the stopping token
+    sampler_logps: Float[Array, "N S"]  # log pi_old, as computed by the sampler
+    ref_logps: Float[Array, "N S"]  # log pi_ref; zeros if no reference is kept
+    advantages: Float[Array, " N"]  # one advantage per completion
+    prompt_ids: Int[Array, " N"]  # sequences with equal ids share the same prompt
 
 
 @flax.struct.dataclass
 class PackedBatch:
-    """Completions as the update computes on them: several in a row, after a prompt that they share.
+    """Packed rows, the form in which the update computes on a batch. Each row holds prompts and their completions.
 
-    A row is what one shard of a mesh works on at a time. In each array the value at a column belongs to its token.
+    Each data shard processes one row at a time. In every `[P, W]` array, the value in a column belongs to the token in
+    that column.
     """
 
-    tokens: Int[Array, "P W"]
-    segments: Segments  # [P, W]
-    predict_from: Int[Array, "P W"]  # the column whose hidden state predicts the token, if it belongs to a completion
-    flat_index: Int[Array, "P W"]  # n * S + t for token t of completion n of the experience; -1 on prompts and padding
-    weights: Float[Array, "P W"]  # of a token in the loss (grpo.token_weights); 0 on prompts and padding
-    sampler_logps: Float[Array, "P W"]
-    ref_logps: Float[Array, "P W"]
-    advantages: Float[Array, "P W"]
-    micro_batches: Int[Array, ""]  # that hold a token; the rows after them are padding
+    tokens: Int[Array, "P W"]  # token ids; 0 on padding
+    segments: Segments  # [P, W], the prompt and the completion that each token belongs to
+    predict_from: Int[Array, "P W"]  # column of the hidden state that predicts this completion token
+    flat_index: Int[Array, "P W"]  # n * S + t for token t of completion n of the batch; -1 on prompts and padding
+    weights: Float[Array, "P W"]  # weight of the token in the loss (`grpo.token_weights`); 0 on prompts and padding
+    sampler_logps: Float[Array, "P W"]  # log pi_old of completion tokens
+    ref_logps: Float[Array, "P W"]  # log pi_ref of completion tokens
+    advantages: Float[Array, "P W"]  # the completion's advantage, repeated for each of its tokens
+    num_micro_batches: Int[Array, ""]  # micro-batches that hold a token; all later ones are padding
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that an update replaces."""
+    """Everything that an update replaces."""
 
-    step: Int[Array, ""]  # updates done, those left out included
-    params: Any  # the policy
-    opt_state: Any
-    skipped: Int[Array, ""]  # updates left out so far, as their gradient was not finite
+    step: Int[Array, ""]  # number of updates so far, including skipped ones
+    params: Any  # parameters of the policy
+    opt_state: Any  # state of the optax optimizer
+    skipped: Int[Array, ""]  # number of updates skipped because the gradient was not finite

@@ -69,8 +69,8 @@ def assert_packed(batch, packed, shards):
     # Micro-batch m is row m of every shard: the first ones are full, and those after the last one hold nothing.
     used = filled.any(axis=1).reshape(shards, -1)
     order = used.T.ravel().tolist()
-    assert order == sorted(order, reverse=True) and packed.micro_batches == used.any(axis=0).sum()
-    for x in (packed.tokens, *segments, packed.predict_from, place, packed.micro_batches):
+    assert order == sorted(order, reverse=True) and packed.num_micro_batches == used.any(axis=0).sum()
+    for x in (packed.tokens, *segments, packed.predict_from, place, packed.num_micro_batches):
         assert x.dtype == np.int32
     for x in (packed.weights, packed.sampler_logps, packed.ref_logps, packed.advantages):
         assert x.dtype == np.float32 and x.shape == place.shape
@@ -116,7 +116,7 @@ def test_a_micro_batch_is_a_row_of_every_shard():
     batch = experience(20, 5, 6, samples=2)
     packed = pack_completions(batch, PackedShape(16, 16), 4)
     rows = assign_rows(batch.prompt_ids, batch.prompt_lengths, batch.mask.sum(axis=1), 16)
-    assert packed.micro_batches == -(-len(rows) // 4) == 2 and len(rows) % 4
+    assert packed.num_micro_batches == -(-len(rows) // 4) == 2 and len(rows) % 4
     with jax.set_mesh(make_mesh(1, 4, 2)):
         for index in range(4):
             part = take_micro_batch(jax.tree.map(np.asarray, packed), index)
@@ -259,9 +259,9 @@ def test_rows_are_well_filled(sequences, padding, repeats):
 def test_completions_that_do_not_fit_are_an_error():
     batch = experience(8, 5, 6)
     shape = packed_shape(8, 2, 5, 6, 1, 1)
-    needed = pack_completions(batch, shape, 1).micro_batches
-    assert pack_completions(batch, PackedShape(int(needed), shape.width), 1).micro_batches == needed
-    with pytest.raises(ValueError, match=f"expected at most {needed - 1} rows of {shape.width} tokens; found {needed}"):
+    needed = pack_completions(batch, shape, 1).num_micro_batches
+    assert pack_completions(batch, PackedShape(int(needed), shape.width), 1).num_micro_batches == needed
+    with pytest.raises(ValueError, match=f"fit in {needed - 1} packed rows of {shape.width} tokens; found that it needs {needed}"):
         pack_completions(batch, PackedShape(int(needed) - 1, shape.width), 1)
 
 

@@ -56,7 +56,7 @@ def compiled_update(mesh, cfg=WIDE):
 @pytest.mark.parametrize("sizes", [(1, 4, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_nothing_is_gathered_whole(sizes, monkeypatch):
     """Gathered are single layers in the scan, a block of ids of the head, and token ids; no stack, table or head."""
-    monkeypatch.setattr(grpo_jax.learn.logprobs, "CHUNK_IDS", 22)
+    monkeypatch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", 22)
     mesh = make_mesh(*sizes)
     state, _, _, compiled = compiled_update(mesh)
     made = gathered(compiled.as_text())

@@ -1,16 +1,19 @@
-"""The page of mathematics: group advantages, the k3 estimator, the clipped surrogate.
+"""The mathematics of GRPO: group-relative advantages, the k3 KL estimator and the clipped surrogate loss.
 
-DeepSeekMath (arXiv 2402.03300, section 4.1) and DeepSeek-R1 (arXiv 2501.12948, section 2.2). For a question, the old
-policy draws G answers o_1 ... o_G with rewards r_1 ... r_G. The policy then maximises
+For each question the old policy samples a group of G completions o_1 ... o_G with rewards r_1 ... r_G. The policy is
+trained to maximize
 
-    1/N sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i) - kl_coef * k3 ]
+    J = 1/N sum_i 1/|o_i| sum_t [ min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) - kl_coef * k3_it ]
 
-    rho  = pi(o_it) / pi_old(o_it)
-    A_i  = (r_i - mean(r)) / sigma(r)
-    k3   = pi_ref / pi - log(pi_ref / pi) - 1
+    rho_it = pi(o_it) / pi_old(o_it)                     probability ratio of token t of completion i
+    A_i    = (r_i - mean(r)) / std(r)                    advantage within the group
+    k3_it  = pi_ref / pi - log(pi_ref / pi) - 1          estimate of KL(pi || pi_ref)
 
-over the N answers of the batch. The losses below work on weights per token, w_it = 1 / (N |o_i|): whoever splits or
-packs a batch passes the weights of the whole, so no split can change a gradient.
+where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
+4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds.
+
+The loss weights each token by w_it = 1 / (N |o_i|). Token weights are computed over the full batch before it is split
+or packed, so the gradient does not depend on how the batch is divided.
 """
 
 import jax
@@ -18,83 +21,129 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 
-def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
-    """(r - mean of the group) / sigma of the group, sigma being the population standard deviation (divided by G).
+def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "*tokens"]:
+    """Computes group-relative advantages, A = (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
-    A group of equal rewards has advantages 0.
+    Args:
+        rewards: one reward per completion; each row is a group.
+
+    Returns:
+        Advantages in float32. `std` is the population standard deviation, which divides by G. The advantages of a
+        group whose rewards are all equal are 0.
+
+    Raises:
+        ValueError: if `rewards` does not have two axes.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2:
-        raise ValueError(f"expected rewards [B, G]; found shape {rewards.shape}")
-    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
-    sigma = jnp.sqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True))
-    # Equality is asked of the rewards: the mean of equal numbers may be rounded off them.
-    equal = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
-    return jnp.where(equal, 0.0, centred / jnp.where(equal, 1.0, sigma))
+        raise ValueError(f"rewards must have shape [B, G]; found {rewards.shape}. Reshape them to one row per group.")
+    centered = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    std = jnp.sqrt(jnp.mean(jnp.square(centered), axis=1, keepdims=True))
+    # Compare the rewards rather than test for std == 0: the mean of equal numbers may differ from them by rounding.
+    all_equal = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
+    return jnp.where(all_equal, 0.0, centered / jnp.where(all_equal, 1.0, std))
 
 
-def k3(logps: Float[Array, "..."], other_logps: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The estimate of KL(pi || other) at a token drawn from pi: never negative, 0 where both agree.
+def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+    """Estimates KL(pi || other) from tokens sampled from pi (DeepSeekMath, equation 4).
 
-    Schulman's k3 (joschu.net/blog/kl-approx.html); DeepSeekMath's equation 4.
+    This is the estimator that Schulman calls k3 (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        logps: log pi of the tokens.
+        other_logps: log-probs of the same tokens under the other distribution.
+
+    Returns:
+        One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree.
     """
-    delta = other_logps - logps
-    return jnp.expm1(delta) - delta
+    log_ratio = other_logps - logps
+    return jnp.expm1(log_ratio) - log_ratio
 
 
 def token_weights(
     mask: Num[Array, "N S"] | Bool[Array, "N S"], denominator: float | Float[Array, ""] | None = None
-) -> Float[Array, "N S"]:
-    """1 / (denominator |o_i|) on the tokens of answer i, 0 elsewhere; the denominator is N by default."""
+) -> Float[Array, "*tokens"]:
+    """Computes the weight of each token in the loss, w_it = 1 / (denominator * |o_i|).
+
+    Args:
+        mask: 1 on the tokens of each completion, 0 elsewhere.
+        denominator: what the sum over completions is divided by; N by default.
+
+    Returns:
+        Weights in float32, 0 where `mask` is 0.
+
+    Raises:
+        ValueError: if `mask` does not have two axes.
+    """
     mask = jnp.asarray(mask, jnp.float32)
+    if mask.ndim != 2:
+        raise ValueError(f"mask must have shape [N, S]; found {mask.shape}. Pass one row per completion.")
     lengths = jnp.sum(mask, axis=1, keepdims=True)
     return mask / jnp.maximum(lengths, 1.0) / (mask.shape[0] if denominator is None else denominator)
 
 
 def weighted_loss(
-    logps: Float[Array, "..."],
-    old_logps: Float[Array, "..."],
-    ref_logps: Float[Array, "..."] | None,
-    advantages: Float[Array, "..."],
-    weights: Float[Array, "..."],
+    logps: Float[Array, "*tokens"],
+    old_logps: Float[Array, "*tokens"],
+    ref_logps: Float[Array, "*tokens"] | None,
+    advantages: Float[Array, "*tokens"],
+    weights: Float[Array, "*tokens"],
     *,
     clip_low: float,
     clip_high: float,
     kl_coef: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The negated objective as a sum over tokens, whatever their arrangement; all arguments have one shape.
+    """Computes the GRPO loss as a weighted sum over tokens in any arrangement, such as padded or packed rows.
 
     Args:
-      weights: w_it; 0 on tokens that do not count, which may hold anything finite.
+        logps: log pi of the sampled tokens; the argument to differentiate.
+        old_logps: log pi_old of the same tokens.
+        ref_logps: log pi_ref of the same tokens, or None to leave out the KL term.
+        advantages: the advantage of each token's completion.
+        weights: w_it of each token. Tokens of weight 0 do not count; their other values need only be finite.
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: the ratio is clipped from above at 1 + clip_high.
+        kl_coef: coefficient of the KL term.
+
     Returns:
-      The loss, and metrics that are sums weighted like it, but for `policy/ratio_max`.
+        The loss, -J, and a dict of metrics without gradient. All metrics are weighted sums like the loss, except
+        `policy/ratio_max`, which is a maximum.
+
+    Raises:
+        ValueError: if the arguments do not all have the same shape.
     """
+    shapes = [jnp.shape(x) for x in (logps, old_logps, ref_logps, advantages, weights) if x is not None]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"log-probs, advantages and weights must have one shape; found {shapes}. Pass one per token.")
     counts = weights > 0
-    # Where nothing counts the difference is made 0 before exp, so that no overflow there can become 0 * inf.
+    # Tokens that do not count get a ratio of 1 before exp, which could otherwise overflow and make 0 * inf = NaN.
     log_ratio = jnp.where(counts, logps - jax.lax.stop_gradient(old_logps), 0.0)
     ratio = jnp.exp(log_ratio)
-    # min(rho A, clip(rho) A) is clip(rho) A just where rho has left the range in the direction that A rewards.
-    cut = (ratio > 1 + clip_high) & (advantages > 0) | (ratio < 1 - clip_low) & (advantages < 0)
-    objective = jnp.where(cut, jnp.clip(ratio, 1 - clip_low, 1 + clip_high), ratio) * advantages
+    surrogate = ratio * advantages
+    clipped_surrogate = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    # min(surrogate, clipped_surrogate). At a tie, jnp.minimum and jnp.clip would pass on only part of the gradient, and
+    # with a clip bound of 0 every on-policy token, whose ratio is 1, is a tie.
+    is_clipped = clipped_surrogate < surrogate
+    objective = jnp.where(is_clipped, clipped_surrogate, surrogate)
     kl = jnp.zeros(())
     if ref_logps is not None:
-        kl_tokens = k3(jnp.where(counts, logps, 0.0), jnp.where(counts, ref_logps, 0.0))
-        kl = jnp.sum(weights * kl_tokens)
-        objective = objective - kl_coef * kl_tokens
+        token_kl = k3(jnp.where(counts, logps, 0.0), jnp.where(counts, ref_logps, 0.0))
+        kl = jnp.sum(weights * token_kl)
+        objective = objective - kl_coef * token_kl
     loss = -jnp.sum(weights * objective)
     metrics = {
         "loss/total": loss,
         "policy/kl_ref": kl,
-        "policy/clip_frac": jnp.sum(weights * cut),
+        "policy/clip_frac": jnp.sum(weights * is_clipped),
         "policy/ratio_max": jnp.max(ratio),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
 
 def grpo_loss(
-    logps: Float[Array, "N S"],
-    old_logps: Float[Array, "N S"],
-    ref_logps: Float[Array, "N S"] | None,
+    logps: Float[Array, "*tokens"],
+    old_logps: Float[Array, "*tokens"],
+    ref_logps: Float[Array, "*tokens"] | None,
     advantages: Float[Array, " N"],
     mask: Num[Array, "N S"] | Bool[Array, "N S"],
     *,
@@ -103,25 +152,35 @@ def grpo_loss(
     kl_coef: float = 0.001,
     denominator: float | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """GRPO's loss (see the top of this file) of N answers, and its metrics.
+    """Computes the GRPO loss of N completions (see the top of this module) and its metrics.
 
     Args:
-      logps: log pi of the sampled tokens; the argument to differentiate.
-      old_logps, ref_logps: log pi_old and log pi_ref; `ref_logps` may be None when `kl_coef` is 0.
-      mask: 1 on the answers' tokens, the stopping token included.
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      denominator: what the sum over answers is divided by: N of the whole batch, when these are a part of it.
+        logps: log pi of the sampled tokens; the argument to differentiate.
+        old_logps: log pi_old of the same tokens.
+        ref_logps: log pi_ref of the same tokens; may be None if `kl_coef` is 0.
+        advantages: one advantage per completion.
+        mask: 1 on completion tokens, including the stopping token, and 0 elsewhere.
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: the ratio is clipped from above at 1 + clip_high.
+        kl_coef: coefficient of the KL term.
+        denominator: what the sum over completions is divided by; N by default. If these completions are only part of a
+            batch, pass the N of the whole batch.
+
+    Returns:
+        The loss and a dict of scalar metrics (see `weighted_loss`).
+
     Raises:
-      ValueError: `kl_coef` is not 0 and there is no `ref_logps`, or the shapes disagree.
+        ValueError: if `ref_logps` is None although `kl_coef` is not 0, or if the shapes do not match.
     """
     if ref_logps is None and kl_coef:
-        raise ValueError(f"expected ref_logps, as kl_coef is {kl_coef}; found None; pass them or kl_coef=0")
-    logps, old_logps, advantages = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(advantages)
-    shapes = {jnp.shape(x) for x in (logps, old_logps, logps if ref_logps is None else ref_logps, mask)}
-    if len(shapes) > 1 or logps.ndim != 2 or advantages.shape != logps.shape[:1]:
         raise ValueError(
-            f"expected log-probs and mask of one shape [N, S] and advantages [N]; "
-            f"found {sorted(shapes)} and {advantages.shape}"
+            f"ref_logps must be given, because kl_coef is {kl_coef}; found None. Pass it or set kl_coef=0."
+        )
+    logps, old_logps, advantages = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(advantages)
+    if logps.ndim != 2 or jnp.shape(mask) != logps.shape or advantages.shape != logps.shape[:1]:
+        raise ValueError(
+            "logps and mask must have one shape [N, S], and advantages must have shape [N]; found "
+            f"{logps.shape}, {jnp.shape(mask)} and {advantages.shape}. Pass one row and one advantage per completion."
         )
     return weighted_loss(
         logps,

@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies of given tokens: the one scoring function of training.
+"""Log-probabilities and entropies of given tokens. The policy and the reference are both scored by this module.
 
-Only tokens of completions go through the head, some tokens and some of the vocabulary at a time: forward and backward,
-no logits but those of such a block exist, and on a mesh no more than that part of the head is gathered. Blocks of tokens
-are counted when the program runs, so padding costs nothing.
+Logits are computed for one block of tokens and one block of the vocabulary at a time, in the forward and the backward
+pass, so the full logits never exist. On a mesh, only the part of the head for one vocabulary block is gathered at a
+time. Prompt tokens and padding do not go through the head: the number of token blocks is decided when the program runs.
 """
 
 from functools import partial
@@ -18,163 +18,202 @@ from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temper
 from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, num_row_shards, spec_for
 from grpo_jax.types import PackedBatch
 
-DEFAULT_CHUNK_TOKENS = 512  # of one shard, whose logits exist at a time,
-MAX_VOCAB_BLOCK = 16384  # and of how many ids
-MIN_LOGIT = -1e30  # below every logit, and finite
+DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
+MAX_VOCAB_BLOCK = 16384  # vocabulary ids for which these tokens have logits at the same time
+MIN_LOGIT = -1e30  # below every logit, but finite
 
 
 class ScoreSpec(NamedTuple):
-    """What is known of `blocks` when it is compiled."""
+    """The compile-time parameters of `chunked_logprobs`."""
 
     model_cfg: ModelConfig
-    temperature: float
-    columns: int  # of a block of tokens
-    entropy: bool
-    fsdp: bool  # the mesh axis splits the head's rows: they are gathered, a block of ids at a time
-    tensor: bool  # the mesh axis splits its columns: each device has its own part of the vocabulary
+    temperature: float  # sampling temperature
+    block_columns: int  # columns per block of tokens
+    entropy: bool  # whether to compute entropies
+    fsdp_sharded: bool  # the fsdp axis splits the rows of the head, which are gathered one vocabulary block at a time
+    tensor_sharded: bool  # the tensor axis splits the columns of the head, so each device has a part of the vocabulary
 
 
-def sum_over_tensor(x, how: ScoreSpec):
-    """The sum over the devices that share the vocabulary."""
-    return jax.lax.psum(x, "tensor") if how.tensor else x
+def sum_over_tensor(spec: ScoreSpec, x):
+    """Sums over the devices that share the vocabulary."""
+    return jax.lax.psum(x, "tensor") if spec.tensor_sharded else x
 
 
-def slice_columns(x, index, columns):
-    """Block `index` of x[N, S, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, index * columns, columns, axis=1)
+def slice_columns(spec: ScoreSpec, x, index):
+    """Returns token block `index` of x `[N, S, ...]`."""
+    return jax.lax.dynamic_slice_in_dim(x, index * spec.block_columns, spec.block_columns, axis=1)
 
 
-def update_columns(x, part, index, columns):
-    """x[N, S, ...] with another block `index`."""
-    return jax.lax.dynamic_update_slice_in_dim(x, part, index * columns, axis=1)
+def update_columns(spec: ScoreSpec, x, block, index):
+    """Returns x `[N, S, ...]` with token block `index` replaced by `block`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, block, index * spec.block_columns, axis=1)
 
 
 def fused_sum_last(*arrays):
-    """The sums over the last dimension, in one pass over all arrays."""
-    zeros, add = (jnp.float32(0),) * len(arrays), lambda a, b: tuple(x + y for x, y in zip(a, b))
+    """Sums each array over its last axis, in a single pass over all of them."""
+    zeros = (jnp.float32(0),) * len(arrays)
+
+    def add(left, right):
+        return tuple(x + y for x, y in zip(left, right, strict=True))
+
     return jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,))
 
 
 def vocab_blocks(kernel) -> tuple[int, int]:
-    """How many blocks of how many ids the columns of a device's kernel are."""
+    """Returns the number and the width of the vocabulary blocks of a device's head kernel `[D, V]`."""
     ids = kernel.shape[1]
-    least = -(-ids // MAX_VOCAB_BLOCK)
-    number = next((number for number in range(least, 2 * least) if ids % number == 0), least)
+    fewest = -(-ids // MAX_VOCAB_BLOCK)
+    number = next((number for number in range(fewest, 2 * fewest) if ids % number == 0), fewest)
     return number, -(-ids // number)
 
 
-def take_vocab_block(how: ScoreSpec, kernel, block, dtype):
-    """The kernel's columns in a block of ids, whole, in the dtype; where they begin here and in the vocabulary.
+def take_vocab_block(spec: ScoreSpec, kernel, block, dtype):
+    """Returns the columns of the head kernel for one vocabulary block, gathered over fsdp.
 
-    The last block begins early enough to be as wide as the others; what it shares with the one before is to be skipped.
+    If the blocks do not divide the vocabulary, the last one starts early enough to be as wide as the others. The ids
+    that it shares with the block before it must be skipped.
+
+    Args:
+        spec: compile-time parameters.
+        kernel: this device's part of the head.
+        block: index of the vocabulary block.
+        dtype: dtype of the result.
+
+    Returns:
+        The columns; the index of the first one in `kernel` and in the whole vocabulary; and how many of them to skip,
+        which is None if the blocks divide the vocabulary.
     """
     number, width = vocab_blocks(kernel)
-    start = jnp.minimum(block * width, kernel.shape[1] - width)
-    skip = None if number * width == kernel.shape[1] else block * width - start
-    part = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis=1).astype(dtype)
-    part = jax.lax.all_gather(part, "fsdp", axis=0, tiled=True) if how.fsdp else part
-    return part, start, start + (jax.lax.axis_index("tensor") * kernel.shape[1] if how.tensor else 0), skip
+    local_start = jnp.minimum(block * width, kernel.shape[1] - width)
+    skip = None if number * width == kernel.shape[1] else block * width - local_start
+    columns = jax.lax.dynamic_slice_in_dim(kernel, local_start, width, axis=1).astype(dtype)
+    if spec.fsdp_sharded:
+        columns = jax.lax.all_gather(columns, "fsdp", axis=0, tiled=True)
+    device_start = jax.lax.axis_index("tensor") * kernel.shape[1] if spec.tensor_sharded else 0
+    return columns, local_start, local_start + device_start, skip
 
 
-def block_logits(how: ScoreSpec, part, hidden, first, skip):
-    """The logits of a block of tokens and ids; -inf for the first `skip` ids, if any, which the block before had."""
-    product = jnp.matmul(hidden.reshape(-1, hidden.shape[-1]), part, preferred_element_type=how.model_cfg.logit_dtype)
-    logits = temperature_logits(how.model_cfg, product.reshape(*hidden.shape[:-1], -1), how.temperature, first)
+def block_logits(spec: ScoreSpec, columns, hidden, first_id, skip):
+    """Returns the logits of a token block for a vocabulary block, -inf for its first `skip` ids."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    raw_logits = jnp.matmul(flat, columns, preferred_element_type=spec.model_cfg.logit_dtype)
+    logits = temperature_logits(spec.model_cfg, raw_logits.reshape(*hidden.shape[:-1], -1), spec.temperature, first_id)
     return logits if skip is None else jnp.where(jnp.arange(logits.shape[-1]) < skip, -jnp.inf, logits)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked_logprobs(how: ScoreSpec, kernel, hidden, targets, counts):
-    """`score_hidden` on one device: of columns below counts[n]; S is a multiple of the columns of a block."""
-    return chunked_logprobs_fwd(how, kernel, hidden, targets, counts)[0]
+def chunked_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
+    """Computes log-probs and entropies `[N, S]` on one device, for the first `counts[n]` columns of each row.
+
+    Args:
+        spec: compile-time parameters; S must be a multiple of `spec.block_columns`.
+        kernel: this device's part of the head.
+        hidden: hidden states `[N, S, D]`.
+        targets: token ids `[N, S]`.
+        counts: number of columns per row to score `[N]`; the results of later columns are finite but undefined.
+
+    Returns:
+        Log-probs and entropies in float32. The gradient of the entropies is not propagated.
+    """
+    return chunked_logprobs_fwd(spec, kernel, hidden, targets, counts)[0]
 
 
-def chunked_logprobs_fwd(how: ScoreSpec, kernel, hidden, targets, counts):
-    """The result, and what the backward pass needs."""
-    number, width = vocab_blocks(kernel)
+def chunked_logprobs_fwd(spec: ScoreSpec, kernel, hidden, targets, counts):
+    """Returns the result of `chunked_logprobs` and the residuals for its backward pass.
 
-    def of_ids(block, found):
-        part, _, first, skip = take_vocab_block(how, kernel, block, hidden.dtype)
+    A streaming log-sum-exp over vocabulary blocks: the largest logit so far, the sum of exp(logit - largest), and for
+    the entropy the sum of exp(logit - largest) * (logit - largest), are rescaled whenever the largest logit grows.
+    """
+    num_blocks, width = vocab_blocks(kernel)
+    num_token_blocks = -(-counts.max() // spec.block_columns)
 
-        def of_tokens(index, found):
-            chosen, highest, mass, *mean = (slice_columns(x, index, how.columns) for x in found)
-            logits = block_logits(how, part, slice_columns(hidden, index, how.columns), first, skip)
-            local = slice_columns(targets, index, how.columns) - first
-            here = (local >= (0 if skip is None else skip)) & (local < width)
-            target = jnp.take_along_axis(logits, jnp.clip(local, 0, width - 1)[..., None], axis=-1)[..., 0]
-            higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
-            below = logits - higher[..., None]
-            powers = jnp.exp(below)
-            sums = [powers]
-            shrink = jnp.exp(highest - higher)
-            old = [mass * shrink]
-            if how.entropy:  # the mean of logits less the highest; what has no probability adds 0
-                sums.append(powers * jnp.where(powers > 0, below, 0.0))
-                old.append((mean[0] + mass * (highest - higher)) * shrink)
-            more = [x + y for x, y in zip(old, fused_sum_last(*sums))]
-            made = (chosen + jnp.where(here, target, 0.0), higher, *more)
-            return tuple(update_columns(x, y, index, how.columns) for x, y in zip(found, made))
+    def vocab_block(block, totals):
+        columns, _, first_id, skip = take_vocab_block(spec, kernel, block, hidden.dtype)
 
-        return jax.lax.fori_loop(0, -(-counts.max() // how.columns), of_tokens, found)
+        def token_block(index, totals):
+            target_logit, largest, mass, *moment = (slice_columns(spec, x, index) for x in totals)
+            logits = block_logits(spec, columns, slice_columns(spec, hidden, index), first_id, skip)
+            local_target = slice_columns(spec, targets, index) - first_id
+            in_block = (local_target >= (0 if skip is None else skip)) & (local_target < width)
+            block_target = jnp.take_along_axis(logits, jnp.clip(local_target, 0, width - 1)[..., None], axis=-1)[..., 0]
+            new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
+            shifted = logits - new_largest[..., None]
+            exps = jnp.exp(shifted)
+            scale = jnp.exp(largest - new_largest)
+            terms, rescaled = [exps], [mass * scale]
+            if spec.entropy:  # ids of probability 0 may have a logit of -inf; they add 0 instead of 0 * -inf = NaN
+                terms.append(exps * jnp.where(exps > 0, shifted, 0.0))
+                rescaled.append((moment[0] + mass * (largest - new_largest)) * scale)
+            sums = [x + y for x, y in zip(rescaled, fused_sum_last(*terms), strict=True)]
+            new_totals = (target_logit + jnp.where(in_block, block_target, 0.0), new_largest, *sums)
+            return tuple(update_columns(spec, x, y, index) for x, y in zip(totals, new_totals, strict=True))
+
+        return jax.lax.fori_loop(0, num_token_blocks, token_block, totals)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    chosen, highest, mass, *mean = jax.lax.fori_loop(
-        0, number, of_ids, (zeros, zeros + MIN_LOGIT, zeros, *(zeros,) * how.entropy)
-    )
-    if how.tensor:
-        top = jax.lax.pmax(highest, "tensor")
-        shrink = jnp.exp(highest - top)
-        mean = [sum_over_tensor((x + mass * (highest - top)) * shrink, how) for x in mean]
-        mass, highest, chosen = sum_over_tensor(mass * shrink, how), top, sum_over_tensor(chosen, how)
-    mass = jnp.where(mass > 0, mass, 1.0)  # columns beyond the counts
-    log_mass = highest + jnp.log(mass)
-    entropies = jnp.log(mass) - mean[0] / mass if how.entropy else zeros
-    return (chosen - log_mass, entropies), (kernel, hidden, targets, counts, log_mass)
+    totals = (zeros, zeros + MIN_LOGIT, zeros, zeros) if spec.entropy else (zeros, zeros + MIN_LOGIT, zeros)
+    target_logit, largest, mass, *moment = jax.lax.fori_loop(0, num_blocks, vocab_block, totals)
+    if spec.tensor_sharded:
+        global_largest = jax.lax.pmax(largest, "tensor")
+        scale = jnp.exp(largest - global_largest)
+        moment = [sum_over_tensor(spec, (x + mass * (largest - global_largest)) * scale) for x in moment]
+        mass, target_logit = sum_over_tensor(spec, mass * scale), sum_over_tensor(spec, target_logit)
+        largest = global_largest
+    mass = jnp.where(mass > 0, mass, 1.0)  # it is 0 in columns that were not scored, whose log would be -inf
+    log_mass = largest + jnp.log(mass)
+    entropies = jnp.log(mass) - moment[0] / mass if spec.entropy else zeros
+    return (target_logit - log_mass, entropies), (kernel, hidden, targets, counts, log_mass)
 
 
-def chunked_logprobs_bwd(how: ScoreSpec, saved, gradient):
-    """d log pi(target) / d logits is 1 at the target, less pi; the entropy, a metric, has no gradient."""
-    kernel, hidden, targets, counts, log_mass = saved
-    gradient = sum_over_tensor(gradient[0], how)  # each device of the axis was handed its share
-    number, width = vocab_blocks(kernel)
+def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
+    """Returns the cotangents of the head kernel and the hidden states.
 
-    def of_ids(block, found):
-        of_kernel, of_hidden = found
-        part, start, first, skip = take_vocab_block(how, kernel, block, hidden.dtype)
-        upright = jax.lax.optimization_barrier(part.T)
+    The derivative of log pi(target) in the logits is one_hot(target) - pi. The entropy is only a metric and has no
+    gradient.
+    """
+    kernel, hidden, targets, counts, log_mass = residuals
+    d_logps = sum_over_tensor(spec, cotangents[0])  # each device holds its share of a replicated output's cotangent
+    num_blocks, width = vocab_blocks(kernel)
+    num_token_blocks = -(-counts.max() // spec.block_columns)
 
-        def of_tokens(index, found):
-            of_part, of_hidden = found
-            x = slice_columns(hidden, index, how.columns)
+    def vocab_block(block, totals):
+        d_kernel, d_hidden = totals
+        columns, local_start, first_id, skip = take_vocab_block(spec, kernel, block, hidden.dtype)
+        # The barriers keep XLA from folding transposes into the products: a CPU takes many times as long for a product
+        # of transposed matrices as for one of matrices that are contiguous in memory.
+        columns_t = jax.lax.optimization_barrier(columns.T)
+
+        def token_block(index, totals):
+            d_columns, d_hidden = totals
+            x = slice_columns(spec, hidden, index)
             flat = x.reshape(-1, x.shape[-1])
-            raw = jnp.matmul(flat, part, preferred_element_type=how.model_cfg.logit_dtype).reshape(*x.shape[:-1], -1)
-            logits, pull = jax.vjp(lambda raw: temperature_logits(how.model_cfg, raw, how.temperature, first), raw)
-            ids = jnp.arange(width)
-            at_target = ids == (slice_columns(targets, index, how.columns) - first)[..., None]
-            probs = jnp.exp(logits - slice_columns(log_mass, index, how.columns)[..., None])
-            weight = slice_columns(gradient, index, how.columns)[..., None]
-            of_logits = weight * (at_target - probs)
-            (moved,) = pull(of_logits if skip is None else jnp.where(ids < skip, 0.0, of_logits))
-            moved = moved.reshape(-1, width).astype(hidden.dtype)
-            # Products of matrices as they lie in memory: a CPU takes many times as long for transposed ones.
-            columns = jax.lax.optimization_barrier(flat.T)
-            of_part += jnp.matmul(columns, moved, preferred_element_type=jnp.float32)
-            back = jnp.matmul(moved, upright, preferred_element_type=jnp.float32).reshape(x.shape)
-            return of_part, update_columns(
-                of_hidden, slice_columns(of_hidden, index, how.columns) + back, index, how.columns
+            raw_logits = jnp.matmul(flat, columns, preferred_element_type=spec.model_cfg.logit_dtype)
+            logits, logits_vjp = jax.vjp(
+                lambda raw: temperature_logits(spec.model_cfg, raw, spec.temperature, first_id),
+                raw_logits.reshape(*x.shape[:-1], -1),
             )
+            ids = jnp.arange(width)
+            is_target = ids == (slice_columns(spec, targets, index) - first_id)[..., None]
+            probs = jnp.exp(logits - slice_columns(spec, log_mass, index)[..., None])
+            d_logits = slice_columns(spec, d_logps, index)[..., None] * (is_target - probs)
+            (d_raw,) = logits_vjp(d_logits if skip is None else jnp.where(ids < skip, 0.0, d_logits))
+            d_raw = d_raw.reshape(-1, width).astype(hidden.dtype)
+            flat_t = jax.lax.optimization_barrier(flat.T)
+            d_columns += jnp.matmul(flat_t, d_raw, preferred_element_type=jnp.float32)
+            d_x = jnp.matmul(d_raw, columns_t, preferred_element_type=jnp.float32).reshape(x.shape)
+            return d_columns, update_columns(spec, d_hidden, slice_columns(spec, d_hidden, index) + d_x, index)
 
-        of_part, of_hidden = jax.lax.fori_loop(
-            0, -(-counts.max() // how.columns), of_tokens, (jnp.zeros(part.shape, jnp.float32), of_hidden)
+        d_columns, d_hidden = jax.lax.fori_loop(
+            0, num_token_blocks, token_block, (jnp.zeros(columns.shape, jnp.float32), d_hidden)
         )
-        if how.fsdp:
-            of_part = jax.lax.psum_scatter(of_part, "fsdp", scatter_dimension=0, tiled=True)
-        more = jax.lax.dynamic_slice_in_dim(of_kernel, start, width, axis=1) + of_part
-        return jax.lax.dynamic_update_slice_in_dim(of_kernel, more, start, axis=1), of_hidden
+        if spec.fsdp_sharded:
+            d_columns = jax.lax.psum_scatter(d_columns, "fsdp", scatter_dimension=0, tiled=True)
+        d_columns = jax.lax.dynamic_slice_in_dim(d_kernel, local_start, width, axis=1) + d_columns
+        return jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, local_start, axis=1), d_hidden
 
     zeros = jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
-    of_kernel, of_hidden = jax.lax.fori_loop(0, number, of_ids, zeros)
-    return of_kernel.astype(kernel.dtype), of_hidden.astype(hidden.dtype), None, None
+    d_kernel, d_hidden = jax.lax.fori_loop(0, num_blocks, vocab_block, zeros)
+    return d_kernel.astype(kernel.dtype), d_hidden.astype(hidden.dtype), None, None
 
 
 chunked_logprobs.defvjp(chunked_logprobs_fwd, chunked_logprobs_bwd)
@@ -191,30 +230,47 @@ def logprobs_from_hidden(
     entropy: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
-    """log pi(target) and the entropy of pi at each hidden state, in nats, float32, at the sampling temperature.
-
-    The entropy has no gradient.
+    """Computes log pi(target) and the entropy of pi at each hidden state, at the sampling temperature.
 
     Args:
-      counts: how many of a row's columns are asked for; beyond them the result is of no meaning. All by default.
-      entropy: else zeros are returned in its place, and nothing is computed for it.
-      chunk_tokens: of a shard of rows, how many go through the head at a time.
+        model_cfg: the architecture.
+        params: parameters of the model, for its head.
+        hidden: final hidden states.
+        targets: the token that each hidden state predicts.
+        temperature: sampling temperature.
+        counts: number of columns per row to score; the results of later columns are finite but undefined. By default
+            all columns are scored.
+        entropy: whether to compute entropies; if False, zeros are returned in their place.
+        chunk_tokens: number of tokens per data shard that go through the head at a time.
+
+    Returns:
+        Log-probs and entropies in nats, in float32. The entropies have no gradient.
     """
     mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
-    rows, split = P(None), P(None, None)
+    row_spec, kernel_spec = P(None), P(None, None)
     if not mesh.empty:
-        rows = drop_indivisible_axes(P(ROW_AXES), targets.shape[:1], mesh)
-        _, split = spec_for(head_path(model_cfg))
-        split = drop_indivisible_axes(P(*reversed(split)) if model_cfg.tie_embeddings else split, kernel.shape, mesh)
-    local_rows = targets.shape[0] // (num_row_shards(mesh) if rows[0] else 1)
+        row_spec = drop_indivisible_axes(P(ROW_AXES), targets.shape[:1], mesh)
+        _, kernel_spec = spec_for(head_path(model_cfg))
+        if model_cfg.tie_embeddings:  # the kernel is the transposed embedding table
+            kernel_spec = P(*reversed(kernel_spec))
+        kernel_spec = drop_indivisible_axes(kernel_spec, kernel.shape, mesh)
+    local_rows = targets.shape[0] // (num_row_shards(mesh) if row_spec[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts
-    columns = max(1, min(length, chunk_tokens // local_rows))
-    wide = lambda x: jnp.pad(x, ((0, 0), (0, -length % columns)) + ((0, 0),) * (x.ndim - 2))
-    many = lambda axis: axis is not None and mesh.shape[axis] > 1
-    run = partial(chunked_logprobs, ScoreSpec(model_cfg, temperature, columns, entropy, many(split[0]), many(split[1])))
+    block_columns = max(1, min(length, chunk_tokens // local_rows))
+
+    def pad_columns(x):
+        return jnp.pad(x, ((0, 0), (0, -length % block_columns)) + ((0, 0),) * (x.ndim - 2))
+
+    def is_split(axis):
+        return axis is not None and mesh.shape[axis] > 1
+
+    fsdp_sharded, tensor_sharded = is_split(kernel_spec[0]), is_split(kernel_spec[1])
+    spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, fsdp_sharded, tensor_sharded)
+    run = partial(chunked_logprobs, spec)
     if not mesh.empty:
-        run = jax.shard_map(run, in_specs=(split, rows, rows, rows), out_specs=(rows, rows), check_vma=False)
-    return tuple(x[:, :length] for x in run(kernel, wide(hidden), wide(targets), counts))
+        in_specs = (kernel_spec, row_spec, row_spec, row_spec)
+        run = jax.shard_map(run, in_specs=in_specs, out_specs=(row_spec, row_spec), check_vma=False)
+    return tuple(x[:, :length] for x in run(kernel, pad_columns(hidden), pad_columns(targets), counts))
 
 
 def packed_logprobs(
@@ -226,21 +282,35 @@ def packed_logprobs(
     entropy: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[Float[Array, "P W"], Float[Array, "P W"]]:
-    """log pi and entropy of the completions' tokens in packed rows; 0 or of no meaning elsewhere."""
+    """Computes log pi and entropy of the completion tokens in packed rows.
+
+    Args:
+        model_cfg: the architecture.
+        params: parameters of the policy or the reference.
+        batch: packed rows.
+        temperature: sampling temperature.
+        entropy: whether to compute entropies; if False, zeros are returned in their place.
+        chunk_tokens: number of tokens per data shard that go through the head at a time.
+
+    Returns:
+        Log-probs and entropies in nats, in float32; 0 on prompts and padding.
+    """
     hidden, _ = hidden_states(model_cfg, params, batch.tokens, batch.segments)
-    counted = batch.flat_index >= 0
-    order = jnp.argsort(~counted, axis=1, stable=True)  # the columns of completions first
-    pick = lambda x, columns: jnp.take_along_axis(x, columns, axis=1)
-    predicting = jnp.take_along_axis(hidden, pick(batch.predict_from, order)[..., None], axis=1)
-    found = logprobs_from_hidden(
+    is_completion = batch.flat_index >= 0
+    order = jnp.argsort(~is_completion, axis=1, stable=True)  # columns of completion tokens first
+
+    def take_columns(x, columns):
+        return jnp.take_along_axis(x, columns, axis=1)
+
+    results = logprobs_from_hidden(
         model_cfg,
         params,
-        predicting,
-        pick(batch.tokens, order),
+        take_columns(hidden, take_columns(batch.predict_from, order)[..., None]),
+        take_columns(batch.tokens, order),
         temperature,
-        counts=counted.sum(axis=1),
+        counts=is_completion.sum(axis=1),
         entropy=entropy,
         chunk_tokens=chunk_tokens,
     )
-    back = jnp.argsort(order, axis=1)
-    return tuple(jnp.where(counted, pick(x, back), 0.0) for x in found)
+    inverse_order = jnp.argsort(order, axis=1)
+    return tuple(jnp.where(is_completion, take_columns(x, inverse_order), 0.0) for x in results)

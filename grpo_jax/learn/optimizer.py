@@ -1,11 +1,11 @@
-"""The optimizer: gradients become new parameters. Schedules, update rules, and where their state lies.
+"""Turns gradients into new parameters: learning-rate schedules, update rules, and the sharding of their state.
 
-Whatever the rule, an update is
+With every rule, an update is
 
     clip the global norm -> rule -> + weight_decay * parameter -> * -learning rate
 
-so that `optim.lr` and `optim.weight_decay` mean the same for all of them: the rules' steps have a root mean square of
-at most about 1 before the learning rate, and decay is a part lr * weight_decay of the parameter.
+so `optim.lr` and `optim.weight_decay` mean the same for all of them: before the learning rate, the step of a rule has
+a root mean square (RMS) of at most about 1, and weight decay removes a fraction lr * weight_decay of the parameter.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -24,16 +24,16 @@ from grpo_jax.config.schema import OptimSection
 from grpo_jax.parallel.mesh import path_name, tree_shardings
 from grpo_jax.types import TrainState
 
-# What is left of the learning rate at a part 0 ... 1 of the way down to its end.
+# Multiplier of the learning rate as a function of progress through the decay, from 0 to 1.
 DECAY_SHAPES = {
-    "constant": lambda part: 1.0,
-    "linear": lambda part: 1 - part,
-    "cosine": lambda part: (1 + jnp.cos(math.pi * part)) / 2,
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + jnp.cos(math.pi * progress)) / 2,
 }
 
-# The end of a leaf's path -> the matrix that Muon orthogonalizes: which axes it multiplies its input with, and which
-# its output has. Counted from the back, as layers, and experts, are stacked in front: each is a matrix of its own.
-# None: no matrix between hidden states; Adam's.
+# The matrix that Muon orthogonalizes, by the end of a parameter's path: its input axes and its output axes. Axes are
+# counted from the back, because layers and experts are stacked in front and each of them is a matrix of its own.
+# Parameters with None are not matrices between hidden states and are left to Adam.
 MUON_TABLE = (
     (r"attention/([qkv]/kernel|q_b/kernel|kv_b)$", MuonDimensionNumbers((-3,), (-2, -1))),
     (r"attention/o/kernel$", MuonDimensionNumbers((-3, -2), (-1,))),
@@ -43,69 +43,84 @@ MUON_TABLE = (
     (r"router/kernel$", MuonDimensionNumbers((-2,), (-1,))),
     (r"(embedding|head/kernel|scale|bias|correction)$", None),
 )
-MUON_RMS = 0.2  # root mean square of Muon's steps, about that of AdamW's (arXiv 2502.16982): both have one optim.lr
+MUON_RMS = 0.2  # RMS of Muon's steps, about that of AdamW's, so that the same optim.lr suits both (arXiv 2502.16982)
 
 
 def make_schedule(optim: OptimSection) -> optax.Schedule:
-    """The learning rate by the number of updates done before.
+    """Builds the learning-rate schedule of a config's `optim` section.
 
-    A linear warm-up reaches `optim.lr` at update `optim.warmup_steps`. A schedule that decays goes down from there;
-    from the first update after `optim.decay_steps` on, `optim.end_lr_fraction` of `optim.lr` is left.
+    The learning rate warms up linearly and reaches `lr` at update `warmup_steps`. A decaying schedule then falls until
+    `end_lr_fraction * lr` is left, from the first update after `decay_steps` on.
+
+    Args:
+        optim: the `optim` section.
+
+    Returns:
+        A function from the number of earlier updates to the learning rate.
     """
-    shape, end = DECAY_SHAPES[optim.schedule], optim.end_lr_fraction
+    decay, end = DECAY_SHAPES[optim.schedule], optim.end_lr_fraction
 
     def schedule(step) -> Float[Array, ""]:
-        warm = jnp.minimum(1.0, (step + 1) / max(1, optim.warmup_steps))
-        part = jnp.clip((step - optim.warmup_steps) / max(1, optim.decay_steps - optim.warmup_steps), 0, 1)
-        return optim.lr * warm * (end + (1 - end) * shape(part))
+        warmup = jnp.minimum(1.0, (step + 1) / max(1, optim.warmup_steps))
+        decay_steps = max(1, optim.decay_steps - optim.warmup_steps)
+        progress = jnp.clip((step - optim.warmup_steps) / decay_steps, 0, 1)
+        return optim.lr * warmup * (end + (1 - end) * decay(progress))
 
     return schedule
 
 
 def muon_dimensions(path) -> MuonDimensionNumbers | None:
-    """The row of MATRICES for a leaf.
+    """Looks up a parameter in `MUON_TABLE`.
+
+    Args:
+        path: the key path of the parameter.
+
+    Returns:
+        The axes of its matrix, or None if Adam updates it.
 
     Raises:
-      ValueError: the table has none.
+        ValueError: if no row of the table matches.
     """
     name = path_name(path)
     for pattern, numbers in MUON_TABLE:
         if re.search(pattern, name):
             return numbers
-    raise ValueError(f"grpo_jax.learn.optimizer.MATRICES has no row for the parameter {name}")
+    raise ValueError(f"MUON_TABLE must have a row for every parameter; found none for {name}. Add one in {__name__}.")
 
 
 def muon(b1: float, b2: float, mu_dtype: str) -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, Adam for everything else.
+    """Builds Muon for the matrices of the layers, and Adam for all other parameters.
 
-    Not optax.contrib.muon: it has Nesterov's step in its Adam, and no mask for that part's weight decay.
+    `optax.contrib.muon` is not used: its Adam takes Nesterov steps, and it cannot mask that part's weight decay.
     """
-    numbers = lambda updates: jax.tree_util.tree_map_with_path(lambda path, _: muon_dimensions(path), updates)
-    labels = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if muon_dimensions(path) else "adam", params
-    )
 
-    def resize(path, update):
+    def dimensions(updates):
+        return jax.tree_util.tree_map_with_path(lambda path, _: muon_dimensions(path), updates)
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if muon_dimensions(path) else "adam", params)
+
+    def rescale(path, update):
         inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in muon_dimensions(path))
         return update * MUON_RMS * math.sqrt(max(inputs, outputs))
 
-    orthogonal = scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=numbers)
-    resized = optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(resize, updates))
-    rules = {"muon": optax.chain(orthogonal, resized), "adam": optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)}
+    orthogonalized = scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=dimensions)
+    rescaled = optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(rescale, updates))
+    rules = {"muon": optax.chain(orthogonalized, rescaled), "adam": optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)}
     return optax.partition(rules, labels)
 
 
 def adafactor() -> optax.GradientTransformation:
-    """Adafactor without a first moment, its steps at most 1 in root mean square over a leaf (all layers of a run).
+    """Builds Adafactor without a first moment. The RMS of its step over a leaf (all layers of a stack) is at most 1.
 
-    They are not scaled by the parameter's own size, as optax.adafactor's are: with the other rules' learning rates
-    that would be next to no step, and none for a bias at 0.
+    Unlike `optax.adafactor`, steps are not scaled by the size of the parameter: at the learning rates of the other
+    rules that would make them close to 0, and exactly 0 for a bias that is 0.
     """
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-    """The update rule `optim.name` behind a clip of the global gradient norm, from a config's `optim` section."""
+    """Builds the optimizer of a config's `optim` section: the update rule `name` between the steps shown at the top."""
     rules = {
         "adamw": lambda: optax.scale_by_adam(optim.b1, optim.b2, mu_dtype=optim.mu_dtype),
         "adafactor": adafactor,
@@ -121,100 +136,120 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def decay_mask(params):
-    """Which leaves weight decay draws to 0: not norms, biases and the correction of a router."""
+    """Returns a tree that is True where weight decay applies: not to norms, biases and the correction of a router."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "correction"), params
     )
 
 
 def to_float32(tree):
-    """The optimizer computes in float32 and keeps its state so, as bfloat16 cannot hold an average over 1,000 steps."""
+    """Casts a tree to float32.
+
+    The optimizer computes and keeps its state in float32: bfloat16 cannot hold an average over 1,000 updates.
+    """
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def apply_gradients(
     state: TrainState, grads, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update. If the gradient's norm is not finite, it is left out: all but `step` and `skipped` stay as they are.
+    """Performs one update, or skips it if the norm of the gradient is not finite.
+
+    A skipped update changes only `step` and `skipped`. `optax.apply_if_finite` is not used: after too many skips in a
+    row it applies the bad update, and it does not notice a finite gradient whose norm overflows.
 
     Args:
-      grads: a tree like the parameters, in any float dtype.
-      schedule: what `optimizer` was made with, for the metric.
+        state: the state before the update.
+        grads: gradients, a tree like the parameters in any float dtype.
+        optimizer: the optimizer, from `make_optimizer`.
+        schedule: the learning-rate schedule of `optimizer`, for the metric.
+
     Returns:
-      the next state; and the norm before the clip, whether the update was left out (1 or 0), and its learning rate.
+        The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` (1 or 0) and
+        `optim/lr`.
     """
     grads = to_float32(grads)
     norm = optax.tree.norm(grads)
-    fine = jnp.isfinite(norm)
-    metrics = {"optim/grad_norm": norm, "optim/skipped": 1.0 - fine, "optim/lr": schedule(state.step - state.skipped)}
-    changes, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.params))
-    # A choice for each leaf and not one lax.cond: XLA fuses it into the update, which then works in the donated state.
-    choose = lambda new, old: jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, old)
+    finite = jnp.isfinite(norm)
+    metrics = {"optim/grad_norm": norm, "optim/skipped": 1.0 - finite, "optim/lr": schedule(state.step - state.skipped)}
+    updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.params))
+
+    def keep_if_finite(new_tree, old_tree):
+        # One select per leaf rather than a single lax.cond: XLA fuses it into the update, which then reuses the memory
+        # of the donated state.
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_tree, old_tree)
+
     return TrainState(
         step=state.step + 1,
-        params=choose(optax.apply_updates(state.params, changes), state.params),
-        opt_state=choose(opt_state, state.opt_state),
-        skipped=state.skipped + ~fine,
+        params=keep_if_finite(optax.apply_updates(state.params, updates), state.params),
+        opt_state=keep_if_finite(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite,
     ), metrics
 
 
-def moment_spec(kind: str, shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P:
-    """How a leaf of the optimizer's state is split, from the shape and the spec of its parameter.
+def moment_spec(kind: str, shape: tuple[int, ...], param_shape: tuple[int, ...], param_spec: P) -> P:
+    """Returns the partition spec of an optimizer moment.
 
     Args:
-      kind: the state's name for it. Adafactor's `v_row` and `v_col` are means of the parameter's shape over its largest
-        and its second largest dimension.
+        kind: the moment's name in the optimizer state. Adafactor's `v_row` and `v_col` are means over the parameter's
+            largest and second largest dimension.
+        shape: shape of the moment.
+        param_shape: shape of its parameter.
+        param_spec: partition spec of its parameter.
     """
-    if shape == whole:
-        return spec
-    if kind in ("v_row", "v_col") and len(whole) > 1:
-        gone = np.argsort(whole)[-1 if kind == "v_row" else -2]  # as optax does, also among equal sizes
-        if shape == (*whole[:gone], *whole[gone + 1 :]):
-            return P(*spec[:gone], *spec[gone + 1 :])
-    return P()  # optax's placeholder for what the rule does not keep
+    if shape == param_shape:
+        return param_spec
+    if kind in ("v_row", "v_col") and len(param_shape) > 1:
+        # The same argsort as in optax, so that dimensions of equal size are told apart in the same way.
+        reduced = np.argsort(param_shape)[-1 if kind == "v_row" else -2]
+        if shape == (*param_shape[:reduced], *param_shape[reduced + 1 :]):
+            return P(*param_spec[:reduced], *param_spec[reduced + 1 :])
+    return P()  # optax's placeholder for a moment that the rule does not keep
 
 
-def train_state_shardings(mesh: Mesh | AbstractMesh, params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Where each leaf of a train state lives; optimizer moments lie as their parameters do.
+def train_state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the sharding of each leaf of a train state. Optimizer moments are sharded like their parameters.
 
     Args:
-      params: arrays or jax.ShapeDtypeStruct.
+        mesh: the device mesh.
+        params: arrays or `jax.ShapeDtypeStruct`s.
+        optimizer: the optimizer.
     """
-    places = tree_shardings(mesh, params)
-    known = {
-        path_name(path): (leaf.shape, place.spec)
-        for (path, leaf), place in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(places), strict=True
+    shardings = tree_shardings(mesh, params)
+    shapes_and_specs = {
+        path_name(path): (leaf.shape, sharding.spec)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
     }
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
 
-    def of(path, leaf):
-        """The path of a moment ends in that of its parameter, and the moment's name stands before it."""
+    def moment_sharding(path, leaf):
+        # The path of a moment ends in the name of the moment and the path of its parameter.
         names = path_name(path).split("/")
-        for first in range(1, len(names)):
-            found = known.get("/".join(names[first:]))
-            if found:
-                return NamedSharding(mesh, moment_spec(names[first - 1], leaf.shape, *found))
-        return everywhere  # a count, or Muon's coefficients
+        for start in range(1, len(names)):
+            param = shapes_and_specs.get("/".join(names[start:]))
+            if param:
+                return NamedSharding(mesh, moment_spec(names[start - 1], leaf.shape, *param))
+        return replicated  # a counter, or Muon's coefficients
 
-    opt_state = jax.tree_util.tree_map_with_path(of, train_state_shapes(params, optimizer).opt_state)
-    return TrainState(step=everywhere, params=places, opt_state=opt_state, skipped=everywhere)
+    opt_state = jax.tree_util.tree_map_with_path(moment_sharding, train_state_shapes(params, optimizer).opt_state)
+    return TrainState(step=replicated, params=shardings, opt_state=opt_state, skipped=replicated)
 
 
 def new_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+    """Returns the state before the first update."""
     return TrainState(
         step=jnp.int32(0), params=params, opt_state=optimizer.init(to_float32(params)), skipped=jnp.int32(0)
     )
 
 
 def train_state_shapes(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes and dtypes of a train state, from those of its parameters."""
+    """Returns the shapes and dtypes of a train state, given the parameters or their shapes."""
     return jax.eval_shape(lambda params: new_train_state(params, optimizer), params)
 
 
 def init_train_state(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
-    """`fresh_state` on the mesh; `params` are taken over (donated)."""
-    places = train_state_shardings(mesh, params, optimizer)
-    return jax.jit(lambda params: new_train_state(params, optimizer), out_shardings=places, donate_argnums=0)(params)
+    """Returns the state before the first update, sharded over the mesh. `params` are donated."""
+    shardings = train_state_shardings(mesh, params, optimizer)
+    return jax.jit(lambda params: new_train_state(params, optimizer), out_shardings=shardings, donate_argnums=0)(params)

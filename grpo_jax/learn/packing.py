@@ -1,7 +1,8 @@
-"""Packing, on the host: completions of unequal length fill rows of a fixed number of tokens, after prompts they share.
+"""Packs completions of unequal length into rows with a fixed number of tokens. Runs on the host.
 
-A completion attends to its prompt and to itself, so a group's prompt is computed once for all of its completions that
-lie in one row. A group that does not fit in a row is split, and its prompt then stands in several.
+A completion attends only to its prompt and to itself, so a prompt is stored (and computed) once for all completions of
+its group in the same row. A group that does not fit into one row is split, and each of its rows gets a copy of the
+prompt.
 """
 
 from typing import NamedTuple
@@ -13,133 +14,181 @@ from grpo_jax.types import Experience, PackedBatch, Segments
 
 
 class PackedShape(NamedTuple):
-    """The shape of packed arrays: the same for every rollout of a run, so that the update is compiled once."""
+    """The shape of packed arrays. It is the same for every rollout of a run, so the update compiles only once."""
 
-    rows: int  # P, the most that can be needed; a multiple of the shards
-    width: int  # W
+    rows: int  # P, enough for the largest possible batch; a multiple of the number of data shards
+    width: int  # W, tokens per row
 
 
 def packed_shape(
     completions: int, samples: int, longest_prompt: int, longest_completion: int, micro_tokens: int, shards: int
 ) -> PackedShape:
-    """Rows of about `micro_tokens` tokens that the largest batch would fill evenly.
+    """Chooses a shape for packed rows of about `micro_tokens` tokens that divides the largest batch evenly.
 
     Args:
-      completions: N of the batch.
-      samples: G; the completions of a prompt follow one another.
-      micro_tokens: what a shard of rows should compute on at a time; a row is as long as the longest sequence at least.
+        completions: number of completions in the batch, N.
+        samples: completions per prompt, G. All groups are complete, except possibly the first and the last.
+        longest_prompt: maximum prompt length.
+        longest_completion: maximum completion length.
+        micro_tokens: micro-batch size in tokens per data shard. Rows are longer if one sequence needs more.
+        shards: number of data shards.
+
+    Returns:
+        A shape in which any batch within these limits fits.
     """
     longest = longest_prompt + longest_completion
-    prompts = -(-(completions - 1) // samples) + 1  # a group may be cut at either end
+    max_prompts = -(-(completions - 1) // samples) + 1  # a group may be cut at either end
     if completions % samples == 0:
-        prompts = completions // samples
-    most = prompts * longest_prompt + completions * longest_completion
-    parts = -(-most // (shards * micro_tokens))
-    width = max(longest, -(-most // (shards * parts)))
-    step = 128 if width > 256 else 8  # what kernels of accelerators ask for
-    width = -(-width // step) * step
-    # A row is begun only when each of the others holds width // longest completions, or they would leave room for one.
-    rows = 1 if most <= width else -(-completions // (width // longest))
+        max_prompts = completions // samples
+    max_tokens = max_prompts * longest_prompt + completions * longest_completion
+    num_micro_batches = -(-max_tokens // (shards * micro_tokens))
+    width = max(longest, -(-max_tokens // (shards * num_micro_batches)))
+    multiple = 128 if width > 256 else 8  # accelerator kernels need widths that are multiples of 128
+    width = -(-width // multiple) * multiple
+    # Every row but the last holds at least width // longest completions; otherwise the next one would have fit.
+    rows = 1 if max_tokens <= width else -(-completions // (width // longest))
     return PackedShape(-(-rows // shards) * shards, width)
 
 
 def assign_rows(
-    group: Int[np.ndarray, " N"], prompt_lengths: Int[np.ndarray, " N"], lengths: Int[np.ndarray, " N"], width: int
+    prompt_ids: Int[np.ndarray, " N"],
+    prompt_lengths: Int[np.ndarray, " N"],
+    completion_lengths: Int[np.ndarray, " N"],
+    width: int,
 ) -> list[list[list[int]]]:
-    """Rows as lists of groups, which are lists of completions; together at most `width` tokens.
+    """Assigns completions to rows by best-fit decreasing bin packing.
 
-    Best fit by decreasing size: a completion goes to the fullest row that has its prompt and room for it; or to the
-    fullest that takes all that is left of its group; or to the emptiest that takes it; or to a new one.
+    Groups are placed from the largest to the smallest, and completions of a group from the longest to the shortest.
+    A completion goes to the fullest row that already has its prompt and enough room; otherwise to the fullest row
+    that can take the rest of its group; otherwise to the emptiest row that can take this completion and its prompt;
+    otherwise to a new row.
+
+    Args:
+        prompt_ids: completions with equal ids share the same prompt.
+        prompt_lengths: length of each completion's prompt.
+        completion_lengths: length of each completion.
+        width: tokens per row.
+
+    Returns:
+        Rows as lists of groups, each of which is a list of completion indices. The tokens of a row, including one copy
+        of the prompt per group, number at most `width`.
     """
-    order = np.lexsort((-lengths, group))
-    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    size = lambda members: prompt_lengths[members[0]] + lengths[members].sum()
+    order = np.lexsort((-completion_lengths, prompt_ids))
+    groups = np.split(order, np.flatnonzero(np.diff(prompt_ids[order])) + 1)
+
     rows, free = [], np.zeros(0, np.int64)
-    for members in sorted(groups, key=size, reverse=True):
-        prompt, left = prompt_lengths[members[0]], lengths[members].sum()
-        mine = {}  # row -> this group's completions in it
-        for n in members.tolist():
-            length = lengths[n]
-            row = max((row for row in mine if free[row] >= length), key=lambda row: -free[row], default=-1)
+    for group in sorted(groups, key=lambda g: prompt_lengths[g[0]] + completion_lengths[g].sum(), reverse=True):
+        prompt_length, remaining = prompt_lengths[group[0]], completion_lengths[group].sum()
+        placed = {}  # row -> completions of this group in that row
+        for n in group.tolist():
+            length = completion_lengths[n]
+            row = min((row for row in placed if free[row] >= length), key=lambda row: free[row], default=-1)
             if row < 0:
-                takes_all = np.flatnonzero(free >= prompt + left)
-                takes_one = np.flatnonzero(free >= prompt + length)
-                if len(takes_all):
-                    row = takes_all[np.argmin(free[takes_all])]
-                elif len(takes_one):
-                    row = takes_one[np.argmax(free[takes_one])]
+                fits_rest = np.flatnonzero(free >= prompt_length + remaining)
+                fits_one = np.flatnonzero(free >= prompt_length + length)
+                if len(fits_rest):
+                    row = fits_rest[np.argmin(free[fits_rest])]
+                elif len(fits_one):
+                    row = fits_one[np.argmax(free[fits_one])]
                 else:
                     row, free = len(rows), np.append(free, width)
                     rows.append([])
                 row = int(row)
-                mine[row] = []
-                rows[row].append(mine[row])
-                free[row] -= prompt
-            mine[row].append(n)
+                placed[row] = []
+                rows[row].append(placed[row])
+                free[row] -= prompt_length
+            placed[row].append(n)
             free[row] -= length
-            left -= length
+            remaining -= length
     return rows
 
 
 def pack_completions(experience: Experience, shape: PackedShape, shards: int) -> PackedBatch:
-    """The completions of a batch, packed; weighted as parts of that batch.
+    """Packs the completions of a batch into rows, each group after one copy of its prompt.
 
-    Rows are dealt to the shards in turn, so that the first micro-batches are full and the last ones empty.
+    Rows are dealt to data shards in turn, so that the first micro-batches are full and the last ones are empty.
+
+    Args:
+        experience: the whole batch of one update; its size is the denominator of the token weights.
+        shape: the shape of the packed rows, from `packed_shape`.
+        shards: number of data shards.
+
+    Returns:
+        The batch as numpy arrays `[P, W]`.
 
     Raises:
-      ValueError: they do not fit in the shape.
+        ValueError: if the completions do not fit in `shape`.
     """
     data = {
         name: np.asarray(getattr(experience, name))
         for name in ("tokens", "prompt_lengths", "mask", "sampler_logps", "ref_logps", "advantages", "prompt_ids")
     }
-    lengths, sampled = data["mask"].sum(axis=1), data["mask"].shape[1]
+    lengths = data["mask"].sum(axis=1)
+    num_completions, max_length = data["mask"].shape
     rows = assign_rows(data["prompt_ids"], data["prompt_lengths"], lengths, shape.width)
     if len(rows) > shape.rows:
-        raise ValueError(f"expected at most {shape.rows} rows of {shape.width} tokens; found {len(rows)}")
-    each = shape.rows // shards
-    zeros = lambda dtype: np.zeros((shape.rows, shape.width), dtype)  # rows that stay empty take no memory of the host
-    tokens, position, prompt, answer, before = (zeros(np.int32) for _ in range(5))
-    weights, sampler_logps, ref_logps, advantages = (zeros(np.float32) for _ in range(4))
-    place = np.full((shape.rows, shape.width), -1, np.int32)
-    for index, row in enumerate(rows):
-        at, column, answers = index % shards * each + index // shards, 0, 0
-        for number, members in enumerate(row, 1):
-            length = data["prompt_lengths"][members[0]]
-            here = slice(column, column + length)
-            tokens[at, here], position[at, here] = data["tokens"][members[0], :length], np.arange(length)
-            prompt[at, here], last = number, column + length - 1
-            column += length
-            for n in members:
-                answers += 1
+        raise ValueError(
+            f"The batch must fit in {shape.rows} packed rows of {shape.width} tokens; found that it needs {len(rows)}. "
+            "Choose the shape with packed_shape."
+        )
+
+    # np.zeros allocates lazily, so rows that stay empty take no host memory.
+    tokens, position, prompt, completion, predict_from = (np.zeros(shape, np.int32) for _ in range(5))
+    weights, sampler_logps, ref_logps, advantages = (np.zeros(shape, np.float32) for _ in range(4))
+    flat_index = np.full(shape, -1, np.int32)
+    rows_per_shard = shape.rows // shards
+    for row_index, groups in enumerate(rows):
+        row = row_index % shards * rows_per_shard + row_index // shards
+        column, completion_number = 0, 0
+        for prompt_number, group in enumerate(groups, 1):
+            prompt_length = data["prompt_lengths"][group[0]]
+            span = slice(column, column + prompt_length)
+            tokens[row, span] = data["tokens"][group[0], :prompt_length]
+            position[row, span] = np.arange(prompt_length)
+            prompt[row, span] = prompt_number
+            column += prompt_length
+            last_prompt_column = column - 1
+            for n in group:
+                completion_number += 1
                 steps = np.arange(lengths[n])
-                here = slice(column, column + lengths[n])
-                tokens[at, here] = data["tokens"][n, length : length + lengths[n]]
-                position[at, here], prompt[at, here], answer[at, here] = length + steps, number, answers
-                before[at, here] = np.where(steps == 0, last, column + steps - 1)
-                place[at, here] = n * sampled + steps
-                weights[at, here] = 1 / (len(lengths) * lengths[n])  # grpo.token_weights
-                sampler_logps[at, here] = data["sampler_logps"][n, : lengths[n]]
-                ref_logps[at, here] = data["ref_logps"][n, : lengths[n]]
-                advantages[at, here] = data["advantages"][n]
+                span = slice(column, column + lengths[n])
+                tokens[row, span] = data["tokens"][n, prompt_length : prompt_length + lengths[n]]
+                position[row, span] = prompt_length + steps
+                prompt[row, span] = prompt_number
+                completion[row, span] = completion_number
+                predict_from[row, span] = np.where(steps == 0, last_prompt_column, column + steps - 1)
+                flat_index[row, span] = n * max_length + steps
+                weights[row, span] = 1 / (num_completions * lengths[n])  # the same as grpo.token_weights
+                sampler_logps[row, span] = data["sampler_logps"][n, : lengths[n]]
+                ref_logps[row, span] = data["ref_logps"][n, : lengths[n]]
+                advantages[row, span] = data["advantages"][n]
                 column += lengths[n]
     return PackedBatch(
         tokens=tokens,
-        segments=Segments(position, prompt, answer),
-        predict_from=before,
-        flat_index=place,
+        segments=Segments(position, prompt, completion),
+        predict_from=predict_from,
+        flat_index=flat_index,
         weights=weights,
         sampler_logps=sampler_logps,
         ref_logps=ref_logps,
         advantages=advantages,
-        micro_batches=np.int32(-(-len(rows) // shards)),
+        num_micro_batches=np.int32(-(-len(rows) // shards)),
     )
 
 
 def unpack_completions(
-    values: Float[np.ndarray, "P W"], place: Int[np.ndarray, "P W"], shape: tuple[int, int]
-) -> np.ndarray:
-    """Values of packed tokens by completion, [N, S]; 0 where there is none."""
-    out = np.zeros(shape, np.float32)
-    out.reshape(-1)[place[place >= 0]] = values[place >= 0]
-    return out
+    values: Float[np.ndarray, "P W"], flat_index: Int[np.ndarray, "P W"], shape: tuple[int, int]
+) -> Float[np.ndarray, "N S"]:
+    """Gathers values of packed tokens by completion; the inverse of packing for one array.
+
+    Args:
+        values: one value per packed token.
+        flat_index: `PackedBatch.flat_index` of the same rows.
+        shape: `(N, S)` of the result.
+
+    Returns:
+        Values in float32, 0 where a completion has no token.
+    """
+    completions = np.zeros(shape, np.float32)
+    completions.reshape(-1)[flat_index[flat_index >= 0]] = values[flat_index >= 0]
+    return completions

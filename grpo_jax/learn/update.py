@@ -1,4 +1,4 @@
-"""Learning: rollouts become experience, the reference scores it, and a sharded jitted update learns from it."""
+"""The learning step: turns rollouts into training data, scores it with the reference, and updates the policy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,22 +20,33 @@ from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_row_shards
 from grpo_jax.text.problem import Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout, TrainState
 
+MAX_REDUCED_METRICS = ("policy/ratio_max", "policy/logp_gap/max")  # reduced with max over micro-batches; others summed
+
 
 def make_experience(
     prompts: Prompts, rollout: Rollout, advantages: Float[np.ndarray, "B G"], ref_logps: Float[np.ndarray, "N S"] | None
 ) -> Experience:
-    """All that the updates of a rollout need, by row, from arrays on the host."""
+    """Assembles the per-sequence training data of a rollout from host arrays.
+
+    Args:
+        prompts: the prompts of the rollout.
+        rollout: the sampled completions.
+        advantages: one advantage per completion.
+        ref_logps: log pi_ref of the completion tokens; None fills them with zeros.
+    """
     rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
-    samples, sampled = rollout.tokens.shape[1:]
-    width = prompts.tokens.shape[1]
-    prompt = np.pad(np.repeat(np.asarray(prompts.tokens), samples, axis=0), ((0, 0), (0, sampled)))
-    lengths = np.repeat(np.asarray(prompts.lengths), samples)
-    columns = np.arange(width + sampled) - lengths[:, None]  # index in the completion
-    drawn = np.take_along_axis(rows["tokens"], np.clip(columns, 0, sampled - 1), axis=1)
+    samples, max_length = rollout.tokens.shape[1:]
+    max_prompt_length = prompts.tokens.shape[1]
+    prompt_tokens = np.repeat(np.asarray(prompts.tokens), samples, axis=0)
+    prompt_tokens = np.pad(prompt_tokens, ((0, 0), (0, max_length)))
+    prompt_lengths = np.repeat(np.asarray(prompts.lengths), samples)
+    steps = np.arange(max_prompt_length + max_length) - prompt_lengths[:, None]  # index of a column in the completion
+    completion_tokens = np.take_along_axis(rows["tokens"], np.clip(steps, 0, max_length - 1), axis=1)
+    completion_tokens = np.where(steps < max_length, completion_tokens, 0)
     return Experience(
-        tokens=np.where(columns < 0, prompt, np.where(columns < sampled, drawn, 0)).astype(np.int32),
-        prompt_lengths=lengths,
-        mask=np.arange(sampled) < rows["lengths"][:, None],
+        tokens=np.where(steps < 0, prompt_tokens, completion_tokens).astype(np.int32),
+        prompt_lengths=prompt_lengths,
+        mask=np.arange(max_length) < rows["lengths"][:, None],
         sampler_logps=rows["logps"],
         ref_logps=np.zeros_like(rows["logps"]) if ref_logps is None else np.asarray(ref_logps),
         advantages=np.asarray(advantages, np.float32).reshape(-1),
@@ -44,30 +55,30 @@ def make_experience(
 
 
 def take_minibatch(experience: Experience, key, index: int, *, count: int) -> Experience:
-    """Part `index` of `count` of the rows. Groups are in an order drawn with `key`; the cuts may split some."""
-    groups, group = np.unique(experience.prompt_ids, return_inverse=True)
-    rank = np.asarray(jax.random.permutation(key, len(groups)))[group]
-    rows = len(rank) // count
-    taken = np.argsort(rank, kind="stable")[index * rows : (index + 1) * rows]
-    return jax.tree.map(lambda x: np.asarray(x)[taken], experience)
+    """Returns minibatch `index` of `count`. Groups are shuffled with `key`; a group may span two minibatches."""
+    prompt_ids, group = np.unique(experience.prompt_ids, return_inverse=True)
+    rank = np.asarray(jax.random.permutation(key, len(prompt_ids)))[group]
+    size = len(rank) // count
+    rows = np.argsort(rank, kind="stable")[index * size : (index + 1) * size]
+    return jax.tree.map(lambda x: np.asarray(x)[rows], experience)
 
 
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
-    """Micro-batch `index`: a row of every shard."""
+    """Returns micro-batch `index`, which is one packed row of each data shard."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else num_row_shards(mesh)
 
-    def take(x):
-        if not x.shape:
+    def take_rows(x):
+        if not x.shape:  # num_micro_batches
             return x
         by_shard = constrain(x.reshape(shards, x.shape[0] // shards, *x.shape[1:]), ROW_AXES)
         return constrain(jax.lax.dynamic_index_in_dim(by_shard, index, 1, keepdims=False), ROW_AXES)
 
-    return jax.tree.map(take, batch)
+    return jax.tree.map(take_rows, batch)
 
 
-def num_micro_batches(batch: PackedBatch) -> int:
-    """The most micro-batches that a batch of that shape may hold."""
+def max_micro_batches(batch: PackedBatch) -> int:
+    """Returns how many micro-batches the shape of a packed batch has room for."""
     mesh = jax.sharding.get_abstract_mesh()
     return batch.tokens.shape[0] // (1 if mesh.empty else num_row_shards(mesh))
 
@@ -76,57 +87,70 @@ def num_micro_batches(batch: PackedBatch) -> int:
 def score_reference(
     model_cfg: ModelConfig, params, batch: PackedBatch, *, temperature: float, chunk_tokens: int
 ) -> Float[Array, "P W"]:
-    """log pi_ref of the completions, with the function and at the temperature that the update scores pi with."""
-    count = num_micro_batches(batch)
-    score_one = lambda part: packed_logprobs(
-        model_cfg, params, part, temperature, entropy=False, chunk_tokens=chunk_tokens
-    )[0]
+    """Computes log pi_ref of the completion tokens, with the same function and temperature as the policy's log-probs.
+
+    Args:
+        model_cfg: the architecture.
+        params: parameters of the reference.
+        batch: packed rows; micro-batches that hold no token are not run.
+        temperature: sampling temperature.
+        chunk_tokens: number of tokens per data shard that have logits at a time.
+
+    Returns:
+        Log-probs in float32; 0 on prompts and padding.
+    """
+
+    def score(rows):
+        return packed_logprobs(model_cfg, params, rows, temperature, entropy=False, chunk_tokens=chunk_tokens)[0]
+
+    count = max_micro_batches(batch)
     if count == 1:
-        return score_one(batch)
-    found = jnp.zeros((batch.tokens.shape[0] // count, *batch.tokens.shape[1:]), jnp.float32)
-    found = constrain(jnp.repeat(found[:, None], count, axis=1), ROW_AXES)
+        return score(batch)
+    logps = jnp.zeros((batch.tokens.shape[0] // count, *batch.tokens.shape[1:]), jnp.float32)
+    logps = constrain(jnp.repeat(logps[:, None], count, axis=1), ROW_AXES)  # [shards, micro-batches, W]
 
-    def body(index, found):
-        return jax.lax.dynamic_update_index_in_dim(found, score_one(take_micro_batch(batch, index)), index, 1)
+    def body(index, logps):
+        return jax.lax.dynamic_update_index_in_dim(logps, score(take_micro_batch(batch, index)), index, 1)
 
-    return jax.lax.fori_loop(0, batch.micro_batches, body, found).reshape(batch.tokens.shape)
-
-
-MAX_REDUCED_METRICS = ("policy/ratio_max", "policy/logp_gap/max")  # metrics of which the largest of all parts counts
+    return jax.lax.fori_loop(0, batch.num_micro_batches, body, logps).reshape(batch.tokens.shape)
 
 
 def loss_and_metrics(
     model_cfg: ModelConfig,
     params,
-    part: PackedBatch,
+    rows: PackedBatch,
     *,
     temperature: float,
     loss: LossSection,
     entropy: bool,
     chunk_tokens: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The GRPO loss of some rows under `params`, and its metrics; both sum over parts (those in LARGEST do not)."""
-    logps, entropies = packed_logprobs(model_cfg, params, part, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
-    weights = part.weights
-    value, metrics = weighted_loss(
+    """Computes the GRPO loss of some packed rows and its metrics.
+
+    Over the micro-batches of a batch, the loss and the metrics add up, except those in `MAX_REDUCED_METRICS`. See
+    `minibatch_gradients` for the arguments.
+    """
+    logps, entropies = packed_logprobs(model_cfg, params, rows, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
+    weights = rows.weights
+    loss_value, metrics = weighted_loss(
         logps,
-        part.sampler_logps,
-        part.ref_logps if loss.kl_coef else None,
-        part.advantages,
+        rows.sampler_logps,
+        rows.ref_logps if loss.kl_coef else None,
+        rows.advantages,
         weights,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         kl_coef=loss.kl_coef,
     )
-    gap = jnp.where(weights > 0, jnp.abs(logps - part.sampler_logps), 0.0)
+    logp_gap = jnp.where(weights > 0, jnp.abs(logps - rows.sampler_logps), 0.0)
     metrics |= {
-        "policy/kl_sampler": jnp.sum(weights * k3(part.sampler_logps, jnp.where(weights > 0, logps, 0.0))),
-        "policy/logp_gap/mean": jnp.sum(weights * gap),
-        "policy/logp_gap/max": gap.max(),
+        "policy/kl_sampler": jnp.sum(weights * k3(rows.sampler_logps, jnp.where(weights > 0, logps, 0.0))),
+        "policy/logp_gap/mean": jnp.sum(weights * logp_gap),
+        "policy/logp_gap/max": logp_gap.max(),
     }
     if entropy:
         metrics["policy/entropy"] = jnp.sum(weights * entropies)
-    return value, jax.lax.stop_gradient(metrics)
+    return loss_value, jax.lax.stop_gradient(metrics)
 
 
 def minibatch_gradients(
@@ -139,10 +163,22 @@ def minibatch_gradients(
     entropy: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[dict, dict[str, Float[Array, ""]]]:
-    """The gradient of the loss of a whole minibatch and its metrics, summed over micro-batches in float32.
+    """Computes the gradient of the loss over a minibatch, accumulated over its micro-batches in float32.
 
-    The weights are those of the whole minibatch, so neither micro-batches nor packing change the result. It is one
-    compiled loop; micro-batches that hold nothing are not run.
+    The token weights are those of the whole minibatch, so the result does not depend on micro-batches or packing. The
+    loop over micro-batches is compiled once, and those that hold no token are not run.
+
+    Args:
+        model_cfg: the architecture.
+        params: parameters of the policy.
+        batch: packed rows of the minibatch.
+        temperature: sampling temperature.
+        loss: a config's `loss` section.
+        entropy: whether to compute `policy/entropy`.
+        chunk_tokens: number of tokens per data shard that have logits at a time.
+
+    Returns:
+        The gradients, and a dict of scalar metrics.
     """
     grad = jax.grad(
         partial(
@@ -150,36 +186,40 @@ def minibatch_gradients(
         ),
         has_aux=True,
     )
-    if num_micro_batches(batch) == 1:
+    if max_micro_batches(batch) == 1:
         return grad(params, batch)
-    first = take_micro_batch(batch, 0)
-    shapes = jax.eval_shape(grad, params, first)[1]
+    metric_shapes = jax.eval_shape(grad, params, take_micro_batch(batch, 0))[1]
 
-    def add(index, total):
+    def accumulate(index, totals):
+        total_grads, total_metrics = totals
         grads, metrics = grad(params, take_micro_batch(batch, index))
-        most = {name: jnp.maximum(total[1][name], metrics[name]) for name in MAX_REDUCED_METRICS}
+        largest = {name: jnp.maximum(total_metrics[name], metrics[name]) for name in MAX_REDUCED_METRICS}
         return (
-            jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[0], grads),
-            jax.tree.map(jnp.add, total[1], metrics) | most,
+            jax.tree.map(lambda total, g: total + g.astype(total.dtype), total_grads, grads),
+            jax.tree.map(jnp.add, total_metrics, metrics) | largest,
         )
 
     zeros = (
-        jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),  # placed like the parameters
-        jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes),
+        jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),  # sharded like the parameters
+        jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metric_shapes),
     )
-    return jax.lax.fori_loop(0, batch.micro_batches, add, zeros)
+    return jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, zeros)
 
 
 def make_update(
     model_cfg: ModelConfig, cfg: Config, mesh: Mesh, params, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """The jitted update (state, minibatch) -> (state, metrics); the old state is donated.
+    """Builds the jitted update, (state, minibatch) -> (state, metrics). The old state is donated.
 
     Args:
-      params: the policy's parameters, or their shapes.
+        model_cfg: the architecture.
+        cfg: the run's config.
+        mesh: the device mesh.
+        params: parameters of the policy, or their shapes.
+        optimizer: the optimizer, from `make_optimizer(cfg.optim)`.
     """
     schedule = make_schedule(cfg.optim)
-    places = train_state_shardings(mesh, params, optimizer)
+    shardings = train_state_shardings(mesh, params, optimizer)
 
     def update(state: TrainState, batch: PackedBatch):
         grads, metrics = minibatch_gradients(
@@ -191,9 +231,9 @@ def make_update(
             entropy=cfg.log.entropy,
             chunk_tokens=cfg.train.chunk_tokens,
         )
-        grads = jax.lax.with_sharding_constraint(grads, places.params)
-        state, about_step = apply_gradients(state, grads, optimizer, schedule)
-        return state, metrics | about_step
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        state, optimizer_metrics = apply_gradients(state, grads, optimizer, schedule)
+        return state, metrics | optimizer_metrics
 
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(update, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, everywhere))
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, replicated))

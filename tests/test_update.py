@@ -45,7 +45,7 @@ def assert_same(made, expected):
 def test_micro_batches_have_the_gradient_of_the_whole(micro_tokens, micro_batches):
     """Rows of 1 to 6 tokens: dividing by each part's own tokens would give another gradient. 16 tokens split groups."""
     batch = packed(experience(), micro_tokens)
-    assert batch.micro_batches == micro_batches < len(batch.tokens)  # the last rows are empty
+    assert batch.num_micro_batches == micro_batches < len(batch.tokens)  # the last rows are empty
     assert_same(grads_of(batch), grads_of(packed(experience())))
 
 
@@ -216,7 +216,7 @@ def test_reference_is_scored_the_same_on_every_mesh(sizes):
 def test_rows_that_hold_nothing_are_not_run():
     """They would turn everything into NaN."""
     batch = packed(experience(), 16)
-    unused = np.arange(len(batch.tokens)) >= batch.micro_batches
+    unused = np.arange(len(batch.tokens)) >= batch.num_micro_batches
     assert unused.any()
     poisoned = batch.replace(
         advantages=jnp.where(unused[:, None], jnp.nan, batch.advantages),
@@ -288,7 +288,7 @@ def test_blocks_of_the_head_change_nothing(cap, tied, monkeypatch):
     probs = jax.nn.softmax(logits)
     entropies = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0), axis=-1)
     for chunk_tokens, ids in ((12, 20), (1000, 16384)):  # 3 columns at a time, the last padded; 16 + 16 + 15 of 47 ids
-        monkeypatch.setattr(grpo_jax.learn.logprobs, "CHUNK_IDS", ids)
+        monkeypatch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", ids)
         made = both(
             lambda weights, hidden: logprobs_from_hidden(
                 model_cfg, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens
