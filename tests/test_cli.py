@@ -113,7 +113,7 @@ def asking(path: Path, *questions: str) -> str:
             ["--config.mesh.fsdp=-1"],
             "at most one of them -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
         ),
-        (["--config.model.path=no/such/model"], "expected a model folder at no/such/model; found none; set model.path"),
+        (["--config.model.path=no/such/model"], "No model folder found at no/such/model. Set model.path"),
         (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500. Lower one"),
         (["--config.task.name=jsonl"], "task.path must be a JSONL file.*Set --config.task.path"),
         (
@@ -201,8 +201,8 @@ def test_broken_file_of_questions_is_found_before_training(tmp_path):
     "file, says",
     [
         ("tokenizer.json", "tokenizer"),
-        ("config.json", "expected a readable config.json"),
-        ("model.safetensors", "expected a whole safetensors file"),
+        ("config.json", "config.json in .* must be a readable JSON file"),
+        ("model.safetensors", "must be a complete safetensors file"),
     ],
 )
 def test_broken_model_folder_is_found_before_training(tmp_path, file, says):

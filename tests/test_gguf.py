@@ -165,7 +165,7 @@ def test_a_longer_file_is_fine(tmp_path):
 def test_a_cut_off_file_is_refused(tmp_path, length):
     path = tmp_path / "cut.gguf"
     path.write_bytes((GOLDEN / "qwen2.gguf").read_bytes()[:length])
-    with pytest.raises(UserError, match="expected a whole GGUF file"):
+    with pytest.raises(UserError, match="must be a complete GGUF file"):
         read_gguf_config(path)
 
 
@@ -189,7 +189,7 @@ def test_no_damage_to_the_head_ends_in_a_traceback(tmp_path):
 def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("a text that is longer than the head of a file")
     for path in (tmp_path, tmp_path / "none.gguf", tmp_path / "text.gguf"):
-        with pytest.raises(UserError, match="expected a whole GGUF file"):
+        with pytest.raises(UserError, match="must be a complete GGUF file"):
             read_gguf_config(path)
 
 
@@ -204,12 +204,12 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     [
         ({"llama.embedding_length": None}, {}, "llama.embedding_length in .* found None"),
         ({"llama.attention.head_count_kv": [1, 2]}, {}, r"llama.attention.head_count_kv in .* found \[1, 2\]"),
-        ({"llama.block_count": 2}, {}, "expected blk.1.attn_norm.weight"),
+        ({"llama.block_count": 2}, {}, "must hold the tensor blk.1.attn_norm.weight"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "llama.rope.scaling.type .* found 'longrope'"),
         ({"split.count": 3}, {}, "found one of 3"),
         ({}, {"rope_freqs.weight": np.array([1, 3], np.float32)}, "rope_freqs.weight"),
         ({}, {"blk.0.ssm_a": np.ones(8, np.float32)}, "such as blk.0.ssm_a"),
-        ({}, {"blk.0.attn_q.weight": np.ones((8, 8), np.int8)}, "blk.0.attn_q.weight in a quantization .* found I8"),
+        ({}, {"blk.0.attn_q.weight": np.ones((8, 8), np.int8)}, "blk.0.attn_q.weight must have a quantization .* found I8"),
     ],
 )
 def test_an_unknown_form_of_a_model_is_refused(tmp_path, fields, tensors, message):
@@ -220,7 +220,7 @@ def test_an_unknown_form_of_a_model_is_refused(tmp_path, fields, tensors, messag
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="expected a tokenizer that transformers reads"):
+    with pytest.raises(UserError, match="must hold a tokenizer that transformers can convert"):
         read_gguf_tokenizer(write(tmp_path / "model.gguf"))
 
 

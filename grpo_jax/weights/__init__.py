@@ -1,9 +1,10 @@
 """Pretrained models in and out: Hugging Face folders, GGUF files and hub ids.
 
-families   translates a config.json to `ModelConfig`, and tensor names to parameters
-gguf_file  reads GGUF files
-tensors    tensors on disk, read a part at a time
-source     finds a model and reads its config
-tokenizer  loads tokenizers
-model_io   `load` and `save`
+families      translates config.json to `ModelConfig`
+gguf_file     reads the config and tensors of GGUF files
+source        finds a model and reads its config
+tensor_names  maps parameters to the tensors of a checkpoint
+tensors       opens the tensors of a checkpoint and reads a part at a time
+tokenizer     loads tokenizers
+model_io      `load` and `save`
 """

@@ -1,12 +1,12 @@
-"""The model families: from a Hugging Face config.json to a ModelConfig, and the names of their tensors.
+"""Translates a Hugging Face config.json to a ModelConfig, for every supported model family.
 
-One decoder serves all of them; what sets a family apart is a few fields here and a few rows of `TABLE`. Older and newer
-forms of config.json, and fields left out, are made one by `transformers`' own config classes, which need no torch.
+One decoder serves all families; a family is set apart by a few fields here and by its tensor names in tensor_names.py.
+The config classes of `transformers`, which do not need PyTorch, fill in defaults and read older forms of config.json.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
@@ -26,8 +26,9 @@ FAMILIES = (
     "deepseek_v3",
 )
 
-
-# Fields that lists are made from; a broken file must not make them long.
+# Sizes of lists and arrays that are built while a config is read. They are bounded so that a broken file cannot
+# exhaust the memory.
+MAX_FIELD_VALUE = 65536
 BOUNDED_FIELDS = (
     "num_hidden_layers",
     "num_local_experts",
@@ -37,177 +38,120 @@ BOUNDED_FIELDS = (
     "qk_rope_head_dim",
 )
 
-
-class TensorRow(NamedTuple):
-    """How one tensor of a checkpoint becomes (a layer, or an expert of a layer, of) one of our leaves."""
-
-    ours: str  # path in the parameter tree; of a layer, the path in its run
-    theirs: str  # {i} is the layer, {x} the expert
-    transpose: bool = False  # torch's Linear keeps [outputs, inputs]; ours is [inputs, outputs]
-
-
-LINEAR_LAYERS = (  # ours, theirs: a weight, and a bias where the family has one
-    ("attention/q", "layers.{i}.self_attn.q_proj"),
-    ("attention/k", "layers.{i}.self_attn.k_proj"),
-    ("attention/v", "layers.{i}.self_attn.v_proj"),
-    ("attention/o", "layers.{i}.self_attn.o_proj"),
-    ("attention/q_a", "layers.{i}.self_attn.q_a_proj"),
-    ("attention/q_b", "layers.{i}.self_attn.q_b_proj"),
-    ("attention/kv_a", "layers.{i}.self_attn.kv_a_proj_with_mqa"),
-    ("mlp/gate", "layers.{i}.mlp.gate_proj"),
-    ("mlp/up", "layers.{i}.mlp.up_proj"),
-    ("mlp/down", "layers.{i}.mlp.down_proj"),
-    ("moe/shared/gate", "layers.{i}.mlp.shared_experts.gate_proj"),
-    ("moe/shared/up", "layers.{i}.mlp.shared_experts.up_proj"),
-    ("moe/shared/down", "layers.{i}.mlp.shared_experts.down_proj"),
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
 )
 
-TENSOR_TABLE = (
-    TensorRow("embed/embedding", "embed_tokens.weight"),
-    TensorRow("attention_norm/scale", "layers.{i}.input_layernorm.weight"),
-    *(TensorRow(f"{ours}/kernel", f"{theirs}.weight", transpose=True) for ours, theirs in LINEAR_LAYERS),
-    *(TensorRow(f"{ours}/bias", f"{theirs}.bias") for ours, theirs in LINEAR_LAYERS),
-    TensorRow("attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
-    TensorRow("attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
-    TensorRow("attention/q_a_norm/scale", "layers.{i}.self_attn.q_a_layernorm.weight"),
-    TensorRow("attention/kv_a_norm/scale", "layers.{i}.self_attn.kv_a_layernorm.weight"),
-    TensorRow("attention/kv_b", "layers.{i}.self_attn.kv_b_proj.weight", transpose=True),
-    TensorRow("mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-    TensorRow("moe/router/kernel", "layers.{i}.mlp.gate.weight", transpose=True),
-    TensorRow("moe/router/correction", "layers.{i}.mlp.gate.e_score_correction_bias"),
-    TensorRow("moe/experts_gate", "layers.{i}.mlp.experts.{x}.gate_proj.weight", transpose=True),
-    TensorRow("moe/experts_up", "layers.{i}.mlp.experts.{x}.up_proj.weight", transpose=True),
-    TensorRow("moe/experts_down", "layers.{i}.mlp.experts.{x}.down_proj.weight", transpose=True),
-    TensorRow("final_norm/scale", "norm.weight"),
-    TensorRow("head/kernel", "lm_head.weight", transpose=True),
-)
 
-# Where a family's names differ from the table.
-GEMMA_NAMES = {
-    "attention_post_norm/scale": "layers.{i}.post_attention_layernorm.weight",
-    "mlp_norm/scale": "layers.{i}.pre_feedforward_layernorm.weight",
-    "mlp_post_norm/scale": "layers.{i}.post_feedforward_layernorm.weight",
-}
-FAMILY_NAMES = {
-    "gemma2": GEMMA_NAMES,
-    "gemma3": GEMMA_NAMES,
-    "gemma3_text": GEMMA_NAMES,
-    "mixtral": {
-        "moe/router/kernel": "layers.{i}.block_sparse_moe.gate.weight",
-        "moe/experts_gate": "layers.{i}.block_sparse_moe.experts.{x}.w1.weight",
-        "moe/experts_up": "layers.{i}.block_sparse_moe.experts.{x}.w3.weight",
-        "moe/experts_down": "layers.{i}.block_sparse_moe.experts.{x}.w2.weight",
-    },
-}
+def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
+    """Builds the ModelConfig that a config.json describes.
 
-# What the names of the table begin with; a model that also sees images keeps its decoder in a part of it.
-DECODER_PREFIXES = {
-    "model.": "",
-    "model.language_model.": "",
-    "language_model.model.": "language_model.",
-}  # -> that of lm_head
+    Args:
+        hf_config: The contents of config.json.
+        where: The model folder or GGUF file, for error messages.
+        **fields: Further fields of the ModelConfig, such as `eos_ids` and `source`.
 
-# Patterns of tensors that a family ships and its decoder does not need. {n} is the number of layers.
-SKIPPED_TENSORS = {
-    "all": (r"rotary_emb\.inv_freq$",),
-    "deepseek_v3": (r"^model\.layers\.{n}\.",),  # predicts the token after the next
-    "gemma3": (r"vision_tower\.", r"multi_modal_projector\."),
-}
-
-
-def tensor_table(family: str) -> tuple[TensorRow, ...]:
-    """The rows of `TABLE` under a family's own names."""
-    own = FAMILY_NAMES.get(family, {})
-    known = {row.ours for row in TENSOR_TABLE}
-    return (
-        *(row._replace(theirs=own.get(row.ours, row.theirs)) for row in TENSOR_TABLE),
-        *(TensorRow(ours, theirs) for ours, theirs in own.items() if ours not in known),
-    )
-
-
-def normalize_hf_config(raw: dict, where: str):
-    """The decoder's config as `transformers` understands config.json, with all fields.
+    Returns:
+        The config of the decoder.
 
     Raises:
-      UserError: the family is not known, or `transformers` refuses a field.
+        UserError: The family is not supported, or a field is missing or has a value that the decoder does not support.
     """
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(
-            f"expected model_type in {where} to be one of {', '.join(FAMILIES)}; found {family!r}; "
-            "this architecture is not supported"
-        )
-    for part in (raw, raw.get("text_config")):
-        for field in BOUNDED_FIELDS:
-            count = part.get(field) if isinstance(part, dict) else None
-            if isinstance(count, int) and count > 65536:
-                raise UserError(f"expected {field} in {where} to be at most 65536; found {count}; this is no model's")
-    from transformers import CONFIG_MAPPING
-
+    hf = normalize_hf_config(hf_config, where)
     try:
-        model_cfg = CONFIG_MAPPING[family].from_dict(raw)
-        return model_cfg.get_text_config() if family == "gemma3" else model_cfg
-    except Exception as error:  # its checks raise many kinds
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        raise UserError(
-            f"expected a config that transformers reads as {family} in {where}; found: {' '.join(lines)[:300]}"
-        ) from None
-
-
-def model_config_from_hf(raw: dict, where: str, **rest) -> ModelConfig:
-    """The ModelConfig of the fields of a config.json; `rest` goes into it too.
-
-    Raises:
-      UserError: a field has a value that this decoder does not have.
-    """
-    c = normalize_hf_config(raw, where)
-    try:
-        model_cfg = translate_hf_config(c, raw["model_type"], where, **rest)
+        model_cfg = translate_hf_config(hf, hf_config["model_type"], where, **fields)
         check_architecture(model_cfg, where)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"expected numbers that make a decoder in {where}; found: {error}; this config is broken"
+            f"The config of {where} must describe a decoder; found a value that cannot be used ({error}). "
+            "Download the model again."
         ) from None
     return model_cfg
 
 
-def translate_hf_config(c, family: str, where: str, **rest) -> ModelConfig:
-    """The ModelConfig of a family's normalized config; the numbers in it are not checked."""
-    get = lambda name, default=None: getattr(c, name, default)
+def normalize_hf_config(hf_config: dict, where: str):
+    """Reads a config.json with the config class of `transformers`, which fills in every field.
+
+    Args:
+        hf_config: The contents of config.json.
+        where: The model folder or GGUF file, for error messages.
+
+    Returns:
+        The `transformers` config of the decoder (the text config of a vision-language model).
+
+    Raises:
+        UserError: The family is not supported, a size is out of bounds, or `transformers` refuses a field.
+    """
+    family = hf_config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"model_type in {where} must be one of {', '.join(FAMILIES)}; found {family!r}. "
+            "Choose a model of a supported family."
+        )
+    for section in (hf_config, hf_config.get("text_config")):
+        for field in BOUNDED_FIELDS:
+            value = section.get(field) if isinstance(section, dict) else None
+            if isinstance(value, int) and value > MAX_FIELD_VALUE:
+                raise UserError(
+                    f"{field} in {where} must be at most {MAX_FIELD_VALUE}; found {value}. Download the model again."
+                )
+    from transformers import CONFIG_MAPPING
+
+    try:
+        hf = CONFIG_MAPPING[family].from_dict(hf_config)
+        return hf.get_text_config() if family == "gemma3" else hf
+    except Exception as error:  # the validation in transformers raises many kinds
+        message = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The config of {where} must be one that transformers reads as {family}; found: {message}. "
+            "Download the model again."
+        ) from None
+
+
+def translate_hf_config(hf, family: str, where: str, **fields) -> ModelConfig:
+    """Translates a normalized `transformers` config to a ModelConfig, without checking how its sizes fit together.
+
+    Raises:
+        UserError: A field has a value that the decoder does not support.
+    """
+
+    def get(name: str, default=None):
+        return getattr(hf, name, default)
+
     gemma = family.startswith("gemma")
-    activation = c.hidden_activation if gemma else c.hidden_act
+    activation = hf.hidden_activation if gemma else hf.hidden_act
     biases = bool(get("attention_bias")) and family not in ("mistral", "mixtral", "qwen2")
-    for fine, field, expected, found in (
-        (activation in ACTIVATIONS, "hidden_act", " or ".join(ACTIVATIONS), activation),
+    for ok, field, supported, value in (
+        (activation in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}", activation),
         (not get("use_bidirectional_attention"), "use_bidirectional_attention", "false", True),
-        (not (family == "llama" and get("layer_types")), "layer_types", "none for llama", get("layer_types")),
+        (not (family == "llama" and get("layer_types")), "layer_types", "absent for llama", get("layer_types")),
     ):
-        if not fine:
-            raise UserError(f"expected {field} {expected} in {where}; found {found!r}; this decoder has no other")
-    for field in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    ):
+        if not ok:
+            raise UserError(f"{field} in {where} must be {supported}; found {value!r}. Choose another model.")
+    for field in POSITIVE_FIELDS:
         if type(get(field)) is not int or get(field) < 1:
-            raise UserError(f"expected {field} in {where} to be a whole number of 1 or more; found {get(field)!r}")
-    latent = read_latent_config(c) if family == "deepseek_v3" else None
-    scale = float(get("query_pre_attn_scalar", 0))
-    divisor = math.sqrt(scale) if gemma else latent_score_divisor(c) if latent else 0.0
+            raise UserError(
+                f"{field} in {where} must be an integer of at least 1; found {get(field)!r}. Download the model again."
+            )
+    latent = read_latent_config(hf) if family == "deepseek_v3" else None
+    query_scale = float(get("query_pre_attn_scalar", 0))
+    divisor = math.sqrt(query_scale) if gemma else latent_score_divisor(hf) if latent else 0.0
     return ModelConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        layers=read_layer_configs(c, family, where),
-        num_heads=c.num_attention_heads,
-        num_kv_heads=1 if latent else c.num_key_value_heads,
-        head_dim=get("head_dim") or c.hidden_size // c.num_attention_heads,
-        max_positions=c.max_position_embeddings,
-        norm_eps=float(c.rms_norm_eps),
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        layers=read_layer_configs(hf, family, where),
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=1 if latent else hf.num_key_value_heads,
+        head_dim=get("head_dim") or hf.hidden_size // hf.num_attention_heads,
+        max_positions=hf.max_position_embeddings,
+        norm_eps=float(hf.rms_norm_eps),
         unit_offset=gemma,
         activation=activation,
         qkv_bias=family == "qwen2" or biases,
@@ -215,208 +159,235 @@ def translate_hf_config(c, family: str, where: str, **rest) -> ModelConfig:
         mlp_bias=family == "llama" and bool(get("mlp_bias")),
         qk_norm=family in ("qwen3", "qwen3_moe", "gemma3", "gemma3_text"),
         post_norms=gemma,
-        embed_scale=math.sqrt(c.hidden_size) if gemma else 1.0,
+        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
         score_divisor=divisor,
         score_softcap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
-        # The model that also sees images leaves the cap out.
+        # transformers' vision-language Gemma 3 does not apply the cap.
         logit_softcap=float(get("final_logit_softcapping") or 0) if family in ("gemma2", "gemma3_text") else 0.0,
         tie_embeddings=bool(get("tie_word_embeddings")),
         latent=latent,
-        experts=read_experts_config(c, family),
+        experts=read_experts_config(hf, family),
         family=family,
-        **rest,
+        **fields,
     )
 
 
-def all_numbers(part, name: str = "") -> dict[str, int | float]:
-    """Every number in a (nested) dataclass or tuple, by where it stands."""
-    if dataclasses.is_dataclass(part):
-        inner = [(field.name, getattr(part, field.name)) for field in dataclasses.fields(part)]
-    elif isinstance(part, tuple):
-        inner = [(str(i), value) for i, value in enumerate(dict.fromkeys(part))]
+def config_numbers(value, name: str = "") -> dict[str, int | float]:
+    """Returns every number in nested dataclasses and tuples, by its dotted name."""
+    if dataclasses.is_dataclass(value):
+        members = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple):
+        members = [(str(i), member) for i, member in enumerate(dict.fromkeys(value))]
     else:
-        return {name: part} if isinstance(part, (int, float)) else {}
-    return {
-        key: value for below, item in inner for key, value in all_numbers(item, f"{name}.{below}".strip(".")).items()
-    }
+        return {name: value} if isinstance(value, (int, float)) else {}
+    numbers = {}
+    for member_name, member in members:
+        numbers |= config_numbers(member, f"{name}.{member_name}".strip("."))
+    return numbers
 
 
 def check_architecture(model_cfg: ModelConfig, where: str) -> None:
-    """Checks what the sizes must be to one another."""
-    for name, value in all_numbers(model_cfg).items():
-        if not 0 <= value < 2**31 or type(value) is float and not math.isfinite(value):
+    """Checks that the numbers of a config are finite and that its sizes fit together.
+
+    Raises:
+        UserError: They are not, or do not; the message names the requirement.
+    """
+    for name, value in config_numbers(model_cfg).items():
+        if not 0 <= value < 2**31 or (type(value) is float and not math.isfinite(value)):
             raise UserError(
-                f"expected numbers from 0 to 2**31 in {where}; found {value} ({name}); this config is broken"
+                f"Numbers in the config of {where} must be at least 0 and less than 2**31; found {value} for {name}. "
+                "Download the model again."
             )
-    experts, latent = model_cfg.experts, model_cfg.latent
-    width = latent.qk_rope_head_dim if latent else model_cfg.head_dim
+    latent = model_cfg.latent
+    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.head_dim
     ropes = {layer.rope for layer in model_cfg.layers}
-    rules = [
+    stretched = [rope for rope in ropes if rope.scaling in ("llama3", "yarn")]
+    requirements = [
         (
             model_cfg.num_heads % model_cfg.num_kv_heads == 0,
-            "num_attention_heads to be a multiple of num_key_value_heads",
+            "num_attention_heads must be a multiple of num_key_value_heads",
             f"{model_cfg.num_heads} and {model_cfg.num_kv_heads}",
         ),
-        (width > 0 and width % 2 == 0, "an even head_dim (or qk_rope_head_dim)", width),
+        (
+            rotated_dim > 0 and rotated_dim % 2 == 0,
+            "head_dim (or qk_rope_head_dim) must be even and at least 2",
+            rotated_dim,
+        ),
         (
             model_cfg.tokenizer_vocab_size <= model_cfg.vocab_size,
-            "a row of the embedding (vocab_size) for each id of the tokenizer",
+            "vocab_size must give each id of the tokenizer a row of the embedding",
             f"{model_cfg.vocab_size} rows and {model_cfg.tokenizer_vocab_size} ids",
         ),
         (
             all(0 <= token < model_cfg.vocab_size for token in model_cfg.eos_ids),
-            "eos_token_id below vocab_size",
+            "eos_token_id must be less than vocab_size",
             model_cfg.eos_ids,
         ),
-        (all(rope.theta > 1 and rope.factor > 0 for rope in ropes), "rope_theta above 1 and a factor above 0", ropes),
+        (
+            all(rope.theta > 1 and rope.factor > 0 for rope in ropes),
+            "rope_theta must be more than 1 and the rope factor more than 0",
+            ropes,
+        ),
         (
             all(
-                rope.original_max_positions > 0
-                and rope.low_freq_bound > 0
-                and rope.high_freq_bound > rope.low_freq_bound
-                for rope in ropes
-                if rope.scaling in ("llama3", "yarn")
+                rope.original_max_positions > 0 and rope.high_freq_bound > rope.low_freq_bound > 0 for rope in stretched
             ),
-            "positions and bounds above 0 of stretched rotary positions",
-            ropes,
+            "Scaled rotary embeddings need an original length and frequency bounds above 0, in ascending order",
+            stretched,
         ),
     ]
     if latent:
-        rules.append(
+        requirements.append(
             (
                 latent.kv_lora_rank > 0 and latent.qk_nope_head_dim > 0 and latent.v_head_dim > 0,
-                "kv_lora_rank, qk_nope_head_dim and v_head_dim of 1 or more",
+                "kv_lora_rank, qk_nope_head_dim and v_head_dim must be at least 1",
                 latent,
             )
         )
-    if experts:
-        kept = experts.num_experts // max(experts.num_groups, 1) * experts.num_top_groups
-        rules += [
-            (
-                experts.intermediate_size > 0 and 0 < experts.num_top_groups <= experts.num_groups,
-                "moe_intermediate_size and topk_group of 1 or more, and topk_group of at most n_group",
-                experts,
-            ),
-            (
-                0 < experts.num_experts_per_token <= kept,
-                "num_experts_per_tok of at most the experts it chooses from",
-                f"{experts.num_experts_per_token} of {kept}",
-            ),
-            (
-                not experts.sigmoid_gate
-                or experts.num_experts % experts.num_groups == 0
-                and experts.num_experts >= 2 * experts.num_groups,
-                "n_group equal groups of two experts or more",
-                f"{experts.num_experts} experts in {experts.num_groups} groups",
-            ),
-        ]
-    for fine, expected, found in rules:
-        if not fine:
-            raise UserError(f"expected {expected} in {where}; found {found}; this is not a whole model folder")
+    if model_cfg.experts:
+        requirements += expert_requirements(model_cfg.experts)
+    for ok, requirement, value in requirements:
+        if not ok:
+            raise UserError(f"{requirement}; found {value} in {where}. Download the model again.")
 
 
-def read_rope_config(c, fields: dict[str, Any], where: str) -> RopeConfig:
-    """A rope_parameters of transformers."""
-    kind = fields.get("rope_type", "default")
-    if kind not in ROPE_SCALINGS or fields.get("partial_rotary_factor", 1.0) != 1.0:
+def expert_requirements(experts: ExpertsConfig) -> list[tuple[bool, str, Any]]:
+    """Returns for each requirement on a mixture of experts whether it is met, its text and the value found."""
+    eligible = experts.num_experts // max(experts.num_groups, 1) * experts.num_top_groups
+    return [
+        (
+            experts.intermediate_size > 0 and 0 < experts.num_top_groups <= experts.num_groups,
+            "moe_intermediate_size and topk_group must be at least 1, and topk_group at most n_group",
+            experts,
+        ),
+        (
+            0 < experts.num_experts_per_token <= eligible,
+            "num_experts_per_tok must be at least 1 and at most the number of experts that it chooses from",
+            f"{experts.num_experts_per_token} of {eligible}",
+        ),
+        (
+            not experts.sigmoid_gate
+            or (experts.num_experts % experts.num_groups == 0 and experts.num_experts >= 2 * experts.num_groups),
+            "n_group must divide the experts into equal groups of at least 2",
+            f"{experts.num_experts} experts in {experts.num_groups} groups",
+        ),
+    ]
+
+
+def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeConfig:
+    """Translates a `rope_parameters` entry of a `transformers` config.
+
+    Raises:
+        UserError: The kind of scaling is not supported, or only a part of each head is rotated.
+    """
+    scaling = rope_parameters.get("rope_type", "default")
+    if scaling not in ROPE_SCALINGS or rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"expected rope_type {', '.join(ROPE_SCALINGS)} over whole heads in {where}; found {fields}; "
-            "other rotary positions are not supported"
+            f"rope_type in {where} must be one of {', '.join(ROPE_SCALINGS)} and cover whole heads; "
+            f"found {rope_parameters}. Choose another model."
         )
-    rope = RopeConfig(theta=float(fields["rope_theta"]))
-    if kind == "default":
+    rope = RopeConfig(theta=float(rope_parameters["rope_theta"]))
+    if scaling == "default":
         return rope
     names = {"factor": "factor", "original_max_positions": "original_max_position_embeddings"}
-    if kind == "llama3":
+    if scaling == "llama3":
         names |= {"low_freq_bound": "low_freq_factor", "high_freq_bound": "high_freq_factor"}
-    values = {ours: fields.get(theirs) for ours, theirs in names.items()}
-    if kind == "yarn":
-        original = values["original_max_positions"]
-        factor = values["factor"] = values["factor"] or c.max_position_embeddings / original
-        mscale, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
-        grown = (
-            yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
-            if mscale and all_dim
-            else None
-        )
-        attention_factor = fields.get("attention_factor")
+    values = {ours: rope_parameters.get(theirs) for ours, theirs in names.items()}
+    if scaling == "yarn":
+        factor = values["factor"] or hf.max_position_embeddings / values["original_max_positions"]
         values |= {
-            "low_freq_bound": fields.get("beta_slow") or 1,
-            "high_freq_bound": fields.get("beta_fast") or 32,
-            "truncate": fields.get("truncate", True),
-            "attention_factor": attention_factor
-            if attention_factor is not None
-            else grown or yarn_attention_factor(factor, 1.0),
+            "factor": factor,
+            "low_freq_bound": rope_parameters.get("beta_slow") or 1,
+            "high_freq_bound": rope_parameters.get("beta_fast") or 32,
+            "truncate": rope_parameters.get("truncate", True),
+            "attention_factor": yarn_rope_factor(rope_parameters, factor),
         }
-    return RopeConfig(
-        theta=rope.theta, scaling=kind, **{name: value for name, value in values.items() if value is not None}
-    )
+    given = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(rope, scaling=scaling, **given)
 
 
-def read_layer_configs(c, family: str, where: str) -> tuple[LayerConfig, ...]:
-    """Window, rotary positions and kind of MLP of each layer."""
-    count, window = c.num_hidden_layers, getattr(c, "sliding_window", None) or 0
+def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:
+    """Returns YaRN's factor on cosines and sines: as given, from DeepSeek's two weights, or as in the paper."""
+    if rope_parameters.get("attention_factor") is not None:
+        return rope_parameters["attention_factor"]
+    mscale, all_dim = rope_parameters.get("mscale"), rope_parameters.get("mscale_all_dim")
+    if mscale and all_dim:
+        ratio = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
+        if ratio:
+            return ratio
+    return yarn_attention_factor(factor, 1.0)
+
+
+def read_layer_configs(hf, family: str, where: str) -> tuple[LayerConfig, ...]:
+    """Returns the attention window, the rotary embedding and the kind of MLP of each layer.
+
+    Raises:
+        UserError: `layer_types` does not give a known type for each layer, or a rotary embedding is not supported.
+    """
+    count, window = hf.num_hidden_layers, getattr(hf, "sliding_window", None) or 0
     if family in ("llama", "deepseek_v3"):
         window = 0
-    # Mixtral and Qwen3-MoE have one kind of layer, with a window if there is one; so has Mistral, if it does not say.
-    types = getattr(c, "layer_types", None) if family not in ("llama", "mixtral", "qwen3_moe", "deepseek_v3") else None
-    types = types or ["sliding_attention" if window else "full_attention"] * count
-    odd = set(types) - {"sliding_attention", "full_attention"}
-    if odd or len(types) != count:
+    # Mixtral and Qwen3-MoE use the window, if there is one, in every layer. So does Mistral without layer_types.
+    types = getattr(hf, "layer_types", None)
+    if not types or family in ("llama", "mixtral", "qwen3_moe", "deepseek_v3"):
+        types = ["sliding_attention" if window else "full_attention"] * count
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != count:
         raise UserError(
-            f"expected layer_types in {where} to be {count} of sliding_attention, full_attention; found {types}"
+            f"layer_types in {where} must list sliding_attention or full_attention for each of {count} layers; "
+            f"found {types}. Download the model again."
         )
     ropes = {}
-    for kind in set(types):
-        nested = c.rope_parameters.get(kind) if getattr(c, "layer_types", None) else None
-        ropes[kind] = read_rope_config(c, nested or c.rope_parameters, where)
+    for layer_type in set(types):
+        nested = hf.rope_parameters.get(layer_type) if getattr(hf, "layer_types", None) else None
+        ropes[layer_type] = read_rope_config(hf, nested or hf.rope_parameters, where)
 
-    def has_experts(i: int) -> bool:
+    def has_experts(layer: int) -> bool:
         if family == "deepseek_v3":
-            return i >= c.first_k_dense_replace
+            return layer >= hf.first_k_dense_replace
         if family == "qwen3_moe":
-            return i not in c.mlp_only_layers and c.num_experts > 0 and (i + 1) % c.decoder_sparse_step == 0
+            return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
         return family == "mixtral"
 
     return tuple(
-        LayerConfig(window if kind == "sliding_attention" else 0, ropes[kind], has_experts(i))
-        for i, kind in enumerate(types)
+        LayerConfig(window if layer_type == "sliding_attention" else 0, ropes[layer_type], has_experts(layer))
+        for layer, layer_type in enumerate(types)
     )
 
 
-def read_experts_config(c, family: str) -> ExpertsConfig | None:
-    """The mixture of experts of a family that has one."""
+def read_experts_config(hf, family: str) -> ExpertsConfig | None:
+    """Returns the mixture of experts, or None for a family without one."""
     if family == "mixtral":
-        return ExpertsConfig(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size)
+        return ExpertsConfig(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size)
     if family == "qwen3_moe":
         return ExpertsConfig(
-            c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, normalize_weights=bool(c.norm_topk_prob)
+            hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, normalize_weights=bool(hf.norm_topk_prob)
         )
     if family == "deepseek_v3":
         return ExpertsConfig(
-            c.n_routed_experts,
-            c.num_experts_per_tok,
-            c.moe_intermediate_size,
-            shared_intermediate_size=c.moe_intermediate_size * c.n_shared_experts,
+            hf.n_routed_experts,
+            hf.num_experts_per_tok,
+            hf.moe_intermediate_size,
+            shared_intermediate_size=hf.moe_intermediate_size * hf.n_shared_experts,
             sigmoid_gate=True,
-            normalize_weights=bool(c.norm_topk_prob),
-            routed_scale=float(c.routed_scaling_factor),
-            num_groups=c.n_group,
-            num_top_groups=c.topk_group,
+            normalize_weights=bool(hf.norm_topk_prob),
+            routed_scale=float(hf.routed_scaling_factor),
+            num_groups=hf.n_group,
+            num_top_groups=hf.topk_group,
         )
     return None
 
 
-def read_latent_config(c) -> LatentConfig:
-    """The latent attention of a DeepSeek-V3 config."""
-    widths = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    return LatentConfig(c.q_lora_rank or 0, c.kv_lora_rank, *widths, rope_interleave=bool(c.rope_interleave))
+def read_latent_config(hf) -> LatentConfig:
+    """Returns the multi-head latent attention of a DeepSeek-V3 config."""
+    widths = hf.qk_nope_head_dim, hf.qk_rope_head_dim, hf.v_head_dim
+    return LatentConfig(hf.q_lora_rank or 0, hf.kv_lora_rank, *widths, rope_interleave=bool(hf.rope_interleave))
 
 
-def latent_score_divisor(c) -> float:
-    """What DeepSeek-V3 divides scores by: under YaRN they grow with the length."""
-    rope = c.rope_parameters
+def latent_score_divisor(hf) -> float:
+    """Returns the divisor of DeepSeek-V3's attention scores, which YaRN lowers as it stretches the context."""
+    rope_parameters = hf.rope_parameters
     growth = 1.0
-    if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim"):
-        growth = yarn_attention_factor(rope["factor"], rope["mscale_all_dim"])
-    return math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim) / growth**2
+    if rope_parameters.get("rope_type", "default") != "default" and rope_parameters.get("mscale_all_dim"):
+        growth = yarn_attention_factor(rope_parameters["factor"], rope_parameters["mscale_all_dim"])
+    return math.sqrt(hf.qk_nope_head_dim + hf.qk_rope_head_dim) / growth**2

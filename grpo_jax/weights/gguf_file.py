@@ -1,8 +1,8 @@
-"""GGUF files, as llama.cpp writes them, read as if they were Hugging Face folders: config, tensors, tokenizer.
+"""Reads GGUF files, the format of llama.cpp, as Hugging Face checkpoints: the config and the tensors.
 
-Only the head of a file is read at once (format: ggml's docs/gguf.md); numbers are made of its blocks tensor by tensor.
-The package `gguf` knows the kinds of blocks and llama.cpp's names. Its own reader is not used: it takes seconds for the
-head of a file with a large vocabulary.
+Only the header is parsed up front (its format is described in ggml's docs/gguf.md); tensors are dequantized one by one.
+The package `gguf` provides the quantization formats and llama.cpp's tensor names. Its reader is not used, because it
+needs seconds to parse the header of a file with a large vocabulary.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.errors import UserError
 
-# general.architecture -> model_type and the prefix of the classes in transformers.
+# general.architecture -> model_type and prefix of the class names in transformers.
 GGUF_ARCHITECTURES = {
     "llama": ("llama", "Llama"),
     "qwen2": ("qwen2", "Qwen2"),
@@ -25,8 +25,8 @@ GGUF_ARCHITECTURES = {
     "gemma3": ("gemma3_text", "Gemma3"),
 }
 
-# The modules of a Hugging Face checkpoint with tensors of their own: all but the layers', those of a layer, and those
-# that some families have besides. {x} is the expert. The package gguf knows llama.cpp's name of each.
+# The modules of a Hugging Face checkpoint that own tensors: outside the layers, in every layer, and in every layer of
+# some families. {x} is the expert. The package gguf translates their names to llama.cpp's.
 TOP_MODULES = ("model.embed_tokens", "model.norm", "lm_head")
 LAYER_MODULES = (
     "input_layernorm",
@@ -53,178 +53,194 @@ FAMILY_MODULES = {
     "gemma3_text": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 
-# Codes of struct for the format's kinds of value; two kinds have no fixed size.
+# The format's value types as struct codes; strings and arrays have no fixed size.
 SCALAR_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
 
 class GgufTensor(NamedTuple):
-    """A tensor, or one expert of it, as a Hugging Face checkpoint would hold it."""
+    """A tensor of a GGUF file, or one expert of it, as a Hugging Face checkpoint would hold it."""
 
     path: Path
     name: str  # in the file
-    kind: Any  # a gguf.GGMLQuantizationType
-    start: int  # of its bytes in the file
-    rows: tuple[int, ...]  # `shape` with bytes for the last dimension
-    shape: tuple[int, ...]  # torch's order: [outputs, inputs]
-    heads: int = 0  # of a projection whose rotary pairs are neighbouring rows in the file
-    offset: float = 0.0  # was added to the numbers
+    quantization: Any  # a gguf.GGMLQuantizationType
+    start: int  # byte offset of the data in the file
+    byte_shape: tuple[int, ...]  # `shape` with the last dimension in bytes
+    shape: tuple[int, ...]  # in PyTorch's order: [outputs, inputs]
+    interleaved_heads: int = 0  # heads of a projection whose rotary pairs are neighbouring rows in the file
+    added: float = 0.0  # constant that llama.cpp's converter added to the values
 
     def read(self) -> np.ndarray:
-        """The numbers, float32 in `shape`.
+        """Reads and dequantizes the tensor.
+
+        Returns:
+            The values, float32 of `shape`.
 
         Raises:
-          UserError: `gguf` does not know this kind of block.
+            UserError: The package `gguf` cannot dequantize this quantization.
         """
         from gguf.quants import dequantize
 
         try:
-            values = dequantize(np.memmap(self.path, np.uint8, "r", self.start, self.rows), self.kind)
+            values = dequantize(np.memmap(self.path, np.uint8, "r", self.start, self.byte_shape), self.quantization)
         except NotImplementedError:
             raise UserError(
-                f"expected {self.name} in a quantization that the package gguf reads; "
-                f"found {self.kind.name}; take another file of the model, such as Q8_0"
+                f"{self.name} must have a quantization that the package gguf reads; found {self.quantization.name} in "
+                f"{self.path}. Use another file of the model, such as Q8_0."
             ) from None
         values = np.asarray(values).reshape(self.shape)
-        if self.heads:
-            pairs = values.reshape(self.heads, -1, 2, *self.shape[1:])
+        if self.interleaved_heads:
+            pairs = values.reshape(self.interleaved_heads, -1, 2, *self.shape[1:])
             values = pairs.swapaxes(1, 2).reshape(self.shape)
-        return values - np.float32(self.offset) if self.offset else values
+        return values - np.float32(self.added) if self.added else values
 
 
 class GgufHeader(NamedTuple):
-    """What stands before the numbers."""
+    """The header of a GGUF file: its metadata and where its tensors are."""
 
     path: Path
     fields: dict[str, Any]
-    tensors: dict[str, GgufTensor]  # by the names in the file
+    tensors: dict[str, GgufTensor]  # by their names in the file
 
     @property
     def architecture(self) -> str:
+        """Returns llama.cpp's name of the architecture, a key of `GGUF_ARCHITECTURES`."""
         return self.fields["general.architecture"]
 
     def get(self, name: str, *default):
-        """A field of the architecture.
+        """Returns a metadata field of the architecture.
+
+        Args:
+            name: The field, without the architecture's prefix.
+            *default: What to return if the field is absent; without it the field must be a positive number.
 
         Raises:
-          UserError: it is not a number above 0 and there is no default, or it differs from layer to layer.
+            UserError: The field is absent or not positive and has no default, or it differs between layers.
         """
         key = f"{self.architecture}.{name}"
         value = self.fields.get(key, *default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if isinstance(value, list) or not default and (not isinstance(value, (int, float)) or value <= 0):
+        if isinstance(value, list) or (not default and (not isinstance(value, (int, float)) or value <= 0)):
             raise UserError(
-                f"expected {key} in {self.path} to be one number above 0; found {value}; this model is not supported"
+                f"{key} in {self.path} must be one number above 0; found {value}. Use another file of the model."
             )
         return value
 
 
 class GgufCursor:
-    """Reads values one after the other."""
+    """Parses the values of a GGUF header in sequence."""
 
     def __init__(self, data: memoryview):
-        self.data, self.at = data, 0
+        """Starts at the first byte of `data`."""
+        self.data, self.offset = data, 0
 
-    def take(self, codes: str) -> tuple:
-        values = struct.unpack_from(f"<{codes}", self.data, self.at)
-        self.at += struct.calcsize(f"<{codes}")
+    def unpack(self, codes: str) -> tuple:
+        """Reads values with the given struct codes."""
+        values = struct.unpack_from(f"<{codes}", self.data, self.offset)
+        self.offset += struct.calcsize(f"<{codes}")
         return values
 
-    def string(self) -> str:
-        (length,) = self.take("Q")
-        return str(self.take(f"{length}s")[0], "utf-8")
+    def read_string(self) -> str:
+        """Reads a string."""
+        (length,) = self.unpack("Q")
+        return str(self.unpack(f"{length}s")[0], "utf-8")
 
-    def value(self, kind: int):
-        if kind == STRING:
-            return self.string()
-        if kind == ARRAY:
-            kind, count = self.take("IQ")
-            if kind == STRING:
-                return [self.string() for _ in range(count)]
-            return list(self.take(f"{count}{SCALAR_CODES[kind]}"))
-        (value,) = self.take(SCALAR_CODES[kind])
-        # 1e-5 in the model's config is 1e-5 again, and not the digits of its float32.
-        return float(str(np.float32(value))) if SCALAR_CODES[kind] == "f" else value
+    def read_value(self, value_type: int):
+        """Reads a metadata value of the given type."""
+        if value_type == STRING:
+            return self.read_string()
+        if value_type == ARRAY:
+            value_type, count = self.unpack("IQ")
+            if value_type == STRING:
+                return [self.read_string() for _ in range(count)]
+            return list(self.unpack(f"{count}{SCALAR_CODES[value_type]}"))
+        (value,) = self.unpack(SCALAR_CODES[value_type])
+        # The shortest decimal: 1e-5 in the model's config must be 1e-5 again, not the exact value of its float32.
+        return float(str(np.float32(value))) if SCALAR_CODES[value_type] == "f" else value
 
 
 def read_gguf_header(path: str | Path) -> GgufHeader:
-    """The fields and the tensors of a file.
+    """Reads the metadata and the list of tensors of a GGUF file.
 
     Raises:
-      UserError: the package `gguf` is missing, or this is not a whole GGUF file of a known architecture.
+        UserError: The package `gguf` is not installed, the file is truncated or not in GGUF format, its architecture is
+            not supported, or it is one part of several.
     """
     try:
         import gguf
     except ImportError:
-        raise UserError(f"expected the package gguf, to read {path}; found none; pip install gguf") from None
+        raise UserError(f"Reading {path} takes the package gguf, which was not found. Run: pip install gguf") from None
     path = Path(path)
     try:
         data = np.memmap(path, np.uint8, mode="r")
         if bytes(data[:4]) != b"GGUF":
             raise ValueError(f"it begins with {bytes(data[:4])}")
         cursor = GgufCursor(memoryview(data))
-        _, version, tensor_count, field_count = cursor.take("IIQQ")
+        _, version, tensor_count, field_count = cursor.unpack("IIQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version}")
-        fields = {cursor.string(): cursor.value(*cursor.take("I")) for _ in range(field_count)}
-        places = []
+        fields = {cursor.read_string(): cursor.read_value(*cursor.unpack("I")) for _ in range(field_count)}
+        entries = []
         for _ in range(tensor_count):
-            name, (dimensions,) = cursor.string(), cursor.take("I")
-            places.append((name, cursor.take(f"{dimensions}Q")[::-1], *cursor.take("IQ")))
-        align = fields.get("general.alignment", 32)
-        start = -(-cursor.at // align) * align
+            name, (dimensions,) = cursor.read_string(), cursor.unpack("I")
+            entries.append((name, cursor.unpack(f"{dimensions}Q")[::-1], *cursor.unpack("IQ")))
+        alignment = fields.get("general.alignment", 32)
+        data_start = -(-cursor.offset // alignment) * alignment
         tensors = {}
-        for name, shape, kind, offset in places:
-            kind = gguf.GGMLQuantizationType(kind)
-            rows = gguf.quant_shape_to_byte_shape(shape, kind)
-            end = start + offset + math.prod(rows)
+        for name, shape, type_id, offset in entries:
+            quantization = gguf.GGMLQuantizationType(type_id)
+            byte_shape = gguf.quant_shape_to_byte_shape(shape, quantization)
+            end = data_start + offset + math.prod(byte_shape)
             if end > len(data):
-                raise ValueError(f"{len(data)} bytes, and {name} ends at byte {end}")
-            tensors[name] = GgufTensor(path, name, kind, start + offset, rows, shape)
+                raise ValueError(f"{len(data)} bytes, while {name} ends at byte {end}")
+            tensors[name] = GgufTensor(path, name, quantization, data_start + offset, byte_shape, shape)
     except (OSError, struct.error, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise UserError(
-            f"expected a whole GGUF file (version 2 or 3) at {path}; found: {error}; download it again"
+            f"{path} must be a complete GGUF file of version 2 or 3; found: {error}. Download it again."
         ) from None
-    if fields.get("general.architecture") not in GGUF_ARCHITECTURES:
+    architecture = fields.get("general.architecture")
+    if architecture not in GGUF_ARCHITECTURES:
         raise UserError(
-            f"expected general.architecture in {path} to be one of {', '.join(GGUF_ARCHITECTURES)}; "
-            f"found {fields.get('general.architecture')!r}; this architecture is not supported"
+            f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
+            "Choose a model of a supported architecture."
         )
     if fields.get("split.count", 1) > 1:
         raise UserError(
-            f"expected a model in one file at {path}; found one of {fields['split.count']}; "
-            "merge them with llama-gguf-split --merge"
+            f"{path} must hold the whole model; found one of {fields['split.count']} parts. "
+            "Merge them with llama-gguf-split --merge."
         )
     return GgufHeader(path, fields, tensors)
 
 
 def read_gguf_config(path: str | Path) -> dict[str, Any]:
-    """The fields of the model's config.json, as far as it matters here.
+    """Returns the config.json that the metadata of a GGUF file describes.
 
     Raises:
-      UserError: as `read_head`; a field is missing, or describes a model that transformers does not have.
+        UserError: The header cannot be read (see `read_gguf_header`), or a field or tensor that is needed is missing.
     """
-    head = read_gguf_header(path)
-    get, architecture = head.get, head.architecture
+    header = read_gguf_header(path)
+    get, architecture = header.get, header.architecture
     model_type, prefix = GGUF_ARCHITECTURES[architecture]
     experts = get("expert_count", 0)
     if architecture == "llama" and experts:
         model_type, prefix = "mixtral", "Mixtral"
     hidden_size, heads, layers = get("embedding_length"), get("attention.head_count"), get("block_count")
     for name in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):
-        if name not in head.tensors:
+        if name not in header.tensors:
             raise UserError(
-                f"expected {name} in {head.path}; found {len(head.tensors)} other tensors; "
-                "take a file with the whole model"
+                f"{header.path} must hold the tensor {name}; found {len(header.tensors)} other tensors. "
+                "Use a file with the whole model."
             )
     head_dim = get("attention.key_length", get("rope.dimension_count", hidden_size // heads))
-    ids = {name: head.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
+    ids = {
+        name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")
+    }
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
     config = {
         "architectures": [f"{prefix}ForCausalLM"],
         "model_type": model_type,
-        "vocab_size": head.tensors["token_embd.weight"].shape[0],
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": layers,
@@ -232,16 +248,18 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        "rope_parameters": read_gguf_rope(head, head_dim),
+        "rope_parameters": read_gguf_rope(header, head_dim),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in head.tensors,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": ids["bos"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": ids["padding"],
-        "dtype": "float32" if all(tensor.kind.name == "F32" for tensor in head.tensors.values()) else "bfloat16",
+        "dtype": "float32"
+        if all(tensor.quantization.name == "F32" for tensor in header.tensors.values())
+        else "bfloat16",
     }
     if architecture.startswith("gemma"):
-        # The file has no scale of the queries. The largest model of each version alone has another than head_dim.
+        # The file does not record the query scale, which is head_dim except in the largest model of each version.
         largest = layers == {"gemma2": 46, "gemma3": 62}[architecture]
         config |= {
             "hidden_activation": "gelu_pytorch_tanh",
@@ -254,8 +272,8 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
         config["hidden_act"] = "silu"
     if model_type == "llama":
         config |= {
-            "attention_bias": "blk.0.attn_output.bias" in head.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in head.tensors,
+            "attention_bias": "blk.0.attn_output.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         }
     if model_type == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
@@ -269,18 +287,18 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_gguf_rope(head: GgufHeader, head_dim: int) -> dict[str, Any]:
-    """The rope_parameters of config.json.
+def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
+    """Returns the `rope_parameters` of config.json.
 
     Raises:
-      UserError: the positions are scaled in a way that is not known.
+        UserError: The kind of scaling is not supported.
     """
-    rope = {"rope_type": "default", "rope_theta": head.get("rope.freq_base", 10000.0)}
-    scaling, factor = head.get("rope.scaling.type", "linear"), head.get("rope.scaling.factor", 1.0)
+    rope = {"rope_type": "default", "rope_theta": header.get("rope.freq_base", 10000.0)}
+    scaling, factor = header.get("rope.scaling.type", "linear"), header.get("rope.scaling.factor", 1.0)
     if scaling not in ("none", "linear", "yarn"):
         raise UserError(
-            f"expected {head.architecture}.rope.scaling.type in {head.path} to be none, linear or yarn; "
-            f"found {scaling!r}; other rotary positions are not supported"
+            f"{header.architecture}.rope.scaling.type in {header.path} must be none, linear or yarn; "
+            f"found {scaling!r}. Choose another model."
         )
     if scaling == "yarn":
         names = {
@@ -289,25 +307,28 @@ def read_gguf_rope(head: GgufHeader, head_dim: int) -> dict[str, Any]:
             "beta_fast": "yarn_beta_fast",
             "beta_slow": "yarn_beta_slow",
         }
-        values = {ours: head.get(f"rope.scaling.{theirs}", None) for ours, theirs in names.items()}
+        values = {ours: header.get(f"rope.scaling.{theirs}", None) for ours, theirs in names.items()}
         rope |= {name: value for name, value in values.items() if value is not None}
     if scaling != "none" and factor != 1:
         rope |= {"rope_type": scaling, "factor": factor}
-    if "rope_freqs.weight" in head.tensors:
-        rope |= read_llama3_rope(head, rope["rope_theta"], head_dim)
-    if head.architecture == "gemma3":
-        local = {"rope_type": "default", "rope_theta": head.get("rope.freq_base_swa", 10000.0)}
+    if "rope_freqs.weight" in header.tensors:
+        rope |= read_llama3_rope(header, rope["rope_theta"], head_dim)
+    if header.architecture == "gemma3":
+        local = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", 10000.0)}
         return {"full_attention": rope, "sliding_attention": local}
     return rope
 
 
-def read_llama3_rope(head: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's part of rope_parameters. The file has the divisors of the frequencies instead, so they are compared.
+def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
+    """Returns the scaling of Llama 3.1 to 3.3 for `rope_parameters`.
+
+    The file records a divisor for each frequency instead of the scaling's parameters. Those models differ only in the
+    factor, so the divisors are compared with the ones that the factor implies.
 
     Raises:
-      UserError: they are not those of Llama 3.1, 3.2 or 3.3, which differ in nothing but the factor.
+        UserError: The divisors are different.
     """
-    divisors = head.tensors["rope_freqs.weight"].read()
+    divisors = header.tensors["rope_freqs.weight"].read()
     rope = {
         "rope_type": "llama3",
         "factor": float(divisors.max()),
@@ -315,58 +336,65 @@ def read_llama3_rope(head: GgufHeader, theta: float, head_dim: int) -> dict[str,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)  # of each pair in the first 8192
+    # How often each rotary pair turns within the original context length.
+    turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)
     keep = np.clip((turns - 1) / (4 - 1), 0, 1)
     expected = 1 / (keep + (1 - keep) / rope["factor"])
     if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, expected, rtol=1e-3):
         raise UserError(
-            f"expected rope_freqs.weight in {head.path} as for Llama 3.1, {expected.round(3).tolist()}; "
-            f"found {divisors.round(3).tolist()}; other rotary positions are not supported"
+            f"rope_freqs.weight in {header.path} must be that of Llama 3.1, {expected.round(3).tolist()}; "
+            f"found {divisors.round(3).tolist()}. Choose another model."
         )
     return rope
 
 
-def read_gguf_tensors(path: str | Path, config: dict[str, Any]) -> dict[str, GgufTensor]:
-    """The tensors under the names and in the shapes of a Hugging Face checkpoint; `config` is `read_config`'s.
+def read_gguf_tensors(path: str | Path, hf_config: dict[str, Any]) -> dict[str, GgufTensor]:
+    """Lists the tensors of a GGUF file under the names and in the shapes of a Hugging Face checkpoint.
+
+    Args:
+        path: The file.
+        hf_config: The config that `read_gguf_config` returns for it.
+
+    Returns:
+        The tensors by name; experts are separate tensors.
 
     Raises:
-      UserError: as `read_head`; the file has a tensor that its architecture has not.
+        UserError: The header cannot be read (see `read_gguf_header`), or the file has a tensor that is not known.
     """
-    head = read_gguf_header(path)
+    header = read_gguf_header(path)
     import gguf
 
-    layers, gemma = config["num_hidden_layers"], head.architecture.startswith("gemma")
-    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    theirs = gguf.get_tensor_name_map(known[head.architecture], layers)
-    # llama.cpp rotates neighbours in this architecture, and its converter moved the rows there.
-    moved = (
-        {}
-        if head.architecture != "llama"
-        else {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    )
-    layer_modules = LAYER_MODULES + FAMILY_MODULES.get(config["model_type"], ())
+    layers, gemma = hf_config["num_hidden_layers"], header.architecture.startswith("gemma")
+    architecture_ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    name_map = gguf.get_tensor_name_map(architecture_ids[header.architecture], layers)
+    # llama.cpp rotates neighbouring rows in this architecture, and its converter permutes the projections accordingly.
+    interleaved_heads = {}
+    if header.architecture == "llama":
+        interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
+    layer_modules = LAYER_MODULES + FAMILY_MODULES.get(hf_config["model_type"], ())
     modules = [*TOP_MODULES, *(f"model.layers.{i}.{module}" for i in range(layers) for module in layer_modules)]
-    found, rest = {}, head.tensors.keys() - {"rope_freqs.weight"}
+    tensors, unread = {}, header.tensors.keys() - {"rope_freqs.weight"}
     for module, suffix in itertools.product(modules, (".weight", ".bias")):
-        # A layer's experts are one tensor in the file.
-        name = f"{theirs.get_name(module.replace('.{x}', ''))}{suffix}"
-        if name not in rest:
+        # The file stacks the experts of a layer in one tensor, whose name has no {x}.
+        name = f"{name_map.get_name(module.replace('.{x}', ''))}{suffix}"
+        if name not in unread:
             continue
-        rest.remove(name)
-        tensor = head.tensors[name]._replace(
-            heads=moved.get(name.split(".")[-2], 0), offset=float(gemma and name.endswith("norm.weight"))
+        unread.remove(name)
+        tensor = header.tensors[name]._replace(
+            interleaved_heads=interleaved_heads.get(name.split(".")[-2], 0),
+            added=float(gemma and name.endswith("norm.weight")),
         )
         if "{x}" not in module:
-            found[module + suffix] = tensor
+            tensors[module + suffix] = tensor
             continue
-        experts, *rows = tensor.rows
+        experts, *byte_shape = tensor.byte_shape
         for x in range(experts):
-            found[module.format(x=x) + suffix] = tensor._replace(
-                start=tensor.start + x * math.prod(rows), rows=tuple(rows), shape=tensor.shape[1:]
+            tensors[module.format(x=x) + suffix] = tensor._replace(
+                start=tensor.start + x * math.prod(byte_shape), byte_shape=tuple(byte_shape), shape=tensor.shape[1:]
             )
-    if rest:
+    if unread:
         raise UserError(
-            f"expected the tensors of {head.architecture} in {head.path}; found {len(rest)} others, "
-            f"such as {min(rest)}; this form of the model is not supported"
+            f"{header.path} must hold only the tensors of {header.architecture}; found {len(unread)} others, such as "
+            f"{min(unread)}. Choose another model."
         )
-    return found
+    return tensors

@@ -1,8 +1,7 @@
-"""Models in and out: `load`, `save`."""
+"""Loads and saves models: `load` reads a model folder or GGUF file, `save` writes a Hugging Face folder."""
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import gather_to_host, path_name, tree_shardings
-from grpo_jax.weights.families import DECODER_PREFIXES, SKIPPED_TENSORS, TensorRow, tensor_table
 from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
+from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
+from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
 CARRIED_FILES = (
     "generation_config.json",
@@ -38,294 +38,288 @@ CARRIED_FILES = (
 MAX_SHARD_BYTES = 5_000_000_000  # a larger model is written as several files
 
 log = logging.getLogger(__name__)
-_told: set[str] = set()
 
 
-class ParameterTensors(NamedTuple):
-    """One of our leaves and the tensors of a checkpoint that it is made of."""
+class ModelTensors(NamedTuple):
+    """The parameters of a model and the tensors of its checkpoint."""
 
-    path: str
-    row: TensorRow
-    names: np.ndarray  # of the tensors: [], [layers] or [layers, experts]
-    shape: tuple[int, ...]  # without those axes
-
-    @property
-    def merged(self) -> tuple[tuple[int, ...], ...]:
-        """Which axes of `shape` are one axis of the tensor: heads and their width are, in a checkpoint."""
-        axes = tuple(range(len(self.shape)))
-        if len(axes) == 3:
-            return (axes[:2], axes[2:]) if self.row.ours.endswith("/o/kernel") else (axes[:1], axes[1:])
-        return (axes,) if self.row.ours.endswith("bias") else tuple((axis,) for axis in axes)
-
-    @property
-    def theirs(self) -> tuple[int, ...]:
-        """The shape of one tensor."""
-        sizes = tuple(int(np.prod([self.shape[axis] for axis in axes])) for axes in self.merged)
-        return sizes[::-1] if self.row.transpose else sizes
-
-    def cut(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """`index`, a cut of `shape`, as a cut of one tensor."""
-
-        def merge(axes):
-            first, *rest = axes
-            if any(index[axis].indices(self.shape[axis])[:2] != (0, self.shape[axis]) for axis in rest):
-                raise ValueError(f"{self.path}: only the first of merged axes may be split")
-            inner = int(np.prod([self.shape[axis] for axis in rest]))
-            start, stop, _ = index[first].indices(self.shape[first])
-            return slice(start * inner, stop * inner)
-
-        cuts = tuple(merge(axes) for axes in self.merged)
-        return cuts[::-1] if self.row.transpose else cuts
+    parameters: dict[str, ParameterTensors]  # by path in the parameter tree
+    stored: dict[str, StoredTensor]  # by name; the tensors that the parameters are assembled from
+    skipped: dict[str, StoredTensor]  # by name; the tensors that the decoder does not use
 
 
-def parameter_tensors(model_cfg: ModelConfig, prefix: str) -> dict[str, ParameterTensors]:
-    """Every leaf of a model by its path; `prefix` begins the names of the decoder's tensors."""
-    rows = {row.ours: row for row in tensor_table(model_cfg.family)}
-    starts = np.cumsum([0, *(len(run) for run in model_cfg.layer_stacks)])
-    found = {}
-    for key, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg)):
-        path = path_name(key)
-        _, _, ours = path.split("/", 2) if path.startswith("layers/") else (None, None, path)
-        row = rows[ours]
-        counts = leaf.shape[: "{i}" in row.theirs and 1 + ("{x}" in row.theirs)]
-        first = starts[int(path.split("/")[1])] if counts else 0
-        begin = DECODER_PREFIXES[prefix] if ours == "head/kernel" else prefix
-        names = np.empty(counts, object)
-        for at in np.ndindex(*counts):
-            layer_and_expert = dict(zip("ix", (at[0] + first, *at[1:]))) if at else {}
-            names[at] = begin + row.theirs.format(**layer_and_expert)
-        found[path] = ParameterTensors(path, row, names, leaf.shape[len(counts) :])
-    return found
-
-
-def open_model_tensors(
-    source: Path, model_cfg: ModelConfig
-) -> tuple[dict[str, ParameterTensors], dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The leaves of a model, the tensors they are made of, and those that the decoder has no use for.
+def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
+    """Opens the tensors of a model and checks them against its config, without reading any values.
 
     Raises:
-      UserError: a tensor is missing, unknown, twice there or of another shape than the config says.
+        UserError: A tensor is missing, unknown, stored twice, not floating-point, or of a shape that contradicts the
+            config.
     """
-    raw = read_hf_config(source)
-    found = (
-        open_gguf_tensors(source, raw)
-        if source.suffix == ".gguf"
-        else open_safetensors_folder(source, fp8_block_shape(raw, source))
+    hf_config = read_hf_config(source)
+    if source.suffix == ".gguf":
+        tensors = open_gguf_tensors(source, hf_config)
+    else:
+        tensors = open_safetensors_folder(source, fp8_block_shape(hf_config, source))
+    # Checked before the tensors' names are listed, because a broken config would make that list huge.
+    at_least = sum(model_cfg.experts.num_experts if layer.use_experts else 1 for layer in model_cfg.layers)
+    if at_least > len(tensors):
+        raise UserError(
+            f"The config of {source} describes at least {at_least} tensors; found {len(tensors)}. Download them again."
+        )
+    prefix = next((prefix for prefix in DECODER_PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model.")
+    parameters = parameter_tensors(model_cfg, prefix)
+    expected = {name: parameter for parameter in parameters.values() for name in parameter.names.flat}
+    others = tensors.keys() - expected.keys()
+    skipped = skipped_tensors(model_cfg, prefix, others)
+    for problem, names in (("missing", expected.keys() - tensors.keys()), ("unknown", others - skipped)):
+        if names:
+            raise UserError(
+                f"The config of {source} describes {len(expected)} tensors; found {len(names)} {problem}, such as "
+                f"{min(names)}. Download the model again."
+            )
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.stored_shape:
+            raise UserError(
+                f"{name} in {source} must have shape {parameter.stored_shape} according to its config; "
+                f"found {tensors[name].shape}. Download the model again."
+            )
+        if tensors[name].dtype.kind in "iub":
+            raise UserError(
+                f"{name} in {source} must be floating-point; found {tensors[name].dtype}. Use an unquantized model."
+            )
+    return ModelTensors(
+        parameters, {name: tensors[name] for name in expected}, {name: tensors[name] for name in skipped}
     )
-    # Before lists of names are made, which a broken config would make long.
-    wanted = sum((model_cfg.experts.num_experts if layer.use_experts else 1) for layer in model_cfg.layers)
-    if wanted > len(found):
-        raise UserError(f"expected {wanted} tensors or more in {source}, as its config says; found {len(found)}")
-    prefix = next((p for p in DECODER_PREFIXES if f"{p}embed_tokens.weight" in found), "model.")
-    leaves = parameter_tensors(model_cfg, prefix)
-    expected = {name: leaf for leaf in leaves.values() for name in leaf.names.flat}
-    patterns = [
-        pattern.replace("{n}", str(model_cfg.num_layers))
-        for pattern in SKIPPED_TENSORS["all"] + SKIPPED_TENSORS.get(model_cfg.family, ())
-    ]
-    spare = {name for name in found.keys() - expected.keys() if any(re.search(p, name) for p in patterns)}
-    if model_cfg.tie_embeddings:
-        spare |= found.keys() & {f"{DECODER_PREFIXES[prefix]}lm_head.weight"}
-    for kind, odd in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys() - spare)):
-        if odd:
-            raise UserError(
-                f"expected {len(expected)} tensors in {source}, as its config says; "
-                f"found {len(odd)} {kind}, such as {sorted(odd)[0]}"
-            )
-    for name, leaf in expected.items():
-        if found[name].shape != leaf.theirs:
-            raise UserError(
-                f"expected {name} in {source} to be {leaf.theirs}, as its config says; found {found[name].shape}"
-            )
-        if found[name].dtype.kind in "iub":
-            raise UserError(f"expected {name} in {source} to be of a float dtype; found {found[name].dtype}")
-    if spare and str(source) not in _told:
-        _told.add(str(source))
-        log.warning("%s: %d tensors are not the decoder's and are skipped, such as %s", source, len(spare), min(spare))
-    return leaves, {name: found[name] for name in expected}, {name: found[name] for name in spare}
 
 
-def check_tied_head(
-    source: Path, leaves: dict[str, ParameterTensors], stored: dict[str, StoredTensor], spare: dict[str, StoredTensor]
-) -> None:
-    """Checks that a head which the config ties to the embedding, and which is there all the same, equals it.
+def check_tied_head(source: Path, tensors: ModelTensors) -> None:
+    """Checks that a tied head which is stored all the same equals the embedding.
 
     Raises:
-      UserError: it does not; which of the two is meant, the checkpoint does not say.
+        UserError: It differs, so the checkpoint does not say which of the two is meant.
     """
-    embedding = stored[str(leaves["embed/embedding"].names)]
-    for name, head in spare.items():
-        if name.endswith("lm_head.weight"):
-            rows = (slice(at, at + 4096) for at in range(0, embedding.shape[0], 4096))
-            every = (slice(None),)
-            same = head.shape == embedding.shape and all(
-                np.array_equal(head.read((cut, *every)), embedding.read((cut, *every))) for cut in rows
+    embedding = tensors.stored[str(tensors.parameters["embed/embedding"].names)]
+    blocks = [(slice(row, row + 4096), slice(None)) for row in range(0, embedding.shape[0], 4096)]
+    for name, head in tensors.skipped.items():
+        if not name.endswith("lm_head.weight"):
+            continue
+        same_shape = head.shape == embedding.shape
+        if not same_shape or not all(np.array_equal(head.read(block), embedding.read(block)) for block in blocks):
+            raise UserError(
+                f"{name} in {source} must equal the embedding, because config.json sets tie_word_embeddings; found "
+                "different values. Set tie_word_embeddings to false in config.json if the head is meant."
             )
-            if not same:
-                raise UserError(
-                    f"expected {name} in {source} to equal the embedding, as tie_word_embeddings says; found "
-                    "another; set tie_word_embeddings to false in config.json if the head is meant"
-                )
 
 
 def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "float32") -> tuple[ModelConfig, dict]:
-    """Reads a model: tensor by tensor, into arrays that lie where they will be used.
+    """Loads a model, tensor by tensor, directly into its sharding.
 
     Args:
-      source: what `find_model` takes.
-      mesh: place the parameters on it by `grpo_jax.parallel.mesh.TABLE`; each process reads what its devices hold. By default
-        they go to the first device.
-      param_dtype: the dtype of the arrays returned.
+        source: A model folder, a GGUF file, a Hub id, `tiny` or `smollm2`; see `find_model`.
+        mesh: The mesh to shard the parameters over, by `grpo_jax.parallel.mesh.PARTITION_TABLE`. Each process reads
+            only the parts that its devices hold. Without a mesh, the parameters are placed on the first local device.
+        param_dtype: The dtype of the parameters.
+
     Returns:
-      The model's config and its parameters.
+        The model's config and its parameters.
+
     Raises:
-      UserError: a tensor is missing, unknown, twice there or of another shape than the config says.
+        UserError: There is no model at `source`, it is not supported, or its tensors do not match its config.
     """
     source = find_model(source)
     model_cfg = read_model_config(source)
-    leaves, stored, spare = open_model_tensors(source, model_cfg)
+    tensors = open_model_tensors(source, model_cfg)
+    check_tied_head(source, tensors)
+    if tensors.skipped:
+        count, example = len(tensors.skipped), min(tensors.skipped)
+        log.warning("%s: skipped %d tensors that the decoder does not use, such as %s", source, count, example)
     shapes = param_shapes(model_cfg, param_dtype)
-    check_tied_head(source, leaves, stored, spare)
-
-    def read(path, shape, sharding):
-        leaf = leaves[path_name(path)]
-        axes = leaf.names.ndim
-
-        def part(index):
-            names = leaf.names[index[:axes]] if axes else leaf.names
-            local = tuple(len(range(*cut.indices(size))) for cut, size in zip(index[axes:], leaf.shape))
-            out = np.empty((*names.shape, *local), shape.dtype)
-            for at in np.ndindex(*names.shape):
-                value = stored[names[at]].read(leaf.cut(index[axes:]))
-                out[at] = (value.T if leaf.row.transpose else value).reshape(local)
-            return out
-
-        return assemble_array(shape.shape, sharding, part)
-
     if mesh is None:
-        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), shapes)
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
     else:
-        places = tree_shardings(mesh, shapes)
-    return model_cfg, jax.tree_util.tree_map_with_path(read, shapes, places)
+        shardings = tree_shardings(mesh, shapes)
+
+    def load_parameter(path, leaf, sharding):
+        parameter = tensors.parameters[path_name(path)]
+        return assemble_array(
+            leaf.shape, sharding, lambda index: read_part(parameter, tensors.stored, index, leaf.dtype)
+        )
+
+    return model_cfg, jax.tree_util.tree_map_with_path(load_parameter, shapes, shardings)
+
+
+def read_part(
+    parameter: ParameterTensors, stored: dict[str, StoredTensor], index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Reads the part of a parameter that `index` selects."""
+    stacked_axes = parameter.names.ndim
+    names, index = parameter.names[index[:stacked_axes]], index[stacked_axes:]
+    names = np.asarray(names, object)  # indexing an array without axes gives its only name
+    shape = tuple(len(range(*cut.indices(size))) for cut, size in zip(index, parameter.shape, strict=True))
+    slices = parameter.stored_slices(index)
+    part = np.empty((*names.shape, *shape), dtype)
+    for position in np.ndindex(*names.shape):
+        value = stored[names[position]].read(slices)
+        part[position] = (value.T if parameter.row.transpose else value).reshape(shape)
+    return part
 
 
 def assemble_array(
-    shape: tuple[int, ...], sharding: Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array whose parts are made by `part`, each once, with one device's share in memory at a time."""
-    by_part = {}
+    """Assembles a sharded array from parts that `read` returns.
+
+    Each part is read once, however many devices hold it, and only one is in host memory at a time.
+    """
+    devices_by_part = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        by_part.setdefault(str(index), (index, []))[1].append(device)
-    made = []
-    for index, devices in by_part.values():
-        value = part(index)
-        made += jax.block_until_ready([jax.device_put(value, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(shape, sharding, made)
+        devices_by_part.setdefault(str(index), (index, []))[1].append(device)
+    arrays = []
+    for index, devices in devices_by_part.values():
+        part = read(index)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
-    """Writes a Hugging Face folder that `transformers` loads: config, safetensors, tokenizer, generation config.
+    """Writes a Hugging Face folder that `transformers` loads: weights, config, generation config and tokenizer.
 
-    All but the weights is carried along from `config.source`. Each weight is written in the dtype it has there
-    (dequantized ones as bfloat16), and so are tensors there that the decoder skips, such as a vision tower.
+    Everything but the weights comes from `model_cfg.source`. Each weight has the dtype that it has there (bfloat16 if
+    it was quantized), and tensors that the decoder skips, such as a vision tower, are copied. Every process must call
+    this function; only process 0 writes.
+
+    Args:
+        folder: The folder to write.
+        model_cfg: The model. Without a source it must be a plain Llama.
+        params: Its parameters.
 
     Raises:
-      UserError: `folder` is the source itself.
-      ValueError: there is no source, and no config.json is written from nothing for this family.
+        UserError: `folder` is the source itself, or holds the weights of another model.
+        ValueError: The model has no source and is not a plain Llama.
     """
-    folder, source = Path(folder), Path(model_cfg.source) if model_cfg.source else None
+    folder, source = Path(folder).expanduser(), Path(model_cfg.source) if model_cfg.source else None
     if source and source.resolve() == folder.resolve():
-        raise UserError(f"expected another folder than {folder}, where the model came from; choose another")
-    raw, dtypes, spare = llama_hf_config(model_cfg) if source is None else read_hf_config(source), {}, {}
-    leaves = parameter_tensors(model_cfg, "model.")
+        raise UserError(
+            f"A model must be saved to a new folder; found {folder}, which it was loaded from. Choose another."
+        )
     if source:
-        leaves, stored, spare = open_model_tensors(source, model_cfg)
-        dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        raw.pop("quantization_config", None)  # FP8 weights were multiplied by their scales
-    tensors = tensors_from_params(leaves, params, dtypes, model_cfg.dtype)
-    for name, tensor in spare.items():  # a head that is tied is the embedding as it is now
-        tied = name.endswith("lm_head.weight")
-        tensors[name] = tensors[str(leaves["embed/embedding"].names)] if tied else tensor
-    write_safetensors(folder, tensors)
-    if jax.process_index() != 0:
-        return
-    if source and source.suffix == ".gguf":
-        from grpo_jax.weights.tokenizer import read_gguf_tokenizer
+        hf_config, tensors = read_hf_config(source), open_model_tensors(source, model_cfg)
+        hf_config.pop("quantization_config", None)  # FP8 weights were dequantized
+    else:
+        hf_config, tensors = llama_hf_config(model_cfg), ModelTensors(parameter_tensors(model_cfg, "model."), {}, {})
+    dtypes = {name: tensor.dtype for name, tensor in tensors.stored.items()}
+    written = tensors_from_params(tensors.parameters, params, dtypes, model_cfg.dtype)
+    embedding = written[str(tensors.parameters["embed/embedding"].names)]
+    for name, tensor in tensors.skipped.items():  # a tied head must follow the embedding, which may have been trained
+        written[name] = embedding if name.endswith("lm_head.weight") else tensor
+    write_safetensors(folder, written)
+    if jax.process_index() == 0:
+        copy_tokenizer_files(source, folder)
+        write_configs(source, folder, hf_config)
 
+
+def copy_tokenizer_files(source: Path | None, folder: Path) -> None:
+    """Copies the tokenizer and generation config of a model, or writes out the tokenizer of a GGUF file."""
+    if source and source.suffix == ".gguf":
         read_gguf_tokenizer(source).save_pretrained(folder)
     for name in CARRIED_FILES:
         if source and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    unchanged = source and source.is_dir() and raw == read_hf_config(source)
-    text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(raw, indent=2) + "\n"
+
+
+def write_configs(source: Path | None, folder: Path, hf_config: dict) -> None:
+    """Writes config.json, byte for byte as in the source if unchanged, and generation_config.json if it is missing."""
+    unchanged = source and source.is_dir() and hf_config == read_hf_config(source)
+    text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(hf_config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if not (folder / "generation_config.json").is_file():
-        ids = {f"{name}_token_id": raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        known = {name: value for name, value in ids.items() if value is not None}
-        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+        fields = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
+        ids = {field: hf_config[field] for field in fields if hf_config.get(field) is not None}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
 
 def tensors_from_params(
-    leaves: dict[str, ParameterTensors], params: dict, dtypes: dict[str, np.dtype], dtype: str
+    parameters: dict[str, ParameterTensors], params: dict, dtypes: dict[str, np.dtype], default_dtype: str
 ) -> dict[str, StoredTensor]:
-    """Parameters as the tensors of a checkpoint, by name; `dtype` is that of tensors which `dtypes` does not name."""
-    values = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """Converts parameters to the tensors of a checkpoint.
 
-    def stored(leaf: ParameterTensors, at: tuple[int, ...]) -> StoredTensor:
-        kind = dtypes.get(leaf.names[at], np.dtype(dtype))
+    Args:
+        parameters: The tensors that each parameter is stored in, by its path.
+        params: The parameter tree.
+        dtypes: The dtypes of tensors by name.
+        default_dtype: The dtype of tensors that are not in `dtypes`.
+
+    Returns:
+        The tensors by name. Reading one gathers it to every process, so all processes must read the same tensors.
+    """
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def convert(parameter: ParameterTensors, position: tuple[int, ...]) -> StoredTensor:
+        dtype, shape = dtypes.get(parameter.names[position], np.dtype(default_dtype)), parameter.stored_shape
 
         def read(index):
-            value = np.asarray(gather_to_host(values[leaf.path][at])).astype(kind)
-            value = value.reshape(leaf.theirs[::-1]).T if leaf.row.transpose else value.reshape(leaf.theirs)
+            value = np.asarray(gather_to_host(leaves[parameter.path][position])).astype(dtype)
+            value = value.reshape(shape[::-1]).T if parameter.row.transpose else value.reshape(shape)
             return np.ascontiguousarray(value[index])
 
-        return StoredTensor(leaf.theirs, kind, read)
+        return StoredTensor(shape, dtype, read)
 
-    return {leaf.names[at]: stored(leaf, at) for leaf in leaves.values() for at in np.ndindex(*leaf.names.shape)}
+    return {
+        parameter.names[position]: convert(parameter, position)
+        for parameter in parameters.values()
+        for position in np.ndindex(*parameter.names.shape)
+    }
 
 
-def write_safetensors(folder: Path, todo: dict[str, StoredTensor]) -> None:
-    """Writes safetensors, one file or several of at most `SHARD_BYTES` and an index; a file at a time is in memory.
+def write_safetensors(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Writes tensors as one safetensors file, or as several of at most `MAX_SHARD_BYTES` with an index.
+
+    One file's tensors are in memory at a time.
 
     Raises:
-      UserError: the folder has safetensors that would stay and be read with the new ones.
+        UserError: The folder holds other safetensors, which would be loaded together with the new ones.
     """
     shards, room = [[]], MAX_SHARD_BYTES
-    for name, tensor in todo.items():
-        size = tensor.bytes
-        if size > room and shards[-1]:
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
             shards.append([])
             room = MAX_SHARD_BYTES
         shards[-1].append(name)
-        room -= size
+        room -= tensor.nbytes
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
     stale = {path.name for path in folder.glob("*.safetensors")} - set(files)
     if stale:
-        raise UserError(f"expected no other model in {folder}; found {min(stale)}; choose another folder or remove it")
+        raise UserError(
+            f"{folder} must not hold another model; found {min(stale)}. Choose another folder or remove it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    index = {}
-    for file, names in zip(files, shards):
-        tensors = {name: todo[name].whole() for name in names}
+    weight_map = {}
+    for file, names in zip(files, shards, strict=True):
+        values = {name: tensors[name].read_all() for name in names}
         if jax.process_index() == 0:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
-        index |= dict.fromkeys(names, file)
+            save_file(values, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # the library makes it readable by its owner only
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1 and jax.process_index() == 0:
-        total = {"total_size": sum(tensor.bytes for tensor in todo.values())}
-        text = json.dumps({"metadata": total, "weight_map": dict(sorted(index.items()))}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n")
+        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        index = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(index + "\n")
 
 
 def llama_hf_config(model_cfg: ModelConfig) -> dict:
-    """The fields of a Llama config.json.
+    """Returns the config.json of a plain Llama.
 
     Raises:
-      ValueError: the model is of another family.
+        ValueError: The model is of another family, or its layers have windows, experts or scaled rotary embeddings.
     """
     theta = model_cfg.layers[0].rope.theta
     if model_cfg.family != "llama" or set(model_cfg.layers) != {LayerConfig(rope=RopeConfig(theta))}:
-        raise ValueError(f"expected a plain llama; found {model_cfg.family}; save a model with the source it came from")
+        raise ValueError(
+            f"Without a source, only a plain Llama can be saved; found {model_cfg.family} with layers "
+            f"{set(model_cfg.layers)}. Set model_cfg.source to the folder the model came from."
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

