@@ -26,7 +26,7 @@ FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/reference.npz") if
 
 def numbers(folder: Path) -> dict:
     """Tensor name -> (dtype, bytes) of a folder."""
-    return {name: (tensor.dtype, tensor.whole().tobytes()) for name, tensor in open_safetensors_folder(folder).items()}
+    return {name: (tensor.dtype, tensor.read_all().tobytes()) for name, tensor in open_safetensors_folder(folder).items()}
 
 
 def in_dtype(case: str, folder: Path, dtype) -> Path:
@@ -109,7 +109,7 @@ def test_fp8_weights_are_dequantized_and_go_out_as_bfloat16(tmp_path):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(got[name].whole(), value)
+        np.testing.assert_array_equal(got[name].read_all(), value)
     assert json.loads((tmp_path / "out/config.json").read_text()) == raw
     tokens = jnp.arange(6)[None]
     np.testing.assert_array_equal(forward(model_cfg, params, tokens), forward(*load(tmp_path / "out"), tokens))
@@ -147,10 +147,9 @@ def test_the_layer_that_predicts_further_ahead_is_skipped_and_carried(tmp_path, 
     assert "model.layers.2.input_layernorm.weight" in tensors and not any("layers.3." in name for name in tensors)
     save_file(tensors | extra, source / "model.safetensors")
     before = load(GOLDEN / "deepseek_v3")[1]
-    for _ in range(2):
-        model_cfg, params = load(source)
+    model_cfg, params = load(source)
     jax.tree.map(np.testing.assert_array_equal, params, before)
-    assert len([message for message in caplog.messages if "3 tensors are not the decoder's" in message]) == 1
+    assert len([message for message in caplog.messages if "skipped 3 tensors" in message]) == 1
     save(tmp_path / "out", model_cfg, params)
     assert numbers(tmp_path / "out") == numbers(source)
 
