@@ -1,4 +1,4 @@
-"""Evaluates a run's policy on held-out problems: accuracy, format, mean length in tokens."""
+"""Evaluates the policy of a run on held-out problems: accuracy, format and mean length in tokens."""
 
 import json
 import os
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax
 
+from grpo_jax import config as configs
+from grpo_jax.config import flags
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import EVALUATION_KEY, build_context, load_policy
@@ -16,13 +18,9 @@ from grpo_jax.text.prompt import encode_prompts
 
 
 def main(argv: Sequence[str]) -> None:
-    from grpo_jax import config as configs
-    from grpo_jax.config import flags
-
+    """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
-        "Evaluates a run's policy on held-out problems: accuracy, format, mean length in tokens.",
-        "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json",
-        of_a_run=True,
+        __doc__, "python -m grpo_jax.evaluate --workdir=runs/r1zero --questions=mine.jsonl --json", of_a_run=True
     )
     parser.add_argument(
         "--questions",
@@ -40,24 +38,23 @@ def main(argv: Sequence[str]) -> None:
         problems = read_problems(options.questions)
     else:
         problems = held_out_problems(cfg.task, cfg.eval.questions)
-    encode_prompts(context.tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
+    encode_prompts(context.tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)  # checks lengths
     with jax.set_mesh(context.mesh):
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), EVALUATION_KEY), step)
         metrics, _ = evaluate(cfg, context, placed, problems, key)
-    if jax.process_index() == 0:
-        if options.json:
-            print(json.dumps({"step": step, "questions": len(problems)} | metrics))
-        else:
-            print(
-                f"{len(problems)} questions, {'base model' if options.base else f'policy of step {step}'}, "
-                f"temperature {cfg.eval.temperature}: accuracy {metrics['eval/accuracy']:.3f}  "
-                f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
-            )
+    if jax.process_index() != 0:
+        return
+    if options.json:
+        print(json.dumps({"step": step, "questions": len(problems)} | metrics))
+    else:
+        print(
+            f"{'Base model' if options.base else f'Policy after step {step}'}, {len(problems)} questions, "
+            f"temperature {cfg.eval.temperature}: accuracy {metrics['eval/accuracy']:.3f}  "
+            f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
+        )
 
 
 if __name__ == "__main__":
-    from grpo_jax.config.flags import run_entry_point
-
-    run_entry_point(main)
+    flags.run_entry_point(main)

@@ -1,10 +1,12 @@
-"""Prints a completion of a run's policy, as it comes."""
+"""Prints a completion of a run's policy while it is sampled."""
 
 import os
 from collections.abc import Sequence
 
 import jax
 
+from grpo_jax import config as configs
+from grpo_jax.config import flags
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import is_multiprocess
 from grpo_jax.rollout.sampler import place_for_rollout
@@ -15,41 +17,42 @@ from grpo_jax.text.prompt import encode_prompts
 
 
 def main(argv: Sequence[str]) -> None:
-    from grpo_jax import config as configs
-    from grpo_jax.config import flags
-
+    """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
-        __doc__ + " The same prompt gives the same completion; --config.seed=1 gives another.",
+        f"{__doc__} The same prompt gives the same completion; --config.seed=1 gives another.",
         'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"',
         of_a_run=True,
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question; it is put into the template")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question, which is put into the template")
     parser.add_argument(
-        "--temperature", type=float, help="0 is greedy; default: rollout.temperature (eval.top_k and the like apply)"
+        "--temperature",
+        type=float,
+        help="sampling temperature, 0 is greedy; default: rollout.temperature. eval.top_k, top_p and min_p apply too",
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
     if not options.prompt:
-        raise UserError('expected a question; found none; pass --prompt="What is 347 + 589?"')
+        raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
-        raise UserError(f"--temperature must be a number of 0 or more; found {options.temperature}.")
+        raise UserError(f"--temperature must be a number of 0 or more; found {options.temperature}. Pass 0 for greedy.")
     if "rollout" in raw and "eval" in raw:  # eval.top_k, eval.top_p and eval.min_p apply at the temperature used here
         raw.eval.temperature = raw.rollout.temperature if options.temperature is None else options.temperature
     cfg = configs.check(raw)
     if is_multiprocess(os.environ):
-        raise UserError("expected one process to print a completion; found an environment of several; start it alone")
+        raise UserError(
+            "generate runs in a single process; found the environment variables of several. Start it on its own."
+        )
     context = build_context(cfg)
     configs.check_model(cfg, context.model_cfg)
+    # Checks the prompt's length before the policy is loaded.
     encode_prompts(context.tokenizer, [Problem(options.prompt, "", {})], [0], cfg.rollout.max_prompt_tokens)
     with jax.set_mesh(context.mesh):
         _, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
-        for piece in stream_completion(cfg, context, placed, options.prompt, cfg.eval.temperature, key):
+        for piece in stream_completion(cfg, context, placed, options.prompt, key):
             print(piece, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    from grpo_jax.config.flags import run_entry_point
-
-    run_entry_point(main)
+    flags.run_entry_point(main)

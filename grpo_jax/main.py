@@ -1,7 +1,7 @@
-"""The entry point: `python -m grpo_jax.main --config=configs/r1zero.py`. It stays short so that the work can be imported.
+"""Trains a model: `python -m grpo_jax.main --config=configs/r1zero.py`.
 
-Checks everything a user can get wrong, starts `jax.distributed` if the environment says that there are several
-processes, and runs the config's job: reinforcement learning, or the pretraining of the tiny base model.
+Parses the flags, checks everything that the user can get wrong, joins the processes of a multi-host run, and runs the
+config's job: GRPO, or the pretraining of the tiny base model.
 """
 
 import os
@@ -16,8 +16,9 @@ from grpo_jax.parallel.processes import check_shared_workdir, is_multiprocess, j
 
 
 def main(argv: Sequence[str]) -> None:
+    """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
-        "Trains a language model with rule-based rewards (GRPO). Run again with the same workdir, it resumes.",
+        "Trains a language model with rule-based rewards (GRPO). Run it again with the same workdir to resume.",
         "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
     )
     _, raw, workdir = flags.parse_flags(parser, argv)
@@ -25,13 +26,16 @@ def main(argv: Sequence[str]) -> None:
         from grpo_jax.tiny.pretrain import pretrain
 
         if is_multiprocess(os.environ):
-            raise UserError("expected one process for pretraining; found an environment of several; start it alone")
+            raise UserError(
+                "Pretraining runs in a single process; found the environment variables of several. Start it on its own."
+            )
         pretrain(configs.check_pretrain(raw), workdir)
         return
     cfg = configs.check(raw)
     configs.check_workdir(workdir, cfg)
     join_processes(os.environ)
 
+    # Imported here so that a mistake in the flags is reported without waiting for these imports.
     from grpo_jax.run.checkpoint import newest_step
     from grpo_jax.run.context import build_context, check_prompt_lengths
     from grpo_jax.run.train import train

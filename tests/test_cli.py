@@ -69,7 +69,7 @@ def asking(path: Path, *questions: str) -> str:
         (["--config.optim.lr=inf"], "--config.optim.lr must be of type float; found 'inf'"),
         (
             ["--config.model.attention=cudnn"],
-            "expected devices of kind gpu for model.attention=cudnn; found cpu; set --config",
+            "model.attention=cudnn needs gpu devices; found cpu. Set --config.model.attention=auto",
         ),
         (["--config.seed"], "--config.seed must be followed by a value; found none. Write --config.seed=VALUE"),
         (["--config.seed", "--config.total_steps=5"], "--config.seed must be followed by a value"),
@@ -238,9 +238,9 @@ def test_pretraining_does_not_overwrite_a_model(tmp_path):
 def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
     refused(entry, tmp_path / "none", *argv, says="must be the workdir of a training run, with a config.json")
     write_config(tmp_path / "run", Config())
-    refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
+    refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
     (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before the first one
-    refused(entry, tmp_path / "run", *argv, says="expected a checkpoint in .*found none; train first")
+    refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
@@ -278,11 +278,11 @@ def test_neither_config_nor_workdir():
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], "expected a question; found none; pass --prompt="),
-        (["--prompt="], "expected a question; found none"),
+        ([], "--prompt must hold a question; found none. Pass --prompt="),
+        (["--prompt="], "--prompt must hold a question; found none"),
         (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*Raise rollout.max_prompt_tok"),
-        (["--prompt=hello", "--temperature=-1"], "expected --temperature of 0 or more; found -1.0"),
-        (["--prompt=hello", "--temperature=nan"], "expected --temperature of 0 or more; found nan"),
+        (["--prompt=hello", "--temperature=-1"], "--temperature must be a number of 0 or more; found -1.0"),
+        (["--prompt=hello", "--temperature=nan"], "--temperature must be a number of 0 or more; found nan"),
         (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
         (["hello"], "found the unknown argument 'hello'"),
     ],
@@ -358,7 +358,7 @@ def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProces
             ["--config.rollout.sam\nple=4"],
             "Did you mean --config.rollout.samples?",
         ),  # a line's end in the message
-        ("evaluate", ["--config.rollout.max_tokens=4"], "train first"),
+        ("evaluate", ["--config.rollout.max_tokens=4"], "Train first"),
         # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
         ("generate", ["--prompt=" + "word " * 600], "Raise rollout.max_prompt_tokens"),
     ],
@@ -401,8 +401,8 @@ def test_generating_filters_at_its_own_temperature(tmp_path):
     write_config(tmp_path / "run", check_with(eval__temperature=0.0))
     top_k, prompt = "--config.eval.top_k=5", "--prompt=hello"
     refused(evaluate.main, tmp_path / "run", top_k, says="eval.top_k=5 has no effect while eval.temperature=0.0")
-    refused(generate.main, tmp_path / "run", top_k, prompt, says="expected a checkpoint")
-    refused(generate.main, tmp_path / "run", top_k, prompt, "--temperature=0.5", says="expected a checkpoint")
+    refused(generate.main, tmp_path / "run", top_k, prompt, says="must have saved a checkpoint")
+    refused(generate.main, tmp_path / "run", top_k, prompt, "--temperature=0.5", says="must have saved a checkpoint")
     refused(
         generate.main,
         tmp_path / "run",
@@ -423,7 +423,7 @@ def test_flags_expand_the_home_directory(tmp_path, monkeypatch):
         assert workdir == tmp_path / "run"
     write_config(tmp_path / "run", check_with(model__path="~/model"))
     shutil.copytree(find_model("tiny"), tmp_path / "model")
-    refused(evaluate.main, Path("~/run"), "--config.model.path=~/model", says="expected a checkpoint")
+    refused(evaluate.main, Path("~/run"), "--config.model.path=~/model", says="must have saved a checkpoint")
     refused(evaluate.main, Path("~/run"), "--questions=~/none.jsonl", says=f"{tmp_path}/none.jsonl")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -520,4 +520,4 @@ def test_an_environment_that_says_too_little(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="expected JAX_COORDINATOR_ADDRESS.*'two'")
-    refused(main.main, tmp_path / "run", PRETRAIN, says="expected one process for pretraining")
+    refused(main.main, tmp_path / "run", PRETRAIN, says="Pretraining runs in a single process")

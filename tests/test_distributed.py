@@ -98,7 +98,7 @@ def test_two_processes_compute_what_one_does_and_resume(tmp_path):
     for name, workdirs in (("by-two", [two, two]), ("by-one", [two])):
         codes, printed = run(tmp_path, workdirs, f"--out={tmp_path / name}", module="grpo_jax.export")
         assert codes == [0] * len(workdirs), printed[0][-3000:] + printed[-1][-3000:]
-        assert printed[1:] == [text for text in printed[1:] if "wrote" not in text] and "wrote" in printed[0]
+        assert printed[1:] == [text for text in printed[1:] if "Wrote" not in text] and "Wrote" in printed[0]
         folders.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert folders[0] == folders[1] and "model.safetensors" in folders[0]
 

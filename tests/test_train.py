@@ -1,7 +1,8 @@
-"""The loop: a resumed run equals an uninterrupted one, files are as documented, and rewards alone teach."""
+"""The training loop: resuming, the files of a workdir, non-finite gradients, and learning from rewards alone."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,147 +15,165 @@ import pytest
 import grpo_jax.run.train
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
+from grpo_jax.weights.model_io import load
+from grpo_jax.weights.source import find_model
 
 REPO = Path(__file__).parent.parent
-FEW = [
+# All runs of this module share these shapes, so that the sampler compiles once.
+SMALL_RUN = [
     "--config.rollout.prompts=4",
     "--config.rollout.samples=4",
     "--config.rollout.max_tokens=14",
+    "--config.rollout.slots=6",
     "--config.eval.questions=8",
     "--config.log.every_steps=1",
     "--config.log.samples=3",
-    "--config.loss.kl_coef=0.1",
     "--config.mesh.data=2",
     "--config.mesh.fsdp=2",
     "--config.mesh.tensor=2",
 ]
+# Each rollout feeds 4 updates.
+FINISHED_RUN = [
+    *SMALL_RUN,
+    "--config.loss.kl_coef=0.1",
+    "--config.train.minibatches=2",
+    "--config.train.epochs=2",
+    "--config.total_steps=5",
+    "--config.eval.every_steps=4",
+    "--config.checkpoint.every_steps=3",
+]
+DOCUMENTED_METRICS = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac
+rollout/tokens_per_s groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max policy/clip_frac
+policy/entropy loss/total policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s time/reward_s
+time/update_s time/step_s""".split()
 
 
-def train(workdir, *extra):
-    main(["--config=configs/r1zero.py", f"--workdir={workdir}", *FEW, *extra])
+def train(workdir, flags):
+    main([f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *flags])
 
 
-def lines(workdir):
-    """metrics.jsonl without what a clock says."""
+def read_rows(workdir):
+    """Returns the lines of metrics.jsonl without the metrics that a clock measures."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = lambda name: name.startswith("time/") or name.endswith("_per_s")
-    return [{name: value for name, value in row.items() if not clock(name)} for row in rows]
+    return [
+        {name: row[name] for name in row if not name.startswith("time/") and not name.endswith("_per_s")}
+        for row in rows
+    ]
 
 
-def saved(workdir, step, item):
+def restore(workdir, *path):
+    """Restores one item of a checkpoint as numpy arrays."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / item).absolute())
+        return checkpointer.restore((workdir / "checkpoints").joinpath(*path).absolute())
 
 
-def test_resume_equals_uninterrupted(tmp_path, monkeypatch):
-    """Stopped after 3 of 5 updates, in the middle of a rollout that feeds 4 of them (2 minibatches, 2 epochs)."""
-    monkeypatch.chdir(REPO)
-    several = ["--config.train.minibatches=2", "--config.train.epochs=2", "--config.checkpoint.every_steps=3"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(whole, *several, "--config.total_steps=5")
-    train(broken, *several, "--config.total_steps=3")
-    # As if it had gone on to step 4 and been killed before the next checkpoint.
-    with open(broken / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "reward/mean": 9}\n{"step": 5, "rew')
-    train(broken, *several, "--config.total_steps=5")
+def assert_trees_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def largest_difference(tree, other):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tree, other)))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The workdir of a run of 5 updates, with checkpoints after 3 and 5. Tests must not change it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train(workdir, FINISHED_RUN)
+    return workdir
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tmp_path):
+    """The run is killed in step 5, after a checkpoint in step 3: in the middle of the first rollout."""
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "5")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 4, "reward/mean": 9}\n{"step": 5, "rew')
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"total_steps": 3}))  # total_steps may be raised
+    train(workdir, FINISHED_RUN)
 
     for item in ("policy", "optimizer"):
-        jax.tree.map(np.testing.assert_array_equal, saved(whole, 5, item), saved(broken, 5, item))
-    changed = jax.tree.map(
-        lambda a, b: float(np.abs(a - b).max()), saved(whole, 5, "policy"), saved(whole, 3, "policy")
-    )
-    assert max(jax.tree.leaves(changed)) > 1e-5
-    without_eval = lambda rows: [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
-    assert without_eval(lines(broken)) == without_eval(lines(whole))
-    assert [row["step"] for row in lines(broken)] == [0, 1, 2, 3, 4, 5]
-    # The drift from the sampler is that of the rollout's first update; afterwards the policy has moved.
-    assert len({row["policy/kl_sampler"] for row in lines(whole)[1:5]}) == 1
-    assert lines(whole)[1]["policy/ratio_max"] < 1.0001 < lines(whole)[4]["policy/ratio_max"]
+        assert_trees_equal(restore(finished_run, "5", item), restore(workdir, "5", item))
+    assert largest_difference(restore(workdir, "5", "policy"), restore(workdir, "3", "policy")) > 1e-5
+    assert read_rows(workdir) == read_rows(finished_run)
+    samples = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
+    assert samples == {path.name: path.read_text() for path in (finished_run / "samples").iterdir()}
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(REPO)
-    train(tmp_path / "run", "--config.total_steps=1")
-    before = lines(tmp_path / "run")
-    reference = saved(tmp_path / "run", "reference", "")
-    capsys.readouterr()
-    train(tmp_path / "run", "--config.total_steps=1")
-    assert lines(tmp_path / "run") == before
-    assert "before" in capsys.readouterr().out
-    # The reference is the base, the policy has left it.
-    jax.tree.map(np.testing.assert_array_equal, reference, saved(tmp_path / "run", "reference", ""))
-    policy = saved(tmp_path / "run", 1, "policy")
-    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), reference, policy)))
-
-
-def test_a_run_stops_after_updates_that_are_not_finite(tmp_path, monkeypatch):
-    """Two may be left out; between step 1, left out, and steps 3 and 4 is one that is fine, and counts from 0 again."""
-    monkeypatch.chdir(REPO)
-    calls, pack_batch = [], grpo_jax.run.train.pack_batch
-
-    def broken(*args):
-        calls.append(args)
-        batch = pack_batch(*args)
-        return batch if len(calls) == 2 else batch.replace(advantages=batch.advantages * np.nan)
-
-    monkeypatch.setattr("grpo_jax.run.train.pack_batch", broken)
-    with pytest.raises(
-        UserError, match="2 updates in a row, the last one step 4; the policy has not changed since step 2"
-    ):
-        train(
-            tmp_path / "run",
-            "--config.total_steps=9",
-            "--config.optim.max_skips=2",
-            "--config.loss.kl_coef=0",
-            "--config.checkpoint.every_steps=1",
-        )
-    assert [row["optim/skipped"] for row in lines(tmp_path / "run")[1:]] == [1, 0, 1, 1]
-    policies = [saved(tmp_path / "run", step, "policy") for step in (3, 4)]
-    jax.tree.map(np.testing.assert_array_equal, *policies)
-    meta = json.loads((tmp_path / "run" / "checkpoints" / "4" / "meta" / "metadata").read_text())
-    assert meta["skipped"] == 3 and meta["skipped_in_a_row"] == 2
-
-
-NAMES = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac rollout/tokens_per_s
-groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max policy/clip_frac policy/entropy loss/total
-policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s time/reward_s time/update_s time/step_s""".split()
-
-
-def test_a_workdir_holds_what_is_documented(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO)
-    run, slots, generate = tmp_path / "run", [], grpo_jax.run.train.generate_rollout
-    monkeypatch.setattr(
-        "grpo_jax.run.train.generate", lambda *args, **how: slots.append(how["slots"]) or generate(*args, **how)
-    )
-    train(
-        run,
-        "--config.total_steps=2",
-        "--config.eval.every_steps=1",
-        "--config.loss.kl_coef=0",
-        "--config.rollout.slots=6",
-    )
-    assert slots == [8, 8]  # two for each of the four shards of rows
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(name in row for row in rows for name in ("eval/accuracy", "eval/format", "eval/length_mean"))
-    assert all(isinstance(row[name], float) for row in rows[1:] for name in NAMES)
-    assert abs(rows[1]["policy/kl_sampler"]) < 1e-6 and abs(rows[1]["policy/ratio_max"] - 1) < 1e-3
+def test_drift_from_the_sampler_is_measured_before_the_first_update_of_a_rollout(finished_run):
+    """Later updates of the rollout repeat it, while the ratio shows that the policy has moved."""
+    rows = read_rows(finished_run)
+    assert len({row["policy/kl_sampler"] for row in rows[1:5]}) == 1
+    assert abs(rows[1]["policy/kl_sampler"]) < 1e-6 and abs(rows[1]["policy/ratio_max"] - 1) < 1e-4
     assert 0 < rows[1]["policy/logp_gap/mean"] < rows[1]["policy/logp_gap/max"] < 1e-3
-    samples = [json.loads(line) for line in (run / "samples" / "train-000001.jsonl").read_text().splitlines()]
+    assert rows[4]["policy/ratio_max"] > 1.0001
+
+
+def test_running_a_finished_run_again_changes_nothing(finished_run, capsys):
+    metrics, steps = (finished_run / "metrics.jsonl").read_text(), sorted(os.listdir(finished_run / "checkpoints"))
+    train(finished_run, FINISHED_RUN)
+    assert (finished_run / "metrics.jsonl").read_text() == metrics
+    assert sorted(os.listdir(finished_run / "checkpoints")) == steps == ["3", "5", "reference"]
+    assert "before     after" in capsys.readouterr().out
+
+
+def test_the_reference_is_the_base_model(finished_run):
+    reference = restore(finished_run, "reference")
+    assert_trees_equal(jax.tree.leaves(reference), jax.tree.leaves(load(find_model("tiny"))[1]))
+    assert largest_difference(reference, restore(finished_run, "5", "policy")) > 1e-5
+
+
+def test_a_workdir_holds_what_is_documented(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert all(isinstance(row[name], float) for row in rows[1:] for name in DOCUMENTED_METRICS)
+    for name in ("eval/accuracy", "eval/format", "eval/length_mean"):
+        assert [row["step"] for row in rows if name in row] == [0, 4, 5]
+    samples = [json.loads(line) for line in (finished_run / "samples" / "train-000001.jsonl").read_text().splitlines()]
     assert len(samples) == 3
-    assert samples[0].keys() >= {
-        "step",
-        "prompt_id",
-        "sample_id",
-        "prompt",
-        "completion",
-        "accuracy",
-        "format",
-        "advantage",
-    }
-    assert json.loads((run / "config.json").read_text())["rollout"]["prompts"] == 4
-    assert any((run / "tensorboard").iterdir())
-    assert not (run / "checkpoints" / "reference").exists()  # no KL, no reference
+    keys = {"step", "prompt_id", "sample_id", "prompt", "completion", "accuracy", "format", "advantage"}
+    assert keys <= samples[0].keys()
+    assert json.loads((finished_run / "config.json").read_text())["rollout"]["prompts"] == 4
+    assert any((finished_run / "tensorboard").iterdir())
+
+
+def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monkeypatch):
+    """Steps 1, 3 and 4 have NaN gradients. Step 2 is finite, so the count starts again at step 3."""
+    pack_batch, generate_rollout = grpo_jax.run.train.pack_batch, grpo_jax.run.train.generate_rollout
+    packed, slots = [], []
+
+    def pack_with_nan(*args):
+        packed.append(pack_batch(*args))
+        return packed[-1] if len(packed) == 2 else packed[-1].replace(advantages=packed[-1].advantages * np.nan)
+
+    def record_slots(*args, **kwargs):
+        slots.append(kwargs["slots"])
+        return generate_rollout(*args, **kwargs)
+
+    monkeypatch.setattr(grpo_jax.run.train, "pack_batch", pack_with_nan)
+    monkeypatch.setattr(grpo_jax.run.train, "generate_rollout", record_slots)
+    workdir = tmp_path / "run"
+    flags = [
+        *SMALL_RUN,
+        "--config.loss.kl_coef=0",
+        "--config.optim.max_skips=2",
+        "--config.checkpoint.every_steps=1",
+        "--config.eval.every_steps=0",
+    ]
+    message = r"2 updates in a row \(steps 3 to 4\), so the policy has not changed since step 2\. .* lower optim\.lr"
+    with pytest.raises(UserError, match=message):
+        train(workdir, [*flags, "--config.total_steps=9"])
+    assert slots == [8] * 4  # rollout.slots=6 is rounded up to 2 for each of the 4 shards
+    rows = read_rows(workdir)
+    assert [row["optim/skipped"] for row in rows[1:]] == [1, 0, 1, 1]
+    assert all(name in row for row in rows[1:] for name in ("policy/kl_ref", "policy/kl_sampler", "loss/total"))
+    assert_trees_equal(restore(workdir, "3", "policy"), restore(workdir, "4", "policy"))
+    meta = json.loads((workdir / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    assert meta["skipped"] == 3 and meta["skipped_in_a_row"] == 2
+    assert not (workdir / "checkpoints" / "reference").exists()  # there is none without a KL term
+    with pytest.raises(UserError, match=message):
+        train(workdir, [*flags, "--config.total_steps=4"])
 
 
 def test_rewards_alone_teach(tmp_path):
@@ -171,5 +190,5 @@ def test_rewards_alone_teach(tmp_path):
         "--config.eval.questions=32",
     ]
     subprocess.run(command, check=True, cwd=REPO, env=environ, timeout=600, capture_output=True)
-    rewards = [row["reward/mean"] for row in lines(tmp_path / "run")[1:]]
+    rewards = [row["reward/mean"] for row in read_rows(tmp_path / "run")[1:]]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.4

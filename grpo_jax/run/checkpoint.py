@@ -1,13 +1,13 @@
-"""Orbax checkpoints of a run.
+"""Saves and restores a run with Orbax.
 
     WORKDIR/checkpoints/reference      the frozen reference, written once
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
-                            /meta      step (which is the position in the problems too), key, updates left out, the
-                                       rollout's metrics
-                            /experience  the rollout under way, if its updates were not all done
+                            /meta      step (which also fixes the position in the problem stream), random key, skipped
+                                       updates, metrics of the current rollout
+                            /experience  the current rollout, if some of its updates are still to come
 
-Saving is asynchronous; all processes call it. A checkpoint restores onto any mesh.
+Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
 """
 
 import logging
@@ -21,34 +21,35 @@ import orbax.checkpoint as ocp
 from grpo_jax.errors import UserError
 from grpo_jax.types import Experience, TrainState
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every save at INFO
-
 
 class RestoredRun(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     state: TrainState
     meta: dict[str, Any]
-    experience: Experience | None  # of the unfinished rollout
+    experience: Experience | None  # the current rollout, if some of its updates are still to come
 
 
 def checkpoints_folder(workdir: Path) -> Path:
-    """Where a run's checkpoints are."""
+    """Returns the folder that holds a run's checkpoints."""
     return Path(workdir).absolute() / "checkpoints"
 
 
 def open_checkpoint_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints, which keeps the newest `keep`. Close it to wait for the last save."""
+    """Opens the manager of a run's checkpoints, which keeps the newest `keep`.
+
+    Closing the manager waits for the last save to finish.
+    """
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(
-        checkpoints_folder(workdir), options=options, item_names=("policy", "optimizer", "meta", "experience")
-    )
+    items = ("policy", "optimizer", "meta", "experience")
+    return ocp.CheckpointManager(checkpoints_folder(workdir), options=options, item_names=items)
 
 
 def save_checkpoint(
     manager: ocp.CheckpointManager, state: TrainState, meta: dict, experience: Experience | None
 ) -> None:
-    """Begins to save a checkpoint under the state's step; the arrays may be donated right after."""
+    """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call."""
     items = {
         "policy": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave(state.opt_state),
@@ -59,88 +60,100 @@ def save_checkpoint(
     manager.save(meta["step"], args=ocp.args.Composite(**items))
 
 
-def abstract_arrays(tree, places):
-    """Shapes and shardings to restore into."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+def abstract_arrays(shapes, shardings):
+    """Returns a tree of jax.ShapeDtypeStruct with shardings, as Orbax needs to restore into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, places: TrainState) -> RestoredRun | None:
-    """The newest checkpoint, placed on the mesh; None if there is none.
+def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> RestoredRun | None:
+    """Restores the newest checkpoint onto the mesh, or returns None if the run has none.
 
     Args:
-      shapes, places: the state's jax.ShapeDtypeStruct and shardings.
+      manager: the manager of the run's checkpoints.
+      shapes: the train state as a tree of jax.ShapeDtypeStruct.
+      shardings: its shardings.
     """
     step = manager.latest_step()
     if step is None:
         return None
     items = {
-        "policy": ocp.args.StandardRestore(abstract_arrays(shapes.params, places.params)),
-        "optimizer": ocp.args.StandardRestore(abstract_arrays(shapes.opt_state, places.opt_state)),
+        "policy": ocp.args.StandardRestore(abstract_arrays(shapes.params, shardings.params)),
+        "optimizer": ocp.args.StandardRestore(abstract_arrays(shapes.opt_state, shardings.opt_state)),
         "meta": ocp.args.JsonRestore(),
     }
-    unfinished = (manager.directory / str(step) / "experience").exists()
-    if unfinished:
+    has_experience = (manager.directory / str(step) / "experience").exists()
+    if has_experience:
         items["experience"] = ocp.args.StandardRestore()
-    found = manager.restore(step, args=ocp.args.Composite(**items))
-    experience = Experience(**jax.tree.map(np.asarray, dict(found["experience"]))) if unfinished else None
-    scalar = lambda value, place: jax.device_put(np.int32(value), place)
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
     state = TrainState(
-        scalar(step, places.step), found["policy"], found["optimizer"], scalar(found["meta"]["skipped"], places.skipped)
+        step=jax.device_put(np.int32(step), shardings.step),
+        params=restored["policy"],
+        opt_state=restored["optimizer"],
+        skipped=jax.device_put(np.int32(restored["meta"]["skipped"]), shardings.skipped),
     )
-    return RestoredRun(state, found["meta"], experience)
+    experience = Experience(**jax.tree.map(np.asarray, dict(restored["experience"]))) if has_experience else None
+    return RestoredRun(state, restored["meta"], experience)
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps of a run's checkpoints, in order."""
-    return (
-        sorted(ocp.utils.checkpoint_steps(checkpoints_folder(workdir))) if checkpoints_folder(workdir).is_dir() else []
-    )
+    """Returns the steps of a run's checkpoints in ascending order."""
+    folder = checkpoints_folder(workdir)
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def newest_step(workdir: Path) -> int:
-    """The step of a run's newest checkpoint; 0 without one."""
+    """Returns the step of a run's newest checkpoint, or 0 if it has none."""
     return max(saved_steps(workdir), default=0)
 
 
 def choose_step(workdir: Path, step: int | None = None) -> int:
-    """The step of the checkpoint asked for, the newest by default.
+    """Returns `step` if the run has a checkpoint of it, or the newest step if `step` is None.
 
     Raises:
-      UserError: the run has no checkpoint yet, or not that one.
+      UserError: the run has no checkpoint yet, or none of that step.
     """
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(
-            f"expected a checkpoint in {checkpoints_folder(workdir)}; found none; "
-            "train first, or wait for the run's first checkpoint"
+            f"The run must have saved a checkpoint; found none in {checkpoints_folder(workdir)}. Train first, or wait "
+            "for the first one."
         )
     if step is not None and step not in steps:
         raise UserError(
-            f"expected a step that {checkpoints_folder(workdir)} has kept ({', '.join(map(str, steps))}); found {step}"
+            f"--step must be one of the steps kept in {checkpoints_folder(workdir)} ({', '.join(map(str, steps))}); "
+            f"found {step}. Choose one of them, or leave --step out for the newest."
         )
     return steps[-1] if step is None else step
 
 
-def restore_policy(workdir: Path, shapes, places, step: int | None = None) -> tuple[int, Any]:
-    """The policy of a run after an update, the newest by default, and its step.
+def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) -> tuple[int, Any]:
+    """Restores the policy of a run onto the mesh.
+
+    Args:
+      workdir: the run.
+      shapes: the parameters as a tree of jax.ShapeDtypeStruct.
+      shardings: their shardings.
+      step: the update after which; the newest checkpoint by default.
+
+    Returns:
+      (step, params).
 
     Raises:
-      UserError: as `choose_step`.
+      UserError: the run has no checkpoint yet, or none of that step.
     """
     step = choose_step(workdir, step)
     with ocp.StandardCheckpointer() as checkpointer:
-        return step, checkpointer.restore(
-            checkpoints_folder(workdir) / str(step) / "policy", abstract_arrays(shapes, places)
-        )
+        path = checkpoints_folder(workdir) / str(step) / "policy"
+        return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
 
 
 def save_reference(workdir: Path, params) -> None:
-    """Writes the reference of a run that begins."""
+    """Saves the reference of a new run."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(checkpoints_folder(workdir) / "reference", params, force=True)
 
 
-def restore_reference(workdir: Path, shapes, places):
-    """The frozen reference of a run."""
+def restore_reference(workdir: Path, shapes, shardings):
+    """Restores the frozen reference of a run onto the mesh."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(checkpoints_folder(workdir) / "reference", abstract_arrays(shapes, places))
+        return checkpointer.restore(checkpoints_folder(workdir) / "reference", abstract_arrays(shapes, shardings))

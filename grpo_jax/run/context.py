@@ -1,4 +1,4 @@
-"""What the entry points set up alike: model, tokenizer, stops and mesh of a config."""
+"""Builds what every entry point needs from a config: model config, tokenizer, stop table, mesh and rollout plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,90 +24,118 @@ from grpo_jax.weights.model_io import load, open_model_tensors
 from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 
-# What a run's key is folded with first, so that no two uses share a key.
+# Each use of the run's random key folds in a constant of its own first, so that no two uses share a key.
 SAMPLING_KEY, EVALUATION_KEY, SHUFFLING_KEY, GENERATION_KEY = range(4)
+
+CHECKED_PROBLEMS = 256  # training problems of a computed task whose prompt lengths are checked before training
 
 
 class RunContext(NamedTuple):
-    """What a run is made with, besides its config: all of it is known before any device works."""
+    """The objects that a run needs besides its config. All of them are known before any device work."""
 
-    source: Path  # of the base model: a folder or a GGUF file
+    source: Path  # the base model: a Hugging Face folder or a GGUF file
     model_cfg: ModelConfig
     tokenizer: Any
-    stop_ids: tuple[int, ...]
-    stop_table: np.ndarray  # of stop_ids and rollout.stop_strings
+    stop_ids: tuple[int, ...]  # the EOS ids that end a completion
+    stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
     mesh: Mesh
-    rollout_plan: RolloutPlan  # of the rollout's memory
+    rollout_plan: RolloutPlan
 
 
 def build_context(cfg: Config, *, training: bool = False) -> RunContext:
-    """Finds model, tokenizer and mesh of a checked config, and what of a rollout fits in memory.
+    """Builds the context of a run and checks that the model fits the config and the devices.
 
     Args:
-      training: besides the policy, the optimizer's state and the reference take memory.
+      cfg: a checked config.
+      training: whether the optimizer state and the reference take memory besides the policy.
+
+    Returns:
+      The context, whose rollout plan says how many decode slots fit in the remaining memory.
+
     Raises:
-      UserError: one of them is not as the config says.
+      UserError: the model folder, the tokenizer, the mesh or the memory does not fit the config.
     """
     source = find_model(cfg.model.path)
     model_cfg = read_model_config(source)
     tokenizer = load_tokenizer(source)
-    count = count_token_ids(tokenizer.get_vocab())
-    model_cfg = replace(
+    model_cfg = apply_model_options(cfg, source, model_cfg, tokenizer, training)
+    open_model_tensors(source, model_cfg)  # raises here if a tensor is missing or has the wrong shape
+    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert)
+    log_indivisible_axes(mesh, param_shapes(model_cfg, cfg.model.param_dtype))
+    stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
+    stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
+    plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training), strict=training)
+    return RunContext(source, model_cfg, tokenizer, stop_ids, stop_table, mesh, plan)
+
+
+def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, tokenizer, training: bool) -> ModelConfig:
+    """Returns the model config with the run's dtypes, attention kernel and rematerialization.
+
+    Raises:
+      UserError: the tokenizer has more ids than the model, or the attention kernel needs another kind of device.
+    """
+    token_count = count_token_ids(tokenizer.get_vocab())
+    if token_count > model_cfg.vocab_size:
+        raise UserError(
+            f"The model needs an embedding row for each of its tokenizer's {token_count} ids, but {source} has "
+            f"{model_cfg.vocab_size} rows. Use the tokenizer that belongs to the model."
+        )
+    attention = cfg.model.attention if training else "auto"
+    backend = {"splash": "tpu", "cudnn": "gpu"}.get(attention, jax.default_backend())
+    if backend != jax.default_backend():
+        raise UserError(
+            f"model.attention={attention} needs {backend} devices; found {jax.default_backend()}. "
+            "Set --config.model.attention=auto."
+        )
+    return replace(
         model_cfg,
-        tokenizer_vocab_size=count,
+        tokenizer_vocab_size=token_count,
         compute_dtype=cfg.model.compute_dtype,
         logit_dtype=cfg.model.logit_dtype,
-        attention=cfg.model.attention if training else "auto",
+        attention=attention,
         remat=cfg.train.remat,
     )
-    if count > model_cfg.vocab_size:
-        raise UserError(
-            f"expected a row of the embedding for each of the tokenizer's {count} ids in {source}; found "
-            f"{model_cfg.vocab_size} rows; this tokenizer is not the model's"
-        )
-    open_model_tensors(source, model_cfg)
-    needs = {"splash": "tpu", "cudnn": "gpu"}.get(model_cfg.attention, jax.default_backend())
-    if needs != jax.default_backend():
-        raise UserError(
-            f"expected devices of kind {needs} for model.attention={model_cfg.attention}; found "
-            f"{jax.default_backend()}; set --config.model.attention=auto"
-        )
-    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert)
-    stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
-    table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
+
+
+def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bool) -> int:
+    """Returns the bytes per device of the policy and, in training, of the reference and the optimizer state."""
     shapes = param_shapes(model_cfg, cfg.model.param_dtype)
-    log_indivisible_axes(mesh, shapes)
-    held = bytes_per_device(shapes, tree_shardings(mesh, shapes))
+    total = bytes_per_device(shapes, tree_shardings(mesh, shapes))
     if training:
         optimizer = make_optimizer(cfg.optim)
         if cfg.loss.kl_coef:
             reference = param_shapes(model_cfg, cfg.model.reference_dtype)
-            held += bytes_per_device(reference, tree_shardings(mesh, reference))
-        held += bytes_per_device(
+            total += bytes_per_device(reference, tree_shardings(mesh, reference))
+        total += bytes_per_device(
             train_state_shapes(shapes, optimizer).opt_state, train_state_shardings(mesh, shapes, optimizer).opt_state
         )
-    plan = plan_rollout(cfg, model_cfg, mesh, held, strict=training)
-    return RunContext(source, model_cfg, tokenizer, stop_ids, table, mesh, plan)
+    return total
 
 
 def check_prompt_lengths(cfg: Config, tokenizer) -> None:
-    """Encodes the questions: all of a file, or some of each stream of a task that is computed. None may be too long.
+    """Checks that prompts fit in `rollout.max_prompt_tokens`, before training starts.
+
+    Every question of a problem file is checked. A task that computes its problems never ends, so only its first
+    problems are.
 
     Raises:
-      UserError: a line of the file is no question, nothing can be held out, or a prompt is longer than
-        `rollout.max_prompt_tokens`.
+      UserError: a prompt is too long, a line of the file is not a problem, or no questions can be held out.
     """
     if cfg.task.name == "jsonl":
-        sources = [read_problems(path) for path in (cfg.task.path, cfg.task.eval_path) if path]
+        problem_lists = [read_problems(path) for path in (cfg.task.path, cfg.task.eval_path) if path]
     else:
-        problem = make_task(cfg.task, cfg.seed, "train")
-        sources = [[problem(i) for i in range(256)]]
-    for problems in [*sources, held_out_problems(cfg.task, cfg.eval.questions)]:
+        task = make_task(cfg.task, cfg.seed, "train")
+        problem_lists = [[task(i) for i in range(CHECKED_PROBLEMS)]]
+    for problems in [*problem_lists, held_out_problems(cfg.task, cfg.eval.questions)]:
         encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
 
 
 def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
-    """A run's newest policy, or with `base` the model it began with; its step, and the parameters on the mesh."""
+    """Loads the newest policy of a run onto the mesh, or with `base` the model that the run started from.
+
+    Returns:
+      (step, params): the number of updates behind the policy (0 for the base model), and its parameters.
+    """
     if base:
         return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)

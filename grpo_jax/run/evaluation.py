@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, format and length on held-out problems, with the sampler and the rewards of training."""
+"""Evaluates a policy on held-out problems with the sampler and the reward parts of training."""
 
 from collections.abc import Sequence
 
@@ -17,23 +17,31 @@ from grpo_jax.text.prompt import decode_completions, encode_prompts, format_prom
 def evaluate(
     cfg: Config, context: RunContext, params, problems: Sequence[Problem], key
 ) -> tuple[dict[str, float], list[dict]]:
-    """One completion a problem: the metrics `eval/*`, and a record of each completion.
+    """Draws one completion per problem and grades it.
 
     Args:
-      params: placed for rollout.
+      cfg: the run's config; sampling follows its `eval` section.
+      context: the run's context.
+      params: the policy, placed by `place_for_rollout`.
+      problems: the held-out problems.
+      key: the random key. A completion depends on it and on the index of its problem only.
+
+    Returns:
+      (metrics, records): the means `eval/accuracy`, `eval/format` and `eval/length_mean`, and one record per problem.
     """
     shards = num_row_shards(context.mesh)
-    rows = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
+    batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
     records = []
-    for first in range(0, len(problems), rows):
-        part = list(problems[first : first + rows])
-        padded = part + part[-1:] * (rows - len(part))  # one compiled shape; the copies are dropped below
-        prompts = encode_prompts(context.tokenizer, padded, range(first, first + rows), cfg.rollout.max_prompt_tokens)
+    for start in range(0, len(problems), batch_size):
+        batch = list(problems[start : start + batch_size])
+        # A short last batch is filled up so that it has the compiled shape; the copies give no records.
+        padded = batch + batch[-1:] * (batch_size - len(batch))
+        prompt_ids = range(start, start + batch_size)
         rollout = gather_to_host(
             generate_rollout(
                 context.model_cfg,
                 params,
-                prompts,
+                encode_prompts(context.tokenizer, padded, prompt_ids, cfg.rollout.max_prompt_tokens),
                 key,
                 samples=1,
                 max_tokens=cfg.rollout.max_tokens,
@@ -45,21 +53,21 @@ def evaluate(
         texts = decode_completions(
             context.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], context.stop_ids, cfg.rollout.stop_strings
         )
-        parts = reward_parts(texts, [problem.answer for problem in padded])
+        rewards = reward_parts(texts, [problem.answer for problem in padded])
         records += [
             {
-                "prompt_id": first + i,
+                "prompt_id": start + i,
                 "sample_id": 0,
                 "prompt": format_prompt(problem.question),
                 "question": problem.question,
                 "answer": problem.answer,
                 "completion": texts[i],
-                "accuracy": float(parts["accuracy"][i]),
-                "format": float(parts["format"][i]),
+                "accuracy": float(rewards["accuracy"][i]),
+                "format": float(rewards["format"][i]),
                 "length": int(rollout.lengths[i, 0]),
             }
-            for i, problem in enumerate(part)
+            for i, problem in enumerate(batch)
         ]
-    mean = lambda field: float(np.mean([record[field] for record in records]))
-    metrics = {"eval/accuracy": mean("accuracy"), "eval/format": mean("format"), "eval/length_mean": mean("length")}
+    averaged = {"eval/accuracy": "accuracy", "eval/format": "format", "eval/length_mean": "length"}
+    metrics = {name: float(np.mean([record[field] for record in records])) for name, field in averaged.items()}
     return metrics, records

@@ -1,4 +1,4 @@
-"""Writes a run's policy as a Hugging Face folder."""
+"""Exports the policy of a run as a Hugging Face folder."""
 
 import shutil
 from pathlib import Path
@@ -15,28 +15,36 @@ from grpo_jax.weights.source import find_model, read_model_config
 
 
 def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = None, base: bool = False) -> int:
-    """Writes the policy of a run after update `step` (the newest by default), or the model it began with; its step.
+    """Writes a policy of a run to `out`, a Hugging Face folder that appears only once it is complete.
 
-    The folder appears when all of it is written.
+    Args:
+      cfg: the run's config.
+      workdir: the run.
+      out: the folder to write, which must be new or empty.
+      step: the update after which the policy is taken; the newest checkpoint by default.
+      base: whether to write the model that the run started from instead of the policy.
+
+    Returns:
+      The step of the exported policy; 0 for the base model.
 
     Raises:
-      UserError: there is something at `out`, or no such checkpoint.
+      UserError: `out` is not empty or cannot be written, or the run has no such checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"expected a new folder at {out}; found other files there; choose another --out")
+        raise UserError(f"--out must name a new or empty folder, not {out}; found other files there. Choose another --out.")
     source = find_model(cfg.model.path)
     model_cfg = read_model_config(source)
-    open_model_tensors(source, model_cfg)  # its mistakes, before anything is restored
+    open_model_tensors(source, model_cfg)  # raises here, before anything is restored, if the base model is broken
     if not base:
         step = choose_step(workdir, step)
-    unfinished = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f"{out.name}.partial")
     if jax.process_index() == 0:
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         except OSError as error:
             raise UserError(
-                f"expected a folder that can be written at {out}; found: {error}; choose another --out"
+                f"--out must name a folder that can be written; {out} cannot ({error}). Choose another --out."
             ) from None
     mesh = make_mesh(fsdp=-1)
     with jax.set_mesh(mesh):
@@ -45,9 +53,9 @@ def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = N
         else:
             shapes = param_shapes(model_cfg, cfg.model.param_dtype)
             step, params = restore_policy(workdir, shapes, tree_shardings(mesh, shapes), step)
-        save(unfinished, model_cfg, params)
+        save(partial, model_cfg, params)
     if jax.process_index() == 0:
         if out.is_dir():
             out.rmdir()
-        unfinished.rename(out)
+        partial.rename(out)
     return step

@@ -1,56 +1,57 @@
 """Streams one completion of a policy."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from grpo_jax.config.schema import Config
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import start_rollout
 from grpo_jax.rollout.slots import decode_tokens
+from grpo_jax.run.context import RunContext
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import decode_completion, encode_prompts
 
-TOKENS_PER_PRINT = 4  # tokens between two prints
+TOKENS_PER_PIECE = 4  # tokens decoded between two pieces of text
 
 
-def stream_completion(cfg: Config, context, params, question: str, temperature: float, key):
-    """Yields the text of a completion piece by piece.
+def stream_completion(cfg: Config, context: RunContext, params, question: str, key) -> Iterator[str]:
+    """Yields the text of a completion piece by piece, as it is decoded.
 
     Args:
-      params: placed for rollout.
+      cfg: the run's config; the temperature (0 is greedy) and the filters of its `eval` section apply.
+      context: the run's context.
+      params: the policy, placed by `place_for_rollout`.
+      question: the question, which is put into the template.
+      key: the random key.
     """
     prompts = encode_prompts(context.tokenizer, [Problem(question, "", {})], [0], cfg.rollout.max_prompt_tokens)
-    width, limit = prompts.tokens.shape[1], cfg.rollout.max_tokens
-    scale, nothing = np.float32(temperature or 1.0), np.int32(0)
-    how = dict(greedy=temperature == 0, filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p))
-    state, work = start_rollout(
-        context.model_cfg,
-        params,
-        prompts,
-        key,
-        np.full((1, 1), limit),
-        slots=0,
-        columns=width + limit,
-        max_tokens=limit,
+    width, max_tokens = prompts.tokens.shape[1], cfg.rollout.max_tokens
+    limits = np.full((1, 1), max_tokens)
+    columns = width + max_tokens  # the cache never has to grow
+    state, queue = start_rollout(
+        context.model_cfg, params, prompts, key, limits, slots=0, columns=columns, max_tokens=max_tokens
     )
-    shown = ""
+    yielded = ""
     while True:
         state = decode_tokens(
             context.model_cfg,
             params,
             state,
-            work,
+            queue,
             context.stop_table,
-            scale,
-            nothing,
-            np.int32(TOKENS_PER_PRINT),
-            **how,
+            np.float32(cfg.eval.temperature or 1.0),
+            np.int32(0),
+            np.int32(TOKENS_PER_PIECE),
+            greedy=cfg.eval.temperature == 0,
+            filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p),
         )
-        drawn = state.tokens[0, : int(state.lengths[0])]
-        text = decode_completion(context.tokenizer, drawn, context.stop_ids, cfg.rollout.stop_strings)
-        ended = int(state.longest) == 0
-        # A character may span several tokens: hold back what does not decode yet.
-        ready = text if ended else text.rstrip("\N{REPLACEMENT CHARACTER}")
-        yield ready[len(shown) :]
-        shown = ready
-        if ended:
+        tokens = state.tokens[0, : int(state.lengths[0])]
+        text = decode_completion(context.tokenizer, tokens, context.stop_ids, cfg.rollout.stop_strings)
+        is_done = int(state.longest) == 0
+        # A character may span several tokens: hold back an incomplete one until its last token is there.
+        ready = text if is_done else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        yield ready[len(yielded) :]
+        yielded = ready
+        if is_done:
             return

@@ -1,7 +1,7 @@
-"""What a run says: metrics.jsonl, TensorBoard, samples/ and the console. Only process 0 writes.
+"""Logs a run to metrics.jsonl, TensorBoard, samples/ and the console. Only process 0 writes.
 
-A metric is `group/quantity[/stat]`, a float. The line of step s in metrics.jsonl belongs to the s-th update; the line of
-step 0 holds the evaluation before the first.
+A metric is a float named `group/quantity[/stat]`. Line `step` of metrics.jsonl describes the update of that number; the
+line of step 0 holds the evaluation before the first update.
 """
 
 import json
@@ -13,7 +13,7 @@ import jax
 
 
 def truncate_logs(workdir: Path, step: int) -> None:
-    """Removes from metrics.jsonl and samples/ what lies after `step`, so that a resumed run says each step once."""
+    """Removes everything after `step` from metrics.jsonl and samples/, so that a resumed run logs each step once."""
     path = workdir / "metrics.jsonl"
     if path.is_file():
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
@@ -21,13 +21,13 @@ def truncate_logs(workdir: Path, step: int) -> None:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
     for sample_file in (workdir / "samples").glob("*.jsonl"):
-        ours = re.fullmatch(r"(?:train|eval)-(\d+)", sample_file.stem)
-        if ours and int(ours[1]) > step:
+        match = re.fullmatch(r"(?:train|eval)-(\d+)", sample_file.stem)  # files of other names are the user's
+        if match and int(match[1]) > step:
             sample_file.unlink()
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """Returns the lines of metrics.jsonl, without a last line that a crash left incomplete."""
     lines = []
     for text in (workdir / "metrics.jsonl").read_text().splitlines():
         try:
@@ -38,36 +38,38 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run that goes on after `step` (-1: that begins)."""
+    """Writes metrics.jsonl and TensorBoard events."""
 
     def __init__(self, workdir: Path, step: int):
-        self.writes = jax.process_index() == 0
-        if self.writes:
+        """Opens the log of a run that resumes after `step` (-1: a new run) and removes later lines."""
+        self.is_writer = jax.process_index() == 0
+        if self.is_writer:
             from tensorboardX import SummaryWriter
 
             workdir.mkdir(parents=True, exist_ok=True)
             truncate_logs(workdir, step)
-            self.lines = open(workdir / "metrics.jsonl", "a", buffering=1)
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            self.file = open(workdir / "metrics.jsonl", "a", buffering=1)
+            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line; a number that is not finite is written as null."""
-        if not self.writes:
+        """Appends one line. Non-finite values are written as null, because JSON has no NaN or infinity."""
+        if not self.is_writer:
             return
-        finite = {name: float(value) if math.isfinite(value) else None for name, value in sorted(metrics.items())}
-        self.lines.write(json.dumps({"step": step} | finite) + "\n")
-        for name, value in finite.items():
+        values = {name: float(value) if math.isfinite(value) else None for name, value in sorted(metrics.items())}
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        for name, value in values.items():
             if value is not None:
-                self.board.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self.writes:
-            self.lines.close()
-            self.board.close()
+        """Flushes and closes both."""
+        if self.is_writer:
+            self.file.close()
+            self.tensorboard.close()
 
 
 def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
-    """samples/KIND-STEP.jsonl: completions with their prompt, ids and rewards."""
+    """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line."""
     if jax.process_index() != 0 or not records:
         return
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
@@ -76,15 +78,16 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
 
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
-    """What `write_samples` wrote."""
+    """Reads the records of samples/KIND-STEP.jsonl."""
+    # Not str.splitlines, which would also split at the Unicode line separators that a completion may contain.
     with open(workdir / "samples" / f"{kind}-{step:06d}.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def console_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """A step for a person."""
+def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
+    """Formats the metrics of a training step as one line for the console."""
     return (
-        f"step {step:>{len(str(total))}}/{total}  reward {metrics['reward/mean']:.2f}  "
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  reward {metrics['reward/mean']:.2f}  "
         f"accuracy {metrics['reward/accuracy']:.2f}  format {metrics['reward/format']:.2f}  "
         f"length {metrics['rollout/length_mean']:5.1f}  KL {metrics['policy/kl_ref']:.4f}  "
         f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s  {metrics['time/step_s']:.1f} s"
@@ -92,11 +95,11 @@ def console_line(step: int, total: int, metrics: dict[str, float]) -> str:
 
 
 def before_and_after(workdir: Path) -> str:
-    """The first and the last evaluation of a run, and one answer of each to the same question."""
-    evaluated = [line for line in read_metrics(workdir) if "eval/accuracy" in line]
-    if not evaluated:
-        return "no evaluation in metrics.jsonl"
-    first, last = evaluated[0], evaluated[-1]
+    """Formats a table of a run's first and last evaluation, and a completion of each for the same question."""
+    evaluations = [line for line in read_metrics(workdir) if "eval/accuracy" in line]
+    if not evaluations:
+        return "metrics.jsonl holds no evaluation"
+    first, last = evaluations[0], evaluations[-1]
     rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     for name, label in (
         ("eval/accuracy", "accuracy"),
@@ -106,7 +109,7 @@ def before_and_after(workdir: Path) -> str:
         rows.append(f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}")
     if not all((workdir / "samples" / f"eval-{line['step']:06d}.jsonl").is_file() for line in (first, last)):
         return "\n".join(rows)
-    answers = [read_samples(workdir, "eval", line["step"])[0] for line in (first, last)]
-    rows += ["", f"question  {answers[0]['question']}"]
-    rows += [f"{when:10}{answer['completion'].strip()}" for when, answer in zip(("before", "after"), answers)]
+    before, after = (read_samples(workdir, "eval", line["step"])[0] for line in (first, last))
+    rows += ["", f"question  {before['question']}"]
+    rows += [f"{'before':10}{before['completion'].strip()}", f"{'after':10}{after['completion'].strip()}"]
     return "\n".join(rows)

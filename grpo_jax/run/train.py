@@ -1,10 +1,11 @@
-"""The loop: problems -> Prompts -> Rollout -> rewards -> advantages -> Experience -> (TrainState, metrics) -> checkpoint.
+"""The training loop: problems -> prompts -> rollout -> rewards -> advantages -> experience -> updates -> checkpoint.
 
-A step is one update. A rollout feeds `train.minibatches * train.epochs` of them. Everything random is decided by
-(seed, what for, counter), so a resumed run goes on as if it had not been interrupted.
+A step is one optimizer update. A rollout feeds `train.minibatches * train.epochs` steps. Every random key is folded
+from (seed, purpose, counters), so a resumed run continues exactly as if it had not been interrupted.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,106 +29,145 @@ from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import MetricsLog, before_and_after, console_line, write_samples
 from grpo_jax.tasks.streams import held_out_problems, make_task
 from grpo_jax.tasks.task import Task
+from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.text.prompt import decode_completions, encode_prompts, format_prompt
-from grpo_jax.types import Experience, PackedBatch
+from grpo_jax.types import Experience, PackedBatch, Rollout
 from grpo_jax.weights.model_io import load
 
 SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 LOSS_NOTE = (
-    "loss/total is about 0 by design: a group's advantages sum to 0 and the ratio starts at 1. "
+    "loss/total is about 0 by design, because the advantages of a group sum to 0 and the ratio starts at 1. "
     "Watch reward, accuracy, format and length instead."
 )
 
 
-def fold_in_all(key, *counters):
-    """The key of (key, counter, counter, ...)."""
+def fold_in_all(key, *counters: int):
+    """Returns the key with each of the counters folded in, one after another."""
     for counter in counters:
         key = jax.random.fold_in(key, counter)
     return key
 
 
 def collect_experience(
-    cfg: Config, context: RunContext, problem: Task, params, reference, position: int, key
+    cfg: Config, context: RunContext, task: Task, params, reference, index: int, key
 ) -> tuple[Experience, dict[str, float], list[dict]]:
-    """Rollout `position` of a run: the experience, its metrics and records of its completions.
+    """Runs rollout `index` of a run: problems -> prompts -> rollout -> rewards -> advantages -> experience.
 
     Args:
-      params: the policy, as training holds it.
-      reference: the frozen reference, None if `loss.kl_coef` is 0.
+      cfg: the run's config.
+      context: the run's context.
+      task: the stream of training problems.
+      params: the policy, sharded for training.
+      reference: the frozen reference, or None if `loss.kl_coef` is 0.
+      index: the number of the rollout, which decides its problems.
+      key: the random key of the rollout.
+
+    Returns:
+      (experience, metrics, records): the records describe the first `log.samples` completions.
     """
     start = time.monotonic()
-    count, samples = cfg.rollout.prompts, cfg.rollout.samples
-    ids = range(position * count, (position + 1) * count)
-    problems = [problem(i) for i in ids]
-    prompts = encode_prompts(context.tokenizer, problems, ids, cfg.rollout.max_prompt_tokens)
+    prompt_ids = range(index * cfg.rollout.prompts, (index + 1) * cfg.rollout.prompts)
+    problems = [task(i) for i in prompt_ids]
+    prompts = encode_prompts(context.tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
+    rollout = draw_completions(cfg, context, params, prompts, key)
+    sampled = time.monotonic()
+    texts, rewards = grade_completions(cfg, context, problems, rollout)
+    group_advantages = np.asarray(advantages(jnp.asarray(rewards["total"].reshape(rollout.lengths.shape))))
+    graded = time.monotonic()
+    experience = make_experience(prompts, rollout, group_advantages, None)
+    if reference is not None:
+        experience = add_reference_logps(cfg, context, reference, experience)
+    times = {
+        "rollout/tokens_per_s": rollout.lengths.sum() / (sampled - start),
+        "time/rollout_s": sampled - start,
+        "time/reward_s": graded - sampled,
+        "time/score_s": time.monotonic() - graded,
+    }
+    metrics = measure_rollout(rollout, rewards, group_advantages) | times
+    records = sample_records(cfg.log.samples, problems, rollout, texts, rewards, group_advantages)
+    return experience, {name: float(value) for name, value in metrics.items()}, records
 
+
+def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts, key) -> Rollout:
+    """Draws `rollout.samples` completions for each prompt and gathers them to the host."""
     rollout = generate_rollout(
         context.model_cfg,
         place_for_rollout(context.model_cfg, params, context.mesh),
         prompts,
         key,
-        samples=samples,
+        samples=cfg.rollout.samples,
         max_tokens=cfg.rollout.max_tokens,
         temperature=cfg.rollout.temperature,
         stop_table=context.stop_table,
         slots=context.rollout_plan.slots,
     )
-    rollout = gather_to_host(rollout)
-    rows = rollout.rows()
-    sampled = time.monotonic()
+    return gather_to_host(rollout)
 
+
+def grade_completions(
+    cfg: Config, context: RunContext, problems: list[Problem], rollout: Rollout
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Decodes the N completions of a rollout and grades them.
+
+    Returns:
+      (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
+    """
+    rows = rollout.rows()
     texts = decode_completions(
         context.tokenizer, rows["tokens"], rows["lengths"], context.stop_ids, cfg.rollout.stop_strings
     )
-    parts = reward_parts(texts, [p.answer for p in problems for _ in range(samples)])
-    group_advantages = np.asarray(advantages(jnp.asarray(parts["total"].reshape(count, samples))))
-    rewarded = time.monotonic()
+    answers = [problem.answer for problem in problems for _ in range(cfg.rollout.samples)]
+    return texts, reward_parts(texts, answers)
 
-    experience = make_experience(prompts, rollout, group_advantages, None)
-    if reference is not None:
-        packed = pack_batch(cfg, context.mesh, experience)
-        ref_logps = gather_to_host(
-            score_reference(
-                context.model_cfg,
-                reference,
-                shard_rows(context.mesh, packed),
-                temperature=cfg.rollout.temperature,
-                chunk_tokens=cfg.train.chunk_tokens,
-            )
-        )
-        experience = experience.replace(
-            ref_logps=unpack_completions(ref_logps, packed.flat_index, experience.mask.shape)
-        )
 
-    metrics = {
-        "reward/mean": parts["total"].mean(),
-        "reward/accuracy": parts["accuracy"].mean(),
-        "reward/format": parts["format"].mean(),
-        "rollout/length_mean": rows["lengths"].mean(),
-        "rollout/truncated_frac": rows["truncated"].mean(),
-        "rollout/tokens_per_s": rows["lengths"].sum() / (sampled - start),
+def add_reference_logps(cfg: Config, context: RunContext, reference, experience: Experience) -> Experience:
+    """Returns the experience with the log-probs of its completions under the reference."""
+    packed = pack_batch(cfg, context.mesh, experience)
+    ref_logps = gather_to_host(
+        score_reference(
+            context.model_cfg,
+            reference,
+            shard_rows(context.mesh, packed),
+            temperature=cfg.rollout.temperature,
+            chunk_tokens=cfg.train.chunk_tokens,
+        )
+    )
+    return experience.replace(ref_logps=unpack_completions(ref_logps, packed.flat_index, experience.mask.shape))
+
+
+def measure_rollout(rollout: Rollout, rewards: dict[str, np.ndarray], group_advantages: np.ndarray) -> dict:
+    """Returns the reward/, rollout/ and groups/ metrics of a rollout, times aside."""
+    return {
+        "reward/mean": rewards["total"].mean(),
+        "reward/accuracy": rewards["accuracy"].mean(),
+        "reward/format": rewards["format"].mean(),
+        "rollout/length_mean": rollout.lengths.mean(),
+        "rollout/truncated_frac": rollout.truncated.mean(),
         "groups/zero_variance_frac": (group_advantages == 0).all(axis=1).mean(),
-        "time/rollout_s": sampled - start,
-        "time/reward_s": rewarded - sampled,
-        "time/score_s": time.monotonic() - rewarded,
     }
-    records = [
+
+
+def sample_records(
+    count: int, problems: list[Problem], rollout: Rollout, texts, rewards, group_advantages
+) -> list[dict]:
+    """Returns the records of the first `count` completions for samples/."""
+    samples = rollout.lengths.shape[1]
+    return [
         {
-            "prompt_id": int(rows["prompt_ids"][n]),
-            "sample_id": int(rows["sample_ids"][n]),
+            "prompt_id": int(rollout.prompt_ids[n // samples]),
+            "sample_id": n % samples,
             "prompt": format_prompt(problems[n // samples].question),
             "completion": texts[n],
-            "accuracy": float(parts["accuracy"][n]),
-            "format": float(parts["format"][n]),
+            "accuracy": float(rewards["accuracy"][n]),
+            "format": float(rewards["format"][n]),
             "advantage": float(group_advantages.flat[n]),
         }
-        for n in range(min(cfg.log.samples, len(texts)))
+        for n in range(min(count, len(texts)))
     ]
-    return experience, {name: float(value) for name, value in metrics.items()}, records
 
 
 def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
-    """A batch in packed rows, on the host."""
+    """Packs completions into rows of one fixed shape, on the host."""
     shards = num_row_shards(mesh)
     shape = packed_shape(
         len(experience.advantages),
@@ -140,126 +180,156 @@ def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
     return pack_completions(experience, shape, shards)
 
 
+def select_minibatch(
+    cfg: Config, experience: Experience, root_key, rollout_index: int, update_index: int
+) -> Experience:
+    """Returns the minibatch for update `update_index` of a rollout. Each epoch shuffles the groups anew."""
+    count = cfg.train.minibatches
+    if count == 1:
+        return experience
+    epoch, index = divmod(update_index, count)
+    return take_minibatch(experience, fold_in_all(root_key, SHUFFLING_KEY, rollout_index, epoch), index, count=count)
+
+
 def train(cfg: Config, context: RunContext, workdir: Path) -> None:
-    """Trains to `total_steps`, from the newest checkpoint of the workdir if it has one."""
+    """Trains to `total_steps`, resuming from the newest checkpoint of the workdir if it has one.
+
+    Raises:
+      UserError: gradients were not finite for `optim.max_skips` updates in a row.
+    """
     with jax.set_mesh(context.mesh):
-        _train(cfg, context, workdir)
+        train_on_mesh(cfg, context, workdir)
     if jax.process_index() == 0:
         print(before_and_after(workdir))
-        print(f"\nwrote {workdir}/metrics.jsonl, samples/, checkpoints/ and tensorboard/")
+        print(f"\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}")
 
 
 def describe_run(cfg: Config, context: RunContext, params) -> str:
-    """What is trained, on what."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    device = jax.devices()[0]
+    """Describes the model, the devices and the rollouts of a run for the console."""
+    param_count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    devices = jax.devices()
     axes = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
     return (
-        f"{cfg.model.path}: {count:,} parameters on {jax.device_count()} {device.device_kind} device(s) ({axes}); "
-        f"{cfg.rollout.prompts} questions x {cfg.rollout.samples} answers a rollout, {context.rollout_plan}"
+        f"{cfg.model.path}: {param_count:,} parameters on {len(devices)} {devices[0].device_kind} "
+        f"device{'s' if len(devices) > 1 else ''} ({axes})\n"
+        f"Each rollout: {cfg.rollout.prompts} prompts x {cfg.rollout.samples} completions, {context.rollout_plan}"
     )
 
 
 def start_or_resume(cfg: Config, context: RunContext, manager, workdir: Path, optimizer):
-    """(state, reference, meta, experience): of the newest checkpoint, or of a new run."""
-    shapes, mesh = param_shapes(context.model_cfg, cfg.model.param_dtype), context.mesh
-    resumed = checkpoint.restore_checkpoint(
+    """Restores the newest checkpoint of a run, or starts a new run from the base model.
+
+    Returns:
+      (state, reference, meta, experience): the reference is None without a KL term; the experience is that of the
+      current rollout, or None if the next step starts a new one.
+    """
+    mesh, shapes = context.mesh, param_shapes(context.model_cfg, cfg.model.param_dtype)
+    restored = checkpoint.restore_checkpoint(
         manager, train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer)
     )
-    if resumed:
-        reference = None
+    reference = None
+    if restored:
         if cfg.loss.kl_coef:
             shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
             reference = checkpoint.restore_reference(workdir, shapes, tree_shardings(mesh, shapes))
-        return resumed.state, reference, resumed.meta, resumed.experience
+        return restored.state, reference, restored.meta, restored.experience
     _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
-    reference = None
     if cfg.loss.kl_coef:
         reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
         checkpoint.save_reference(workdir, reference)
-    key = jax.random.key_data(jax.random.key(cfg.seed)).tolist()
-    meta = {"step": 0, "key": key, "rollout": {}, "skipped_in_a_row": 0}
+    key_data = jax.random.key_data(jax.random.key(cfg.seed)).tolist()
+    meta = {"step": 0, "key": key_data, "rollout": {}, "skipped_in_a_row": 0}
     return init_train_state(mesh, params, optimizer), reference, meta, None
 
 
-def _train(cfg: Config, context: RunContext, workdir: Path) -> None:
+def evaluate_step(
+    cfg: Config, context: RunContext, workdir: Path, params, problems: list[Problem], root_key, step: int, say: Callable
+) -> dict[str, float]:
+    """Evaluates the policy after `step`, writes its samples and prints its scores; returns the eval metrics."""
+    start = time.monotonic()
+    placed = place_for_rollout(context.model_cfg, params, context.mesh)
+    metrics, records = evaluate(cfg, context, placed, problems, fold_in_all(root_key, EVALUATION_KEY, step))
+    write_samples(workdir, "eval", step, [{"step": step} | record for record in records])
+    say(
+        f"step {step}: {len(problems)} held-out questions: accuracy {metrics['eval/accuracy']:.3f}  "
+        f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
+    )
+    return metrics | {"time/eval_s": time.monotonic() - start}
+
+
+def train_on_mesh(cfg: Config, context: RunContext, workdir: Path) -> None:
+    """Runs the updates of `train`. The mesh must be set."""
     optimizer = make_optimizer(cfg.optim)
     manager = checkpoint.open_checkpoint_manager(workdir, cfg.checkpoint.keep)
     state, reference, meta, experience = start_or_resume(cfg, context, manager, workdir, optimizer)
-    root = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
-    first, about_rollout = meta["step"], meta["rollout"]
+    root_key = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
+    resumed_step = step = meta["step"]
+    rollout_metrics, skipped_in_a_row = meta["rollout"], meta["skipped_in_a_row"]
     update = make_update(context.model_cfg, cfg, context.mesh, state.params, optimizer)
-    problem = make_task(cfg.task, cfg.seed, "train")
+    task = make_task(cfg.task, cfg.seed, "train")
     held_out = held_out_problems(cfg.task, cfg.eval.questions)
-    updates = cfg.train.minibatches * cfg.train.epochs
-    log = MetricsLog(workdir, first if first else -1)
-    speaks = jax.process_index() == 0
-    bar = tqdm(total=cfg.total_steps, initial=first, unit="step", disable=not speaks)
-    say = bar.write if speaks else lambda line: None
-    due = lambda step: step % cfg.log.every_steps == 0 or step in (1, cfg.total_steps)
+    updates_per_rollout = cfg.train.minibatches * cfg.train.epochs
+    log = MetricsLog(workdir, resumed_step if resumed_step else -1)
+    is_main_process = jax.process_index() == 0
+    bar = tqdm(total=cfg.total_steps, initial=resumed_step, unit="step", disable=not is_main_process)
 
-    def evaluated(step: int) -> dict[str, float]:
-        begun = time.monotonic()
-        placed = place_for_rollout(context.model_cfg, state.params, context.mesh)
-        metrics, records = evaluate(cfg, context, placed, held_out, fold_in_all(root, EVALUATION_KEY, step))
-        write_samples(workdir, "eval", step, [{"step": step} | record for record in records])
-        say(
-            f"step {step}: {len(held_out)} held-out questions: accuracy {metrics['eval/accuracy']:.3f}  "
-            f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
-        )
-        return metrics | {"time/eval_s": time.monotonic() - begun}
+    def say(line: str) -> None:
+        if is_main_process:
+            bar.write(line)
+
+    def is_reported(step: int) -> bool:
+        return step % cfg.log.every_steps == 0 or step in (1, cfg.total_steps)
 
     say(describe_run(cfg, context, state.params))
-    if first == 0:
-        log.write(0, evaluated(0))
+    if resumed_step == 0:
+        log.write(0, evaluate_step(cfg, context, workdir, state.params, held_out, root_key, 0, say))
         say(LOSS_NOTE)
-    elif first < cfg.total_steps:
-        say(f"resumed after step {first}")
-    for step in range(first + 1, cfg.total_steps + 1):
-        begun = time.monotonic()
-        position, inner = divmod(step - 1, updates)
-        if inner == 0:
-            experience, about_rollout, records = collect_experience(
-                cfg, context, problem, state.params, reference, position, fold_in_all(root, SAMPLING_KEY, position)
+    elif resumed_step < cfg.total_steps:
+        say(f"Resuming after step {resumed_step}")
+    for step in range(resumed_step + 1, cfg.total_steps + 1):
+        step_start = time.monotonic()
+        rollout_index, update_index = divmod(step - 1, updates_per_rollout)
+        if update_index == 0:
+            key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
+            experience, rollout_metrics, records = collect_experience(
+                cfg, context, task, state.params, reference, rollout_index, key
             )
-            if any(due(later) for later in range(step, step + updates)):
+            if any(is_reported(later) for later in range(step, step + updates_per_rollout)):
                 write_samples(workdir, "train", step, [{"step": step} | record for record in records])
-        batch = experience
-        if cfg.train.minibatches > 1:
-            epoch, index = divmod(inner, cfg.train.minibatches)
-            key = fold_in_all(root, SHUFFLING_KEY, position, epoch)
-            batch = take_minibatch(experience, key, index, count=cfg.train.minibatches)
+        minibatch = select_minibatch(cfg, experience, root_key, rollout_index, update_index)
 
-        updating = time.monotonic()
-        state, about_update = update(state, shard_rows(context.mesh, pack_batch(cfg, context.mesh, batch)))
-        metrics = {name: float(value) for name, value in gather_to_host(about_update).items()}
-        meta["skipped_in_a_row"] = meta["skipped_in_a_row"] + 1 if metrics["optim/skipped"] else 0
-        if inner == 0:  # only now is the policy still the one that the sampler used
-            about_rollout |= {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
-        now = time.monotonic()
-        metrics |= about_rollout | {"time/update_s": now - updating, "time/step_s": now - begun}
-        if inner:
+        update_start = time.monotonic()
+        state, update_metrics = update(state, shard_rows(context.mesh, pack_batch(cfg, context.mesh, minibatch)))
+        metrics = {name: float(value) for name, value in gather_to_host(update_metrics).items()}
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["optim/skipped"] else 0
+        if update_index == 0:  # in later updates of the rollout the policy is no longer the one that sampled it
+            rollout_metrics |= {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
+        end = time.monotonic()
+        metrics |= rollout_metrics | {"time/update_s": end - update_start, "time/step_s": end - step_start}
+        if update_index:
             metrics |= {name: 0.0 for name in ("time/rollout_s", "time/reward_s", "time/score_s")}
 
-        last = step == cfg.total_steps
-        if last or cfg.eval.every_steps and step % cfg.eval.every_steps == 0:
-            metrics |= evaluated(step)
+        is_last, is_broken = step == cfg.total_steps, skipped_in_a_row >= cfg.optim.max_skips
+        if is_last or (cfg.eval.every_steps and step % cfg.eval.every_steps == 0):
+            metrics |= evaluate_step(cfg, context, workdir, state.params, held_out, root_key, step, say)
         log.write(step, metrics)
         bar.update()
-        if due(step):
+        if is_reported(step):
             say(console_line(step, cfg.total_steps, metrics))
-        broken = meta["skipped_in_a_row"] >= cfg.optim.max_skips
-        if last or broken or step % cfg.checkpoint.every_steps == 0:
-            unfinished = experience if step % updates else None
-            checkpoint.save_checkpoint(manager, state, meta | {"step": step, "rollout": about_rollout}, unfinished)
-        if broken:
+        if is_last or is_broken or step % cfg.checkpoint.every_steps == 0:
+            progress = {"step": step, "rollout": rollout_metrics, "skipped_in_a_row": skipped_in_a_row}
+            checkpoint.save_checkpoint(
+                manager, state, meta | progress, experience if step % updates_per_rollout else None
+            )
+        if is_broken:
             break
     bar.close()
     log.close()
     manager.close()
-    if meta["skipped_in_a_row"] >= cfg.optim.max_skips:
+    if skipped_in_a_row >= cfg.optim.max_skips:
+        last_change = step - skipped_in_a_row
         raise UserError(
-            f"expected finite gradients; found none in {meta['skipped_in_a_row']} updates in a row, the last one step "
-            f"{step}; the policy has not changed since step {step - meta['skipped_in_a_row']}; look at metrics.jsonl and "
-            "samples/, and begin again with a lower optim.lr in another --workdir"
+            f"Gradients were not finite for {skipped_in_a_row} updates in a row (steps {last_change + 1} to {step}), "
+            f"so the policy has not changed since step {last_change}. Look at metrics.jsonl and samples/, then start "
+            "again in a new --workdir with a lower optim.lr."
         )
