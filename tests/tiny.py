@@ -1,4 +1,4 @@
-"""A random model of a few thousand parameters, and rollouts made up for it."""
+"""A random model of a few thousand parameters, and random experience for it."""
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,18 @@ CONFIG = ModelConfig(
 
 
 def params(model_cfg=CONFIG, seed=0):
-    """Random parameters whose norms are not all 1, so that they matter."""
-    made = init_params(model_cfg, jax.random.key(seed))
-    noise = lambda path, x: x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
-    return jax.tree_util.tree_map_with_path(lambda p, x: noise(p, x) if "scale" in str(p) else x, made)
+    """Draws parameters. The scales of norms are not all 1, so that leaving out a norm shows."""
+
+    def perturb_scale(path, x):
+        if "scale" not in str(path):
+            return x
+        return x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
+
+    return jax.tree_util.tree_map_with_path(perturb_scale, init_params(model_cfg, jax.random.key(seed)))
 
 
 def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2) -> Experience:
-    """Rows of unequal lengths, `samples` to a prompt, off-policy log-probs, advantages of both signs."""
+    """Draws sequences of unequal lengths, `samples` per prompt, off-policy log-probs and advantages of both signs."""
     draw = np.random.default_rng(seed)
     group = np.arange(rows) // samples
     lengths = draw.integers(2, prompt + 1, rows)[group]
@@ -54,14 +58,14 @@ def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2)
 
 
 def packed(batch: Experience, micro_tokens=1000, shards=1) -> PackedBatch:
-    """A batch in rows of about that many tokens, and at least one sequence's."""
+    """Packs a batch into rows of about `micro_tokens` tokens, or of one sequence if it is longer."""
     longest = batch.tokens.shape[1] - batch.mask.shape[1], batch.mask.shape[1]
     shape = packed_shape(len(batch.advantages), 1, *longest, micro_tokens, shards)
     return jax.tree.map(jnp.asarray, pack_completions(batch, shape, shards))
 
 
 def padded(batch: Experience) -> PackedBatch:
-    """A batch with every completion in a row of its own, after its own copy of the prompt."""
-    apart = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
-    width = batch.tokens.shape[1]
-    return jax.tree.map(jnp.asarray, pack_completions(apart, PackedShape(len(apart.advantages), width), 1))
+    """Puts every completion into its own row, after its own copy of the prompt; shaped like `packed(batch, 1)`."""
+    single = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
+    width = -(-batch.tokens.shape[1] // 8) * 8
+    return jax.tree.map(jnp.asarray, pack_completions(single, PackedShape(len(batch.advantages), width), 1))
