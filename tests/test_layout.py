@@ -24,7 +24,9 @@ def readme_order() -> list[str]:
 
 def documented_modules(package: str) -> list[str]:
     """Returns the modules that a package's docstring lists, in its order."""
-    docstring = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(
+        ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8")), clean=False
+    )
     return re.findall(r"^    (\w+)  +\S", docstring, flags=re.M)
 
 

@@ -1,5 +1,7 @@
 """Typed configs: every key with its meaning, default and allowed values, the check of a config, and the flags.
 
+Modules, in reading order:
+
     keys         declares a config key as a typed dataclass field
     schema       all keys of both jobs, one frozen dataclass per section
     rules        checks a config before any device work and builds the frozen `Config`

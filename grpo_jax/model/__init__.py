@@ -1,12 +1,14 @@
 """The decoder: one network for all model families, as pure functions of its parameters.
 
-architecture  `ModelConfig`, the shape of a decoder
-mask          attention masks and plain attention
-blockwise     attention in blocks, in memory linear in the row length
-kernels       attention by the kernels of TPUs and GPUs
-rope          rotary position embeddings
-layers        projections, norms, token embeddings and the MLP
-attention     grouped-query and latent attention, with or without a KV cache
-experts       mixtures of experts
-decoder       `forward` and `hidden_states`: all layers, and logits
+Modules, in reading order:
+
+    architecture  `ModelConfig`, the shape of a decoder
+    mask          attention masks and plain attention
+    blockwise     attention in blocks, in memory linear in the row length
+    kernels       attention by the kernels of TPUs and GPUs
+    rope          rotary position embeddings
+    layers        projections, norms, token embeddings and the MLP
+    attention     grouped-query and latent attention, with or without a KV cache
+    experts       mixtures of experts
+    decoder       `forward` and `hidden_states`: all layers, and logits
 """

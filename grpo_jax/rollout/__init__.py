@@ -1,7 +1,9 @@
 """Sampling: completions drawn from the policy with continuous batching.
 
-draws    draws tokens from logits
-slots    the compiled decode loop and its slots
-memory   plans how many decode slots fit in device memory
-sampler  `sample`: divides sequences among shards and resizes the KV cache
+Modules, in reading order:
+
+    draws    draws tokens from logits
+    slots    the compiled decode loop and its slots
+    memory   plans how many decode slots fit in device memory
+    sampler  `sample`: divides sequences among shards and resizes the KV cache
 """

@@ -1,10 +1,12 @@
 """A training run: its loop, its files and what is done with them.
 
-context     what entry points share: model, tokenizer, mesh and memory plan
-checkpoint  Orbax checkpoints of the policy, optimizer and reference
-metrics     metrics.jsonl, TensorBoard, samples/ and the console
-evaluation  evaluates a policy on held-out problems
-generation  streams a single completion
-export      writes a policy as a Hugging Face folder
-train       the training loop
+Modules, in reading order:
+
+    context     what entry points share: model, tokenizer, mesh and memory plan
+    checkpoint  Orbax checkpoints of the policy, optimizer and reference
+    metrics     metrics.jsonl, TensorBoard, samples/ and the console
+    evaluation  evaluates a policy on held-out problems
+    generation  streams a single completion
+    export      writes a policy as a Hugging Face folder
+    train       the training loop
 """
