@@ -1,5 +1,7 @@
 """Rule-based rewards: verifiers that read the text of completions.
 
+Modules, in reading order:
+
     verify       accuracy and format of completions
     parts        the parts of a reward, and their sum
 

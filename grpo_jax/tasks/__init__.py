@@ -1,5 +1,7 @@
 """Tasks: sources of problems, for training and for held-out evaluation.
 
+Modules, in reading order:
+
     task           the interface: a function from an index to a problem
     addition       the built-in task, sums of two numbers
     problem_file   problems from a file, one JSON object per line

@@ -1,5 +1,7 @@
 """Text and token ids: prompts, stop strings and answers.
 
+Modules, in reading order:
+
     problem      `Problem` and `Prompts`, the values that tasks and encoding produce
     answers      extracts, parses and compares answers
     prompt       R1-Zero's template, encoding of prompts, decoding of completions

@@ -1,5 +1,7 @@
 """The tiny base model that the package carries (`base/`), and how it was made.
 
+Modules, in reading order:
+
     corpus       the synthetic corpus and its tokenizer
     pretrain     pretrains the tiny base model
 
