@@ -2,8 +2,8 @@
 
 Modules, in reading order:
 
-    context     what entry points share: model, tokenizer, mesh and memory plan
     checkpoint  Orbax checkpoints of the policy, optimizer and reference
+    context     what entry points share: model, tokenizer, mesh and memory plan
     metrics     metrics.jsonl, TensorBoard, samples/ and the console
     evaluation  evaluates a policy on held-out problems
     generation  streams a single completion
