@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def is_axis_size(size: int) -> bool:
@@ -38,13 +39,9 @@ class ModelSection:
     """The base model, its attention kernel, and the dtypes of training."""
 
     path: str = key("tiny", "base model: Hugging Face folder, hub id, GGUF file, `tiny` or `smollm2`", path=True)
-    param_dtype: str = key(
-        "float32", "dtype of the master weights; bfloat16 loses updates below 1/256 of a weight", choices=DTYPES
-    )
+    param_dtype: str = key("float32", "dtype of the master weights; bfloat16 loses small updates", choices=DTYPES)
     reference_dtype: str = key("float32", "dtype of the frozen reference model", choices=DTYPES)
-    compute_dtype: str = key(
-        "float32", "dtype of activations, and of weights where they are used; bfloat16 on accelerators", choices=DTYPES
-    )
+    compute_dtype: str = key("float32", "dtype of activations and of weights in use", choices=DTYPES)
     logit_dtype: str = key("float32", "dtype of logits; probabilities are always float32", choices=DTYPES)
     attention: str = key(
         "auto",
@@ -76,7 +73,7 @@ class RolloutSection:
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)
     stop_strings: tuple[str, ...] = key(
-        ("</answer>",), "a completion ends with the token that completes one of these, or an EOS", check=STOP_STRINGS
+        ("</answer>",), "strings that end a completion, as an EOS does", check=STOP_STRINGS
     )
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
 
@@ -87,9 +84,7 @@ class TrainSection:
 
     minibatches: int = key(1, "number of minibatches per rollout; each is one update", at_least=1)
     epochs: int = key(1, "number of passes over a rollout", at_least=1)
-    micro_tokens: int = key(
-        1024, "micro-batch size in tokens per data shard, or the longest sequence if longer", at_least=1, resumable=True
-    )
+    micro_tokens: int = key(1024, "tokens per micro-batch and data shard, or one sequence", at_least=1, resumable=True)
     chunk_tokens: int = key(512, "tokens whose logits are computed at a time", at_least=1, resumable=True)
     remat: str = key(
         "layers",
@@ -119,22 +114,16 @@ class OptimSection:
         choices=("adamw", "adafactor", "lion", "muon"),
     )
     lr: float = key(1.5e-4, "peak learning rate; multiplies steps with an RMS of about 1 (Muon: 0.2)", more_than=0)
-    schedule: str = key(
-        "constant", "shape of the learning rate after the warm-up", choices=("constant", "linear", "cosine")
-    )
+    schedule: str = key("constant", "shape of the learning rate after the warm-up", choices=SCHEDULES)
     warmup_steps: int = key(0, "updates of linear warm-up to the peak learning rate", at_least=0)
     decay_steps: int = key(0, "updates until the decay of the learning rate ends, warm-up included", at_least=0)
     end_lr_fraction: float = key(0.0, "fraction of optim.lr that is left after the decay", at_least=0, at_most=1)
-    b1: float = key(
-        0.9, "decay of the first moment; in Lion, the weight of the moment in the step", at_least=0, below=1
-    )
+    b1: float = key(0.9, "decay of the first moment; in Lion, its weight in the step", at_least=0, below=1)
     b2: float = key(0.999, "decay of the second moment; in Lion, of the only moment", at_least=0, below=1)
     mu_dtype: str = key("float32", "dtype of the moment that averages gradients", choices=DTYPES)
     weight_decay: float = key(0.0, "an update subtracts lr * weight_decay times the parameter", at_least=0)
     grad_clip: float = key(1.0, "largest global norm of a gradient; larger ones are scaled down to it", more_than=0)
-    max_skips: int = key(
-        5, "consecutive updates skipped for non-finite gradients before the run stops", at_least=1, resumable=True
-    )
+    max_skips: int = key(5, "skipped updates in a row that end the run", at_least=1, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +152,8 @@ class EvalSection(Resumable):
     questions: int = key(256, "number of held-out problems", at_least=1)
     temperature: float = key(1.0, "sampling temperature; 0 decodes greedily", at_least=0)
     top_k: int = key(0, "samples from the k most likely tokens; 0 for all", at_least=0)
-    top_p: float = key(
-        1.0, "samples from the fewest tokens with at least this total probability", more_than=0, at_most=1
-    )
-    min_p: float = key(
-        0.0, "samples from tokens with at least this fraction of the largest probability", at_least=0, at_most=1
-    )
+    top_p: float = key(1.0, "samples from the fewest tokens with this total probability", more_than=0, at_most=1)
+    min_p: float = key(0.0, "samples from tokens with this fraction of the top probability", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
