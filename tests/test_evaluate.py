@@ -1,4 +1,4 @@
-"""Evaluation: filters reach the sampler, each problem has its own draws, and what a context counts of memory."""
+"""Evaluation: filters reach the sampler, and each problem has draws of its own. A context counts the memory in use."""
 
 import jax
 import pytest
@@ -10,50 +10,56 @@ from grpo_jax.run.evaluation import evaluate
 from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
 
-QUESTIONS = [Problem(f"What is {i} + 1?", str(i + 1), {}) for i in range(11)]
+SAME_QUESTIONS = [Problem("What is 7 + 1?", "8", {})] * 16
+PARAM_BYTES = 4 * 853_120  # of the tiny model in float32
 
 
-def cfg(**evaluated):
+def make_config(*, kl_coef=0.001, **eval_keys):
     raw = default()
+    raw.loss.kl_coef = kl_coef
     raw.rollout.max_tokens = 6
     raw.rollout.prompts, raw.rollout.samples = 4, 2
-    for key, value in evaluated.items():
+    for key, value in eval_keys.items():
         raw["eval"][key] = value
     return check(raw)
 
 
 @pytest.fixture(scope="module")
 def context():
-    return build_context(cfg())
+    return build_context(make_config())
 
 
-def completions(context, questions=QUESTIONS, **evaluated):
+@pytest.fixture(scope="module")
+def placed_params(context):
     with jax.set_mesh(context.mesh):
-        placed = place_for_rollout(context.model_cfg, load(context.source, mesh=context.mesh)[1], context.mesh)
-        _, records = evaluate(cfg(**evaluated), context, placed, questions, jax.random.key(0))
+        return place_for_rollout(context.model_cfg, load(context.source, mesh=context.mesh)[1], context.mesh)
+
+
+def draw_completions(context, placed_params, problems=SAME_QUESTIONS, **eval_keys):
+    with jax.set_mesh(context.mesh):
+        _, records = evaluate(make_config(**eval_keys), context, placed_params, problems, jax.random.key(0))
     return [record["completion"] for record in records]
 
 
-def test_filters_reach_the_sampler(context):
-    likeliest = completions(context, temperature=0.0)
+def test_temperature_and_filters_reach_the_sampler(context, placed_params):
+    """With a temperature near 0, and with top_k=1, only the most likely token is drawn. The last batch is not full."""
+    problems = [Problem(f"What is {i} + 1?", str(i + 1), {}) for i in range(11)]
+    likeliest = draw_completions(context, placed_params, problems, temperature=1e-5)
     assert len(likeliest) == 11
-    assert completions(context, top_k=1, top_p=0.9, min_p=0.1) == likeliest
-    assert completions(context) != likeliest
+    assert draw_completions(context, placed_params, problems, top_k=1, top_p=0.9, min_p=0.1) == likeliest
+    assert draw_completions(context, placed_params, problems) != likeliest
 
 
-def test_a_problem_has_its_own_draws_whatever_the_slots(context):
-    """The same question 16 times, 8 at a time or all: 16 draws, not one repeated."""
-    questions = [QUESTIONS[0]] * 16
-    few = completions(context, questions)
-    assert context.rollout_plan.slots == 8 and len(set(few[:8])) > 1 and few[:8] != few[8:]
-    assert completions(context._replace(rollout_plan=context.rollout_plan._replace(slots=16)), questions) == few
+def test_each_problem_has_its_own_draws(context, placed_params):
+    """One question asked 16 times, in two batches of 8, gets 16 draws of its own: no batch repeats another's keys."""
+    completions = draw_completions(context, placed_params)
+    assert context.rollout_plan.slots == 8
+    assert len(set(completions[:8])) > 1 and completions[:8] != completions[8:]
 
 
-def test_training_holds_optimizer_and_reference_too(context):
-    """Beside the policy: two moments, and a copy of the parameters if there is a KL term. Some bytes are counters."""
-    size = 4 * 853_120
-    plain = context.rollout_plan.free_bytes
-    assert 3 * size <= plain - build_context(cfg(), training=True).plan.free_bytes < 3 * size + 100
-    raw = default()
-    raw.loss.kl_coef, raw.rollout.max_tokens, raw.rollout.prompts, raw.rollout.samples = 0.0, 6, 4, 2
-    assert 2 * size <= plain - build_context(check(raw), training=True).plan.free_bytes < 2 * size + 100
+@pytest.mark.parametrize("kl_coef, copies", [(0.001, 3), (0.0, 2)])
+def test_training_counts_the_optimizer_state_and_the_reference(context, kl_coef, copies):
+    """Besides the policy there are two moments and, with a KL term, the reference. A few bytes more are counters."""
+    training = build_context(make_config(kl_coef=kl_coef), training=True)
+    extra = context.rollout_plan.free_bytes - training.rollout_plan.free_bytes
+    assert copies * PARAM_BYTES <= extra < copies * PARAM_BYTES + 100

@@ -1,7 +1,9 @@
-"""What a run writes: numbers that JSON has, each step once, samples that can be read back."""
+"""The logs of a run: valid JSON, each step once, and samples that can be read back."""
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from grpo_jax.run.metrics import (
@@ -15,81 +17,67 @@ from grpo_jax.run.metrics import (
 )
 
 
-def written(workdir, lines) -> None:
-    """A finished metrics.jsonl."""
-    log = MetricsLog(workdir, -1)
+def write_log(workdir, lines, resume_after=-1) -> None:
+    """Writes (step, metrics) pairs as a run would that resumes after a step, or starts (-1)."""
+    log = MetricsLog(workdir, resume_after)
     for step, metrics in lines:
         log.write(step, metrics)
     log.close()
 
 
-def steps(workdir) -> list[int]:
+def logged_steps(workdir) -> list[int]:
     return [line["step"] for line in read_metrics(workdir)]
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
-    """NaN and Infinity are no JSON: most readers refuse the whole line."""
-    written(tmp_path, [(1, {"a/b": float("nan"), "a/c": float("inf"), "a/d": -float("inf"), "a/e": 0.5})])
+def test_non_finite_numbers_are_written_as_null(tmp_path):
+    """NaN and Infinity are not JSON: most readers refuse the whole line."""
+    write_log(tmp_path, [(1, {"a/b": float("nan"), "a/c": float("inf"), "a/d": -float("inf"), "a/e": 0.5})])
 
-    def refuse(word):
-        raise AssertionError(word)
+    def refuse(constant):
+        raise AssertionError(constant)
 
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "a/b": None, "a/c": None, "a/d": None, "a/e": 0.5}
 
 
-def test_numbers_of_numpy_and_jax_are_floats_in_the_file(tmp_path):
-    import jax.numpy as jnp
-    import numpy as np
-
-    written(tmp_path, [(1, {"a/numpy": np.float32(0.5), "a/jax": jnp.float32(0.25), "a/int": 3})])
+def test_numbers_of_numpy_and_jax_are_written_as_floats(tmp_path):
+    write_log(tmp_path, [(1, {"a/numpy": np.float32(0.5), "a/jax": jnp.float32(0.25), "a/int": 3})])
     assert read_metrics(tmp_path) == [{"step": 1, "a/numpy": 0.5, "a/jax": 0.25, "a/int": 3.0}]
 
 
 def test_a_line_is_in_the_file_before_the_log_is_closed(tmp_path):
     log = MetricsLog(tmp_path, -1)
     log.write(1, {"a/b": 1.0})
-    assert steps(tmp_path) == [1]  # a run that is killed leaves its lines
+    assert logged_steps(tmp_path) == [1]  # so a run that is killed leaves its lines
     log.close()
 
 
-def test_resumed_run_has_each_step_once(tmp_path):
-    written(tmp_path, [(step, {"a/b": 1.0}) for step in range(6)])  # killed after 5, the checkpoint is of 3
-    log = MetricsLog(tmp_path, 3)
-    for step in (4, 5, 6):
-        log.write(step, {"a/b": 2.0})
-    log.close()
-    assert [(line["step"], line["a/b"]) for line in read_metrics(tmp_path)] == [
-        (0, 1.0),
-        (1, 1.0),
-        (2, 1.0),
-        (3, 1.0),
-        (4, 2.0),
-        (5, 2.0),
-        (6, 2.0),
-    ]
+def test_a_resumed_run_logs_each_step_once(tmp_path):
+    """The run is killed after step 5, and its last checkpoint is of step 3."""
+    write_log(tmp_path, [(step, {"a/b": 1.0}) for step in range(6)])
+    write_log(tmp_path, [(step, {"a/b": 2.0}) for step in (4, 5, 6)], resume_after=3)
+    assert logged_steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["a/b"] for line in read_metrics(tmp_path)] == [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
 
 
-def test_run_that_begins_anew_says_nothing_of_the_one_before(tmp_path):
-    """Killed before the first checkpoint: the line of step 0 is written again."""
-    written(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
-    written(tmp_path, [(0, {"a/b": 2.0})])
+def test_a_run_that_starts_over_removes_the_lines_of_the_first_try(tmp_path):
+    """The run is killed before its first checkpoint, so it writes step 0 again."""
+    write_log(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
+    write_log(tmp_path, [(0, {"a/b": 2.0})])
     assert read_metrics(tmp_path) == [{"step": 0, "a/b": 2.0}]
 
 
-@pytest.mark.parametrize("left", ['{"step": 2, "a/', '{"step": 2', "{"])
-def test_last_line_that_a_crash_cut_off_is_dropped(tmp_path, left):
-    written(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
+@pytest.mark.parametrize("fragment", ['{"step": 2, "a/', '{"step": 2', "{"])
+def test_a_last_line_that_a_crash_cut_off_is_dropped(tmp_path, fragment):
+    write_log(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write(left)
-    assert steps(tmp_path) == [0, 1]
-    log = MetricsLog(tmp_path, 1)
-    log.write(2, {"a/b": 2.0})  # must not be glued to what is left of the old line
-    log.close()
-    assert steps(tmp_path) == [0, 1, 2]
+        file.write(fragment)
+    assert logged_steps(tmp_path) == [0, 1]
+    write_log(tmp_path, [(2, {"a/b": 2.0})], resume_after=1)  # the new line must not be glued to the fragment
+    assert logged_steps(tmp_path) == [0, 1, 2]
 
 
-def test_cut_back_removes_samples_after_the_step_and_keeps_those_up_to_it(tmp_path):
+def test_truncating_removes_only_the_samples_after_the_step(tmp_path):
     for kind in ("train", "eval"):
         for step in (0, 19, 20, 21, 100, 1_000_000):
             write_samples(tmp_path, kind, step, [{"completion": f"{kind} {step}"}])
@@ -99,7 +87,15 @@ def test_cut_back_removes_samples_after_the_step_and_keeps_those_up_to_it(tmp_pa
     assert read_samples(tmp_path, "eval", 19) == [{"completion": "eval 19"}]
 
 
-def test_cut_back_of_a_new_folder_does_nothing(tmp_path):
+def test_truncating_keeps_files_of_the_user_among_the_samples(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("notes.jsonl", "train-000009.jsonl"):
+        (tmp_path / "samples" / name).write_text("{}\n")
+    truncate_logs(tmp_path, 5)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["notes.jsonl"]
+
+
+def test_truncating_a_new_workdir_does_nothing(tmp_path):
     truncate_logs(tmp_path, 5)
     assert not list(tmp_path.iterdir())
 
@@ -120,56 +116,36 @@ def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     assert read_samples(tmp_path, "eval", 7) == records
 
 
-def test_no_samples_make_no_file(tmp_path):
+def test_no_file_is_written_without_samples(tmp_path):
     write_samples(tmp_path, "train", 7, [])
     assert not list(tmp_path.iterdir())
 
 
-def test_console_line_holds_what_a_person_watches():
-    line = console_line(
-        7,
-        60,
-        {
-            "reward/mean": 1.2345,
-            "reward/accuracy": 0.25,
-            "reward/format": 0.98,
-            "rollout/length_mean": 41.26,
-            "policy/kl_ref": 0.01239,
-            "rollout/tokens_per_s": 12345.6,
-            "time/step_s": 3.21,
-            "loss/total": 5.5,
-        },
+def test_console_line_shows_what_to_watch():
+    metrics = {
+        "reward/mean": 1.2345,
+        "reward/accuracy": 0.25,
+        "reward/format": 0.98,
+        "rollout/length_mean": 41.26,
+        "policy/kl_ref": 0.01239,
+        "rollout/tokens_per_s": 12345.6,
+        "time/step_s": 3.21,
+        "loss/total": 5.5,  # not shown: it is about 0 by design
+    }
+    assert console_line(7, 60, metrics) == (
+        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  length  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
     )
-    for part in (
-        "step  7/60",
-        "reward 1.23",
-        "accuracy 0.25",
-        "format 0.98",
-        "41.3",
-        "KL 0.0124",
-        "12,346 tokens/s",
-        "3.2 s",
-    ):
-        assert part in line
-    assert "\n" not in line
-    assert "5.5" not in line  # about 0 by design: nobody is to watch it
 
 
-def test_end_of_a_run_compares_the_first_and_the_last_evaluation(tmp_path):
-    scores = lambda value: {"eval/accuracy": value, "eval/format": value / 2, "eval/length_mean": 100 * value}
-    written(tmp_path, [(0, scores(0.125)), (1, {"reward/mean": 1.0}), (2, scores(0.5)), (3, scores(0.75))])
-    for step, answer in ((0, " first guess "), (2, "middle"), (3, " last answer ")):
-        write_samples(tmp_path, "eval", step, [{"question": "What is 1 + 1?", "completion": answer}])
+def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path):
+    def scores(value):
+        return {"eval/accuracy": value, "eval/format": value / 2, "eval/length_mean": 100 * value}
+
+    write_log(tmp_path, [(0, scores(0.125)), (1, {"reward/mean": 1.0}), (2, scores(0.5)), (3, scores(0.75))])
+    for step, completion in ((0, " first guess "), (2, "middle"), (3, " last answer ")):
+        write_samples(tmp_path, "eval", step, [{"question": "What is 1 + 1?", "completion": completion}])
     text = before_and_after(tmp_path)
     rows = [line.split() for line in text.splitlines()]
     assert ["step", "0", "3"] in rows
     assert ["accuracy", "0.125", "0.750"] in rows
     assert "What is 1 + 1?" in text and "first guess" in text and "last answer" in text and "middle" not in text
-
-
-def test_foreign_files_among_the_samples_stay(tmp_path):
-    (tmp_path / "samples").mkdir()
-    for name in ("notes.jsonl", "train-000009.jsonl"):
-        (tmp_path / "samples" / name).write_text("{}\n")
-    truncate_logs(tmp_path, 5)
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["notes.jsonl"]
