@@ -1,11 +1,11 @@
-"""Eight virtual devices on the CPU, a compilation cache outside the repository, shapes and types checked as code runs."""
+"""Test environment: eight virtual CPU devices, a persistent compilation cache, and annotations checked at run time."""
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation, which takes about half as long without LLVM's optimizations. `make test-all`
-# runs with them.
+# The suite spends most of its time compiling, and compiles about twice as fast without LLVM's optimizations.
+# `make test-all` keeps them.
 OPTIMIZED = os.environ.get("GRPO_JAX_TEST_OPTIMIZED") == "1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8" + (
     "" if OPTIMIZED else " --xla_backend_optimization_level=0"
@@ -14,11 +14,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402  (JAX reads the environment when it is imported)
 
-import tests.strict  # noqa: E402,F401  (named below)
+import tests.strict  # noqa: E402, F401  (install_import_hook takes it by name)
 
-# In the tests the annotated shapes and dtypes of these modules are checked, at trace time too.
+# jaxtyping and beartype check the annotations of these modules, also while they are traced.
 CHECKED = (
     "grpo_jax.model",
     "grpo_jax.learn",

@@ -1,4 +1,4 @@
-"""beartype as the tests use it: an int is a float."""
+"""The beartype decorator that tests check annotations with; it accepts an int where a float is annotated."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""The main job on two processes with two devices each, as on two hosts: the numbers of one process with four."""
+"""Runs of two processes with two devices each, compared with one process with four devices."""
 
 import json
 import os
@@ -22,13 +22,13 @@ FLAGS = [
     "--config.mesh.data=2",
     "--config.mesh.fsdp=2",
 ]
-LIMIT_S = 300  # of a run
+TIMEOUT_S = 300
 
 
 def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.main") -> tuple[list[int], list[str]]:
-    """Runs the main job, or another entry point, on as many processes as there are workdirs; their exit codes and what they printed.
+    """Runs an entry point as one process per workdir and returns the exit codes and outputs.
 
-    Files that process 1 makes are its own: no one else may read them.
+    Process 1 has a umask of 077, as if no other user could read its files.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -40,7 +40,7 @@ def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.m
         environ |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     processes, files = [], [logs / f"process-{i}.txt" for i in range(count)]
     try:
-        for i, (workdir, path) in enumerate(zip(workdirs, files)):
+        for i, (workdir, path) in enumerate(zip(workdirs, files, strict=True)):
             with open(path, "w") as out:
                 processes.append(
                     subprocess.Popen(
@@ -52,10 +52,10 @@ def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.m
                         umask=0o077 if i else 0o022,
                     )
                 )
-        end = time.monotonic() + LIMIT_S
-        codes = [process.wait(max(0.0, end - time.monotonic())) for process in processes]
+        deadline = time.monotonic() + TIMEOUT_S
+        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired:
-        pytest.fail(f"not done after {LIMIT_S} s:\n" + "\n".join(path.read_text()[-3000:] for path in files))
+        pytest.fail(f"not finished after {TIMEOUT_S} s:\n" + "\n".join(path.read_text()[-3000:] for path in files))
     finally:
         for process in processes:
             if process.poll() is None:
@@ -65,7 +65,7 @@ def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.m
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Returns the lines of metrics.jsonl without the metrics that depend on the clock."""
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if not name.startswith("time/") and name != "rollout/tokens_per_s"}
@@ -74,37 +74,37 @@ def metrics(workdir: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_resume(tmp_path):
+def test_two_processes_match_one_and_resume(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
-    # The first run ends between the two updates of a rollout, so that the second has to go on with its experience.
+    # The first run ends between the two updates of a rollout, so the second must resume with its experience.
     for steps in (1, 3):
         codes, printed = run(tmp_path, [two, two], f"--config.total_steps={steps}", "--config.eval.every_steps=1")
         assert codes == [0, 0], printed[0][-3000:] + printed[1][-3000:]
         assert f"step {steps}/{steps}  reward" in printed[0]
-        assert "step " not in printed[1]  # only process 0 speaks
+        assert "step " not in printed[1]  # only process 0 prints
         assert (two / "checkpoints" / str(steps) / "commit_success.txt").exists()
     codes, printed = run(tmp_path, [one], "--config.total_steps=3", "--config.eval.every_steps=1")
     assert codes == [0], printed[0][-3000:]
 
-    found, expected = metrics(two), metrics(one)
-    assert [line["step"] for line in found] == [0, 1, 2, 3]  # once each
+    lines, expected = metrics(two), metrics(one)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
     files = [path for path in two.rglob("*") if path.is_file() and (two / "checkpoints") not in path.parents]
     assert {"config.json", "metrics.jsonl", "eval-000003.jsonl"} <= {path.name for path in files}
-    assert not [path for path in files if not path.stat().st_mode & 0o004]  # process 0 writes them, all of them
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert not [path for path in files if not path.stat().st_mode & 0o004]  # process 0 has written all of them
+    for line, expected_line in zip(lines, expected, strict=True):
+        assert line == pytest.approx(expected_line, rel=1e-3, abs=1e-5)
 
     folders = []
     for name, workdirs in (("by-two", [two, two]), ("by-one", [two])):
         codes, printed = run(tmp_path, workdirs, f"--out={tmp_path / name}", module="grpo_jax.export")
         assert codes == [0] * len(workdirs), printed[0][-3000:] + printed[-1][-3000:]
-        assert printed[1:] == [text for text in printed[1:] if "Wrote" not in text] and "Wrote" in printed[0]
+        assert "Wrote" in printed[0] and all("Wrote" not in text for text in printed[1:])
         folders.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert folders[0] == folders[1] and "model.safetensors" in folders[0]
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
+def test_processes_must_share_the_workdir(tmp_path):
     codes, printed = run(tmp_path, [tmp_path / "a", tmp_path / "b"], "--config.total_steps=1")
     assert codes == [2, 2]
     assert all("error: All processes must share the workdir" in text for text in printed)

@@ -1,4 +1,4 @@
-"""The decoder: causality, caching, padding. tests/test_families.py compares it with `transformers`."""
+"""The decoder: causality, the KV cache, padding. tests/test_families.py compares it with `transformers`."""
 
 from dataclasses import replace
 
@@ -13,53 +13,59 @@ from grpo_jax.model.decoder import hidden_states, logits_from_hidden, unstack_la
 from grpo_jax.model.mask import single_sequence
 from tests.tiny import CONFIG, params
 
+compiled_forward = jax.jit(forward, static_argnums=0)
 
-def test_future_tokens_have_no_gradient():
-    """Position 3's logits depend on the embeddings of tokens 0 to 3, and on those only."""
+
+def test_logits_do_not_depend_on_future_tokens():
+    """The logits at position 3 have a gradient for the embeddings of tokens 0 to 3 only."""
     weights = params()
     tokens = jnp.arange(1, 8)[None]
 
-    def logit(table):
-        changed = weights | {"embed": {"embedding": table}}
-        return forward(CONFIG, changed, tokens)[0, 3].sum()
+    def summed_logits(table):
+        return forward(CONFIG, weights | {"embed": {"embedding": table}}, tokens)[0, 3].sum()
 
-    grads = jnp.abs(jax.grad(logit)(weights["embed"]["embedding"])).sum(axis=1)
+    grads = jnp.abs(jax.jit(jax.grad(summed_logits))(weights["embed"]["embedding"])).sum(axis=1)
     assert (grads[tokens[0, :4]] > 0).all()
     assert (grads[tokens[0, 4:]] == 0).all()
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_cached_decode_matches_full_forward(unrolled):
-    """Prefill of 4 tokens, then one at a time from the cache, equals one pass over all 9, in float32."""
-    weights = unstack_layers(params()) if unrolled else params()
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_decoding_from_the_cache_matches_the_forward_pass(unstacked):
+    """Prefilling 4 tokens and decoding 5 more one by one gives the logits of one pass over all 9."""
+    weights = unstack_layers(params()) if unstacked else params()
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 1, 45)
-    full = forward(CONFIG, weights, tokens)
+    expected = compiled_forward(CONFIG, weights, tokens)
 
-    positions = jnp.broadcast_to(jnp.arange(4), (3, 4))
-    hidden, kv = hidden_states(CONFIG, weights, tokens[:, :4], single_sequence(positions))
+    @jax.jit
+    def logits_and_kv(tokens, first_position, cache):
+        positions = first_position + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, kv = hidden_states(CONFIG, weights, tokens, single_sequence(positions), cache)
+        return logits_from_hidden(CONFIG, weights, hidden), kv
 
     def grow(x, axis):
         return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(5)])
 
-    kv = tuple(KV(grow(layer.k, 4), grow(layer.v, 3)) for layer in kv)
-    np.testing.assert_allclose(logits_from_hidden(CONFIG, weights, hidden), full[:, :4], atol=2e-5)
-    for at in range(4, 9):
-        hidden, kv = hidden_states(CONFIG, weights, tokens[:, at : at + 1], single_sequence(jnp.full((3, 1), at)), kv)
-        np.testing.assert_allclose(logits_from_hidden(CONFIG, weights, hidden)[:, 0], full[:, at], atol=2e-5)
-    assert len(kv) == (2 if unrolled else 1) and isinstance(kv[0], KV)
+    logits, kv = logits_and_kv(tokens[:, :4], 0, None)
+    np.testing.assert_allclose(logits, expected[:, :4], atol=2e-5)
+    kv = tuple(KV(grow(stack.k, 4), grow(stack.v, 3)) for stack in kv)
+    for position in range(4, 9):
+        logits, kv = logits_and_kv(tokens[:, position : position + 1], position, kv)
+        np.testing.assert_allclose(logits[:, 0], expected[:, position], atol=2e-5)
+    assert len(kv) == (2 if unstacked else 1) and isinstance(kv[0], KV)
 
 
-def test_padding_on_either_side_changes_nothing():
+def test_padding_on_either_side_does_not_change_the_logits():
     weights = params()
     tokens = jax.random.randint(jax.random.key(2), (1, 6), 1, 45)
-    expected = forward(CONFIG, weights, tokens)
-    left = jnp.concatenate([jnp.full((1, 3), 7), tokens], axis=1)
-    right = jnp.concatenate([tokens, jnp.full((1, 3), 7)], axis=1)
-    on_left = forward(CONFIG, weights, left, mask=jnp.asarray([[0] * 3 + [1] * 6]))
-    on_right = forward(CONFIG, weights, right, mask=jnp.asarray([[1] * 6 + [0] * 3]))
-    np.testing.assert_allclose(on_left[:, 3:], expected, atol=2e-5)
-    np.testing.assert_allclose(on_right[:, :6], expected, atol=2e-5)
-    assert np.isfinite(on_left).all()
+    padding = jnp.full((1, 3), 7)
+    expected = compiled_forward(CONFIG, weights, tokens)
+    left = jnp.concatenate([padding, tokens], axis=1)
+    right = jnp.concatenate([tokens, padding], axis=1)
+    left = compiled_forward(CONFIG, weights, left, mask=jnp.asarray([[0] * 3 + [1] * 6]))
+    right = compiled_forward(CONFIG, weights, right, mask=jnp.asarray([[1] * 6 + [0] * 3]))
+    np.testing.assert_allclose(left[:, 3:], expected, atol=2e-5)
+    np.testing.assert_allclose(right[:, :6], expected, atol=2e-5)
+    assert np.isfinite(left).all()
 
 
 @pytest.mark.parametrize(
@@ -78,9 +84,7 @@ def test_padding_on_either_side_changes_nothing():
         ("cpu", 200, dict(attention="blocks"), "blocks"),
     ],
 )
-def test_attention_is_computed_in_the_way_that_suits_platform_and_rows(
-    monkeypatch, platform, length, changed, expected
-):
+def test_the_attention_kernel_fits_the_platform_and_the_row_length(monkeypatch, platform, length, changed, expected):
     monkeypatch.setattr("grpo_jax.model.attention.mesh_platform", lambda: platform)
     model_cfg = replace(CONFIG, **changed)
     assert choose_kernel(model_cfg, length, cached=False) == expected

@@ -1,10 +1,10 @@
-"""What the compiled update moves between devices: parts of layers, and nothing whole."""
+"""What a compiled update gathers and keeps on the devices of a mesh, and that a mesh does not change results."""
 
 import importlib.util
-import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 
 import grpo_jax.learn.logprobs
+import grpo_jax.model.blockwise
 from grpo_jax.config import check, default
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
-from grpo_jax.learn.update import make_update, minibatch_gradients
+from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig
+from grpo_jax.model.decoder import hidden_states
 from grpo_jax.model.layers import embed_tokens
 from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
-from tests.tiny import CONFIG, experience, packed, params
+from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
 
-# No two dimensions alike, so that a shape names a parameter; all divide by 8.
+# All dimensions differ, so that a shape identifies a parameter, and all are divisible by 8.
 WIDE = replace(
     CONFIG,
     vocab_size=88,
@@ -34,156 +36,155 @@ WIDE = replace(
     head_dim=16,
     remat="layers",
 )
+VOCAB_BLOCK = 22
 
 
-def gathered(text: str) -> list[tuple[int, ...]]:
-    """The shapes that all-gathers of a compiled program make."""
-    made = re.findall(r"= \(?(.*?)\)? all-gather(?:-start)?\(", text)
-    return [tuple(map(int, shape.split(","))) for kinds in made for shape in re.findall(r"\[([\d,]+)\]", kinds)]
-
-
-def compiled_update(mesh, cfg=WIDE):
-    weights = params(cfg)
-    train = check(default())
+@lru_cache
+def compiled_update(sizes):
+    """Returns the shapes of the train state before an update, the compiled update's text and memory, and its result."""
+    mesh, cfg, weights = make_mesh(*sizes), check(default()), params(WIDE)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(train.optim)
+        optimizer = make_optimizer(cfg.optim)
         state = init_train_state(mesh, jax.device_put(weights, tree_shardings(mesh, weights)), optimizer)
-        update = make_update(cfg, train, mesh, state.params, optimizer)
-        batch = shard_rows(mesh, packed(experience(cfg=cfg), 1, num_row_shards(mesh)))
-        return state, batch, update, update.lower(state, batch).compile()
+        shapes = jax.eval_shape(lambda state: state, state)
+        update = make_update(WIDE, cfg, mesh, state.params, optimizer)
+        batch = shard_rows(mesh, packed(experience(model_cfg=WIDE), 1, num_row_shards(mesh)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", VOCAB_BLOCK)
+            compiled = update.lower(state, batch).compile()
+        return shapes, batch, compiled, compiled(state, batch)[0]
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
-def test_nothing_is_gathered_whole(sizes, monkeypatch):
-    """Gathered are single layers in the scan, a block of ids of the head, and token ids; no stack, table or head."""
-    monkeypatch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", 22)
-    mesh = make_mesh(*sizes)
-    state, _, _, compiled = compiled_update(mesh)
-    made = gathered(compiled.as_text())
-    layers = len(WIDE.layers)
-    assert [shape for shape in made if np.prod(shape) % (64 * 96 // mesh.shape["tensor"]) == 0]  # the MLP's: it looks
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+MESHES = pytest.mark.parametrize(
+    "sizes", [(1, 4, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 8, 1), (2, 2, 2)))]
+)
+
+
+@MESHES
+def test_no_stack_table_or_head_is_gathered_whole(sizes):
+    """Only single layers of the scan, vocabulary blocks of the head and token ids are gathered."""
+    shapes, _, compiled, _ = compiled_update(sizes)
+    gathered, tensor = all_gather_shapes(compiled.as_text()), sizes[2]
+    assert [shape for shape in gathered if np.prod(shape) % (64 * 96 // tensor) == 0]  # a layer's MLP is seen here
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params):
         name = jax.tree_util.keystr(path)
         if "layers" in name:
-            assert not [shape for shape in made if shape[0] == layers and np.prod(shape) >= leaf.size > 5 * 64], name
+            stacks = [shape for shape in gathered if shape[0] == len(WIDE.layers)]
+            assert not [shape for shape in stacks if np.prod(shape) >= leaf.size > 5 * 64], name
         elif leaf.ndim == 2:
-            assert not [shape for shape in made if sorted(shape)[-2:] == sorted(leaf.shape)], name
-    assert not [shape for shape in made if np.prod(shape) > 64 * 128]  # the largest matrix of a layer
+            assert not [shape for shape in gathered if sorted(shape)[-2:] == sorted(leaf.shape)], name
+    assert not [shape for shape in gathered if np.prod(shape) > 64 * 128]  # the largest matrix of a layer
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, 4, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (2, 2, 2)))]
-)
-def test_state_stays_split(sizes):
-    """Every leaf that the table splits is split before and after, gradients among them, whole ones nowhere."""
-    mesh = make_mesh(*sizes)
-    state, batch, update, compiled = compiled_update(mesh)
-    with jax.set_mesh(mesh):
-        after, _ = update(state, batch)
-    for tree in (after.params, after.opt_state):
+@MESHES
+def test_the_train_state_stays_split_through_an_update(sizes):
+    """Each device holds its share of every split leaf before and after the update, and never a whole gradient."""
+    _, batch, compiled, state = compiled_update(sizes)
+    _, fsdp, tensor = sizes
+    for tree in (state.params, state.opt_state):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if leaf.ndim > 2 or "embedding" in str(path) or "head" in str(path):
                 assert not leaf.sharding.is_fully_replicated, path
-                assert leaf.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == leaf.size
-    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(after.params))
+                assert leaf.addressable_shards[0].data.size * fsdp * tensor == leaf.size
+    param_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * memory.argument_size_in_bytes - batch.tokens.nbytes * 10
-    assert memory.argument_size_in_bytes < 0.6 * 3 * whole  # of policy and two moments, on one device
+    assert memory.argument_size_in_bytes < 0.6 * 3 * param_bytes  # of policy and two moments, on one device
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2)])
 @pytest.mark.parametrize("rows", [8, pytest.param(3, marks=pytest.mark.slow)])
-def test_tokens_are_looked_up_where_the_table_lies(sizes, rows):
+def test_a_sharded_table_has_the_embeddings_and_gradient_of_a_whole_one(sizes, rows):
     table = jax.random.normal(jax.random.key(0), (48, 32))
     tokens = jax.random.randint(jax.random.key(1), (rows, 5), 0, 48)
-    weigh = jax.random.normal(jax.random.key(2), (rows, 5, 32))
-    expected = jax.grad(lambda table: jnp.sum(weigh * table[tokens]))(table)
+    d_out = jax.random.normal(jax.random.key(2), (rows, 5, 32))
+    expected = jax.grad(lambda table: jnp.sum(d_out * table[tokens]))(table)
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(table, jax.NamedSharding(mesh, jax.P("tensor", "fsdp")))
-        np.testing.assert_array_equal(jax.jit(embed_tokens)(placed, tokens), table[tokens])
-        made = jax.jit(jax.grad(lambda table: jnp.sum(weigh * embed_tokens(table, tokens))))(placed)
-    np.testing.assert_allclose(made, expected, atol=1e-6)
+        sharded = jax.device_put(table, jax.NamedSharding(mesh, jax.P("tensor", "fsdp")))
+        np.testing.assert_array_equal(jax.jit(embed_tokens)(sharded, tokens), table[tokens])
+        grad = jax.jit(jax.grad(lambda table: jnp.sum(d_out * embed_tokens(table, tokens))))(sharded)
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "sizes", [(1, 2, 4), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (1, 1, 8)))]
+    "sizes", [(1, 2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 8, 1), (1, 1, 8)))]
 )
-def test_ways_of_attention_agree_on_every_mesh(attention, sizes, monkeypatch):
-    """4 heads, 2 KV heads: on four devices each KV head stands twice, on eight the heads are not split."""
-    import grpo_jax.model.blockwise
-
+def test_attention_kernels_on_a_mesh_have_the_gradient_of_plain_attention(attention, sizes, monkeypatch):
+    """With 4 heads and 2 KV heads: 4 devices hold two copies of each KV head, and 8 devices do not split the heads."""
     monkeypatch.setattr(grpo_jax.model.blockwise, "BLOCK_SIZE", 8)
-    model_cfg = replace(
-        CONFIG, layers=(LayerConfig(window=3), LayerConfig()), attention=attention, remat="layers", max_positions=256
-    )
-    loss = check(default()).loss
-    run = lambda model_cfg, params, batch: jax.jit(
-        lambda params, batch: minibatch_gradients(model_cfg, params, batch, temperature=1.0, loss=loss)[0]
-    )(params, batch)
-    whole = packed(experience(), 128 if attention == "splash" else 30)
-    expected = run(replace(model_cfg, attention="plain"), params(), whole)
-    mesh = make_mesh(*sizes)
+    layers = (LayerConfig(window=3), LayerConfig())
+    model_cfg = replace(CONFIG, layers=layers, remat="layers", max_positions=256)
+    weights, mesh = params(model_cfg), make_mesh(*sizes)
+    batch = packed(experience(), 30, num_row_shards(mesh))
+    tokens, segments = batch.tokens, batch.segments
+    if attention == "splash":  # the kernel needs rows of 128 tokens
+        widen = [(0, 0), (0, -tokens.shape[1] % 128)]
+        tokens, segments = jax.tree.map(lambda x: jnp.pad(x, widen), (tokens, segments))
+    d_hidden = jax.random.normal(jax.random.key(0), (*tokens.shape, CONFIG.hidden_size))
+    d_hidden *= segments.prompt[..., None] > 0  # hidden states of padding are undefined
+
+    def gradient(model_cfg, weights, inputs):
+        run = jax.jit(jax.grad(lambda weights, d, *inputs: jnp.sum(d * hidden_states(model_cfg, weights, *inputs)[0])))
+        return run(weights, *inputs)
+
+    expected = gradient(replace(model_cfg, attention="plain"), weights, (d_hidden, tokens, segments))
     with jax.set_mesh(mesh):
-        batch = packed(experience(), 128 if attention == "splash" else 30, num_row_shards(mesh))
-        if attention == "splash":  # rows of 128 tokens, as the kernel wants them
-            wide = lambda x: jnp.pad(
-                x, ((0, 0), (0, -x.shape[1] % 128)), constant_values=-1 if x is batch.flat_index else 0
-            )
-            batch = jax.tree.map(lambda x: wide(x) if x.ndim else x, batch)
-        made = run(model_cfg, jax.device_put(params(), tree_shardings(mesh, params())), shard_rows(mesh, batch))
-    for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(made)):
-        assert np.abs(np.asarray(have) - want).max() <= 1e-5 * np.abs(want).max(), path
+        inputs = shard_rows(mesh, (d_hidden, tokens, segments))
+        placed = jax.device_put(weights, tree_shardings(mesh, weights))
+        grads = gradient(replace(model_cfg, attention=attention), placed, inputs)
+    for (path, want), grad in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads), strict=True):
+        assert np.abs(np.asarray(grad) - want).max() <= 1e-5 * np.abs(want).max(), path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for a TPU anywhere"
-)
-def test_7b_update_compiles_for_a_pod_and_fits():
-    """Qwen2.5-7B's shapes, 4,608 tokens a chip, ahead of time for 64 chips of TPU v5e with 16 GiB each."""
-    made = subprocess.run([sys.executable, "-c", POD], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert made.returncode == 0, made.stderr[-3000:]
-    print(made.stdout)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for a TPU on any machine")
+def test_a_7b_update_fits_on_a_pod():
+    """Compiles an update of Qwen2.5-7B ahead of time for 64 chips of TPU v5e, 16 GiB and 4,608 tokens each."""
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", POD_PROGRAM], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)
 
 
-POD = """
+POD_PROGRAM = """
 import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from grpo_jax.model.architecture import Layer, ModelConfig
 from grpo_jax.config import check
 from grpo_jax.config.flags import load_config
-from grpo_jax.parallel.mesh import ROWS, fit, make_mesh, row_shards
-from grpo_jax.model.decoder import param_shapes
-from grpo_jax.learn.optimizer import make_optimizer, state_shapes, state_shardings
+from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.learn.packing import packed_shape
 from grpo_jax.learn.update import make_update
-from grpo_jax.types import Packed, Segments
-from tests.test_sharding import gathered
+from grpo_jax.model.architecture import LayerConfig, ModelConfig
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, make_mesh, num_row_shards
+from grpo_jax.types import PackedBatch, Segments
+from tests.tiny import all_gather_shapes
 mesh = make_mesh(fsdp=-1, devices=topologies.get_topology_desc("v5e:8x8", platform="tpu").devices)
-config = check(load_config("configs/r1zero.py:qwen2.5-7b"))
-model = ModelConfig(
-    vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=(Layer(),) * 28, num_heads=28, num_kv_heads=4,
-    head_dim=128, max_positions=32768, qkv_bias=True, tokenizer_vocab_size=151665, compute_dtype="bfloat16",
-    remat="layers")
-shape = packed_shape(512, 16, 512, 4096, config.train.micro_tokens, row_shards(mesh))
-shapes, optimizer = param_shapes(model), make_optimizer(config.optim)
-placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-state = jax.tree.map(placed, state_shapes(shapes, optimizer), state_shardings(mesh, shapes, optimizer))
-rows = jax.NamedSharding(mesh, fit(jax.P(ROWS), shape, mesh))
-whole = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-ids, values = whole(jnp.int32), whole(jnp.float32)
-batch = Packed(ids, Segments(ids, ids, ids), ids, ids, values, values, values, values,
-               jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P())))
+cfg = check(load_config("configs/r1zero.py:qwen2.5-7b"))
+model_cfg = ModelConfig(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=(LayerConfig(),) * 28, num_heads=28,
+    num_kv_heads=4, head_dim=128, max_positions=32768, qkv_bias=True, tokenizer_vocab_size=151665,
+    compute_dtype="bfloat16", remat="layers")
+shape = packed_shape(512, 16, 512, 4096, cfg.train.micro_tokens, num_row_shards(mesh))
+shapes, optimizer = param_shapes(model_cfg), make_optimizer(cfg.optim)
+with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+state = jax.tree.map(
+    with_sharding, train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer))
+rows = jax.NamedSharding(mesh, drop_indivisible_axes(jax.P(ROW_AXES), shape, mesh))
+ids, values = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+batch = PackedBatch(ids, Segments(ids, ids, ids), ids, ids, values, values, values, values,
+                    jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P())))
 with jax.set_mesh(mesh):
-    compiled = make_update(model, config, mesh, shapes, optimizer).lower(state, batch).compile()
+    compiled = make_update(model_cfg, cfg, mesh, shapes, optimizer).lower(state, batch).compile()
 memory = compiled.memory_analysis()
-total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-print(f"{total / 2**30:.2f} GiB a chip, of which {memory.temp_size_in_bytes / 2**30:.2f} are temporaries")
+total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+total += memory.temp_size_in_bytes
+print(f"{total / 2**30:.2f} GiB per chip, of which {memory.temp_size_in_bytes / 2**30:.2f} are temporaries")
 assert total < 15.75 * 2**30, total
-most = max(np.prod(shape) for shape in gathered(compiled.as_text()))
-assert most <= 3584 * 18944, most  # one matrix of one layer
+largest = max(np.prod(shape) for shape in all_gather_shapes(compiled.as_text()))
+assert largest <= 3584 * 18944, largest  # one matrix of one layer
 """

@@ -1,4 +1,6 @@
-"""A random model of a few thousand parameters, and random experience for it."""
+"""A random model of a few thousand parameters, random experience for it, and what a compiled program gathers."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +34,27 @@ def params(model_cfg=CONFIG, seed=0):
             return x
         return x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
 
-    return jax.tree_util.tree_map_with_path(perturb_scale, init_params(model_cfg, jax.random.key(seed)))
+    # Compiling the whole function is several times faster than running it op by op.
+    drawn = jax.jit(init_params, static_argnums=0)(model_cfg, jax.random.key(seed))
+    return jax.tree_util.tree_map_with_path(perturb_scale, drawn)
 
 
 def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2) -> Experience:
     """Draws sequences of unequal lengths, `samples` per prompt, off-policy log-probs and advantages of both signs."""
     draw = np.random.default_rng(seed)
     group = np.arange(rows) // samples
-    lengths = draw.integers(2, prompt + 1, rows)[group]
-    drawn = draw.integers(1, sampled + 1, rows)
+    prompt_lengths = draw.integers(2, prompt + 1, rows)[group]
+    lengths = draw.integers(1, sampled + 1, rows)
     prompts = draw.integers(1, model_cfg.tokenizer_vocab_size, (rows, prompt + sampled))[group]
-    tokens = draw.integers(1, model_cfg.tokenizer_vocab_size, (rows, prompt + sampled))
+    completions = draw.integers(1, model_cfg.tokenizer_vocab_size, (rows, prompt + sampled))
     columns = np.arange(prompt + sampled)
-    tokens = np.where(columns < lengths[:, None], prompts, np.where(columns < (lengths + drawn)[:, None], tokens, 0))
+    tokens = np.where(columns < (prompt_lengths + lengths)[:, None], completions, 0)
+    tokens = np.where(columns < prompt_lengths[:, None], prompts, tokens)
     logps = -2 - draw.random((rows, sampled))
     return Experience(
         tokens=tokens.astype(np.int32),
-        prompt_lengths=lengths,
-        mask=np.arange(sampled) < drawn[:, None],
+        prompt_lengths=prompt_lengths,
+        mask=np.arange(sampled) < lengths[:, None],
         sampler_logps=logps.astype(np.float32),
         ref_logps=(logps + 0.3 * draw.standard_normal(logps.shape)).astype(np.float32),
         advantages=draw.standard_normal(rows).astype(np.float32),
@@ -69,3 +74,9 @@ def padded(batch: Experience) -> PackedBatch:
     single = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
     width = -(-batch.tokens.shape[1] // 8) * 8
     return jax.tree.map(jnp.asarray, pack_completions(single, PackedShape(len(batch.advantages), width), 1))
+
+
+def all_gather_shapes(hlo: str) -> list[tuple[int, ...]]:
+    """Returns the output shapes of all all-gathers in the text of a compiled program."""
+    outputs = re.findall(r"= \(?(.*?)\)? all-gather(?:-start)?\(", hlo)
+    return [tuple(map(int, dims.split(","))) for output in outputs for dims in re.findall(r"\[([\d,]+)\]", output)]
