@@ -40,7 +40,7 @@ EXAMPLES = """  python benchmarks/step.py --model=smollm2 --prompts=4 --samples=
 
 
 def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainState, dict[str, float]]:
-    """The next state, and what took how long; as in grpo_jax.run.train.collect and what follows it there."""
+    """The next state, and what took how long; as in grpo_jax.run.train.collect_experience and what follows it there."""
     cfg, model, mesh, state, reference, update = learner
     times, began = dict.fromkeys(("generate_s", "score_s", "update_s", "pack_s"), 0.0), time.perf_counter()
 

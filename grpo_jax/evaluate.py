@@ -44,11 +44,9 @@ def main(argv: Sequence[str]) -> None:
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), EVALUATION_KEY), step)
         metrics, _ = evaluate(cfg, context, placed, problems, key)
-    if jax.process_index() != 0:
-        return
-    if options.json:
+    if options.json and jax.process_index() == 0:
         print(json.dumps({"step": step, "questions": len(problems)} | metrics))
-    else:
+    elif jax.process_index() == 0:
         print(
             f"{'Base model' if options.base else f'Policy after step {step}'}, {len(problems)} questions, "
             f"temperature {cfg.eval.temperature}: accuracy {metrics['eval/accuracy']:.3f}  "

@@ -1,7 +1,6 @@
 """Trains a model: `python -m grpo_jax.main --config=configs/r1zero.py`.
 
-Parses the flags, checks everything that the user can get wrong, joins the processes of a multi-host run, and runs the
-config's job: GRPO, or the pretraining of the tiny base model.
+Checks all that a user can get wrong, joins the processes of a multi-host run, and runs GRPO or the tiny base's pretraining.
 """
 
 import os
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
         if is_multiprocess(os.environ):
             raise UserError(
-                "Pretraining runs in a single process; found the environment variables of several. Start it on its own."
+                "Pretraining runs in a single process; found the variables of several. Start it on its own."
             )
         pretrain(configs.check_pretrain(raw), workdir)
         return

@@ -5,7 +5,6 @@ from (seed, purpose, counters), so a resumed run continues exactly as if it had 
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -243,7 +242,7 @@ def start_or_resume(cfg: Config, context: RunContext, manager, workdir: Path, op
 
 
 def evaluate_step(
-    cfg: Config, context: RunContext, workdir: Path, params, problems: list[Problem], root_key, step: int, say: Callable
+    cfg: Config, context: RunContext, workdir: Path, params, problems: list[Problem], root_key, step: int, say
 ) -> dict[str, float]:
     """Evaluates the policy after `step`, writes its samples and prints its scores; returns the eval metrics."""
     start = time.monotonic()
