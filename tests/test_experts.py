@@ -12,7 +12,7 @@ from grpo_jax.config.schema import LossSection
 from grpo_jax.learn.update import minibatch_gradients
 from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
 from grpo_jax.model.experts import MixtureOfExperts, choose_experts, run_experts
-from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
 from grpo_jax.text.stops import build_stop_table
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
@@ -143,7 +143,7 @@ def test_a_model_has_the_same_gradient_on_every_mesh_and_no_device_gathers_all_e
     run = jax.jit(lambda p, b: minibatch_gradients(model_cfg, p, b, temperature=0.9, loss=LOSS))
     expected, expected_metrics = run(weights, packed(batch))
     with jax.set_mesh(mesh):
-        rows = shard_rows(mesh, packed(batch, 24, num_row_shards(mesh)))
+        rows = shard_rows(mesh, packed(batch, 24, num_data_shards(mesh)))
         shardings = tree_shardings(mesh, weights)
         placed = jax.device_put(weights, shardings)
         compiled = run.lower(placed, rows).compile()

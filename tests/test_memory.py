@@ -85,7 +85,7 @@ def test_short_memory_gives_fewer_slots_than_completions(monkeypatch):
     assert 0 < made.slots == made.max_slots < 128
 
 
-def test_slots_are_a_multiple_of_the_row_shards(monkeypatch):
+def test_slots_are_a_multiple_of_the_data_shards(monkeypatch):
     mesh = make_mesh(2, 4, 1)
     assert plan(monkeypatch, mesh=mesh, slots=9).slots == 16
     assert plan(monkeypatch, mesh=mesh).max_slots % 8 == 0
@@ -114,7 +114,7 @@ def test_more_slots_than_fit_are_refused_with_the_largest_number_that_fits(monke
 
 
 def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
-    """With 4 row shards and 2 tensor shards a device holds a quarter of the prompts and half of the keys and values."""
+    """With 4 data shards and 2 tensor shards a device holds a quarter of the prompts and half of the keys and values."""
     mesh = make_mesh(2, 2, 2)
     made = plan(monkeypatch, mesh=mesh, held=1000)
     shapes = param_shapes(MODEL)

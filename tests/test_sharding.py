@@ -20,7 +20,7 @@ from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.decoder import hidden_states
 from grpo_jax.model.layers import embed_tokens
-from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
 
 # All dimensions differ, so that a shape identifies a parameter, and all are divisible by 8.
@@ -48,7 +48,7 @@ def compiled_update(sizes):
         state = init_train_state(mesh, jax.device_put(weights, tree_shardings(mesh, weights)), optimizer)
         shapes = jax.eval_shape(lambda state: state, state)
         update = make_update(WIDE, cfg, mesh, state.params, optimizer)
-        batch = shard_rows(mesh, packed(experience(model_cfg=WIDE), 1, num_row_shards(mesh)))
+        batch = shard_rows(mesh, packed(experience(model_cfg=WIDE), 1, num_data_shards(mesh)))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", VOCAB_BLOCK)
             compiled = update.lower(state, batch).compile()
@@ -117,7 +117,7 @@ def test_attention_kernels_on_a_mesh_have_the_gradient_of_plain_attention(attent
     layers = (LayerConfig(window=3), LayerConfig())
     model_cfg = replace(CONFIG, layers=layers, remat="layers", max_positions=256)
     weights, mesh = params(model_cfg), make_mesh(*sizes)
-    batch = packed(experience(), 30, num_row_shards(mesh))
+    batch = packed(experience(), 30, num_data_shards(mesh))
     tokens, segments = batch.tokens, batch.segments
     if attention == "splash":  # the kernel needs rows of 128 tokens
         widen = [(0, 0), (0, -tokens.shape[1] % 128)]
@@ -160,7 +160,7 @@ from grpo_jax.learn.packing import packed_shape
 from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, make_mesh, num_row_shards
+from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, make_mesh, num_data_shards
 from grpo_jax.types import PackedBatch, Segments
 from tests.tiny import all_gather_shapes
 mesh = make_mesh(fsdp=-1, devices=topologies.get_topology_desc("v5e:8x8", platform="tpu").devices)
@@ -169,7 +169,7 @@ model_cfg = ModelConfig(
     vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=(LayerConfig(),) * 28, num_heads=28,
     num_kv_heads=4, head_dim=128, max_positions=32768, qkv_bias=True, tokenizer_vocab_size=151665,
     compute_dtype="bfloat16", remat="layers")
-shape = packed_shape(512, 16, 512, 4096, cfg.train.micro_tokens, num_row_shards(mesh))
+shape = packed_shape(512, 16, 512, 4096, cfg.train.micro_tokens, num_data_shards(mesh))
 shapes, optimizer = param_shapes(model_cfg), make_optimizer(cfg.optim)
 with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 state = jax.tree.map(

@@ -22,7 +22,7 @@ from grpo_jax.learn.optimizer import init_train_state
 from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience, make_update, minibatch_gradients, score_reference, take_minibatch
 from grpo_jax.model.decoder import sampling_logits
-from grpo_jax.parallel.mesh import make_mesh, num_row_shards, shard_rows, tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rollout.sampler import pad_prompts
 from tests.tiny import CONFIG, experience, packed, padded, params
 
@@ -147,7 +147,7 @@ def test_gradients_agree_on_one_and_eight_devices(sizes):
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params(), tree_shardings(mesh, params()))
-        rows = packed(experience(), 16, num_row_shards(mesh))
+        rows = packed(experience(), 16, num_data_shards(mesh))
         actual = gradients_of(CONFIG)(sharded, shard_rows(mesh, rows))
     assert_same(actual, GRADIENTS(params(), packed(experience())))
 
@@ -173,7 +173,7 @@ def test_one_sgd_step_agrees_on_one_and_eight_devices(sizes):
     grads, metrics = GRADIENTS(params(), packed(experience()))
     mesh, new_state, update = sgd_update(sizes)
     with jax.set_mesh(mesh):
-        after, made = update(new_state(), shard_rows(mesh, packed(experience(), 16, num_row_shards(mesh))))
+        after, made = update(new_state(), shard_rows(mesh, packed(experience(), 16, num_data_shards(mesh))))
     assert after.step == 1
     expected = jax.tree.map(jnp.subtract, params(), grads)
     for want, grad, have in zip(*map(jax.tree.leaves, (expected, grads, after.params)), strict=True):
@@ -189,7 +189,7 @@ def test_update_compiles_once():
     with jax.set_mesh(mesh):
         state = new_state()
         for seed in range(3):
-            state, _ = update(state, shard_rows(mesh, packed(experience(seed=seed), 16, num_row_shards(mesh))))
+            state, _ = update(state, shard_rows(mesh, packed(experience(seed=seed), 16, num_data_shards(mesh))))
     assert update._cache_size() == 1 and int(state.step) == 3
 
 
@@ -275,7 +275,7 @@ def test_reference_scores_agree_on_one_and_eight_devices(sizes):
     """With micro-batches, a loop over them."""
     batch, mesh = experience(), make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        rows = packed(batch, 16, num_row_shards(mesh))
+        rows = packed(batch, 16, num_data_shards(mesh))
         sharded = jax.device_put(params(), tree_shardings(mesh, params()))
         logps = score_reference(CONFIG, sharded, shard_rows(mesh, rows), temperature=TEMPERATURE, chunk_tokens=5)
     np.testing.assert_allclose(unpack(logps, rows, batch), score_completions(batch)[0], atol=1e-5)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
-from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, num_row_shards, spec_for
+from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, num_data_shards, spec_for
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
@@ -254,7 +254,7 @@ def logprobs_from_hidden(
         if model_cfg.tie_embeddings:  # the kernel is the transposed embedding table
             kernel_spec = P(*reversed(kernel_spec))
         kernel_spec = drop_indivisible_axes(kernel_spec, kernel.shape, mesh)
-    local_rows = targets.shape[0] // (num_row_shards(mesh) if row_spec[0] else 1)
+    local_rows = targets.shape[0] // (num_data_shards(mesh) if row_spec[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts
     block_columns = max(1, min(length, chunk_tokens // local_rows))
 

@@ -16,7 +16,7 @@ from grpo_jax.learn.grpo import k3, weighted_loss
 from grpo_jax.learn.logprobs import DEFAULT_CHUNK_TOKENS, packed_logprobs
 from grpo_jax.learn.optimizer import apply_gradients, make_schedule, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_row_shards
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_data_shards
 from grpo_jax.text.problem import Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout, TrainState
 
@@ -66,7 +66,7 @@ def take_minibatch(experience: Experience, key, index: int, *, count: int) -> Ex
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
     """Returns micro-batch `index`, which is one packed row of each data shard."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_row_shards(mesh)
+    shards = 1 if mesh.empty else num_data_shards(mesh)
 
     def take_rows(x):
         if not x.shape:  # num_micro_batches
@@ -80,7 +80,7 @@ def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
 def max_micro_batches(batch: PackedBatch) -> int:
     """Returns how many micro-batches the shape of a packed batch has room for."""
     mesh = jax.sharding.get_abstract_mesh()
-    return batch.tokens.shape[0] // (1 if mesh.empty else num_row_shards(mesh))
+    return batch.tokens.shape[0] // (1 if mesh.empty else num_data_shards(mesh))
 
 
 @partial(jax.jit, static_argnames=("model_cfg", "temperature", "chunk_tokens"))

@@ -73,8 +73,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, de
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def num_row_shards(mesh: Mesh) -> int:
-    """Returns the number of shards that a dimension of rows is split into."""
+def num_data_shards(mesh: Mesh) -> int:
+    """Returns the number of data shards, the parts that a dimension of rows is split into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 

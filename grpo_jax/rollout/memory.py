@@ -14,7 +14,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import num_row_shards, tree_shardings
+from grpo_jax.parallel.mesh import num_data_shards, tree_shardings
 from grpo_jax.rollout.slots import prefill_batch_size, score_columns
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs
@@ -102,7 +102,7 @@ def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, 
     Raises:
         UserError: There is not enough memory.
     """
-    shards, tensor = num_row_shards(mesh), mesh.shape["tensor"]
+    shards, tensor = num_data_shards(mesh), mesh.shape["tensor"]
     rollout = cfg.rollout
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
     weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
@@ -125,7 +125,7 @@ def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, 
         if not max_slots:
             fix = "Lower rollout.max_tokens or shard the model over more devices"
         raise UserError(
-            f"rollout.slots may be at most {max_slots} to fit in memory; found {slots}, over {shards} row shard(s). A "
+            f"rollout.slots may be at most {max_slots} to fit in memory; found {slots}, over {shards} data shard(s). A "
             f"slot takes {mebibytes(slot_bytes)} ({rollout.max_prompt_tokens} + {rollout.max_tokens} tokens of "
             f"{token_bytes / 1024:.1f} KiB), and {mebibytes(free_bytes)} of a device's {mebibytes(total_bytes)} are "
             f"free next to {mebibytes(held_bytes)} of state and {mebibytes(weight_bytes)} of weights. {fix}."

@@ -1,4 +1,4 @@
-"""Samples completions with continuous batching: each row shard decodes its share of the sequences in a few slots.
+"""Samples completions with continuous batching: each data shard decodes its share of the sequences in a few slots.
 
 The cost of attention grows with the number of columns in the KV cache. The cache therefore starts small. The compiled
 loop (`slots.decode_tokens`) returns when the longest sequence has filled the cache, or when a smaller cache suffices
@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes, unstack_layers
-from grpo_jax.parallel.mesh import num_row_shards, path_name, tree_shardings
+from grpo_jax.parallel.mesh import num_data_shards, path_name, tree_shardings
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens, init_decode, resize_cache
 from grpo_jax.text.problem import Prompts
@@ -56,7 +56,7 @@ def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
 
 
 def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
-    """Divides the sequences of a rollout among row shards, in order.
+    """Divides the sequences of a rollout among data shards, in order.
 
     Sequence n is sample n % G of prompt n // G. Each shard has its own copy of the prompts that its sequences need, so
     the prompt of a group that spans two shards is in both.
@@ -95,13 +95,13 @@ def start_rollout(
     columns: int,
     max_tokens: int,
 ) -> tuple[DecodeState, RolloutQueue]:
-    """Divides the sequences among the row shards of the current mesh, prefills and fills the slots.
+    """Divides the sequences among the data shards of the current mesh, prefills and fills the slots.
 
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
     maximum number of tokens of each completion, and 0 `slots` means one per sequence.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_row_shards(mesh)
+    shards = 1 if mesh.empty else num_data_shards(mesh)
     prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
     slots = min(-(-slots // shards) * shards or len(limits), len(limits))
     sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
@@ -133,7 +133,7 @@ def generate_rollout(
         max_tokens: Maximum number of tokens per completion, S.
         temperature: Sampling temperature; 0 decodes greedily.
         stop_table: From `grpo_jax.text.stops.build_stop_table`.
-        slots: Number of sequences to decode at once, over all row shards; 0 decodes all of them at once.
+        slots: Number of sequences to decode at once, over all data shards; 0 decodes all of them at once.
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
     """

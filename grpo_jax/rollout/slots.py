@@ -7,7 +7,7 @@ Assigning a sequence to a slot copies the keys and values of its prompt into the
 token: the prompt's last token is decoded again, which yields the completion's first token like any other. Column c of a
 slot's cache holds the token at position c, so prompts of different lengths need no padding.
 
-On a mesh, each row shard has its own prompts, queue and slots, and its rows never leave it. All that the shards
+On a mesh, each data shard has its own prompts, queue and slots, and its rows never leave it. All that the shards
 exchange per token is the length of the longest sequence, which decides when the loop ends.
 
 Randomness is counter-based: the key of a token is folded from (rollout key, prompt id, sample id, index in the
@@ -28,7 +28,7 @@ from grpo_jax.model.attention import KV, choose_kernel
 from grpo_jax.model.blockwise import BLOCK_SIZE
 from grpo_jax.model.decoder import hidden_states, sampling_logits
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_row_shards, path_name
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_data_shards, path_name
 from grpo_jax.rollout.draws import TokenFilter, choose_tokens
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import STOPPED
@@ -115,7 +115,7 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
         return hidden_states(model_cfg, params, tokens, single_sequence(positions), layout="rollout")[1]
 
     mesh = jax.sharding.get_abstract_mesh()
-    batch_size = prefill_batch_size(model_cfg, width) * (1 if mesh.empty else num_row_shards(mesh))
+    batch_size = prefill_batch_size(model_cfg, width) * (1 if mesh.empty else num_data_shards(mesh))
     if count <= batch_size:
         return prefill(prompts.tokens)
     num_batches = -(-count // batch_size)
@@ -248,7 +248,7 @@ def init_decode(
         position=row_zeros(slots),
         num_sampled=row_zeros(slots),
         stop_state=row_zeros(slots),
-        num_started=row_zeros(1 if mesh.empty else num_row_shards(mesh)),
+        num_started=row_zeros(1 if mesh.empty else num_data_shards(mesh)),
         longest=jnp.int32(0),
         tokens=row_zeros(len(limits), max_tokens),
         logps=row_zeros(len(limits), max_tokens, dtype=jnp.float32),

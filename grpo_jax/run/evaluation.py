@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo_jax.config.schema import Config
-from grpo_jax.parallel.mesh import gather_to_host, num_row_shards
+from grpo_jax.parallel.mesh import gather_to_host, num_data_shards
 from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout
@@ -29,7 +29,7 @@ def evaluate(
     Returns:
       (metrics, records): the means `eval/accuracy`, `eval/format` and `eval/length_mean`, and one record per problem.
     """
-    shards = num_row_shards(context.mesh)
+    shards = num_data_shards(context.mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
     records = []
     for start in range(0, len(problems), batch_size):

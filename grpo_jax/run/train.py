@@ -19,7 +19,7 @@ from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_sta
 from grpo_jax.learn.packing import pack_completions, packed_shape, unpack_completions
 from grpo_jax.learn.update import make_experience, make_update, score_reference, take_minibatch
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import gather_to_host, num_row_shards, shard_rows, tree_shardings
+from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run import checkpoint
@@ -167,7 +167,7 @@ def sample_records(
 
 def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
     """Packs completions into rows of one fixed shape, on the host."""
-    shards = num_row_shards(mesh)
+    shards = num_data_shards(mesh)
     shape = packed_shape(
         len(experience.advantages),
         cfg.rollout.samples,
