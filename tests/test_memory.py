@@ -114,7 +114,7 @@ def test_more_slots_than_fit_are_refused_with_the_largest_number_that_fits(monke
 
 
 def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
-    """With 4 data shards and 2 tensor shards a device holds a quarter of the prompts and half of the keys and values."""
+    """With 4 data and 2 tensor shards a device holds a quarter of the prompts and half of the keys and values."""
     mesh = make_mesh(2, 2, 2)
     made = plan(monkeypatch, mesh=mesh, held=1000)
     shapes = param_shapes(MODEL)
