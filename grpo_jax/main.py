@@ -1,6 +1,6 @@
 """Trains a model: `python -m grpo_jax.main --config=configs/r1zero.py`.
 
-Checks all that a user can get wrong, joins the processes of a multi-host run, and runs GRPO or the tiny base's pretraining.
+Checks all that a user can get wrong, joins the processes of a multi-host run, and runs GRPO or pretrains the tiny base.
 """
 
 import os
