@@ -2,6 +2,8 @@
 
 import re
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,17 +28,25 @@ CONFIG = ModelConfig(
 )
 
 
-def params(model_cfg=CONFIG, seed=0):
-    """Draws parameters. The scales of norms are not all 1, so that leaving out a norm shows."""
+@cache
+def initial_values(model_cfg, seed):
+    """Draws parameters, as numpy arrays. The scales of norms are not all 1, so that leaving out a norm shows."""
 
     def perturb_scale(path, x):
         if "scale" not in str(path):
             return x
         return x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
 
-    # Compiling the whole function is several times faster than running it op by op.
-    drawn = jax.jit(init_params, static_argnums=0)(model_cfg, jax.random.key(seed))
-    return jax.tree_util.tree_map_with_path(perturb_scale, drawn)
+    @jax.jit  # compiling one program is several times as fast as compiling every operation
+    def draw():
+        return jax.tree_util.tree_map_with_path(perturb_scale, init_params(model_cfg, jax.random.key(seed)))
+
+    return jax.tree.map(np.asarray, draw())
+
+
+def params(model_cfg=CONFIG, seed=0):
+    """Returns random parameters, always the same, in new arrays that a test may donate."""
+    return jax.tree.map(jnp.array, initial_values(model_cfg, seed))
 
 
 def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2) -> Experience:
