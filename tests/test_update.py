@@ -145,8 +145,8 @@ def test_empty_micro_batches_are_not_run():
 def test_gradients_agree_on_one_and_eight_devices(sizes):
     """With 4 heads, 2 KV heads and 48 tokens, some axes do not divide. With fewer than 8 shards, micro-batches too."""
     mesh = make_mesh(*sizes)
+    sharded = jax.device_put(params(), tree_shardings(mesh, params()))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params(), tree_shardings(mesh, params()))
         rows = packed(experience(), 16, num_data_shards(mesh))
         actual = gradients_of(CONFIG)(sharded, shard_rows(mesh, rows))
     assert_same(actual, GRADIENTS(params(), packed(experience())))
@@ -156,9 +156,10 @@ def test_gradients_agree_on_one_and_eight_devices(sizes):
 def sgd_update(sizes):
     """Returns a mesh, a function that makes a train state, and the jitted update, which takes SGD steps of rate 1."""
     mesh, optimizer = make_mesh(*sizes), optax.sgd(1.0)
+    shardings = tree_shardings(mesh, params())
 
     def new_state():
-        return init_train_state(mesh, jax.device_put(params(), tree_shardings(mesh, params())), optimizer)
+        return init_train_state(mesh, jax.device_put(params(), shardings), optimizer)
 
     with jax.set_mesh(mesh):
         return mesh, new_state, make_update(replace(CONFIG, remat="layers"), CFG, mesh, params(), optimizer)
@@ -172,8 +173,9 @@ def test_one_sgd_step_agrees_on_one_and_eight_devices(sizes):
     """A step of rate 1 subtracts the gradient, so this compares every gradient as well, with rematerialized layers."""
     grads, metrics = GRADIENTS(params(), packed(experience()))
     mesh, new_state, update = sgd_update(sizes)
+    state = new_state()
     with jax.set_mesh(mesh):
-        after, made = update(new_state(), shard_rows(mesh, packed(experience(), 16, num_data_shards(mesh))))
+        after, made = update(state, shard_rows(mesh, packed(experience(), 16, num_data_shards(mesh))))
     assert after.step == 1
     expected = jax.tree.map(jnp.subtract, params(), grads)
     for want, grad, have in zip(*map(jax.tree.leaves, (expected, grads, after.params)), strict=True):
@@ -186,8 +188,8 @@ def test_one_sgd_step_agrees_on_one_and_eight_devices(sizes):
 def test_update_compiles_once():
     """Completions of other lengths do not change the packed shape."""
     mesh, new_state, update = sgd_update(REPRESENTATIVE)
+    state = new_state()
     with jax.set_mesh(mesh):
-        state = new_state()
         for seed in range(3):
             state, _ = update(state, shard_rows(mesh, packed(experience(seed=seed), 16, num_data_shards(mesh))))
     assert update._cache_size() == 1 and int(state.step) == 3
@@ -274,9 +276,9 @@ def test_reference_is_scored_like_the_policy(micro_tokens):
 def test_reference_scores_agree_on_one_and_eight_devices(sizes):
     """With micro-batches, a loop over them."""
     batch, mesh = experience(), make_mesh(*sizes)
+    sharded = jax.device_put(params(), tree_shardings(mesh, params()))
     with jax.set_mesh(mesh):
         rows = packed(batch, 16, num_data_shards(mesh))
-        sharded = jax.device_put(params(), tree_shardings(mesh, params()))
         logps = score_reference(CONFIG, sharded, shard_rows(mesh, rows), temperature=TEMPERATURE, chunk_tokens=5)
     np.testing.assert_allclose(unpack(logps, rows, batch), score_completions(batch)[0], atol=1e-5)
 

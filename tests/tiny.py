@@ -1,8 +1,7 @@
 """A random model of a few thousand parameters, random experience for it, and what a compiled program gathers."""
 
 import re
-
-from functools import cache
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +27,16 @@ CONFIG = ModelConfig(
 )
 
 
-@cache
-def initial_values(model_cfg, seed):
-    """Draws parameters, as numpy arrays. The scales of norms are not all 1, so that leaving out a norm shows."""
+@partial(jax.jit, static_argnames=("model_cfg", "seed"))  # one program compiles faster than each of its operations
+def params(model_cfg=CONFIG, seed=0):
+    """Draws parameters. The scales of norms are not all 1, so that leaving out a norm shows."""
 
     def perturb_scale(path, x):
         if "scale" not in str(path):
             return x
         return x + 0.2 * jax.random.normal(jax.random.key(len(str(path))), x.shape)
 
-    @jax.jit  # compiling one program is several times as fast as compiling every operation
-    def draw():
-        return jax.tree_util.tree_map_with_path(perturb_scale, init_params(model_cfg, jax.random.key(seed)))
-
-    return jax.tree.map(np.asarray, draw())
-
-
-def params(model_cfg=CONFIG, seed=0):
-    """Returns random parameters, always the same, in new arrays that a test may donate."""
-    return jax.tree.map(jnp.array, initial_values(model_cfg, seed))
+    return jax.tree_util.tree_map_with_path(perturb_scale, init_params(model_cfg, jax.random.key(seed)))
 
 
 def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2) -> Experience:
