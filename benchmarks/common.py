@@ -1,4 +1,4 @@
-"""What the benchmarks of rollouts, learning and whole steps share: flags, the model, random work, the JSON line."""
+"""Shared parts of the rollout, learning and step benchmarks: flags, the model, random data and the JSON line."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import resource
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from limits import check_measurable
 
-from grpo_jax.config import check, default
-from grpo_jax.errors import UserError
+from grpo_jax.config import Config, check, default
 from grpo_jax.config.flags import OneLineParser
+from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
 from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import ModelConfig
@@ -33,134 +34,141 @@ from grpo_jax.types import TrainState
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model, read_model_config
 
-NUMBERS = {  # flag: its default, the least that it may be, and what it is
-    "prompts": (4, 1, "distinct prompts"),
-    "samples": (8, 1, "completions of each"),
-    "prompt_tokens": (128, 1, "tokens of every prompt"),
-    "new_tokens": (64, 2, "tokens of the longest completion"),
-    "repeats": (3, 1, "rounds after the one that compiles"),
-    "seed": (0, 0, "of prompts, lengths, random weights and draws"),
+# Integer flags: the default, the minimum and the help text.
+IntegerFlags = dict[str, tuple[int, int, str]]
+
+ROLLOUT_FLAGS: IntegerFlags = {
+    "prompts": (4, 1, "number of distinct prompts"),
+    "samples": (8, 1, "completions per prompt"),
+    "prompt_tokens": (128, 1, "length of each prompt in tokens"),
+    "new_tokens": (64, 2, "length of the longest completion in tokens"),
+    "repeats": (3, 1, "rounds to time after the first one, which compiles"),
+    "seed": (0, 0, "seed of prompts, lengths, random weights and draws"),
 }
-LEARNING = NUMBERS | {
-    "samples": (8, 2, "completions of each"),
-    "micro_tokens": (4096, 1, "train.micro_tokens: what is computed on at a time"),
-    "chunk_tokens": (512, 1, "train.chunk_tokens: of those, how many have logits at a time"),
+LEARNING_FLAGS: IntegerFlags = ROLLOUT_FLAGS | {
+    "samples": (8, 2, "completions per prompt"),
+    "micro_tokens": (4096, 1, "train.micro_tokens: size of a micro-batch in tokens"),
+    "chunk_tokens": (512, 1, "train.chunk_tokens: tokens of a micro-batch that go through the head at once"),
 }
 
 
-def make_parser(doc: str, examples: str, numbers: dict[str, tuple], of_dtype: str) -> OneLineParser:
-    """The flags that all share, and whole numbers as in NUMBERS."""
+def make_benchmark_parser(doc: str, examples: str, integers: IntegerFlags, dtype_help: str) -> OneLineParser:
+    """Builds a parser with the flags that all benchmarks of this module share."""
     parser = OneLineParser(
         description=doc,
         epilog=f"example:\n{examples}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="what model.path may be")
-    parser.add_argument("--random", action="store_true", help="random weights; of FOLDER only config.json is read")
-    for name, (value, _, what) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{what}; default: {value}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=of_dtype)
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="the model, given like model.path")
+    parser.add_argument("--random", action="store_true", help="use random weights; only FOLDER/config.json is read")
+    for name, (value, _, meaning) in integers.items():
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{meaning}; default: {value}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     parser.add_argument(
         "--lengths",
         choices=("fixed", "lognormal"),
         default="fixed",
-        help="all new_tokens long, or drawn: median 32, sigma 1, cut to 1..new_tokens",
+        help="lengths of completions: all new_tokens, or lognormal (median 32, sigma 1) clipped to 1..new_tokens",
     )
     return parser
 
 
-def check_numbers(flags, numbers: dict[str, tuple]) -> None:
-    """Refuses what is less than the least.
+def check_integers(flags: Namespace, integers: IntegerFlags) -> None:
+    """Raises a UserError if an integer flag is below its minimum."""
+    for name, (_, minimum, _) in integers.items():
+        if getattr(flags, name) < minimum:
+            raise UserError(f"--{name} must be at least {minimum}; found {getattr(flags, name)}.")
+
+
+def read_learning_flags(doc: str, examples: str, argv: Sequence[str]) -> Namespace:
+    """Parses the command line of a benchmark that updates the policy.
 
     Raises:
-      UserError: one of them is.
+        UserError: A flag is unknown or has a value that no update can have.
     """
-    for name, (_, least, _) in numbers.items():
-        if getattr(flags, name) < least:
-            raise UserError(f"expected --{name} of {least} or more; found {getattr(flags, name)}")
-
-
-def read_learning_flags(doc: str, examples: str, argv: Sequence[str]):
-    """The command line of a benchmark that learns.
-
-    Raises:
-      UserError: a value that no update can have.
-    """
-    parser = make_parser(
-        doc, examples, LEARNING, "of products and activations; master weights and the optimizer's state are float32"
+    parser = make_benchmark_parser(
+        doc, examples, LEARNING_FLAGS, "dtype of activations and matmuls; weights and optimizer state are float32"
     )
     parser.add_argument(
         "--remat",
         choices=("layers", "matmuls", "none"),
         default="layers",
-        help="train.remat: what is computed again backwards; default: layers",
+        help="train.remat: what is rematerialized in the backward pass; default: layers",
     )
     parser.add_argument(
         "--kl_coef",
         type=float,
         default=0.001,
         metavar="X",
-        help="loss.kl_coef; 0: no reference is scored; default: 0.001",
+        help="loss.kl_coef; with 0 there is no reference model to score; default: 0.001",
     )
     flags = parser.parse_args(argv)
-    check_numbers(flags, LEARNING)
+    check_integers(flags, LEARNING_FLAGS)
     if not 0 <= flags.kl_coef < math.inf:
-        raise UserError(f"expected --kl_coef of 0 or more; found {flags.kl_coef}")
+        raise UserError(f"--kl_coef must be a finite number of 0 or more; found {flags.kl_coef}.")
     return flags
 
 
-def load_model(flags, param_dtype: str) -> tuple[ModelConfig, dict]:
-    """The model, which computes in --dtype, and its parameters in another.
+def check_positions(flags: Namespace, model_cfg: ModelConfig) -> None:
+    """Raises a UserError if a prompt and its completion exceed the model's positions."""
+    if flags.prompt_tokens + flags.new_tokens > model_cfg.max_positions:
+        raise UserError(
+            f"--prompt_tokens plus --new_tokens may be at most {model_cfg.max_positions}, the model's positions; found "
+            f"{flags.prompt_tokens} + {flags.new_tokens}."
+        )
+
+
+def load_model(flags: Namespace, param_dtype: str) -> tuple[ModelConfig, dict]:
+    """Loads the model with --dtype as its compute dtype, and its parameters in `param_dtype`.
 
     Raises:
-      UserError: there is none, or none that the benchmarks can measure with these flags.
+        UserError: There is no such model, or the benchmarks cannot measure it with these flags.
     """
     model_cfg = read_model_config(flags.model if flags.random else find_model(flags.model))
     model_cfg = replace(model_cfg, compute_dtype=flags.dtype)
     check_measurable(model_cfg)
-    if flags.prompt_tokens + flags.new_tokens > model_cfg.max_positions:
-        raise UserError(
-            f"expected prompt_tokens + new_tokens of at most {model_cfg.max_positions} positions; "
-            f"found {flags.prompt_tokens} + {flags.new_tokens}"
-        )
+    check_positions(flags, model_cfg)
     if not flags.random:
         return model_cfg, load(flags.model, param_dtype=param_dtype)[1]
-    cast = lambda key: jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_params(model_cfg, key))
-    return model_cfg, jax.block_until_ready(jax.jit(cast)(jax.random.key(flags.seed)))
+
+    def random_params(key):
+        return jax.tree.map(lambda leaf: leaf.astype(param_dtype), init_params(model_cfg, key))
+
+    return model_cfg, jax.block_until_ready(jax.jit(random_params)(jax.random.key(flags.seed)))
 
 
-def draw_lengths(flags) -> np.ndarray:
-    """The tokens of every sequence, [B, G]."""
+def draw_lengths(flags: Namespace) -> np.ndarray:
+    """Returns the length of each completion in tokens, [B, G]."""
     shape = flags.prompts, flags.samples
     if flags.lengths == "fixed":
         return np.full(shape, flags.new_tokens)
-    drawn = np.random.default_rng(flags.seed).lognormal(math.log(32), 1, shape)
-    return np.clip(np.round(drawn), 1, flags.new_tokens).astype(int)
+    lengths = np.random.default_rng(flags.seed).lognormal(math.log(32), 1, shape)
+    return np.clip(np.round(lengths), 1, flags.new_tokens).astype(int)
 
 
-def draw_prompts(flags, model_cfg: ModelConfig) -> Prompts:
-    """Prompts of random tokens."""
+def draw_prompts(flags: Namespace, model_cfg: ModelConfig) -> Prompts:
+    """Returns prompts of random tokens."""
     shape = flags.prompts, flags.prompt_tokens
     return pad_prompts(np.random.default_rng(flags.seed).integers(model_cfg.sampleable_vocab_size, size=shape).tolist())
 
 
 class Learner(NamedTuple):
-    """What learns, on one device."""
+    """A policy and what updates it, on one device."""
 
-    model_cfg: Any  # as training checks and freezes it
-    model: ModelConfig
+    cfg: Config
+    model_cfg: ModelConfig
     mesh: Mesh
     state: TrainState
-    reference: Any  # parameters; None where kl_coef is 0
+    reference: Any  # parameters; None if kl_coef is 0
     update: Callable
 
 
-def make_learner(flags) -> Learner:
-    """A policy before its first update, made as training makes it; the mesh is to be set by the caller.
+def make_learner(flags: Namespace) -> Learner:
+    """Builds a policy before its first update, as a training run does. The caller has to set the mesh.
 
     Raises:
-      UserError: as load_model.
+        UserError: As in `load_model`.
     """
     raw = default()
     raw.update(
@@ -177,45 +185,44 @@ def make_learner(flags) -> Learner:
         }
     )
     cfg = check(raw)
-    model, params = load_model(flags, cfg.model.param_dtype)
-    model, mesh = replace(model, remat=flags.remat), make_mesh(devices=jax.devices()[:1])
+    model_cfg, params = load_model(flags, cfg.model.param_dtype)
+    model_cfg, mesh = replace(model_cfg, remat=flags.remat), make_mesh(devices=jax.devices()[:1])
     reference = None
     if flags.kl_coef:
         reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
     optimizer = make_optimizer(cfg.optim)
     state = init_train_state(mesh, params, optimizer)
-    return Learner(cfg, model, mesh, state, reference, make_update(model, cfg, mesh, state.params, optimizer))
+    return Learner(cfg, model_cfg, mesh, state, reference, make_update(model_cfg, cfg, mesh, state.params, optimizer))
 
 
-def about(flags, params) -> dict:
-    """The fields that say what ran on what."""
-    given = {name: value for name, value in vars(flags).items() if name not in ("model", "compare")}
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+def describe_setup(flags: Namespace, params) -> dict[str, Any]:
+    """Returns the JSON fields that describe the model, the flags and the machine."""
+    flag_values = {name: value for name, value in vars(flags).items() if name not in ("model", "compare")}
     return {
         "model": Path(flags.model).resolve().name,
-        "parameters": count,
-        **given,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        **flag_values,
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
     }
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median of every time over the rounds after the first."""
+    """Returns the median of each time over all rounds but the first."""
     return {name: statistics.median(times[name] for times in rounds[1:]) for name in rounds[0]}
 
 
 def peak_rss_gib() -> float:
-    """The most main memory that the process has held."""
+    """Returns the peak resident memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def say(began: float, what: str) -> None:
-    """A line of progress, on stderr."""
-    print(f"{time.perf_counter() - began:7.1f} s  {what}", file=sys.stderr, flush=True)
+def print_progress(start: float, text: str) -> None:
+    """Prints a line with the seconds since `start` to stderr."""
+    print(f"{time.perf_counter() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def report(began: float, result: dict) -> None:
-    """The JSON line, with the seconds since the beginning."""
-    result["seconds"] = time.perf_counter() - began
+def print_result(start: float, result: dict[str, Any]) -> None:
+    """Prints the JSON line, with the seconds since `start` added and floats rounded to 4 digits."""
+    result["seconds"] = time.perf_counter() - start
     print(json.dumps({key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in result.items()}))

@@ -1,96 +1,100 @@
-"""How fast a rollout is, and how close its decode steps come to what the machine allows. Prints one JSON line.
+"""Measures the speed of a rollout and how close decoding comes to the machine's limit. Prints one JSON line.
 
-What is timed is all that training does for its completions: a copy of the weights for decoding, prefill, decoding. No
-token stops a sequence, so each has the length that it is told to have; prompts are random tokens. Every time is a
-median of --repeats rounds after one that compiles.
+A rollout is everything that training does to get completions: a copy of the weights for decoding, prefill and decoding.
+Prompts are random tokens. No token stops a completion, so each has the length that it is given. Times are medians over
+--repeats rounds after one that compiles.
 
-generate_s, gen_tok_s  seconds of a whole rollout, and its completion tokens a second
-compile_s              what the first rollout took longer; little where JAX_COMPILATION_CACHE_DIR holds the programs
-decode_ms              of one decode step: the rollout's time less that of the same rollout with one token a sequence
-                       (the copy, prefill and a first step), divided by the number of steps that it has more
-decode_steps           steps of the whole rollout: a token is one, and a slot draws sequences one after another
-rows                   sequences of a step: the slots, or all sequences
-matmul_ms              a step's matrix products alone, on the same weights; matmul_gflop_s is their rate, square_gflop_s
-                       that of one large product
-bytes_ms               reading a step's weights and cached keys and values at read_gb_s, the rate of a plain sum
-limit_ms               the larger of the two: no step made of these products is faster
-limit_fraction         limit_ms / decode_ms: 1 is perfect, the rest is attention, norms, drawing and overhead.
-                       A rollout of milliseconds has a decode_ms of noise alone
-draw_fraction          the time of drawing a token a row from given logits, keys included, alone, / decode_ms
-kv_bytes_per_slot      the cache of a slot at its largest
-peak_rss_gib           the most main memory the process held until the rollouts were over; no accelerator's memory
-speedup                --compare: static_s / refill_s. Static: as many sequences as there are slots start together, and
-                       the next when the longest of them has ended. Refill: a slot takes the next sequence at once
-seconds                all of this, without imports
+generate_s, gen_tok_s  seconds of a rollout, and completion tokens per second
+compile_s              extra seconds of the first rollout; small if JAX_COMPILATION_CACHE_DIR has the programs
+decode_ms              milliseconds of a decode step: the time of the rollout less that of the same rollout with one
+                       token per completion (copy, prefill and first step), divided by the number of additional steps
+decode_steps           decode steps of the rollout, given that a slot decodes its sequences one after another
+rows                   sequences in a step: the number of slots, or all sequences
+matmul_ms              matmuls of a step on their own, with the same weights; matmul_gflop_s is their rate, and
+                       square_gflop_s that of one large matmul
+bytes_ms               time to read the weights and KV cache of a step at read_gb_s, the bandwidth of a plain sum
+limit_ms               the larger of matmul_ms and bytes_ms, which no step can beat
+limit_fraction         limit_ms / decode_ms; 1 is ideal, and the rest is attention, norms, sampling and overhead.
+                       decode_ms is mostly noise if a rollout takes only milliseconds
+draw_fraction          sampling a token per row from given logits, random keys included, as a fraction of decode_ms
+kv_bytes_per_slot      size of the KV cache of a slot when it is largest
+peak_rss_gib           peak main memory of the process by the end of the rollouts, without accelerator memory
+speedup                with --compare: static_s / refill_s. Static batching starts as many sequences as there are slots
+                       and waits for the longest of them. With refill a slot takes the next sequence at once
+seconds                total time, without imports
 """
 
 import heapq
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 
 import common
 import jax
 import numpy as np
-from limits import draw_ms, kv_bytes, measure
+from limits import draw_ms, kv_bytes, measure_decode_limits
 
-from grpo_jax.errors import UserError
 from grpo_jax.config.flags import run_entry_point
+from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import build_stop_table
 
 EXAMPLES = """  python benchmarks/rollout.py --model=smollm2 --prompts=4 --samples=8
   python benchmarks/rollout.py --model=smollm2 --prompts=16 --slots=32 --lengths=lognormal --compare"""
 
+Batch = tuple[Prompts, np.ndarray]  # prompts, and the lengths of their completions [B, G]
 
-def read_flags(argv: Sequence[str]):
-    """The command line.
+
+def read_flags(argv: Sequence[str]) -> Namespace:
+    """Parses the command line.
 
     Raises:
-      UserError: a value that no rollout can have.
+        UserError: A flag is unknown or has a value that no rollout can have.
     """
-    numbers = common.NUMBERS | {"slots": (0, 0, "sequences at a time; 0: all")}
-    parser = common.make_parser(__doc__, EXAMPLES, numbers, "of weights and products")
-    parser.add_argument("--static", action="store_true", help="batches of slots sequences instead of refilled slots")
-    parser.add_argument("--compare", action="store_true", help="time both; fields static_*, refill_* and speedup")
+    integers = common.ROLLOUT_FLAGS | {"slots": (0, 0, "number of decode slots; 0 for one per sequence")}
+    parser = common.make_benchmark_parser(__doc__, EXAMPLES, integers, "dtype of weights and matmuls")
+    parser.add_argument("--static", action="store_true", help="decode static batches instead of refilling slots")
+    parser.add_argument("--compare", action="store_true", help="time both; adds static_*, refill_* and speedup")
     flags = parser.parse_args(argv)
-    common.check_numbers(flags, numbers)
+    common.check_integers(flags, integers)
     sequences = flags.prompts * flags.samples
     if flags.slots > sequences:
-        raise UserError(f"expected --slots of at most prompts * samples, {sequences}; found {flags.slots}")
+        raise UserError(f"--slots may be at most --prompts times --samples, {sequences}; found {flags.slots}.")
     if (flags.static or flags.compare) and (not flags.slots or flags.slots % flags.samples or sequences % flags.slots):
         raise UserError(
-            f"expected --slots for batches of whole prompts: a multiple of {flags.samples} samples that "
-            f"divides {sequences} sequences; found {flags.slots}"
+            f"Static batches hold whole groups, so --slots must be a multiple of --samples={flags.samples} that "
+            f"divides {sequences} sequences; found {flags.slots}."
         )
     return flags
 
 
-def batches(prompts, limits: np.ndarray, slots: int) -> list[tuple]:
-    """Prompts and limits cut into parts of `slots` sequences."""
-    size = slots // limits.shape[1]
-    cut = lambda first: jax.tree.map(lambda x: x[first : first + size], (prompts, limits))
-    return [cut(first) for first in range(0, len(limits), size)]
+def split_batches(prompts: Prompts, lengths: np.ndarray, slots: int) -> list[Batch]:
+    """Splits a rollout into batches of `slots` sequences."""
+    size = slots // lengths.shape[1]
+    starts = range(0, len(lengths), size)
+    return [jax.tree.map(lambda x, i=start: x[i : i + size], (prompts, lengths)) for start in starts]
 
 
-def steps_of(parts: list[tuple], slots: int) -> int:
-    """Decode steps of parts run one after another: a slot that is free takes its part's next sequence."""
+def count_decode_steps(batches: list[Batch], slots: int) -> int:
+    """Returns the decode steps of batches run one after another, where a free slot takes the next sequence."""
     total = 0
-    for _, limits in parts:
-        busy = [0] * (slots or limits.size)
-        for length in limits.reshape(-1).tolist():
-            heapq.heapreplace(busy, busy[0] + length)
-        total += max(busy)
+    for _, lengths in batches:
+        busy_until = [0] * (slots or lengths.size)
+        for length in lengths.reshape(-1).tolist():
+            heapq.heapreplace(busy_until, busy_until[0] + length)
+        total += max(busy_until)
     return total
 
 
-def rollout(model_cfg: ModelConfig, params, parts: list[tuple], flags) -> float:
-    """Seconds of a whole rollout: the copy of the weights, then the parts one after another."""
-    table = build_stop_table(model_cfg.vocab_size, (), (), None)
-    began = time.perf_counter()
+def time_rollout(model_cfg: ModelConfig, params, batches: list[Batch], flags: Namespace) -> float:
+    """Returns the seconds of a rollout: the copy of the weights, then one batch after another."""
+    stop_table = build_stop_table(model_cfg.vocab_size, (), (), None)
+    start = time.perf_counter()
     placed = place_for_rollout(model_cfg, params)
-    drawn = [
+    rollouts = [
         generate_rollout(
             model_cfg,
             placed,
@@ -99,67 +103,70 @@ def rollout(model_cfg: ModelConfig, params, parts: list[tuple], flags) -> float:
             samples=flags.samples,
             max_tokens=flags.new_tokens,
             temperature=1.0,
-            stop_table=table,
+            stop_table=stop_table,
             slots=flags.slots,
-            limits=limits,
+            limits=lengths,
         )
-        for prompts, limits in parts
+        for prompts, lengths in batches
     ]
-    jax.block_until_ready(drawn)
-    took = time.perf_counter() - began
-    if any((np.asarray(part.lengths) != limits).any() for part, (_, limits) in zip(drawn, parts)):
-        raise RuntimeError("the sampler drew sequences of other lengths than it was told to")
-    return took
+    jax.block_until_ready(rollouts)
+    seconds = time.perf_counter() - start
+    if any((np.asarray(rollout.lengths) != batch[1]).any() for rollout, batch in zip(rollouts, batches, strict=True)):
+        raise RuntimeError("a completion does not have the length that it was given")
+    return seconds
 
 
 def main(argv: Sequence[str]) -> None:
-    began = time.perf_counter()
+    """Runs the benchmark."""
+    start = time.perf_counter()
     flags = read_flags(argv)
     model_cfg, params = common.load_model(flags, flags.dtype)
-    prompts, limits = common.draw_prompts(flags, model_cfg), common.draw_lengths(flags)
-    rows = flags.slots or limits.size
-    whole, cut = [(prompts, limits)], lambda limits: batches(prompts, limits, flags.slots)
-    plans = {"static" if flags.static else "refill": cut(limits) if flags.static else whole}
-    (chosen,) = plans
-    if flags.compare:
-        plans |= {"static": cut(limits), "refill": whole}
-    single = np.ones_like(limits)
-    plans["single"] = cut(single) if flags.static else [(prompts, single)]
-    steps = {name: steps_of(parts, flags.slots) for name, parts in plans.items()}
+    prompts, lengths = common.draw_prompts(flags, model_cfg), common.draw_lengths(flags)
+    rows, ones = flags.slots or lengths.size, np.ones_like(lengths)
+    chosen = "static" if flags.static else "refill"
+    variants = {}
+    if flags.static or flags.compare:
+        variants["static"] = split_batches(prompts, lengths, flags.slots)
+    if not flags.static or flags.compare:
+        variants["refill"] = [(prompts, lengths)]
+    variants["single"] = split_batches(prompts, ones, flags.slots) if flags.static else [(prompts, ones)]
+    steps = {name: count_decode_steps(batches, flags.slots) for name, batches in variants.items()}
     if steps[chosen] == steps["single"]:
-        raise UserError("expected a completion of 2 tokens or more; found none; change --seed")
+        raise UserError("At least one completion must have 2 tokens or more; found none. Change --seed.")
 
-    times = {name: [] for name in plans}
+    times = {name: [] for name in variants}
     for turn in range(flags.repeats + 1):
-        for name, parts in plans.items():  # in turn, so that a slow minute of the machine is everyone's
-            times[name].append(rollout(model_cfg, params, parts, flags))
-            common.say(began, f"{name} rollout {turn}{'' if turn else ', which compiles'}: {times[name][-1]:.2f} s")
-    median = {name: statistics.median(found[1:]) for name, found in times.items()}
+        for name, batches in variants.items():  # interleaved, so that a slow spell of the machine affects all alike
+            times[name].append(time_rollout(model_cfg, params, batches, flags))
+            note = "" if turn else " (with compilation)"
+            common.print_progress(start, f"{name} rollout {turn}{note}: {times[name][-1]:.2f} s")
+    median = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     decode_ms = 1e3 * (median[chosen] - median["single"]) / (steps[chosen] - steps["single"])
     peak = common.peak_rss_gib()
 
-    common.say(began, "the limits")
-    columns = flags.prompt_tokens + (limits * (limits - 1)).sum() / limits.sum() / 2  # that the step of a token sees
-    measured = measure(model_cfg, place_for_rollout(model_cfg, params), rows, columns)
+    common.print_progress(start, "measuring the limits")
+    # Mean number of cache columns that a decode step attends to.
+    columns = flags.prompt_tokens + (lengths * (lengths - 1)).sum() / lengths.sum() / 2
+    limits = measure_decode_limits(model_cfg, place_for_rollout(model_cfg, params), rows, columns)
     result = {
-        **common.about(flags, params),
+        **common.describe_setup(flags, params),
         "rows": rows,
         "generate_s": median[chosen],
-        "gen_tok_s": limits.sum() / median[chosen],
+        "gen_tok_s": lengths.sum() / median[chosen],
         "compile_s": times[chosen][0] - median[chosen],
         "decode_ms": decode_ms,
         "decode_steps": steps[chosen],
-        "limit_fraction": measured["limit_ms"] / decode_ms,
-        **measured,
+        "limit_fraction": limits["limit_ms"] / decode_ms,
+        **limits,
         "draw_fraction": draw_ms(rows, model_cfg.vocab_size) / decode_ms,
         "kv_bytes_per_slot": int(kv_bytes(model_cfg, prompts.tokens.shape[1] + flags.new_tokens)),
         "peak_rss_gib": peak,
     }
     if flags.compare:
         for name in ("static", "refill"):
-            result |= {f"{name}_s": median[name], f"{name}_tok_s": limits.sum() / median[name]}
+            result |= {f"{name}_s": median[name], f"{name}_tok_s": lengths.sum() / median[name]}
         result["speedup"] = median["static"] / median["refill"]
-    common.report(began, result)
+    common.print_result(start, result)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""How fast a whole GRPO step is, and what of it takes how long. Prints one JSON line.
+"""Measures the time of a whole GRPO step and of its parts. Prints one JSON line.
 
-A step is what training does between two states of the policy: rollout, advantages, scoring by the reference, one
-update, AdamW's. Each begins from the state that the last one left. No token stops a sequence, so each has the length
-that it is told to have; prompts are random tokens, and so are the rewards: no text is decoded and judged, which takes
-milliseconds. Every time is a median of --repeats steps after one that compiles.
+A step is everything between two states of the policy: rollout, advantages, scoring by the reference and one AdamW
+update. Each step continues from the state that the previous one returned. Prompts and rewards are random, so no text is
+decoded or graded, which would take milliseconds. No token stops a completion, so each has the length that it is given.
+Times are medians over --repeats steps after one that compiles.
 
-step_s        of a whole step
-generate_s    of its rollout: a copy of the weights for decoding, prefill, decoding
-score_s       of scoring by the reference; 0 without one
-update_s      of the gradient and the optimizer
-pack_s        of packing on the host: before the scoring, and before the update
-other_s       of the rest: advantages, the experience, the reference's log-probabilities back to completions
-gen_tok_s     completion tokens / generate_s; step_tok_s is the same / step_s
-tokens        of the completions; peak_rss_gib is the most main memory the process held, no accelerator's memory
-compile_s     what the first step took longer; little where JAX_COMPILATION_CACHE_DIR holds the programs
-seconds       all of this, without imports
+step_s        seconds of a step
+generate_s    the rollout: a copy of the weights for decoding, prefill, decoding
+score_s       scoring by the reference; 0 without one
+update_s      the gradient and the optimizer
+pack_s        packing on the host, before scoring and before the update
+other_s       the rest: advantages, the experience, unpacking the reference's log-probs
+gen_tok_s     completion tokens per second of the rollout; step_tok_s is the same per second of the step
+tokens        completion tokens; peak_rss_gib is the peak main memory of the process, without accelerator memory
+compile_s     extra seconds of the first step; small if JAX_COMPILATION_CACHE_DIR has the programs
+seconds       total time, without imports
 """
 
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 
 import common
@@ -32,6 +33,7 @@ from grpo_jax.learn.update import make_experience, score_reference
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.train import pack_batch
+from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import TrainState
 
@@ -39,75 +41,75 @@ EXAMPLES = """  python benchmarks/step.py --model=smollm2 --prompts=4 --samples=
   python benchmarks/step.py --model=smollm2 --prompts=16 --new_tokens=512 --lengths=lognormal --kl_coef=0"""
 
 
-def step(flags, learner, prompts, limits: np.ndarray, turn: int) -> tuple[TrainState, dict[str, float]]:
-    """The next state, and what took how long; as in grpo_jax.run.train.collect_experience and what follows it there."""
-    cfg, model, mesh, state, reference, update = learner
-    times, began = dict.fromkeys(("generate_s", "score_s", "update_s", "pack_s"), 0.0), time.perf_counter()
+def run_step(
+    flags: Namespace, learner: common.Learner, prompts: Prompts, lengths: np.ndarray, turn: int
+) -> tuple[TrainState, dict[str, float]]:
+    """Runs one step like `grpo_jax.run.train` does and returns the new state and the seconds of each part."""
+    cfg, model_cfg, mesh, state, reference, update = learner
+    times, start = dict.fromkeys(("generate_s", "score_s", "update_s", "pack_s"), 0.0), time.perf_counter()
 
     def timed(name: str, call):
-        begun = time.perf_counter()
-        found = jax.block_until_ready(call())
-        times[name] += time.perf_counter() - begun
-        return found
+        part_start = time.perf_counter()
+        result = jax.block_until_ready(call())
+        times[name] += time.perf_counter() - part_start
+        return result
 
-    pack = lambda: shard_rows(mesh, pack_batch(cfg, mesh, experience))
-    key = jax.random.fold_in(jax.random.key(flags.seed), turn)
-    rollout = timed(
-        "generate_s",
-        lambda: gather_to_host(
-            generate_rollout(
-                model,
-                place_for_rollout(model, state.params, mesh),
-                prompts,
-                key,
-                samples=flags.samples,
-                max_tokens=flags.new_tokens,
-                temperature=cfg.rollout.temperature,
-                stop_table=build_stop_table(model.vocab_size, (), (), None),
-                limits=limits,
-            )
-        ),
-    )
-    rewards = jnp.asarray(np.random.default_rng([flags.seed, turn]).standard_normal(limits.shape), jnp.float32)
+    def generate():
+        rollout = generate_rollout(
+            model_cfg,
+            place_for_rollout(model_cfg, state.params, mesh),
+            prompts,
+            jax.random.fold_in(jax.random.key(flags.seed), turn),
+            samples=flags.samples,
+            max_tokens=flags.new_tokens,
+            temperature=cfg.rollout.temperature,
+            stop_table=build_stop_table(model_cfg.vocab_size, (), (), None),
+            limits=lengths,
+        )
+        return gather_to_host(rollout)
+
+    def score():
+        options = dict(temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens)
+        return gather_to_host(score_reference(model_cfg, reference, packed, **options))
+
+    def pack():
+        return shard_rows(mesh, pack_batch(cfg, mesh, experience))
+
+    rollout = timed("generate_s", generate)
+    rewards = jnp.asarray(np.random.default_rng([flags.seed, turn]).standard_normal(lengths.shape), jnp.float32)
     experience = make_experience(prompts, rollout, np.asarray(advantages(rewards)), None)
     if reference is not None:
         packed = timed("pack_s", pack)
-        ref_logps = timed(
-            "score_s",
-            lambda: gather_to_host(
-                score_reference(
-                    model, reference, packed, temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens
-                )
-            ),
-        )
-        experience = experience.replace(
-            ref_logps=unpack_completions(ref_logps, gather_to_host(packed.flat_index), experience.mask.shape)
-        )
+        ref_logps = timed("score_s", score)
+        ref_logps = unpack_completions(ref_logps, gather_to_host(packed.flat_index), experience.mask.shape)
+        experience = experience.replace(ref_logps=ref_logps)
     packed = timed("pack_s", pack)
     state, metrics = timed("update_s", lambda: update(state, packed))
-    step_s = time.perf_counter() - began
-    if (rollout.lengths != limits).any() or metrics["optim/skipped"]:
-        raise RuntimeError("a sequence had another length than it was told to, or the update was left out")
+    step_s = time.perf_counter() - start
+    if (rollout.lengths != lengths).any() or metrics["optim/skipped"]:
+        raise RuntimeError("a completion does not have the length that it was given, or the update was skipped")
     return state, {"step_s": step_s, **times, "other_s": step_s - sum(times.values())}
 
 
 def main(argv: Sequence[str]) -> None:
-    began = time.perf_counter()
+    """Runs the benchmark."""
+    start = time.perf_counter()
     flags = common.read_learning_flags(__doc__, EXAMPLES, argv)
     learner = common.make_learner(flags)
     jax.set_mesh(learner.mesh)
-    prompts, limits = common.draw_prompts(flags, learner.model), common.draw_lengths(flags)
+    prompts, lengths = common.draw_prompts(flags, learner.model_cfg), common.draw_lengths(flags)
     rounds = []
     for turn in range(flags.repeats + 1):
-        state, times = step(flags, learner, prompts, limits, turn)
+        state, times = run_step(flags, learner, prompts, lengths, turn)
         learner = learner._replace(state=state)
         rounds.append(times)
-        common.say(began, f"step {turn}{'' if turn else ', which compiles'}: {times['step_s']:.2f} s")
-    times, tokens = common.medians(rounds), int(limits.sum())
-    common.report(
-        began,
+        note = "" if turn else " (with compilation)"
+        common.print_progress(start, f"step {turn}{note}: {times['step_s']:.2f} s")
+    times, tokens = common.medians(rounds), int(lengths.sum())
+    common.print_result(
+        start,
         {
-            **common.about(flags, learner.state.params),
+            **common.describe_setup(flags, learner.state.params),
             **times,
             "tokens": tokens,
             "gen_tok_s": tokens / times["generate_s"],

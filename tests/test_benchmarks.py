@@ -1,7 +1,9 @@
-"""The benchmarks run and count what they say; no time is judged here."""
+"""The benchmarks run, print the fields that they explain, and count correctly. No time is judged."""
 
+import importlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -11,92 +13,132 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.weights.source import find_model
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4", "--repeats=1"]
-CUT = ["--samples=3", "--micro_tokens=16"]  # a group that takes two rows
+TINY = str(find_model("tiny"))
+SMALL = [f"--model={TINY}", "--prompts=2", "--samples=2", "--prompt_tokens=8", "--new_tokens=4", "--repeats=1"]
+TWO_ROWS_PER_GROUP = ["--samples=3", "--micro_tokens=16"]
+COMMANDS = {
+    "rollout": [*SMALL, "--random", "--slots=2", "--lengths=lognormal", "--new_tokens=12"],
+    "learn": [*SMALL, "--random", *TWO_ROWS_PER_GROUP],
+    "step": [*SMALL, "--random", *TWO_ROWS_PER_GROUP],
+}
+FIELDS = {
+    "rollout": "generate_s gen_tok_s compile_s decode_ms decode_steps rows matmul_ms matmul_gflop_s square_gflop_s "
+    "bytes_ms read_gb_s limit_ms limit_fraction draw_fraction kv_bytes_per_slot peak_rss_gib seconds",
+    "learn": "score_s update_s learn_s tok_s completion_tok_s tokens prompt_tokens_computed padding_fraction rows "
+    "width micro_batches needed_tflop model_flops_utilisation square_gflop_s limit_s limit_fraction score_temp_gib "
+    "update_temp_gib peak_rss_gib compile_s seconds",
+    "step": "step_s generate_s score_s update_s pack_s other_s gen_tok_s step_tok_s tokens peak_rss_gib compile_s "
+    "seconds",
+    "layouts": "sequences layouts differing near_ties unexplained logp_gap",
+}
 
 
-def run(name: str, *argv: str) -> subprocess.CompletedProcess:
+def run_script(name: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, f"benchmarks/{name}.py", *argv], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_rollout_is_one_json_line_with_what_is_promised():
-    made = run(
-        "rollout",
-        f"--model={find_model('tiny')}",
-        "--random",
-        *SMALL,
-        "--slots=2",
-        "--lengths=lognormal",
-        "--compare",
-        "--new_tokens=12",
-    )
+@pytest.fixture(scope="module")
+def results():
+    """The JSON lines of small commands, by benchmark. One process runs them all, so that JAX starts once."""
+    runs = [f"sys.argv = {[name, *argv]}; run('benchmarks/{name}.py')" for name, argv in COMMANDS.items()]
+    run = "run = functools.partial(runpy.run_path, run_name='__main__')"
+    code = "; ".join(["import functools, runpy, sys; sys.path.insert(0, 'benchmarks')", run, *runs])
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    (line,) = made.stdout.splitlines()
-    found = json.loads(line)
-    for name in (
-        "gen_tok_s",
-        "generate_s",
-        "decode_ms",
-        "limit_fraction",
-        "peak_rss_gib",
-        "seconds",
-        "limit_ms",
-        "matmul_ms",
-        "bytes_ms",
-        "read_gb_s",
-        "square_gflop_s",
-        "draw_fraction",
-        "static_tok_s",
-        "speedup",
-    ):
-        assert isinstance(found[name], (int, float)), name
-    assert found["parameters"] == 853_120 and found["rows"] == 2 and found["dtype"] == "float32"
+    return dict(zip(COMMANDS, map(json.loads, made.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_one_json_line_with_its_fields(results, name):
+    fields = set(FIELDS[name].split())
+    assert fields <= set(results[name])
+    assert all(isinstance(results[name][field], int | float) for field in fields)
+    assert results[name]["parameters"] == 853_120 and results[name]["dtype"] == "float32"
+
+
+def test_the_rollout_benchmark_counts_rows_steps_and_cache_bytes(results):
+    found = results["rollout"]
+    assert found["rows"] == 2 and found["slots"] == 2
     assert found["limit_ms"] == max(found["matmul_ms"], found["bytes_ms"])
-    assert found["kv_bytes_per_slot"] == 4 * 2 * 2 * 32 * 4 * (
-        32 + 12
-    )  # layers, k and v, heads, width, float32, columns
+    # Layers, keys and values, heads, head width, float32, columns.
+    assert found["kv_bytes_per_slot"] == 4 * 2 * 2 * 32 * 4 * (32 + 12)
 
 
-def test_learning_is_one_json_line_and_counts_what_the_packed_work_needs():
-    made = run("learn", f"--model={find_model('tiny')}", "--random", *SMALL, *CUT)
-    assert made.returncode == 0, made.stderr
-    (line,) = made.stdout.splitlines()
-    found = json.loads(line)
-    for name in (
-        "score_s",
-        "update_s",
-        "learn_s",
-        "tok_s",
-        "completion_tok_s",
-        "model_flops_utilisation",
-        "limit_s",
-        "limit_fraction",
-        "square_gflop_s",
-        "score_temp_gib",
-        "update_temp_gib",
-        "peak_rss_gib",
-        "seconds",
-    ):
-        assert found[name] > 0, name
-    assert found["parameters"] == 853_120 and found["kl_coef"] == 0.001 and "compile_s" in found
-    # A prompt of 8 and three completions of 4 are too much for a row of 16: both prompts are computed twice.
+def test_the_learning_benchmark_counts_what_the_packed_rows_need(results):
+    found = results["learn"]
+    # A prompt of 8 and three completions of 4 do not fit into a row of 16, so both prompts are computed twice.
     assert (found["tokens"], found["prompt_tokens_computed"]) == (4 * 8 + 6 * 4, 4 * 8)
     assert (found["rows"], found["width"], found["micro_batches"]) == (6, 16, 4)
     assert found["padding_fraction"] == 1 - 56 / 64
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384  # q and o; k and v; gate, up and down
-    seen = 4 * (8 * 9 // 2) + 6 * (4 * 8 + 4 * 5 // 2)  # by the prompts' tokens; by the completions'
-    forward = 2 * 4 * layer * 56 + 2 * 128 * 512 * 24 + 4 * (2 * 2 * 4 * 32 * seen)
-    assert found["needed_tflop"] == pytest.approx(4 * forward / 1e12, rel=1e-3)  # of 4 digits
+    keys = 4 * (8 * 9 // 2) + 6 * (4 * 8 + 4 * 5 // 2)  # attended to by tokens of prompts and of completions
+    forward = 2 * 4 * layer * 56 + 2 * 128 * 512 * 24 + 4 * (2 * 2 * 4 * 32 * keys)
+    assert found["needed_tflop"] == pytest.approx(4 * forward / 1e12, rel=1e-3)  # printed with 4 digits
+
+
+def test_the_parts_of_a_step_add_up(results):
+    found = results["step"]
+    parts = [found[name] for name in ("generate_s", "score_s", "update_s", "pack_s", "other_s")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(found["step_s"], rel=0.01)  # one round is its own median
+    assert found["tokens"] == 6 * 4
+
+
+@pytest.mark.parametrize(
+    "name, argv, message",
+    [
+        ("rollout", ["--model=nowhere/at/all"], "nowhere/at/all"),
+        ("rollout", ["--model=tiny", "--prompts=0"], "--prompts must be at least 1; found 0"),
+        ("rollout", ["--model=tiny", "--slots=99"], "--slots may be at most"),
+        ("rollout", ["--model=tiny", "--static"], "multiple of --samples=8"),
+        ("rollout", [], "--model"),
+        ("rollout", ["--model=tiny", "--dtype=int8"], "--dtype"),
+        ("layouts", ["--model=tiny", "--slots=0"], "--slots must be at least 1"),
+        ("layouts", ["--model=tiny", "--devices=a"], "--devices"),
+        ("layouts", ["--model=tiny", "--new_tokens=99999"], "at most 512"),
+        ("layouts", ["--model=nowhere/at/all"], "nowhere/at/all"),
+        ("learn", ["--model=tiny", "--kl_coef=-1"], "--kl_coef must be a finite number of 0 or more; found -1.0"),
+        ("step", ["--model=tiny", "--samples=1"], "--samples must be at least 2"),
+        ("step", ["--model=tiny", "--new_tokens=999"], "at most 512"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(name, argv, message, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # layouts.py sets it
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    with pytest.raises(SystemExit) as exit:
+        run_entry_point(importlib.import_module(name).main)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and not out
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_help_explains_every_field(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(name).main(["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    for field in [*FIELDS[name].split(), "example:"]:
+        assert re.search(rf"\b{field}", text), field
 
 
 @pytest.mark.slow
-def test_without_a_reference_learning_is_three_passes_and_no_score():
-    made = run(
-        "learn", "--model=tiny", *SMALL, "--kl_coef=0", "--dtype=bfloat16", "--lengths=lognormal", "--remat=none"
-    )
+def test_comparing_static_batches_with_refill_adds_fields():
+    made = run_script("rollout", *COMMANDS["rollout"], "--compare")
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert all(found[field] > 0 for field in ("static_s", "static_tok_s", "refill_s", "refill_tok_s", "speedup"))
+
+
+@pytest.mark.slow
+def test_learning_without_a_reference_needs_no_score():
+    argv = ["--model=tiny", "--kl_coef=0", "--dtype=bfloat16", "--lengths=lognormal", "--remat=none"]
+    made = run_script("learn", *SMALL, *argv)
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
     assert found["score_s"] == found["score_temp_gib"] == 0 and found["learn_s"] == found["update_s"]
@@ -105,112 +147,28 @@ def test_without_a_reference_learning_is_three_passes_and_no_score():
 
 
 @pytest.mark.slow
-def test_a_step_is_one_json_line_with_what_is_promised():
-    made = run("step", f"--model={find_model('tiny')}", "--random", *SMALL, *CUT)
+def test_completions_do_not_depend_on_slots_and_devices():
+    sizes = ["--prompts=3", "--samples=4", "--new_tokens=6", "--slots=2,12", "--devices=1,2"]
+    made = run_script("layouts", "--model=tiny", *sizes)
     assert made.returncode == 0, made.stderr
-    (line,) = made.stdout.splitlines()
-    found = json.loads(line)
-    parts = [found[name] for name in ("generate_s", "score_s", "update_s", "pack_s", "other_s")]
-    assert min(parts) > 0 and sum(parts) == pytest.approx(found["step_s"], rel=0.01)  # one round: its own median
-    for name in ("gen_tok_s", "step_tok_s", "peak_rss_gib", "seconds"):
-        assert found[name] > 0, name
-    assert found["parameters"] == 853_120 and found["tokens"] == 6 * 4 and "compile_s" in found
+    found = json.loads(made.stdout)
+    assert set(FIELDS["layouts"].split()) <= set(found)
+    assert found["sequences"] == 12 and found["layouts"] == 4 and found["unexplained"] == 0
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--model=nowhere/at/all"], "nowhere/at/all"),
-        (["--model=tiny", "--prompts=0"], "--prompts of 1 or more"),
-        (["--model=tiny", "--slots=99"], "at most prompts"),
-        ([], "--model"),
-        (["--model=tiny", "--dtype=int8"], "--dtype"),
-    ],
-)
-def test_a_mistake_is_one_line(argv, message):
-    made = run("rollout", *argv)
-    assert made.returncode == 2 and not made.stdout
-    (line,) = made.stderr.splitlines()
-    assert line.startswith("error: expected") and message in line
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--model=tiny", "--slots=0"], "--slots of 1 or more"),
-        (["--model=tiny", "--devices=a"], "--devices"),
-        (["--model=tiny", "--new_tokens=99999"], "at most 512 positions"),
-        (["--model=nowhere/at/all"], "nowhere/at/all"),
-    ],
-)
-def test_a_mistake_about_layouts_is_one_line(argv, message):
-    made = run("layouts", *argv)
-    assert made.returncode == 2 and not made.stdout
-    (line,) = made.stderr.splitlines()
-    assert line.startswith("error: expected") and message in line
-
-
-@pytest.mark.parametrize(
-    "name, argv, message",
-    [
-        ("learn", ["--model=tiny", "--kl_coef=-1"], "--kl_coef of 0 or more"),
-        ("step", ["--model=tiny", "--samples=1"], "--samples of 2 or more"),
-        ("step", ["--model=tiny", "--new_tokens=999"], "at most 512 positions"),
-    ],
-)
-def test_a_mistake_about_learning_is_one_line(name, argv, message):
-    made = run(name, *argv)
-    assert made.returncode == 2 and not made.stdout
-    (line,) = made.stderr.splitlines()
-    assert line.startswith("error: expected") and message in line
-
-
-@pytest.mark.parametrize(
-    "benchmark, names",
-    [
-        ("rollout", "limit_fraction decode_ms peak_rss_gib draw_fraction"),
-        (
-            "learn",
-            "score_s update_s learn_s tok_s completion_tok_s tokens prompt_tokens_computed padding_fraction rows "
-            "width micro_batches needed_tflop model_flops_utilisation square_gflop_s limit_s limit_fraction "
-            "score_temp_gib update_temp_gib peak_rss_gib compile_s seconds",
-        ),
-        (
-            "step",
-            "step_s generate_s score_s update_s pack_s other_s gen_tok_s step_tok_s tokens peak_rss_gib compile_s "
-            "seconds",
-        ),
-    ],
-)
-def test_help_explains_every_number(benchmark, names):
-    text = run(benchmark, "--help").stdout
-    for name in [*names.split(), "example:"]:
-        assert re.search(rf"\b{name}", text), name
-
-
-COMMANDS = re.findall(r"```bash\npython (benchmarks/.*?)\n```", (ROOT / "docs" / "performance.md").read_text())
-SHORT = {
-    "benchmarks/rollout.py": [*SMALL, "--slots=4", f"--model={find_model('tiny')}"],
-    "benchmarks/learn.py": [*SMALL, *CUT, f"--model={find_model('tiny')}"],
-    "benchmarks/step.py": [*SMALL, *CUT, f"--model={find_model('tiny')}"],
+DOCUMENTED = re.findall(r"```bash\npython (benchmarks/.*?)\n```", (ROOT / "docs" / "performance.md").read_text())
+SHORTER = {
+    "benchmarks/rollout.py": [*SMALL, "--slots=4"],
+    "benchmarks/learn.py": [*SMALL, *TWO_ROWS_PER_GROUP],
+    "benchmarks/step.py": [*SMALL, *TWO_ROWS_PER_GROUP],
     "benchmarks/layouts.py": ["--prompts=1", "--samples=2", "--new_tokens=2", "--model=tiny"],
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_page_on_performance_runs(command):
+@pytest.mark.slow
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command_runs(command):
     script, *argv = shlex.split(command)
-    made = subprocess.run([sys.executable, script, *argv, *SHORT[script]], cwd=ROOT, capture_output=True, text=True)
+    made = run_script(Path(script).stem, *argv, *SHORTER[script])
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout).get("unexplained", 0) == 0
-
-
-@pytest.mark.slow
-def test_layouts_draw_the_same():
-    made = run(
-        "layouts", "--model=tiny", "--prompts=3", "--samples=4", "--new_tokens=6", "--slots=2,12", "--devices=1,2"
-    )
-    assert made.returncode == 0, made.stderr
-    (line,) = made.stdout.splitlines()
-    found = json.loads(line)
-    assert found["sequences"] == 12 and found["layouts"] == 4 and found["unexplained"] == 0

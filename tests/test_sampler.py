@@ -36,7 +36,8 @@ from tests.tiny import CONFIG, params
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
 GROUPS = list(np.ndindex(3, 4))
-weights = functools.cache(params)
+weights = functools.cache(jax.jit(params))
+compiled_forward = jax.jit(forward, static_argnums=0)
 
 
 def rollout(key=0, params=None, **changes):
@@ -48,7 +49,7 @@ def full_forward_logits(made):
     """Logits [B, G, S, tokens] that one forward pass over each whole sequence predicts the completions from."""
     rows = [prompt + made.tokens[b, g].tolist() for b, prompt in enumerate(PROMPTS) for g in range(4)]
     padded = jnp.asarray([row + [0] * (15 - len(row)) for row in rows])
-    logits = forward(CONFIG, weights(), padded)[..., : CONFIG.tokenizer_vocab_size].reshape(3, 4, 15, -1)
+    logits = compiled_forward(CONFIG, weights(), padded)[..., : CONFIG.tokenizer_vocab_size].reshape(3, 4, 15, -1)
     starts = [len(prompt) - 1 for prompt in PROMPTS]
     return jnp.stack([logits[b, :, start : start + 9] for b, start in enumerate(starts)])
 
@@ -187,7 +188,7 @@ def test_other_prompts_and_temperatures_of_the_same_shapes_compile_nothing():
     assert (init_decode._cache_size(), decode_tokens._cache_size(), place._cache_size()) == compiled
 
 
-@pytest.mark.parametrize("slots", [1, 5, 100])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 5, 100])
 def test_the_number_of_slots_does_not_change_completions(slots):
     """Sequences of unequal lengths in a few slots have the tokens, log-probs and ends that they have in their own."""
     limits = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
