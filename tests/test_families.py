@@ -1,5 +1,6 @@
-"""Every model family gives what `transformers` gives, for the random models in tests/golden (made by make.py there)."""
+"""Checks every model family against `transformers`, with random models and references made by tests/golden/make.py."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,27 +10,32 @@ import pytest
 
 from grpo_jax import forward, load, sample
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.weights.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json") if (path.parent / "reference.npz").is_file())
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 WITH_EXPERTS = [case for case in CASES if case.startswith(("mixtral", "qwen3_moe", "deepseek"))]
-SLOW = pytest.mark.slow
-MESHES = [pytest.param(dict(fsdp=8), marks=SLOW), dict(fsdp=2, tensor=4)]
-EXPERT_MESHES = [dict(expert=2, fsdp=2, tensor=2), pytest.param(dict(expert=8), marks=SLOW)]
+# Decoding and sharding depend on the kinds of layers and parameters rather than on the family: a few cases that cover
+# these are compared by default, and all of them by `make test-all`.
+DECODED = ["deepseek_v3", "gemma2", "gemma3", "llama", "qwen2", "qwen3_moe"]
+SHARDED = ["deepseek_v3", "gemma3", "llama"]
+SHARDED_EXPERTS = ["deepseek_v3", "mixtral"]
 
-by_name = lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items())
+jit_forward = jax.jit(forward, static_argnums=0)
 
-run = jax.jit(forward, static_argnums=0)
+
+def slow_unless(quick, cases):
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """Of module scope, so that the tests of a case follow one another and share what is compiled."""
+    """The name of a golden model. Module scope runs the tests of a case in a row, so they share compiled programs."""
     return request.param
 
 
 @lru_cache
-def model(case):
+def golden_model(case):
     return load(GOLDEN / case)
 
 
@@ -39,92 +45,92 @@ def reference(case):
         return dict(arrays)
 
 
+def batch(case):
+    """Returns eight rows, which every mesh divides: the greedy rows and the rows padded in front, each twice."""
+    golden = reference(case)
+    padding = ((0, 0), (0, golden["greedy"].shape[1] - golden["tokens"].shape[1]))
+    tokens = np.concatenate([golden["greedy"], np.pad(golden["tokens"], padding)] * 2)
+    mask = np.concatenate([np.ones_like(golden["greedy"]), np.pad(golden["mask"], padding)] * 2)
+    return tokens, mask
+
+
 @lru_cache
-def greedy(case):
+def batch_logits(case):
+    tokens, mask = batch(case)
+    return np.asarray(jit_forward(*golden_model(case), tokens, mask=mask))
+
+
+@lru_cache
+def greedy_rollout(case):
     tokens = reference(case)["tokens"].tolist()
-    return sample(*model(case), tokens, jax.random.key(0), samples=1, max_tokens=32, temperature=0)
+    return sample(*golden_model(case), tokens, jax.random.key(0), samples=1, max_tokens=32, temperature=0)
 
 
-@lru_cache
-def long_logits(case):
-    """Of the reference's greedy rows."""
-    return np.asarray(run(*model(case), reference(case)["greedy"]))
+def assert_close(actual, expected, real=...):
+    """Compares within 1e-5 of the largest logit, where rounding alone causes differences of about 2e-6."""
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected)[real].max() <= 1e-5 * np.abs(expected[real]).max()
 
 
-@lru_cache
-def eight_rows(case):
-    """Rows that all meshes divide, and their logits on one device."""
-    rows = reference(case)["greedy"][:, :44].reshape(8, 11)
-    return rows, np.asarray(run(*model(case), rows))
+def test_every_family_has_a_golden_model():
+    assert {json.loads((GOLDEN / case / "config.json").read_text())["model_type"] for case in CASES} == {*FAMILIES}
 
 
-def assert_close(ours, theirs, real=...):
-    """To 1e-5 of the largest logit; rounding alone makes about 2e-6."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs)[real].max() <= 1e-5 * np.abs(theirs[real]).max()
+def test_logits_match_transformers(case):
+    golden, logits = reference(case), batch_logits(case)[:2]
+    assert_close(logits[:, : golden["tokens"].shape[1]], golden["logits"])
+    assert_close(logits[..., ::4], golden["greedy_logits"])
 
 
-def test_all_families_are_here():
-    assert len(CASES) == 14 and len(WITH_EXPERTS) == 5
+def test_logits_of_rows_padded_in_front_match_transformers(case):
+    golden, logits = reference(case), batch_logits(case)[2:4]
+    assert np.isfinite(logits).all()
+    assert_close(logits[:, : golden["tokens"].shape[1]], golden["padded_logits"], golden["mask"] == 1)
 
 
-def test_forward(case):
-    """Of the rows with their greedy tokens, which those before cannot see."""
+@pytest.mark.parametrize("case", slow_unless(DECODED, CASES), indirect=True, scope="module")
+def test_greedy_tokens_match_transformers(case):
     golden = reference(case)
-    assert_close(long_logits(case)[:, : golden["tokens"].shape[1]], golden["logits"])
+    np.testing.assert_array_equal(greedy_rollout(case).tokens[:, 0], golden["greedy"][:, golden["tokens"].shape[1] :])
 
 
-def test_forward_of_rows_padded_in_front(case):
-    golden = reference(case)
-    ours = run(*model(case), golden["tokens"], mask=golden["mask"])
-    assert np.isfinite(ours).all()
-    assert_close(ours, golden["padded_logits"], golden["mask"] == 1)
-
-
-def test_greedy_tokens(case):
-    golden = reference(case)
-    np.testing.assert_array_equal(greedy(case).tokens[:, 0], golden["greedy"][:, golden["tokens"].shape[1] :])
-
-
-def test_decoding_from_the_cache_is_the_forward_pass(case):
-    """Log-probs of tokens drawn one at a time, and those of one pass over the whole rows."""
-    made, rows = greedy(case), reference(case)["greedy"]
-    first = rows.shape[1] - made.tokens.shape[-1]
-    logps = np.asarray(jax.nn.log_softmax(long_logits(case)[:, first - 1 : -1]))
+@pytest.mark.parametrize("case", slow_unless(DECODED, CASES), indirect=True, scope="module")
+def test_logps_of_decoding_with_a_cache_match_one_forward_pass(case):
+    rollout, rows = greedy_rollout(case), reference(case)["greedy"]
+    first = rows.shape[1] - rollout.tokens.shape[-1]
+    logps = np.asarray(jax.nn.log_softmax(batch_logits(case)[:2, first - 1 : -1]))
     expected = np.take_along_axis(logps, rows[:, first:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(made.logps[:, 0], expected, atol=3e-5)
+    np.testing.assert_allclose(rollout.logps[:, 0], expected, atol=3e-5)
 
 
-def test_forward_matches_live_transformers(case):
-    """The same, computed now, where torch is installed."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        GOLDEN / case, dtype=torch.float32, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor(reference(case)["greedy"], dtype=torch.long)).logits.numpy()
-    assert_close(long_logits(case), expected)
-
-
-def same_on_a_mesh(case, sizes):
-    rows, expected = eight_rows(case)
+def assert_same_on_mesh(case, **sizes):
+    tokens, mask = batch(case)
     mesh = make_mesh(**sizes)
     model_cfg, params = load(GOLDEN / case, mesh=mesh)
     used = {axis for leaf in jax.tree.leaves(params) for axis in leaf.sharding.spec}
     assert used >= {axis for axis in sizes if axis != "expert" or model_cfg.experts.num_experts % sizes["expert"] == 0}
     with jax.set_mesh(mesh):
-        assert_close(run(model_cfg, params, rows), expected)
+        logits = np.asarray(jit_forward(model_cfg, params, tokens, mask=mask))
+    assert_close(logits, batch_logits(case), mask == 1)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=by_name)
-def test_a_mesh_changes_nothing(case, sizes):
-    same_on_a_mesh(case, sizes)
+@pytest.mark.parametrize("case", slow_unless(SHARDED, CASES), indirect=True, scope="module")
+def test_sharding_over_fsdp_and_tensor_does_not_change_the_logits(case):
+    assert_same_on_mesh(case, fsdp=2, tensor=4)
 
 
+@pytest.mark.slow
+def test_sharding_over_fsdp_does_not_change_the_logits(case):
+    assert_same_on_mesh(case, fsdp=8)
+
+
+# The experts of a model are split if the axis divides them: 8 experts are, 5 are not.
+@pytest.mark.parametrize("case", slow_unless(SHARDED_EXPERTS, WITH_EXPERTS), indirect=True, scope="module")
+def test_sharding_over_all_axes_does_not_change_the_logits(case):
+    assert_same_on_mesh(case, expert=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WITH_EXPERTS, indirect=True, scope="module")
-@pytest.mark.parametrize("sizes", EXPERT_MESHES, ids=by_name)
-def test_an_axis_of_experts_changes_nothing(case, sizes):
-    """8 experts are split, 5 are not."""
-    same_on_a_mesh(case, sizes)
+def test_sharding_over_experts_does_not_change_the_logits(case):
+    assert_same_on_mesh(case, expert=8)

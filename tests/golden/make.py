@@ -1,23 +1,27 @@
-"""Makes the folders beside it: tiny random models, as `transformers` saves them, and what it computes with them.
+"""Makes the folders next to it: small random models saved by `transformers`, and what it computes with them.
 
-    python tests/golden/make.py [case ...]
+    python tests/golden/make.py [case ...]            makes the models and their references
+    python tests/golden/make.py --check [case ...]    compares the references with the installed `transformers`
 
-Needs torch. reference.npz of a case:
-    tokens, logits           two rows, and their logits
-    mask, padded_logits      the same rows with padding in front; the logits count where the mask is 1
-    greedy                   the rows with 32 greedy tokens more, whatever ends a text
-A seed is passed over until the greedy choices are clear and rounding does not sway the logits.
+Needs PyTorch; the tests need only the files. The arrays of a case's reference.npz are:
+
+    tokens, logits           two rows of tokens and their logits
+    mask, padded_logits      the same rows with the first tokens masked as padding; logits count where the mask is 1
+    greedy, greedy_logits    the rows continued by 32 greedy tokens (none stops them), and every fourth of the logits
+
+A seed is skipped until the greedy choices are clear and rounding errors do not change the logits noticeably. `--check`
+also exports each model with `grpo_jax.save` and continues the rows with `transformers` from the exported folder.
 """
 
+import argparse
 import itertools
 import json
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 LENGTH, NEW = 14, 32
@@ -64,7 +68,7 @@ DEEPSEEK = dict(
     n_routed_experts=8,
 )
 
-# A case: the prefix of the classes in transformers, and the fields of the config.
+# Case -> prefix of the class names in transformers, and fields of the config.
 CASES = {
     "llama": (
         "Llama",
@@ -95,7 +99,7 @@ CASES = {
             rms_norm_eps=1e-5,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            # Of 8 frequencies 1 is above the band between the two factors, 2 in it and 5 below.
+            # Of the 8 frequencies, 1 is above the interpolated band, 2 are in it and 5 below.
             rope_parameters={
                 "rope_type": "llama3",
                 "rope_theta": 100.0,
@@ -293,11 +297,11 @@ CASES = {
     ),
 }
 SHARD_SIZE = {"qwen3": "60KB"}
-NOISE = {"gemma2": 1.0, "gemma3": 1.0, "gemma3_vision": 1.0}  # else 0.2; with less these repeat one token
+NOISE = {"gemma2": 1.0, "gemma3": 1.0, "gemma3_vision": 1.0}  # 0.2 otherwise; with less, these repeat one token
 
 
-def build(case: str, seed: int):
-    """A random model whose norms and biases are not all 1 or 0, where a mistake in them would not show."""
+def build_model(case: str, seed: int):
+    """Builds a random model whose norms and biases are not all 1 or 0, so that a mistake in them shows."""
     torch.manual_seed(seed)
     prefix, fields = CASES[case]
     if "text_config" in fields:
@@ -315,9 +319,10 @@ def build(case: str, seed: int):
     return model
 
 
-def save(case: str, model, folder: Path) -> None:
+def save_model(case: str, model, folder: Path) -> None:
+    """Saves a model; the config of `llama_bias` is written as before version 5 of `transformers`."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE.get(case, "1GB"))
-    if case == "llama_bias":  # as config.json was before version 5
+    if case == "llama_bias":
         path = folder / "config.json"
         raw = json.loads(path.read_text())
         rope = raw.pop("rope_parameters")
@@ -329,58 +334,105 @@ def save(case: str, model, folder: Path) -> None:
         path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def logits_of(model, tokens, **more):
-    return model(input_ids=tokens, **more).logits
+def load_model(case: str, folder: Path):
+    """Loads a saved model in float32, with the attention that `transformers` defines in Python."""
+    auto = transformers.AutoModelForCausalLM
+    if case == "gemma3_vision":
+        auto = transformers.AutoModelForImageTextToText
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def reference(model, seed: int) -> dict[str, torch.Tensor]:
-    """The arrays of reference.npz, from one forward pass for each new token, without a cache."""
-    vocab = model.config.get_text_config().vocab_size
-    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, vocab, (2, LENGTH)))
+def compute_logits(model, tokens, **inputs):
+    """Runs a model on rows of tokens."""
+    return model(input_ids=tokens, **inputs).logits
+
+
+def continue_greedily(model, tokens):
+    """Appends greedy tokens, with one forward pass for each and no cache."""
+    for _ in range(NEW):
+        tokens = torch.cat([tokens, compute_logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def compute_reference(model, tokens) -> dict[str, np.ndarray]:
+    """Computes the arrays of reference.npz for rows of tokens."""
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     mask[1, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    greedy = tokens
-    for _ in range(NEW):
-        greedy = torch.cat([greedy, logits_of(model, greedy)[:, -1:].argmax(-1)], dim=1)
-    return dict(
+    greedy = continue_greedily(model, tokens)
+    arrays = dict(
         tokens=tokens,
-        logits=logits_of(model, tokens),
+        logits=compute_logits(model, tokens),
         mask=mask,
+        padded_logits=compute_logits(model, tokens, attention_mask=mask, position_ids=positions),
         greedy=greedy,
-        padded_logits=logits_of(model, tokens, attention_mask=mask, position_ids=positions),
+        greedy_logits=compute_logits(model, greedy)[..., ::4],
     )
+    return {name: array.numpy().astype(np.float32 if "logits" in name else np.int32) for name, array in arrays.items()}
 
 
-def clear(case: str, model, made) -> bool:
-    """Whether the greedy choices are far from ties and varied, and a change as small as rounding stays small."""
-    logits = logits_of(model, made["greedy"])
+def is_clear(case: str, model, greedy) -> bool:
+    """Tells whether the greedy tokens vary and are far from ties, and a change as small as rounding stays small."""
+    greedy = torch.tensor(greedy, dtype=torch.long)
+    logits = compute_logits(model, greedy)
     top = logits[:, LENGTH - 1 : -1].topk(2).values
-    gap = (top[..., 0] - top[..., 1]).min() / logits.abs().max()
-    kinds = min(len(set(row[LENGTH:].tolist())) for row in made["greedy"])
+    margin = (top[..., 0] - top[..., 1]).min() / logits.abs().max()
+    distinct = min(len(set(row[LENGTH:].tolist())) for row in greedy)
     for weight in model.parameters():
         weight.mul_(1 + 1e-6 * torch.randn_like(weight))
-    moved = (logits_of(model, made["greedy"]) - logits).abs().max() / logits.abs().max()
-    print(f"{case}: gap {gap:.1e}, moved {moved:.1e}, {kinds} kinds of token")
-    return gap > 2e-3 and moved < 5e-5 and kinds >= 6
+    change = (compute_logits(model, greedy) - logits).abs().max() / logits.abs().max()
+    print(f"{case}: margin {margin:.1e}, change {change:.1e}, {distinct} distinct tokens")
+    return margin > 2e-3 and change < 5e-5 and distinct >= 6
 
 
-def make(case: str) -> None:
+def make_case(case: str) -> None:
+    """Makes the folder of a case."""
     folder = HERE / case
     for seed in itertools.count():
-        model = build(case, 0 if case == "llama" else seed)  # that one's weights stay as they are
-        save(case, model, folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        made = reference(loaded, seed)
-        assert torch.allclose(logits_of(model, made["tokens"]), made["logits"], atol=1e-5)
-        if clear(case, loaded, made):
+        model = build_model(case, 0 if case == "llama" else seed)  # only the tokens of this case depend on the seed
+        save_model(case, model, folder)
+        loaded = load_model(case, folder)
+        vocab_size = model.config.get_text_config().vocab_size
+        tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, vocab_size, (2, LENGTH)))
+        arrays = compute_reference(loaded, tokens)
+        if is_clear(case, loaded, arrays["greedy"]):
             break
-    arrays = {name: value.numpy().astype(np.float32 if "logits" in name else np.int32) for name, value in made.items()}
     np.savez_compressed(folder / "reference.npz", **arrays)
 
 
-if __name__ == "__main__":
+def check_case(case: str) -> None:
+    """Checks that the installed `transformers` reproduces a case, and continues its rows from an exported folder.
+
+    Raises:
+        AssertionError: It does not.
+    """
+    import grpo_jax
+
+    with np.load(HERE / case / "reference.npz") as arrays:
+        expected = dict(arrays)
+    tokens = torch.tensor(expected["tokens"], dtype=torch.long)
+    for name, array in compute_reference(load_model(case, HERE / case), tokens).items():
+        np.testing.assert_allclose(
+            array, expected[name], rtol=0, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        grpo_jax.save(folder, *grpo_jax.load(HERE / case))
+        exported = load_model(case, Path(folder))
+        np.testing.assert_array_equal(continue_greedily(exported, tokens).numpy(), expected["greedy"])
+    print(f"{case}: as expected")
+
+
+def main() -> None:
+    """Makes or checks the cases named on the command line, or all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("cases", nargs="*", default=[*CASES])
+    options = parser.parse_args()
     with torch.no_grad():
-        for case in sys.argv[1:] or CASES:
-            make(case)
+        for case in options.cases:
+            (check_case if options.check else make_case)(case)
+
+
+if __name__ == "__main__":
+    main()

