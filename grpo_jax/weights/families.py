@@ -198,80 +198,37 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
                 f"Numbers in the config of {where} must be at least 0 and less than 2**31; found {value} for {name}. "
                 "Download the model again."
             )
-    latent = model_cfg.latent
-    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.head_dim
-    ropes = {layer.rope for layer in model_cfg.layers}
-    stretched = [rope for rope in ropes if rope.scaling in ("llama3", "yarn")]
-    requirements = [
-        (
-            model_cfg.num_heads % model_cfg.num_kv_heads == 0,
-            "num_attention_heads must be a multiple of num_key_value_heads",
-            f"{model_cfg.num_heads} and {model_cfg.num_kv_heads}",
-        ),
-        (
-            rotated_dim > 0 and rotated_dim % 2 == 0,
-            "head_dim (or qk_rope_head_dim) must be even and at least 2",
-            rotated_dim,
-        ),
-        (
-            model_cfg.tokenizer_vocab_size <= model_cfg.vocab_size,
-            "vocab_size must give each id of the tokenizer a row of the embedding",
-            f"{model_cfg.vocab_size} rows and {model_cfg.tokenizer_vocab_size} ids",
-        ),
-        (
-            all(0 <= token < model_cfg.vocab_size for token in model_cfg.eos_ids),
-            "eos_token_id must be less than vocab_size",
-            model_cfg.eos_ids,
-        ),
-        (
-            all(rope.theta > 1 and rope.factor > 0 for rope in ropes),
-            "rope_theta must be more than 1 and the rope factor more than 0",
-            ropes,
-        ),
-        (
-            all(
-                rope.original_max_positions > 0 and rope.high_freq_bound > rope.low_freq_bound > 0 for rope in stretched
-            ),
-            "Scaled rotary embeddings need an original length and frequency bounds above 0, in ascending order",
-            stretched,
-        ),
-    ]
-    if latent:
-        requirements.append(
-            (
-                latent.kv_lora_rank > 0 and latent.qk_nope_head_dim > 0 and latent.v_head_dim > 0,
-                "kv_lora_rank, qk_nope_head_dim and v_head_dim must be at least 1",
-                latent,
-            )
-        )
-    if model_cfg.experts:
-        requirements += expert_requirements(model_cfg.experts)
-    for ok, requirement, value in requirements:
+
+    def check(ok: bool, requirement: str, value) -> None:
         if not ok:
             raise UserError(f"{requirement}; found {value} in {where}. Download the model again.")
 
-
-def expert_requirements(experts: ExpertsConfig) -> list[tuple[bool, str, Any]]:
-    """Returns for each requirement on a mixture of experts whether it is met, its text and the value found."""
-    eligible = experts.num_experts // max(experts.num_groups, 1) * experts.num_top_groups
-    return [
-        (
-            experts.intermediate_size > 0 and 0 < experts.num_top_groups <= experts.num_groups,
-            "moe_intermediate_size and topk_group must be at least 1, and topk_group at most n_group",
-            experts,
-        ),
-        (
-            0 < experts.num_experts_per_token <= eligible,
-            "num_experts_per_tok must be at least 1 and at most the number of experts that it chooses from",
-            f"{experts.num_experts_per_token} of {eligible}",
-        ),
-        (
-            not experts.sigmoid_gate
-            or (experts.num_experts % experts.num_groups == 0 and experts.num_experts >= 2 * experts.num_groups),
-            "n_group must divide the experts into equal groups of at least 2",
-            f"{experts.num_experts} experts in {experts.num_groups} groups",
-        ),
-    ]
+    heads, kv_heads, rows, ids = model_cfg.num_heads, model_cfg.num_kv_heads, model_cfg.vocab_size, model_cfg.eos_ids
+    latent, experts, tokens = model_cfg.latent, model_cfg.experts, model_cfg.tokenizer_vocab_size
+    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.head_dim
+    check(heads % kv_heads == 0, "num_attention_heads must be a multiple of num_key_value_heads", (heads, kv_heads))
+    check(rotated_dim > 0 and rotated_dim % 2 == 0, "head_dim (or qk_rope_head_dim) must be even", rotated_dim)
+    check(tokens <= rows, "Each token id needs a row of the embedding (vocab_size)", f"{rows} rows and {tokens} ids")
+    check(all(0 <= token < rows for token in ids), "eos_token_id must be less than vocab_size", ids)
+    for rope in {layer.rope for layer in model_cfg.layers}:
+        check(rope.theta > 1 and rope.factor > 0, "rope_theta must exceed 1 and the rope factor must exceed 0", rope)
+        if rope.scaling in ("llama3", "yarn"):
+            ordered = rope.high_freq_bound > rope.low_freq_bound > 0
+            requirement = "The original length and the frequency bounds of a scaled rope must be positive and ordered"
+            check(ordered and rope.original_max_positions > 0, requirement, rope)
+    if latent:
+        smallest = min(latent.kv_lora_rank, latent.qk_nope_head_dim, latent.v_head_dim)
+        check(smallest > 0, "kv_lora_rank, qk_nope_head_dim and v_head_dim must be at least 1", latent)
+    if experts:
+        count, groups, top_groups = experts.num_experts, experts.num_groups, experts.num_top_groups
+        check(experts.intermediate_size > 0, "moe_intermediate_size must be at least 1", experts)
+        check(0 < top_groups <= groups, "topk_group must be at least 1 and at most n_group", experts)
+        chosen, eligible = experts.num_experts_per_token, count // groups * top_groups
+        check(
+            0 < chosen <= eligible, "num_experts_per_tok must be between 1 and the eligible experts", (chosen, eligible)
+        )
+        equal = (count % groups == 0 and count >= 2 * groups) or not experts.sigmoid_gate
+        check(equal, "n_group must divide the experts into equal groups of at least 2", (count, groups))
 
 
 def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeConfig:

@@ -215,28 +215,23 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
         written[name] = embedding if name.endswith("lm_head.weight") else tensor
     write_safetensors(folder, written)
     if jax.process_index() == 0:
-        copy_tokenizer_files(source, folder)
-        write_configs(source, folder, hf_config)
+        write_other_files(folder, source, hf_config)
 
 
-def copy_tokenizer_files(source: Path | None, folder: Path) -> None:
-    """Copies the tokenizer and generation config of a model, or writes out the tokenizer of a GGUF file."""
+def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> None:
+    """Writes the tokenizer, config.json (byte for byte as in the source if unchanged) and generation_config.json."""
     if source and source.suffix == ".gguf":
         read_gguf_tokenizer(source).save_pretrained(folder)
     for name in CARRIED_FILES:
         if source and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def write_configs(source: Path | None, folder: Path, hf_config: dict) -> None:
-    """Writes config.json, byte for byte as in the source if unchanged, and generation_config.json if it is missing."""
     unchanged = source and source.is_dir() and hf_config == read_hf_config(source)
     text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(hf_config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if not (folder / "generation_config.json").is_file():
-        fields = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
-        ids = {field: hf_config[field] for field in fields if hf_config.get(field) is not None}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        ids = {name: hf_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        known = {name: value for name, value in ids.items() if value is not None}
+        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
 def tensors_from_params(
