@@ -20,7 +20,7 @@ def test_advantages_of_a_hand_made_group():
 
 def test_advantages_have_mean_0_and_std_1_in_each_group():
     rewards = jax.random.normal(jax.random.key(0), (5, 8)) * jnp.asarray([[1e-3], [1], [1e3], [5], [7]])
-    result = np.asarray(advantages(rewards), np.float64)
+    result = np.asarray(jax.jit(advantages)(rewards), np.float64)
     np.testing.assert_allclose(result.mean(axis=1), 0, atol=1e-5)
     np.testing.assert_allclose(result.std(axis=1), 1, rtol=1e-4)
 
@@ -29,7 +29,7 @@ def test_advantages_have_mean_0_and_std_1_in_each_group():
 @pytest.mark.parametrize("group", [2, 3, 7])
 def test_equal_rewards_give_zero_not_nan(value, group):
     """The mean of three times 0.1 is not exactly 0.1; dividing by the tiny std would give noise of size 1."""
-    assert (np.asarray(advantages(jnp.full((2, group), value))) == 0).all()
+    assert (np.asarray(jax.jit(advantages)(np.full((2, group), value, np.float32))) == 0).all()
 
 
 def test_advantages_require_two_axes():
@@ -50,17 +50,17 @@ QUADRANTS = [
 ]
 
 
-@pytest.mark.parametrize("ratio, advantage, objective, slope", QUADRANTS)
-def test_clipped_loss_matches_hand_values(ratio, advantage, objective, slope):
+def test_clipped_loss_matches_hand_values():
     """The loss is -objective. Its gradient in log pi is 0 where clipped, and -rho A elsewhere."""
-    old = jnp.asarray([[-2.0]])
+    ratios, advantages, objectives, slopes = map(jnp.asarray, zip(*QUADRANTS, strict=True))
 
-    def loss(logps):
-        return grpo_loss(logps, old, None, jnp.asarray([float(advantage)]), jnp.ones((1, 1)), kl_coef=0)[0]
+    def loss(logps, advantage):
+        logps, advantage = logps[None, None], advantage[None]
+        return grpo_loss(logps, jnp.full((1, 1), -2.0), None, advantage, jnp.ones((1, 1)), kl_coef=0)[0]
 
-    value, grad = jax.value_and_grad(loss)(old + jnp.log(ratio))
-    np.testing.assert_allclose(value, -objective, rtol=1e-6)
-    np.testing.assert_allclose(grad[0, 0], -slope, rtol=1e-6, atol=1e-9)
+    losses, grads = jax.jit(jax.vmap(jax.value_and_grad(loss)))(-2.0 + jnp.log(ratios), advantages.astype(float))
+    np.testing.assert_allclose(losses, -objectives, rtol=1e-6)
+    np.testing.assert_allclose(grads, -slopes, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -144,6 +144,7 @@ def test_loss_and_gradient_match_an_independent_computation(denominator):
     advantages, mask = draw.standard_normal(4), np.arange(7) < np.array([[7], [3], [1], [0]])
     arrays = [jnp.asarray(x) for x in (old_logps, ref_logps, advantages, mask)]
 
+    @jax.jit
     @jax.value_and_grad
     def loss(x):
         return grpo_loss(x, *arrays, clip_low=0.1, clip_high=0.3, kl_coef=0.05, denominator=denominator)[0]
@@ -166,12 +167,14 @@ def test_masked_tokens_change_neither_loss_nor_gradient():
     junk = clean.at[:, 2].set(jnp.asarray([500.0, -500.0]))
     mask = jnp.asarray([[1, 1, 0], [1, 1, 0]])
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(logps, old):
         return grpo_loss(logps, old, -logps, jnp.asarray([1.0, -1.0]), mask)[0]
 
     for logps, old in ((junk, clean), (clean, junk)):
-        value, grad = jax.value_and_grad(loss)(logps, old)
-        assert value == loss(clean, clean)
+        value, grad = loss(logps, old)
+        assert value == loss(clean, clean)[0]
         assert np.isfinite(grad).all() and (grad[:, 2] == 0).all()
 
 

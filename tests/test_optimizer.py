@@ -65,10 +65,8 @@ def one_layer(kernel, bias):
 
 def small(seed=0, dtype=jnp.float32):
     """Draws a matrix, stacked for two layers, and its bias."""
-    key = jax.random.key(seed)
-    return one_layer(
-        jax.random.normal(key, (2, 8, 24), dtype), jax.random.normal(jax.random.fold_in(key, 1), (2, 24), dtype)
-    )
+    draw = np.random.default_rng(seed)
+    return one_layer(*(jnp.asarray(draw.standard_normal(shape), dtype) for shape in ((2, 8, 24), (2, 24))))
 
 
 def kernel_and_bias(tree):
@@ -177,9 +175,9 @@ def test_muon_keeps_one_moment_of_a_matrix_and_two_of_a_bias():
 
 def test_adafactor_keeps_a_row_and_a_column_moment():
     """They represent squared gradients that are an outer product exactly, so the step is the sign, as if unfactored."""
-    key = jax.random.key(0)
-    rows, columns = (jnp.exp(jax.random.normal(jax.random.fold_in(key, n), (2, n))) for n in (128, 130))
-    grad = rows[:, :, None] * columns[:, None] * jnp.sign(jax.random.normal(key, (2, 128, 130)))
+    draw = np.random.default_rng(0)
+    rows, columns = np.exp(draw.standard_normal((2, 128, 1))), np.exp(draw.standard_normal((2, 1, 130)))
+    grad = jnp.asarray(rows * columns * draw.choice([-1, 1], (2, 128, 130)), jnp.float32)
     params, grads = one_layer(jnp.ones((2, 128, 130)), jnp.zeros((2, 130))), one_layer(grad, jnp.zeros((2, 130)))
     (before, after), _ = run_updates(OptimSection(name="adafactor", lr=0.5), params, grads)
     np.testing.assert_allclose(step_taken(after, before)[0], -0.5 * jnp.sign(grad), rtol=1e-3)
@@ -275,7 +273,7 @@ def test_schedules_have_these_learning_rates(values, rates):
     np.testing.assert_allclose([schedule(jnp.int32(step)) for step in rates], list(rates.values()), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ADAMW_FIRST)
 @pytest.mark.parametrize("bad", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, 1e30))])
 def test_update_with_a_non_finite_gradient_is_skipped(name, bad):
     """It leaves no trace in parameters, optimizer state and schedule, bit by bit. The norm of 1e30 overflows."""
