@@ -53,5 +53,5 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
-test-all: $(INSTALLED)
+test-all: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow'
