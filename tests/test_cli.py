@@ -16,6 +16,7 @@ from grpo_jax.weights.source import find_model
 
 ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"
+START = "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n"  # of a config file
 PRETRAIN = f"--config={ROOT}/configs/pretrain_tiny.py"
 # If a mistake below were not found, this little would be trained.
 LITTLE = [
@@ -50,8 +51,8 @@ def check_with(**values) -> Config:
 
 
 def asking(path: Path, *questions: str) -> str:
-    """A file of these questions."""
-    path.write_text("".join('{"question": "%s", "answer": 1}\n' % question for question in questions))
+    """Writes a file of problems with these questions and returns its path."""
+    path.write_text("".join(f'{{"question": "{question}", "answer": 1}}\n' for question in questions))
     return str(path)
 
 
@@ -108,10 +109,10 @@ def asking(path: Path, *questions: str) -> str:
             ["--config.train.minibatches=3", "--config.rollout.prompts=16", "--config.rollout.samples=8"],
             "a divisor of the 128 sequences",
         ),
-        (["--config.mesh.data=3"], r"mesh.data=3 .*on 8 device\(s\); set one of .* to -1"),
+        (["--config.mesh.data=3"], r"number of devices; found mesh.data=3 .*on 8 device\(s\). Set one of .* to -1"),
         (
             ["--config.mesh.fsdp=-1"],
-            "at most one of them -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
+            "one that may be -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
         ),
         (["--config.model.path=no/such/model"], "No model folder found at no/such/model. Set model.path"),
         (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500. Lower one"),
@@ -312,7 +313,9 @@ def test_mistake_in_the_questions_to_evaluate(tmp_path):
 
 
 def test_flags_give_values_of_the_keys_types():
-    parse = lambda *argv: flags.parse_flags(flags.make_parser("", ""), argv)
+    def parse(*argv):
+        return flags.parse_flags(flags.make_parser("", ""), argv)
+
     _, config, workdir = parse(
         R1ZERO,
         "--config.seed=3",
@@ -336,9 +339,10 @@ def test_a_run_is_read_with_its_own_config(tmp_path):
     mine = default()
     mine.seed = 5
     write_config(tmp_path, check(mine))
-    parse = lambda *argv: flags.parse_flags(flags.make_parser("", "", of_a_run=True), [*argv, f"--workdir={tmp_path}"])[
-        1
-    ]
+
+    def parse(*argv):
+        return flags.parse_flags(flags.make_parser("", "", of_a_run=True), [*argv, f"--workdir={tmp_path}"])[1]
+
     assert parse().seed == 5
     assert parse("--config.seed=6").seed == 6
     assert parse(R1ZERO).seed == 0
@@ -436,11 +440,11 @@ def test_flags_expand_the_home_directory(tmp_path, monkeypatch):
         ("def get_config():\n    return None\n", "must return a ConfigDict; found NoneType"),
         ("def get_config(:\n", "mine.py raised SyntaxError"),
         (
-            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.rollout.samples = '8'\n    return c\n",
+            f"{START}    c.rollout.samples = '8'\n    return c\n",
             "mine.py line 5 raised TypeError",
         ),
         (
-            "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n    c.train.epochs = 2\n    return c\n",
+            f"{START}    c.update.epochs = 2\n    return c\n",
             "mine.py line 5 raised AttributeError",
         ),
     ],
@@ -519,5 +523,5 @@ def test_several_processes_are_seen_in_the_environment(environ, several):
 def test_an_environment_that_says_too_little(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="expected JAX_COORDINATOR_ADDRESS.*'two'")
+    refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="needs JAX_COORDINATOR_ADDRESS.*'two'")
     refused(main.main, tmp_path / "run", PRETRAIN, says="Pretraining runs in a single process")

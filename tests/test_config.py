@@ -274,7 +274,7 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
         (dict(optim__end_lr_fraction=1.5), "optim.end_lr_fraction must be at least 0 and at most 1; found 1.5"),
         (
             dict(optim__schedule="linear"),
-            "optim.decay_steps must be more than optim.warmup_steps=0 while optim.schedule='linear'; found 0. Set --config",
+            "optim.decay_steps must be more than optim.warmup_steps=0 while optim.schedule='linear'; found 0",
         ),
         (
             dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
