@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 
-def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "*tokens"]:
+def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
     """Computes group-relative advantages, A = (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
     Args:
@@ -62,7 +62,7 @@ def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> 
 
 def token_weights(
     mask: Num[Array, "N S"] | Bool[Array, "N S"], denominator: float | Float[Array, ""] | None = None
-) -> Float[Array, "*tokens"]:
+) -> Float[Array, "N S"]:
     """Computes the weight of each token in the loss, w_it = 1 / (denominator * |o_i|).
 
     Args:
@@ -141,9 +141,9 @@ def weighted_loss(
 
 
 def grpo_loss(
-    logps: Float[Array, "*tokens"],
-    old_logps: Float[Array, "*tokens"],
-    ref_logps: Float[Array, "*tokens"] | None,
+    logps: Float[Array, "N S"],
+    old_logps: Float[Array, "N S"],
+    ref_logps: Float[Array, "N S"] | None,
     advantages: Float[Array, " N"],
     mask: Num[Array, "N S"] | Bool[Array, "N S"],
     *,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -207,7 +207,7 @@ def moment_spec(kind: str, shape: tuple[int, ...], param_shape: tuple[int, ...],
     return P()  # optax's placeholder for a moment that the rule does not keep
 
 
-def train_state_shardings(mesh: Mesh, params, optimizer: optax.GradientTransformation) -> TrainState:
+def train_state_shardings(mesh: Mesh | AbstractMesh, params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the sharding of each leaf of a train state. Optimizer moments are sharded like their parameters.
 
     Args:
