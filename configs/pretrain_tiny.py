@@ -17,7 +17,7 @@ def get_config(preset: str = ""):
     """Returns the config of pretraining.
 
     Raises:
-      UserError: a preset is given, but there is none.
+        UserError: A preset is given, but there is none.
     """
     if preset:
         raise UserError(f"configs/pretrain_tiny.py has no presets; found {preset!r}. Leave it out.")

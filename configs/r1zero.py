@@ -228,7 +228,7 @@ def get_config(preset: str = "tiny"):
     """Returns the config of a preset.
 
     Raises:
-      UserError: there is no such preset.
+        UserError: There is no such preset.
     """
     if preset not in PRESETS:
         close = difflib.get_close_matches(preset, PRESETS, n=1)

@@ -25,8 +25,8 @@ def byte_tokenizer(template: str = "$A", merges=()) -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per byte and one per merge.
 
     Args:
-        template: what the post-processor turns a text $A into.
-        merges: pairs of pieces that form one token.
+        template: What the post-processor turns a text $A into.
+        merges: Pairs of pieces that form one token.
     """
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))

@@ -37,10 +37,10 @@ def explain(topic: str) -> str:
     """Returns the text of `--help=TOPIC`.
 
     Args:
-      topic: a section or key of a training config, `all`, or `pretrain` for all keys of pretraining.
+        topic: A section or key of a training config, `all`, or `pretrain` for all keys of pretraining.
 
     Raises:
-      UserError: there is no such topic.
+        UserError: There is no such topic.
     """
     config_class = PretrainConfig if topic == "pretrain" else Config
     lines: list[str] = []

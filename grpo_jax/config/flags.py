@@ -47,9 +47,9 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False) -> On
     """Builds a parser with the flags that all entry points share.
 
     Args:
-      description: what the entry point does, for --help.
-      example: a command line, for --help.
-      of_a_run: whether the entry point reads the workdir of a run; it then needs no --config.
+        description: What the entry point does, for --help.
+        example: A command line, for --help.
+        of_a_run: Whether the entry point reads the workdir of a run; it then needs no --config.
     """
     parser = OneLineParser(
         description=description,
@@ -81,8 +81,8 @@ def load_config(spec: str) -> ConfigDict:
     """Returns what `get_config` of `FILE.py[:PRESET]` returns.
 
     Raises:
-      UserError: there is no such file, or its `get_config` is missing, fails, or returns something else. A config file
-        raises its own UserError for an unknown preset.
+        UserError: There is no such file, or its `get_config` is missing, fails, or returns something else. A config
+            file raises its own UserError for an unknown preset.
     """
     file, _, preset = spec.partition(":")
     path = Path(file)
@@ -138,7 +138,7 @@ def override_key(raw: ConfigDict, key: str, text: str) -> None:
     """Sets one key of a config in place, from the text of a flag.
 
     Raises:
-      UserError: the key is unknown, or the text is not a value of its type.
+        UserError: The key is unknown, or the text is not a value of its type.
     """
     known = flatten(raw.to_dict())
     if key in REFUSED:
@@ -176,14 +176,14 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
     """Parses a command line.
 
     Args:
-      parser: a parser of `make_parser`. If it is one of a run, the run's own config is used without a --config.
-      argv: the command line, without the program's name.
+        parser: A parser of `make_parser`. If it is one of a run, the run's own config is used without a --config.
+        argv: The command line, without the program's name.
 
     Returns:
-      The flags, the config with its overrides (not checked yet), and the workdir.
+        The flags, the config with its overrides (not checked yet), and the workdir.
 
     Raises:
-      UserError: there is any mistake on the command line.
+        UserError: There is any mistake on the command line.
     """
     flags, rest = parser.parse_known_args(argv)
     if flags.config is None and not (flags.of_a_run and flags.workdir):

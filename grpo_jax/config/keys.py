@@ -15,17 +15,17 @@ class KeySpec:
     """What the schema says about one key.
 
     Attributes:
-      default: its default, which also fixes its type.
-      meaning: what it does, as a phrase without a full stop.
-      at_least: smallest allowed value.
-      more_than: lower bound that is itself not allowed.
-      at_most: largest allowed value.
-      below: upper bound that is itself not allowed.
-      choices: the allowed values, where they can be listed.
-      check: a predicate on the value and its description, for any other restriction.
-      because: why the value is restricted, where that is not obvious.
-      resumable: whether the key may change when a run is resumed, because it does not affect what an update computes.
-      path: whether the value may be a path, in which `~` stands for the home directory.
+        default: Its default, which also fixes its type.
+        meaning: What it does, as a phrase without a full stop.
+        at_least: Smallest allowed value.
+        more_than: Lower bound that is itself not allowed.
+        at_most: Largest allowed value.
+        below: Upper bound that is itself not allowed.
+        choices: The allowed values, where they can be listed.
+        check: A predicate on the value and its description, for any other restriction.
+        because: Why the value is restricted, where that is not obvious.
+        resumable: Whether the key may change when a run is resumed, because it does not affect what an update computes.
+        path: Whether the value may be a path, in which `~` stands for the home directory.
     """
 
     default: Any
@@ -74,12 +74,12 @@ def key(default: T, meaning: str, **restrictions: Any) -> T:
     For example, `samples: int = key(8, "number of completions per prompt", at_least=2)`.
 
     Args:
-      default: the default value, of the type that the field is annotated with.
-      meaning: what the key does, as a phrase without a full stop.
-      **restrictions: the other attributes of `KeySpec`.
+        default: The default value, of the type that the field is annotated with.
+        meaning: What the key does, as a phrase without a full stop.
+        **restrictions: The other attributes of `KeySpec`.
 
     Returns:
-      A dataclass field; it is typed as the value so that type checkers and editors see a plain attribute.
+        A dataclass field; it is typed as the value so that type checkers and editors see a plain attribute.
     """
     return dataclasses.field(default=default, metadata={"spec": KeySpec(default, meaning, **restrictions)})
 

@@ -77,14 +77,14 @@ def check(raw: "ConfigDict") -> Config:
     """Checks everything about a training config that needs neither the model nor the devices.
 
     Args:
-      raw: the config, as made by `default()`, a config file and flags.
+        raw: The config, as made by `default()`, a config file and flags.
 
     Returns:
-      The same values as a frozen, hashable `Config`.
+        The same values as a frozen, hashable `Config`.
 
     Raises:
-      UserError: a key is missing, unknown, of the wrong type or outside its allowed values, has no effect, or does not
-        fit another key.
+        UserError: A key is missing, unknown, of the wrong type or outside its allowed values, has no effect, or does
+            not fit another key.
     """
     cfg = check_keys(raw, Config)
     check_effects(cfg)
@@ -145,7 +145,7 @@ def check_model(cfg: Config, model_cfg: Any) -> None:
     """Checks that prompt and completion fit into the model's positions.
 
     Raises:
-      UserError: they do not.
+        UserError: They do not.
     """
     prompt, completion, positions = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens, model_cfg.max_positions
     require(
@@ -159,7 +159,7 @@ def check_pretrain(raw: "ConfigDict") -> PretrainConfig:
     """Checks a pretraining config, as `check` does a training config.
 
     Raises:
-      UserError: see `check`.
+        UserError: See `check`.
     """
     cfg = check_keys(raw, PretrainConfig)
     model, warmup = cfg.model, cfg.optim.warmup_steps

@@ -17,7 +17,7 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
     """Checks that a workdir is new, empty, or that of a run which `cfg` may resume.
 
     Raises:
-      UserError: the workdir holds other files, or a run whose config differs in a key that is not `resumable`.
+        UserError: The workdir holds other files, or a run whose config differs in a key that is not `resumable`.
     """
     workdir = Path(workdir)
     if (workdir / "config.json").is_file():
@@ -45,7 +45,7 @@ def write_config(workdir: Path, cfg: Config) -> None:
     """Writes config.json atomically: the config with which the run continues.
 
     Raises:
-      UserError: the folder is not writable.
+        UserError: The folder is not writable.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def read_config(workdir: Path) -> "ConfigDict":
     """Reads the config of a run; it is not checked yet.
 
     Raises:
-      UserError: the folder has no readable config.json.
+        UserError: The folder has no readable config.json.
     """
     try:
         values = json.loads((Path(workdir) / "config.json").read_text())

@@ -20,7 +20,7 @@ def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, 
     The text around that answer is ignored.
 
     Raises:
-        ValueError: there are not as many texts as answers.
+        ValueError: There are not as many texts as answers.
     """
     extracted = [extract_answer(text) for text in texts]
     correct = [

@@ -69,9 +69,9 @@ def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, shard
     """Restores the newest checkpoint onto the mesh, or returns None if the run has none.
 
     Args:
-      manager: the manager of the run's checkpoints.
-      shapes: the train state as a tree of jax.ShapeDtypeStruct.
-      shardings: its shardings.
+        manager: The manager of the run's checkpoints.
+        shapes: The train state as a tree of jax.ShapeDtypeStruct.
+        shardings: Its shardings.
     """
     step = manager.latest_step()
     if step is None:
@@ -110,7 +110,7 @@ def choose_step(workdir: Path, step: int | None = None) -> int:
     """Returns `step` if the run has a checkpoint of it, or the newest step if `step` is None.
 
     Raises:
-      UserError: the run has no checkpoint yet, or none of that step.
+        UserError: The run has no checkpoint yet, or none of that step.
     """
     steps = saved_steps(workdir)
     if not steps:
@@ -130,16 +130,16 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
     """Restores the policy of a run onto the mesh.
 
     Args:
-      workdir: the run.
-      shapes: the parameters as a tree of jax.ShapeDtypeStruct.
-      shardings: their shardings.
-      step: the update after which; the newest checkpoint by default.
+        workdir: The run.
+        shapes: The parameters as a tree of jax.ShapeDtypeStruct.
+        shardings: Their shardings.
+        step: The update after which; the newest checkpoint by default.
 
     Returns:
-      (step, params).
+        (step, params).
 
     Raises:
-      UserError: the run has no checkpoint yet, or none of that step.
+        UserError: The run has no checkpoint yet, or none of that step.
     """
     step = choose_step(workdir, step)
     with ocp.StandardCheckpointer() as checkpointer:

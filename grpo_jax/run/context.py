@@ -46,14 +46,14 @@ def build_context(cfg: Config, *, training: bool = False) -> RunContext:
     """Builds the context of a run and checks that the model fits the config and the devices.
 
     Args:
-      cfg: a checked config.
-      training: whether the optimizer state and the reference take memory besides the policy.
+        cfg: A checked config.
+        training: Whether the optimizer state and the reference take memory besides the policy.
 
     Returns:
-      The context, whose rollout plan says how many decode slots fit in the remaining memory.
+        The context, whose rollout plan says how many decode slots fit in the remaining memory.
 
     Raises:
-      UserError: the model folder, the tokenizer, the mesh or the memory does not fit the config.
+        UserError: The model folder, the tokenizer, the mesh or the memory does not fit the config.
     """
     source = find_model(cfg.model.path)
     model_cfg = read_model_config(source)
@@ -72,7 +72,7 @@ def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, token
     """Returns the model config with the run's dtypes, attention kernel and rematerialization.
 
     Raises:
-      UserError: the tokenizer has more ids than the model, or the attention kernel needs another kind of device.
+        UserError: The tokenizer has more ids than the model, or the attention kernel needs another kind of device.
     """
     token_count = count_token_ids(tokenizer.get_vocab())
     if token_count > model_cfg.vocab_size:
@@ -119,7 +119,7 @@ def check_prompt_lengths(cfg: Config, tokenizer) -> None:
     problems are.
 
     Raises:
-      UserError: a prompt is too long, a line of the file is not a problem, or no questions can be held out.
+        UserError: A prompt is too long, a line of the file is not a problem, or no questions can be held out.
     """
     if cfg.task.name == "jsonl":
         problem_lists = [read_problems(path) for path in (cfg.task.path, cfg.task.eval_path) if path]
@@ -134,7 +134,7 @@ def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> 
     """Loads the newest policy of a run onto the mesh, or with `base` the model that the run started from.
 
     Returns:
-      (step, params): the number of updates behind the policy (0 for the base model), and its parameters.
+        (step, params): The number of updates behind the policy (0 for the base model), and its parameters.
     """
     if base:
         return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]

@@ -20,14 +20,14 @@ def evaluate(
     """Draws one completion per problem and grades it.
 
     Args:
-      cfg: the run's config; sampling follows its `eval` section.
-      context: the run's context.
-      params: the policy, placed by `place_for_rollout`.
-      problems: the held-out problems.
-      key: the random key. A completion depends on it and on the index of its problem only.
+        cfg: The run's config; sampling follows its `eval` section.
+        context: The run's context.
+        params: The policy, placed by `place_for_rollout`.
+        problems: The held-out problems.
+        key: The random key. A completion depends on it and on the index of its problem only.
 
     Returns:
-      (metrics, records): the means `eval/accuracy`, `eval/format` and `eval/length_mean`, and one record per problem.
+        (metrics, records): The means `eval/accuracy`, `eval/format` and `eval/length_mean`, and one record per problem.
     """
     shards = num_data_shards(context.mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)

@@ -18,17 +18,17 @@ def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = N
     """Writes a policy of a run to `out`, a Hugging Face folder that appears only once it is complete.
 
     Args:
-      cfg: the run's config.
-      workdir: the run.
-      out: the folder to write, which must be new or empty.
-      step: the update after which the policy is taken; the newest checkpoint by default.
-      base: whether to write the model that the run started from instead of the policy.
+        cfg: The run's config.
+        workdir: The run.
+        out: The folder to write, which must be new or empty.
+        step: The update after which the policy is taken; the newest checkpoint by default.
+        base: Whether to write the model that the run started from instead of the policy.
 
     Returns:
-      The step of the exported policy; 0 for the base model.
+        The step of the exported policy; 0 for the base model.
 
     Raises:
-      UserError: `out` is not empty or cannot be written, or the run has no such checkpoint.
+        UserError: `out` is not empty or cannot be written, or the run has no such checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(

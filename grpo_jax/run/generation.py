@@ -19,11 +19,11 @@ def stream_completion(cfg: Config, context: RunContext, params, question: str, k
     """Yields the text of a completion piece by piece, as it is decoded.
 
     Args:
-      cfg: the run's config; the temperature (0 is greedy) and the filters of its `eval` section apply.
-      context: the run's context.
-      params: the policy, placed by `place_for_rollout`.
-      question: the question, which is put into the template.
-      key: the random key.
+        cfg: The run's config; the temperature (0 is greedy) and the filters of its `eval` section apply.
+        context: The run's context.
+        params: The policy, placed by `place_for_rollout`.
+        question: The question, which is put into the template.
+        key: The random key.
     """
     prompts = encode_prompts(context.tokenizer, [Problem(question, "", {})], [0], cfg.rollout.max_prompt_tokens)
     width, max_tokens = prompts.tokens.shape[1], cfg.rollout.max_tokens

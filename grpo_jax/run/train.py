@@ -53,16 +53,16 @@ def collect_experience(
     """Runs rollout `index` of a run: problems -> prompts -> rollout -> rewards -> advantages -> experience.
 
     Args:
-      cfg: the run's config.
-      context: the run's context.
-      task: the stream of training problems.
-      params: the policy, sharded for training.
-      reference: the frozen reference, or None if `loss.kl_coef` is 0.
-      index: the number of the rollout, which decides its problems.
-      key: the random key of the rollout.
+        cfg: The run's config.
+        context: The run's context.
+        task: The stream of training problems.
+        params: The policy, sharded for training.
+        reference: The frozen reference, or None if `loss.kl_coef` is 0.
+        index: The number of the rollout, which decides its problems.
+        key: The random key of the rollout.
 
     Returns:
-      (experience, metrics, records): the records describe the first `log.samples` completions.
+        (experience, metrics, records): The records describe the first `log.samples` completions.
     """
     start = time.monotonic()
     prompt_ids = range(index * cfg.rollout.prompts, (index + 1) * cfg.rollout.prompts)
@@ -109,7 +109,7 @@ def grade_completions(
     """Decodes the N completions of a rollout and grades them.
 
     Returns:
-      (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
+        (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
     """
     rows = rollout.rows()
     texts = decode_completions(
@@ -194,7 +194,7 @@ def train(cfg: Config, context: RunContext, workdir: Path) -> None:
     """Trains to `total_steps`, resuming from the newest checkpoint of the workdir if it has one.
 
     Raises:
-      UserError: gradients were not finite for `optim.max_skips` updates in a row.
+        UserError: Gradients were not finite for `optim.max_skips` updates in a row.
     """
     with jax.set_mesh(context.mesh):
         train_on_mesh(cfg, context, workdir)
@@ -219,8 +219,8 @@ def start_or_resume(cfg: Config, context: RunContext, manager, workdir: Path, op
     """Restores the newest checkpoint of a run, or starts a new run from the base model.
 
     Returns:
-      (state, reference, meta, experience): the reference is None without a KL term; the experience is that of the
-      current rollout, or None if the next step starts a new one.
+        (state, reference, meta, experience): The reference is None without a KL term; the experience is that of the
+        current rollout, or None if the next step starts a new one.
     """
     mesh, shapes = context.mesh, param_shapes(context.model_cfg, cfg.model.param_dtype)
     restored = checkpoint.restore_checkpoint(

@@ -26,10 +26,10 @@ def addition_task(seed: int, split: str, digits: int, shots: int = 0) -> Task:
     """Returns the task that asks `What is {a} + {b}?` for two numbers drawn from a split.
 
     Args:
-        seed: seed of the problems.
+        seed: Seed of the problems.
         split: "train", or "eval" for held-out pairs.
-        digits: number of digits of both numbers.
-        shots: number of solved examples in front of each question; none of them is held out.
+        digits: Number of digits of both numbers.
+        shots: Number of solved examples in front of each question; none of them is held out.
     """
 
     def problem(index: int) -> Problem:

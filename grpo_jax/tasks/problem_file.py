@@ -20,7 +20,7 @@ def parse_problem(line: str, location: str) -> Problem:
     """Parses a line of a file of problems; `location` names the line in errors.
 
     Raises:
-        UserError: the line is not a JSON object with a usable `question` and `answer`.
+        UserError: The line is not a JSON object with a usable `question` and `answer`.
     """
     try:
         row: Any = json.loads(line)
@@ -50,7 +50,7 @@ def read_problems(path: str) -> list[Problem]:
     Empty lines are skipped. All other fields of an object become the problem's metadata.
 
     Raises:
-        UserError: the file cannot be read, it has no problems, or a line is malformed; the message names the line.
+        UserError: The file cannot be read, it has no problems, or a line is malformed; the message names the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -72,7 +72,7 @@ def read_split(split: str, path: str, eval_path: str) -> list[Problem]:
     training then leaves out.
 
     Raises:
-        UserError: a file is malformed, or `path` has too few problems to hold any out.
+        UserError: A file is malformed, or `path` has too few problems to hold any out.
     """
     if eval_path:
         return read_problems(eval_path if split == "eval" else path)
@@ -89,10 +89,10 @@ def file_task(seed: int, split: str, path: str, eval_path: str) -> Task:
     """Returns the task that asks the problems of a file, in a new order in each epoch.
 
     Args:
-        seed: seed of the order.
+        seed: Seed of the order.
         split: "train", or "eval" for held-out problems.
-        path: file of problems.
-        eval_path: file of held-out problems; if empty, every tenth problem of `path` is held out.
+        path: File of problems.
+        eval_path: File of held-out problems; if empty, every tenth problem of `path` is held out.
     """
     import grain  # imports JAX, which grading and reading problems must not need
 

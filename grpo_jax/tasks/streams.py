@@ -11,8 +11,8 @@ def make_task(task_cfg: TaskSection, seed: int, split: str) -> Task:
     """Returns the task that a config names.
 
     Args:
-        task_cfg: the config's `task` section.
-        seed: seed of the problems, or of their order.
+        task_cfg: The config's `task` section.
+        seed: Seed of the problems, or of their order.
         split: "train", or "eval" for held-out problems.
     """
     if task_cfg.name == "addition":

@@ -50,16 +50,16 @@ def encode_prompts(tokenizer: Any, problems: Sequence[Problem], ids: Sequence[in
     """Encodes problems as prompts, padded on the right to `max_tokens`.
 
     Args:
-        tokenizer: a `transformers` tokenizer.
-        problems: the B problems.
-        ids: index of each problem in its task.
-        max_tokens: width T of the result.
+        tokenizer: A `transformers` tokenizer.
+        problems: The B problems.
+        ids: Index of each problem in its task.
+        max_tokens: Width T of the result.
 
     Returns:
         The prompts: int32 tokens [B, T], with their lengths [B] and ids [B].
 
     Raises:
-        UserError: a prompt is longer than `max_tokens`. Prompts are never truncated.
+        UserError: A prompt is longer than `max_tokens`. Prompts are never truncated.
     """
     tokens = np.zeros((len(problems), max_tokens), np.int32)
     lengths = np.zeros(len(problems), np.int32)
@@ -90,10 +90,10 @@ def decode_completion(
     between them.
 
     Args:
-        tokenizer: a `transformers` tokenizer.
-        tokens: the sampled token ids, the stopping one included.
-        stop_ids: token ids that end a completion.
-        stop_strings: strings that end a completion.
+        tokenizer: A `transformers` tokenizer.
+        tokens: The sampled token ids, the stopping one included.
+        stop_ids: Token ids that end a completion.
+        stop_strings: Strings that end a completion.
     """
     ids = [int(token) for token in tokens]
     if ids and ids[-1] in stop_ids:

@@ -26,16 +26,16 @@ def build_stop_table(
     string; without stop strings there is only state 0.
 
     Args:
-        vocab_size: number of token ids V. Ids beyond the tokenizer's (padding of the embedding) add no text.
-        stop_ids: token ids that end a completion in any state.
-        stop_strings: strings that end a completion, with the token that completes the first of them.
-        tokenizer: a `transformers` tokenizer, needed only with stop strings.
+        vocab_size: Number of token ids V. Ids beyond the tokenizer's (padding of the embedding) add no text.
+        stop_ids: Token ids that end a completion in any state.
+        stop_strings: Strings that end a completion, with the token that completes the first of them.
+        tokenizer: A `transformers` tokenizer, needed only with stop strings.
 
     Returns:
         The table of A states.
 
     Raises:
-        ValueError: a stop id is outside the vocabulary, a stop string is empty, stop strings come without a tokenizer,
+        ValueError: A stop id is outside the vocabulary, a stop string is empty, stop strings come without a tokenizer,
             or they need more states than int16 can number.
     """
     outside = [token for token in stop_ids if not 0 <= token < vocab_size]
@@ -113,8 +113,8 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
     its own, so a character that is split across tokens is lost.
 
     Args:
-        tokenizer: a `transformers` tokenizer.
-        vocab_size: number of ids to return.
+        tokenizer: A `transformers` tokenizer.
+        vocab_size: Number of ids to return.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = decoder_steps(json.loads(backend.to_str())["decoder"]) if backend else []

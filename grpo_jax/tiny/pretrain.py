@@ -57,7 +57,7 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
         The model folder.
 
     Raises:
-        UserError: the workdir already has a model, or belongs to a run.
+        UserError: The workdir already has a model, or belongs to a run.
     """
     folder = Path(workdir) / "model"
     for path in (folder, Path(workdir) / "config.json"):
