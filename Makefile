@@ -1,4 +1,4 @@
-# make r1zero     trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" keys
+# make r1zero     trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" a key
 # make smollm2    trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
 # make lint       checks style and types
 # make test       runs the tests

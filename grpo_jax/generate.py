@@ -1,5 +1,6 @@
-"""Prints a completion of a run's policy while it is sampled."""
+"""Samples a completion from a run's policy and prints it while it is sampled."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -23,18 +24,17 @@ def main(argv: Sequence[str]) -> None:
         'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"',
         of_a_run=True,
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question, which is put into the template")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question, which is inserted into the template")
     parser.add_argument(
-        "--temperature",
-        type=float,
-        help="sampling temperature, 0 is greedy; default: rollout.temperature. eval.top_k, top_p and min_p apply too",
+        "--temperature", type=float, help="0 is greedy; default: rollout.temperature; eval.top_k, top_p, min_p apply"
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
     if not options.prompt:
         raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature must be a number of 0 or more; found {options.temperature}. Pass 0 for greedy.")
-    if "rollout" in raw and "eval" in raw:  # eval.top_k, eval.top_p and eval.min_p apply at the temperature used here
+    with contextlib.suppress(AttributeError, TypeError):  # `check` reports a config without these keys
+        # So that eval.top_k, eval.top_p and eval.min_p are checked at the temperature that is used here.
         raw.eval.temperature = raw.rollout.temperature if options.temperature is None else options.temperature
     cfg = configs.check(raw)
     if is_multiprocess(os.environ):

@@ -1,6 +1,7 @@
 """Trains a model: `python -m grpo_jax.main --config=configs/r1zero.py`.
 
-Checks all that a user can get wrong, joins the processes of a multi-host run, and runs GRPO or pretrains the tiny base.
+Checks everything that a user can get wrong, joins the processes of a multi-host run, and then runs GRPO or pretrains
+the tiny base model.
 """
 
 import os
@@ -43,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
     configs.check_model(cfg, context.model_cfg)
     check_prompt_lengths(cfg, context.tokenizer)
     done = newest_step(workdir)
-    configs.require(
-        done <= cfg.total_steps,
-        f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "
-        f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir.",
-    )
+    if done > cfg.total_steps:
+        raise UserError(
+            f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "
+            f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir."
+        )
     if jax.process_index() == 0:
         configs.write_config(workdir, cfg)
     if jax.process_count() > 1:

@@ -1,5 +1,6 @@
-"""Mistakes on the command line: one line that helps, before any device works and before a file is written."""
+"""Mistakes on the command line end with one helpful line, before any device work and before a file is written."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"
 START = "from grpo_jax.config import default\n\ndef get_config():\n    c = default()\n"  # of a config file
 PRETRAIN = f"--config={ROOT}/configs/pretrain_tiny.py"
-# If a mistake below were not found, this little would be trained.
+# Keeps the run short if a mistake below goes undetected.
 LITTLE = [
     "--config.total_steps=1",
     "--config.rollout.prompts=4",
@@ -29,14 +30,14 @@ LITTLE = [
 
 
 def contents(folder: Path) -> dict:
-    """Every path under a folder with its bytes; None if there is no folder."""
+    """Returns every path under a folder with its bytes, or None if there is no folder."""
     if not folder.exists():
         return None
     return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def refused(entry, workdir: Path, *argv: str, says: str) -> None:
-    """The entry point raises a UserError like `says` and leaves the workdir as it was."""
+    """Checks that an entry point raises a UserError that matches `says` and leaves the workdir unchanged."""
     before = contents(workdir)
     with pytest.raises(UserError, match=says):
         entry([*argv, f"--workdir={workdir}"])
@@ -130,7 +131,7 @@ def asking(path: Path, *questions: str) -> str:
         (["--config.seed=100000000000000000000000000"], "seed must be at least 0 and below"),
     ],
 )
-def test_mistake_in_training(tmp_path, argv, says):
+def test_a_mistake_in_training_is_refused(tmp_path, argv, says):
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE[:1], *argv, says=says)
 
 
@@ -145,25 +146,25 @@ def test_mistake_in_training(tmp_path, argv, says):
         ("", "--config must name a Python file"),
     ],
 )
-def test_mistake_in_the_name_of_the_config(tmp_path, config, says):
+def test_a_wrong_config_file_or_preset_is_refused(tmp_path, config, says):
     refused(main.main, tmp_path / "run", f"--config={config}", says=says)
 
 
-def test_no_config_at_all(tmp_path):
+def test_training_needs_a_config(tmp_path):
     refused(main.main, tmp_path / "run", says="--config=FILE.py must be given; found none. Run with --help")
     refused(main.main, tmp_path / "run", "--config.seed=1", says="--config=FILE.py must be given")
     refused(main.main, tmp_path / "run", "--config", says="argument --config: expected one argument")
 
 
-def test_empty_config_does_not_resume_what_is_in_the_workdir(tmp_path):
+def test_an_empty_config_flag_does_not_resume_the_run_in_the_workdir(tmp_path):
     write_config(tmp_path, Config())
     with pytest.raises(UserError, match="--config must name"):
         flags.parse_flags(flags.make_parser("", ""), ["--config=", f"--workdir={tmp_path}"])
 
 
 @pytest.mark.parametrize("place", ["training line", "held-out line", "eval_path"])
-def test_question_longer_than_the_prompt_is_found_before_training(tmp_path, place):
-    """Whichever rollout it would come in. The tenth line is held out, the fourth is not."""
+def test_a_question_that_is_too_long_is_refused_before_training(tmp_path, place):
+    """No matter which rollout it would be part of. The tenth line is held out, the fourth is not."""
     questions = [f"q{i}" for i in range(20)]
     other = ["q"]
     wrong, index = {"training line": (questions, 3), "held-out line": (questions, 9), "eval_path": (other, 0)}[place]
@@ -182,7 +183,7 @@ def test_question_longer_than_the_prompt_is_found_before_training(tmp_path, plac
     )
 
 
-def test_broken_file_of_questions_is_found_before_training(tmp_path):
+def test_a_broken_problem_file_is_refused_before_training(tmp_path):
     good = asking(tmp_path / "q.jsonl", *(f"q{i}" for i in range(20)))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n')
@@ -206,13 +207,13 @@ def test_broken_file_of_questions_is_found_before_training(tmp_path):
         ("model.safetensors", "must be a complete safetensors file"),
     ],
 )
-def test_broken_model_folder_is_found_before_training(tmp_path, file, says):
+def test_a_broken_model_folder_is_refused_before_training(tmp_path, file, says):
     shutil.copytree(find_model("tiny"), tmp_path / "model")
     (tmp_path / "model" / file).write_text("{")
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, f"--config.model.path={tmp_path / 'model'}", says=says)
 
 
-def test_workdir_of_another_config(tmp_path):
+def test_a_run_with_another_config_is_not_resumed(tmp_path):
     other = default()
     other.seed = 5
     write_config(tmp_path / "run", check(other))
@@ -224,7 +225,7 @@ def test_workdir_of_another_config(tmp_path):
     )
 
 
-def test_workdir_with_other_files(tmp_path):
+def test_a_folder_with_other_files_is_refused_as_a_workdir(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     refused(main.main, tmp_path / "run", R1ZERO, says="holds other files")
@@ -236,11 +237,11 @@ def test_pretraining_does_not_overwrite_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
-def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
+def test_reading_a_run_needs_its_config_and_a_checkpoint(tmp_path, entry, argv):
     refused(entry, tmp_path / "none", *argv, says="must be the workdir of a training run, with a config.json")
     write_config(tmp_path / "run", Config())
     refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
-    (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before the first one
+    (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before its first checkpoint
     refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
 
 
@@ -258,17 +259,17 @@ def test_workdir_without_a_run_or_a_checkpoint(tmp_path, entry, argv):
         ("--steps=3", "found the unknown flag '--steps'"),
     ],
 )
-def test_mistake_in_reading_a_run(tmp_path, entry, argv, change, says):
+def test_a_mistake_in_reading_a_run_is_refused(tmp_path, entry, argv, change, says):
     write_config(tmp_path / "run", Config())
     refused(entry, tmp_path / "run", *argv, change, says=says)
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])
-def test_config_of_pretraining_is_no_run_to_read(tmp_path, entry, argv):
+def test_a_pretraining_config_cannot_be_read_as_a_run(tmp_path, entry, argv):
     refused(entry, tmp_path / "run", PRETRAIN, *argv, says="job must be 'grpo' here; found 'pretrain'")
 
 
-def test_neither_config_nor_workdir():
+def test_reading_a_run_needs_a_config_or_a_workdir():
     for entry, argv in ((evaluate.main, []), (generate.main, ["--prompt=hello"])):
         with pytest.raises(
             UserError, match=r"--config=FILE.py or --workdir=DIR must be given; found none. Run with --help"
@@ -288,12 +289,12 @@ def test_neither_config_nor_workdir():
         (["hello"], "found the unknown argument 'hello'"),
     ],
 )
-def test_mistake_in_generating(tmp_path, argv, says):
+def test_a_mistake_in_generating_is_refused(tmp_path, argv, says):
     write_config(tmp_path / "run", Config())
     refused(generate.main, tmp_path / "run", *argv, says=says)
 
 
-def test_mistake_in_the_questions_to_evaluate(tmp_path):
+def test_a_mistake_in_the_questions_to_evaluate_is_refused(tmp_path):
     run, path = tmp_path / "run", tmp_path / "q.jsonl"
     write_config(run, Config())
     refused(evaluate.main, run, f"--questions={path}", says="could not read .*q.jsonl: .*No such file")
@@ -312,7 +313,7 @@ def test_mistake_in_the_questions_to_evaluate(tmp_path):
     )
 
 
-def test_flags_give_values_of_the_keys_types():
+def test_flags_are_parsed_as_the_type_of_their_key():
     def parse(*argv):
         return flags.parse_flags(flags.make_parser("", ""), argv)
 
@@ -357,17 +358,13 @@ def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     "module, argv, says",
     [
-        (
-            "main",
-            ["--config.rollout.sam\nple=4"],
-            "Did you mean --config.rollout.samples?",
-        ),  # a line's end in the message
+        ("main", ["--config.rollout.sam\nple=4"], "Did you mean --config.rollout.samples?"),  # a newline in the message
         ("evaluate", ["--config.rollout.max_tokens=4"], "Train first"),
         # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
         ("generate", ["--prompt=" + "word " * 600], "Raise rollout.max_prompt_tokens"),
     ],
 )
-def test_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):
+def test_a_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):
     done = command(tmp_path, module, R1ZERO, *argv)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -400,7 +397,26 @@ def test_help_lists_the_sections_and_explains_their_keys(module, capsys):
         assert all(part in out for part in parts), out
 
 
-def test_generating_filters_at_its_own_temperature(tmp_path):
+@pytest.mark.parametrize(
+    "rollout, says",
+    [({}, "rollout.temperature is missing"), ({"temperature": "1"}, "rollout.temperature must be of type float")],
+)
+def test_generating_from_a_broken_config_is_refused(tmp_path, rollout, says):
+    values = default().to_dict()
+    del values["rollout"]["temperature"]
+    values["rollout"] |= rollout
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    refused(generate.main, tmp_path, "--prompt=hello", says=says)
+
+
+def test_a_model_path_that_is_not_text_is_refused(tmp_path):
+    values = default().to_dict()
+    values["model"]["path"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    refused(evaluate.main, tmp_path, says="model.path must be of type str; found 5")
+
+
+def test_filters_of_generate_apply_at_its_own_temperature(tmp_path):
     """The keys eval.top_k, eval.top_p and eval.min_p apply at --temperature, or else at rollout.temperature."""
     write_config(tmp_path / "run", check_with(eval__temperature=0.0))
     top_k, prompt = "--config.eval.top_k=5", "--prompt=hello"
@@ -449,25 +465,25 @@ def test_flags_expand_the_home_directory(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistake_in_a_config_file(tmp_path, text, says):
+def test_a_mistake_in_a_config_file_is_refused(tmp_path, text, says):
     (tmp_path / "mine.py").write_text(text)
     refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py", says=says)
 
 
-def test_preset_of_a_config_without_presets(tmp_path):
+def test_a_preset_of_a_config_without_presets_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
     refused(main.main, tmp_path / "run", f"--config={tmp_path}/mine.py:big", says="raised TypeError")
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "", "  "])
-def test_workdir_that_is_no_folder_of_a_file_system(tmp_path, monkeypatch, workdir):
+def test_a_workdir_outside_of_the_file_system_is_refused(tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--workdir must be a folder of a mounted file system"):
         main.main([R1ZERO, f"--workdir={workdir}", *LITTLE])
     assert not list(tmp_path.iterdir())
 
 
-def test_workdir_that_cannot_be_made(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="--workdir must be a writable folder"):
         main.main(
@@ -475,7 +491,7 @@ def test_workdir_that_cannot_be_made(tmp_path):
         )
 
 
-def test_fewer_steps_than_the_run_has_done(tmp_path):
+def test_fewer_steps_than_the_run_has_done_are_refused(tmp_path):
     run = tmp_path / "run"
     write_config(run, Config())
     (run / "checkpoints" / "40").mkdir(parents=True)
@@ -493,7 +509,7 @@ def test_fewer_steps_than_the_run_has_done(tmp_path):
         ("--config.total_steps=3", "total_steps must be more than optim.warmup_steps=50; found 3"),
     ],
 )
-def test_mistake_in_pretraining(tmp_path, flag, says):
+def test_a_mistake_in_pretraining_is_refused(tmp_path, flag, says):
     refused(main.main, tmp_path / "run", PRETRAIN, flag, says=says)
 
 
@@ -516,11 +532,11 @@ def test_pretraining_does_not_write_into_a_run(tmp_path):
         ({"GRPO_JAX_DISTRIBUTED": "1"}, True),
     ],
 )
-def test_several_processes_are_seen_in_the_environment(environ, several):
+def test_a_multiprocess_run_is_recognized_by_its_environment(environ, several):
     assert processes.is_multiprocess(environ) == several
 
 
-def test_an_environment_that_says_too_little(tmp_path, monkeypatch):
+def test_incomplete_process_variables_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="needs JAX_COORDINATOR_ADDRESS.*'two'")

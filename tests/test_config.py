@@ -11,20 +11,20 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config import (
     Config,
-    PretrainConfig,
     check,
     check_model,
     check_pretrain,
     check_workdir,
     default,
     pretrain_default,
-    read_config,
     write_config,
 )
 from grpo_jax.config.docs import explain, markdown
 from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.keys import flatten, key_specs
 from grpo_jax.config.rules import NO_EFFECT
+from grpo_jax.config.schema import PretrainConfig
+from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 
@@ -396,7 +396,7 @@ def test_every_pair_of_the_table_has_a_case():
     }
 
 
-def test_overrides_that_switch_off_what_a_preset_sets_are_told_all_flags_at_once():
+def test_one_error_names_every_flag_that_resets_a_key_without_effect():
     config = load_config(f"{REPO}/configs/r1zero.py:qwen2.5-0.5b")
     for key, value in (("task.name", "addition"), ("optim.name", "adafactor"), ("loss.kl_coef", "0")):
         override_key(config, key, value)
@@ -429,7 +429,7 @@ def test_paths_expand_the_home_directory(tmp_path, monkeypatch):
     assert check(changed(model__path="org/name")).model.path == "org/name"
 
 
-def test_the_page_of_keys_is_what_the_schema_makes():
+def test_the_config_page_matches_the_schema():
     """Written by `python -m grpo_jax.config.docs > docs/config.md`."""
     page = (REPO / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == markdown()
@@ -451,7 +451,7 @@ def test_help_explains_every_key_and_suggests_topics():
         explain("xyzzy")
 
 
-def test_job_of_a_training_config_is_grpo():
+def test_each_job_accepts_only_its_own_configs():
     """A config of pretraining has other keys, and an unknown job must not train as if it were known."""
     with pytest.raises(UserError, match="job must be 'grpo'"):
         check(pretrain_default())
@@ -461,8 +461,8 @@ def test_job_of_a_training_config_is_grpo():
         check(changed(job="sft"))
 
 
-def test_keys_are_those_of_the_default_config():
-    """A config.json of another version, or a config file that was not begun with default()."""
+def test_a_config_must_have_exactly_the_default_keys():
+    """Others are a config.json of another version, or a config file that does not start from default()."""
     lacking, more = default(), default()
     del lacking.loss["clip_low"]
     more.loss.new = 1
@@ -483,7 +483,7 @@ def test_keys_are_those_of_the_default_config():
         ("task.path", 5),
     ],
 )
-def test_values_are_of_the_default_configs_types(key, value):
+def test_values_must_have_the_types_of_the_defaults(key, value):
     """A config file or a config.json may hold anything."""
     config = default().to_dict()
     *sections, name = key.split(".")
@@ -496,7 +496,7 @@ def test_values_are_of_the_default_configs_types(key, value):
     assert check(ConfigDict(config)).optim.lr == 1
 
 
-def test_prompt_and_completion_fit_the_model():
+def test_prompt_and_completion_must_fit_the_model():
     """80 + 64 = 144 tokens."""
     config = check(changed())
     check_model(config, SimpleNamespace(max_positions=144))
@@ -516,7 +516,7 @@ def test_the_config_of_a_run_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "5", "null"])
-def test_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
+def test_a_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"must be the workdir of a training run, with a config.json: .*Pass another"):
@@ -584,13 +584,13 @@ def test_a_run_with_other_keys_is_not_resumed(tmp_path):
         check_workdir(tmp_path, Config())
 
 
-def test_new_or_empty_folder_is_a_workdir(tmp_path):
+def test_a_new_or_empty_folder_is_a_workdir(tmp_path):
     check_workdir(tmp_path / "new" / "run", Config())
     check_workdir(tmp_path, Config())
-    assert not list(tmp_path.iterdir())  # looking creates nothing
+    assert not list(tmp_path.iterdir())  # the check creates nothing
 
 
-def test_folder_with_other_files_is_no_workdir(tmp_path):
+def test_a_folder_with_other_files_is_not_a_workdir(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files. Choose another --workdir"):
         check_workdir(tmp_path, Config())

@@ -11,7 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from grpo_jax import forward, main, sample
-from grpo_jax.config import check, default, read_config
+from grpo_jax.config import check, default
+from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.logprobs import packed_logprobs
 from grpo_jax.learn.packing import unpack_completions

@@ -45,7 +45,7 @@ def module():
     return loaded
 
 
-def test_all_presets_are_there():
+def test_all_presets_exist():
     assert tuple(module().PRESETS) == NAMES
 
 
@@ -148,13 +148,13 @@ def test_a_preset_says_how_it_is_run(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_sets_no_key_in_vain(name):
+def test_a_preset_sets_no_key_without_effect(name):
     """The check refuses keys without effect, so the presets pass it."""
     config = load_config(f"{FILE}:{name}")
     assert check(config).model.path == config.model.path
 
 
-def test_no_preset_is_tiny():
+def test_the_default_preset_is_tiny():
     assert load_config(str(FILE)).to_dict() == load_config(f"{FILE}:tiny").to_dict() == default().to_dict()
 
 

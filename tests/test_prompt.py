@@ -161,7 +161,7 @@ def test_the_text_ends_with_the_stop_string_that_is_complete_first():
 def test_completions_are_decoded_up_to_their_lengths():
     tokenizer = byte_tokenizer()
     row = encode_text(tokenizer, "abcd")
-    texts = decode_completions(tokenizer, np.asarray([row, row]), np.asarray([2, 4]), (tokenizer.eos_token_id,))
+    texts = decode_completions(tokenizer, np.asarray([row, row]), np.asarray([2, 4]), (tokenizer.eos_token_id,), ())
     assert texts == ["ab", "abcd"]
 
 

@@ -21,20 +21,17 @@ A config file is written with ml_collections and starts from `default()`:
 `check` turns it into the frozen `Config` that the rest of the package reads.
 """
 
-from grpo_jax.config.rules import check, check_model, check_pretrain, require
-from grpo_jax.config.schema import Config, PretrainConfig, default, pretrain_default
-from grpo_jax.config.workdir import check_workdir, read_config, write_config
+from grpo_jax.config.rules import check, check_model, check_pretrain
+from grpo_jax.config.schema import Config, default, pretrain_default
+from grpo_jax.config.workdir import check_workdir, write_config
 
 __all__ = [
     "Config",
-    "PretrainConfig",
     "check",
     "check_model",
     "check_pretrain",
     "check_workdir",
     "default",
     "pretrain_default",
-    "read_config",
-    "require",
     "write_config",
 ]

@@ -62,12 +62,11 @@ def explain(topic: str) -> str:
 
 
 def list_topics() -> str:
-    """Returns the part of `--help` that lists the sections, and the keys outside of them, with their meanings."""
+    """Returns the part of `--help` that lists the sections and the top-level keys with their meanings."""
     topics = {part.name: phrase(part) for part in dataclasses.fields(Config)}
     topics |= {"all": "Every key of a training config", "pretrain": "Every key of a pretraining config"}
-    return "config sections (--help=SECTION shows their keys):\n" + "\n".join(
-        f"  {name:<12}{meaning}" for name, meaning in topics.items()
-    )
+    lines = [f"  {name:<12}{meaning}" for name, meaning in topics.items()]
+    return "\n".join(["config sections (--help=SECTION shows their keys):", *lines])
 
 
 def markdown() -> str:

@@ -31,7 +31,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises the UserError."""
-        raise UserError(f"The flags must be as --help lists them; found a mistake in one: {message}.")
+        raise UserError(f"The flags must be as --help lists them; found a mistake: {message}. Correct it.")
 
 
 class HelpAction(argparse.Action):
@@ -60,16 +60,10 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False) -> On
     )
     parser.add_argument("-h", "--help", action=HelpAction, nargs="?", metavar="SECTION", help="show this, or a section")
     parser.add_argument(
-        "--config",
-        metavar="FILE.py[:PRESET]",
-        type=os.path.expanduser,
-        help="the config file; --config.KEY=VALUE overrides one of its keys",
+        "--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help="config; --config.KEY=VALUE sets a key"
     )
     parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        type=os.path.expanduser,
-        help="folder of the run; default: runs/ plus the name of the config file and preset",
+        "--workdir", metavar="DIR", type=os.path.expanduser, help="folder of the run; default: runs/FILE[-PRESET]"
     )
     if of_a_run:
         parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
@@ -114,7 +108,11 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def parse_value(key: str, text: str, old: Any) -> Any:
-    """Returns `text` as a value of the type of `old`."""
+    """Returns `text` as a value of the type of `old`.
+
+    Raises:
+        UserError: The text is not such a value, or not a finite number.
+    """
     kind = type(old)
     try:
         if kind is bool:
@@ -176,14 +174,14 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
     """Parses a command line.
 
     Args:
-        parser: A parser of `make_parser`. If it is one of a run, the run's own config is used without a --config.
+        parser: A parser from `make_parser`. With `of_a_run`, the run's own config is used if --config is not given.
         argv: The command line, without the program's name.
 
     Returns:
         The flags, the config with its overrides (not checked yet), and the workdir.
 
     Raises:
-        UserError: There is any mistake on the command line.
+        UserError: The command line has a mistake.
     """
     flags, rest = parser.parse_known_args(argv)
     if flags.config is None and not (flags.of_a_run and flags.workdir):
@@ -201,18 +199,14 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
             raw.mesh.data, raw.mesh.fsdp = 1, -1
     apply_overrides(raw, rest)
     if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
-        check_same_model(workdir, read_config(workdir), raw)
+        configs = (read_config(workdir), raw)
+        base, given = (os.path.expanduser(str(flatten(config.to_dict()).get("model.path"))) for config in configs)
+        if given != base:
+            raise UserError(
+                f"model.path must be {base}, with which the run in {workdir} was started; found {given}. "
+                "Leave out --config.model.path."
+            )
     return flags, raw, workdir
-
-
-def check_same_model(workdir: Path, run_raw: ConfigDict, raw: ConfigDict) -> None:
-    """Raises a UserError if a config names another base model than the run in `workdir` was started with."""
-    theirs, ours = (os.path.expanduser(flatten(c.to_dict()).get("model.path", "")) for c in (run_raw, raw))
-    if theirs != ours:
-        raise UserError(
-            f"model.path must be {theirs}, with which the run in {workdir} was started; found {ours}. "
-            "Leave out --config.model.path."
-        )
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:

@@ -7,14 +7,13 @@ part, name the sections.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
 
 from grpo_jax.config.keys import Resumable, key
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -29,7 +28,7 @@ def are_stop_strings(strings: tuple) -> bool:
 
 
 AXIS_SIZE = (is_axis_size, "at least 1, or -1 for the devices that the other axes leave")
-GROUP_OF_TWO = "a completion's advantage is measured against the rest of its group"
+GROUP_OF_TWO = "a completion's advantage is relative to the rest of its group"
 NOT_GREEDY = "greedy completions of a prompt are identical and teach nothing (eval.temperature may be 0)"
 STOP_STRINGS = (are_stop_strings, "non-empty strings of at most 4000 characters in total")
 
@@ -72,9 +71,7 @@ class RolloutSection:
     max_prompt_tokens: int = key(80, "T, longest prompt in tokens; a longer prompt is an error", at_least=1)
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)
-    stop_strings: tuple[str, ...] = key(
-        ("</answer>",), "strings that end a completion, as an EOS does", check=STOP_STRINGS
-    )
+    stop_strings: tuple[str, ...] = key(("</answer>",), "strings that end a completion, like EOS", check=STOP_STRINGS)
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
 
 
@@ -108,11 +105,7 @@ class LossSection:
 class OptimSection:
     """The optimizer, the learning-rate schedule and gradient clipping."""
 
-    name: str = key(
-        "adamw",
-        "update rule; `muon` is for the weight matrices of the layers and leaves the rest to AdamW",
-        choices=("adamw", "adafactor", "lion", "muon"),
-    )
+    name: str = key("adamw", "update rule; `muon` leaves all but the layers' matrices to AdamW", choices=OPTIMIZERS)
     lr: float = key(1.5e-4, "peak learning rate; multiplies steps with an RMS of about 1 (Muon: 0.2)", more_than=0)
     schedule: str = key("constant", "shape of the learning rate after the warm-up", choices=SCHEDULES)
     warmup_steps: int = key(0, "updates of linear warm-up to the peak learning rate", at_least=0)
@@ -170,7 +163,7 @@ class Config:
     """The config of a training run."""
 
     job: str = key("grpo", "the job that `grpo_jax.main` runs", choices=("grpo",))
-    seed: int = key(0, "seed of every random draw of the run", at_least=0, below=2**32)
+    seed: int = key(0, "seed of all random draws of the run", at_least=0, below=2**32)
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
@@ -189,15 +182,15 @@ class CorpusSection:
     """The synthetic corpus."""
 
     digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
-    exercises: int = key(3, "number of exercises after each conversation", at_least=1)
+    exercises: int = key(3, "number of worked sums after each question and its solution", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSection:
     """The batch of a pretraining step."""
 
-    rows: int = key(64, "number of pages of the corpus per step", at_least=1)
-    row_tokens: int = key(192, "number of tokens after which a page is truncated", at_least=1)
+    rows: int = key(64, "number of corpus texts per step, one per row", at_least=1)
+    row_tokens: int = key(192, "number of tokens after which a text is truncated", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +205,7 @@ class NewModelSection:
     num_kv_heads: int = key(2, "number of key/value heads", at_least=1)
     head_dim: int = key(32, "width of a head", at_least=1)
     max_positions: int = key(512, "longest sequence in tokens", at_least=1)
-    tie_embeddings: bool = key(True, "whether the head shares the weights of the embedding")
+    tie_embeddings: bool = key(True, "whether the head and the embedding share their weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,18 +239,11 @@ class PretrainConfig:
     log: PretrainLogSection = PretrainLogSection()
 
 
-def to_config_dict(values: dict) -> "ConfigDict":
-    """Returns nested dicts as a ConfigDict, which config files and flags can change."""
-    from ml_collections import ConfigDict  # here, so that the sections can be used where it is not installed
-
-    return ConfigDict(values)
-
-
-def default() -> "ConfigDict":
+def default() -> ConfigDict:
     """Returns the default training config, which trains the tiny base model on a CPU. Config files start from it."""
-    return to_config_dict(dataclasses.asdict(Config()))
+    return ConfigDict(dataclasses.asdict(Config()))
 
 
-def pretrain_default() -> "ConfigDict":
+def pretrain_default() -> ConfigDict:
     """Returns the default config of pretraining."""
-    return to_config_dict(dataclasses.asdict(PretrainConfig()))
+    return ConfigDict(dataclasses.asdict(PretrainConfig()))

@@ -3,18 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
-from grpo_jax.config.schema import Config, to_config_dict
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 def check_workdir(workdir: Path, cfg: Config) -> None:
-    """Checks that a workdir is new, empty, or that of a run which `cfg` may resume.
+    """Checks that a workdir is new or empty, or belongs to a run that `cfg` may resume.
 
     Raises:
         UserError: The workdir holds other files, or a run whose config differs in a key that is not `resumable`.
@@ -56,7 +55,7 @@ def write_config(workdir: Path, cfg: Config) -> None:
         raise UserError(f"--workdir must be a writable folder, but {error}. Choose another --workdir.") from None
 
 
-def read_config(workdir: Path) -> "ConfigDict":
+def read_config(workdir: Path) -> ConfigDict:
     """Reads the config of a run; it is not checked yet.
 
     Raises:
@@ -70,7 +69,7 @@ def read_config(workdir: Path) -> "ConfigDict":
         raise UserError(
             f"{workdir} must be the workdir of a training run, with a config.json: {error}. Pass another --workdir."
         ) from None
-    return to_config_dict(with_tuples(values))
+    return ConfigDict(with_tuples(values))
 
 
 def with_tuples(values: Any) -> Any:

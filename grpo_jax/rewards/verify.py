@@ -1,7 +1,7 @@
 """Accuracy and format of completions, each 0 or 1. Their sum is the reward (DeepSeek-R1, section 2.2.2).
 
 Verifiers read the text from the end of the prompt (`Assistant:`) to the stop, as decoded by
-`grpo_jax.text.prompt.decode_completion`. White space at either end makes no difference.
+`grpo_jax.text.prompt.decode_completion`. Whitespace at either end makes no difference.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,8 @@ def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, 
     Raises:
         ValueError: There are not as many texts as answers.
     """
-    extracted = [extract_answer(text) for text in texts]
-    correct = [
-        answer is not None and answers_match(answer, expected)
-        for answer, expected in zip(extracted, answers, strict=True)
-    ]
+    # The empty answer, which stands for none here, matches nothing.
+    correct = [answers_match(extract_answer(text) or "", answer) for text, answer in zip(texts, answers, strict=True)]
     return np.asarray(correct, np.float32)
 
 

@@ -3,8 +3,8 @@
     WORKDIR/checkpoints/reference      the frozen reference, written once
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
-                            /meta      step (which also fixes the position in the problem stream), random key, skipped
-                                       updates, metrics of the current rollout
+                            /meta      step (which also fixes the position in the problem stream), random key, number
+                                       of skipped updates, metrics of the current rollout
                             /experience  the current rollout, if some of its updates are still to come
 
 Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
@@ -133,10 +133,10 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
         workdir: The run.
         shapes: The parameters as a tree of jax.ShapeDtypeStruct.
         shardings: Their shardings.
-        step: The update after which; the newest checkpoint by default.
+        step: The number of updates behind the policy; by default that of the newest checkpoint.
 
     Returns:
-        (step, params).
+        (step, params): The step of the checkpoint and the parameters.
 
     Raises:
         UserError: The run has no checkpoint yet, or none of that step.

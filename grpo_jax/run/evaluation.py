@@ -1,4 +1,4 @@
-"""Evaluates a policy on held-out problems with the sampler and the reward parts of training."""
+"""Grades completions, and evaluates a policy on held-out problems with the sampler and the rewards of training."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,45 @@ from grpo_jax.rollout.sampler import generate_rollout
 from grpo_jax.run.context import RunContext
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import decode_completions, encode_prompts, format_prompt
+from grpo_jax.types import Rollout
+
+
+def grade_completions(
+    cfg: Config, context: RunContext, problems: Sequence[Problem], rollout: Rollout
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Decodes and grades the completions of a rollout.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        problems: The B problems of the rollout.
+        rollout: Their N = B * G completions, as host arrays.
+
+    Returns:
+        (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
+    """
+    tokens, samples = rollout.tokens, rollout.lengths.shape[1]
+    rows, lengths = tokens.reshape(-1, tokens.shape[-1]), rollout.lengths.ravel()
+    texts = decode_completions(context.tokenizer, rows, lengths, context.stop_ids, cfg.rollout.stop_strings)
+    return texts, reward_parts(texts, [problem.answer for problem in problems for _ in range(samples)])
+
+
+def sample_records(
+    problems: Sequence[Problem], rollout: Rollout, texts: list[str], rewards: dict[str, np.ndarray]
+) -> list[dict]:
+    """Returns a record for samples/ of each completion in `texts`, the first ones of the rollout."""
+    samples = rollout.lengths.shape[1]
+    return [
+        {
+            "prompt_id": int(rollout.prompt_ids[n // samples]),
+            "sample_id": n % samples,
+            "prompt": format_prompt(problems[n // samples].question),
+            "completion": text,
+            "accuracy": float(rewards["accuracy"][n]),
+            "format": float(rewards["format"][n]),
+        }
+        for n, text in enumerate(texts)
+    ]
 
 
 def evaluate(
@@ -50,23 +89,11 @@ def evaluate(
                 filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p),
             )
         )
-        texts = decode_completions(
-            context.tokenizer, rollout.tokens[:, 0], rollout.lengths[:, 0], context.stop_ids, cfg.rollout.stop_strings
-        )
-        rewards = reward_parts(texts, [problem.answer for problem in padded])
+        texts, rewards = grade_completions(cfg, context, padded, rollout)
+        batch_records = sample_records(batch, rollout, texts[: len(batch)], rewards)
         records += [
-            {
-                "prompt_id": start + i,
-                "sample_id": 0,
-                "prompt": format_prompt(problem.question),
-                "question": problem.question,
-                "answer": problem.answer,
-                "completion": texts[i],
-                "accuracy": float(rewards["accuracy"][i]),
-                "format": float(rewards["format"][i]),
-                "length": int(rollout.lengths[i, 0]),
-            }
-            for i, problem in enumerate(batch)
+            record | {"question": problem.question, "answer": problem.answer, "length": int(rollout.lengths[i, 0])}
+            for i, (problem, record) in enumerate(zip(batch, batch_records, strict=True))
         ]
     averaged = {"eval/accuracy": "accuracy", "eval/format": "format", "eval/length_mean": "length"}
     metrics = {name: float(np.mean([record[field] for record in records])) for name, field in averaged.items()}

@@ -21,7 +21,7 @@ def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = N
         cfg: The run's config.
         workdir: The run.
         out: The folder to write, which must be new or empty.
-        step: The update after which the policy is taken; the newest checkpoint by default.
+        step: The number of updates behind the policy; by default that of the newest checkpoint.
         base: Whether to write the model that the run started from instead of the policy.
 
     Returns:

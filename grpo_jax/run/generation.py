@@ -22,13 +22,13 @@ def stream_completion(cfg: Config, context: RunContext, params, question: str, k
         cfg: The run's config; the temperature (0 is greedy) and the filters of its `eval` section apply.
         context: The run's context.
         params: The policy, placed by `place_for_rollout`.
-        question: The question, which is put into the template.
+        question: The question, which is inserted into the template.
         key: The random key.
     """
     prompts = encode_prompts(context.tokenizer, [Problem(question, "", {})], [0], cfg.rollout.max_prompt_tokens)
-    width, max_tokens = prompts.tokens.shape[1], cfg.rollout.max_tokens
+    max_tokens = cfg.rollout.max_tokens
     limits = np.full((1, 1), max_tokens)
-    columns = width + max_tokens  # the cache never has to grow
+    columns = prompts.tokens.shape[1] + max_tokens  # the cache never has to grow
     state, queue = start_rollout(
         context.model_cfg, params, prompts, key, limits, slots=0, columns=columns, max_tokens=max_tokens
     )

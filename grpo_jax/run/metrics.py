@@ -62,7 +62,7 @@ class MetricsLog:
                 self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both logs."""
         if self.is_writer:
             self.file.close()
             self.tensorboard.close()
@@ -101,12 +101,8 @@ def before_and_after(workdir: Path) -> str:
         return "metrics.jsonl holds no evaluation"
     first, last = evaluations[0], evaluations[-1]
     rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
-    for name, label in (
-        ("eval/accuracy", "accuracy"),
-        ("eval/format", "format"),
-        ("eval/length_mean", "length (tokens)"),
-    ):
-        rows.append(f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}")
+    labels = {"eval/accuracy": "accuracy", "eval/format": "format", "eval/length_mean": "length (tokens)"}
+    rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for name, label in labels.items()]
     if not all((workdir / "samples" / f"eval-{line['step']:06d}.jsonl").is_file() for line in (first, last)):
         return "\n".join(rows)
     before, after = (read_samples(workdir, "eval", line["step"])[0] for line in (first, last))

@@ -20,16 +20,15 @@ from grpo_jax.learn.packing import pack_completions, packed_shape, unpack_comple
 from grpo_jax.learn.update import make_experience, make_update, score_reference, take_minibatch
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows, tree_shardings
-from grpo_jax.rewards.parts import reward_parts
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, SHUFFLING_KEY, RunContext
-from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.evaluation import evaluate, grade_completions, sample_records
 from grpo_jax.run.metrics import MetricsLog, before_and_after, console_line, write_samples
 from grpo_jax.tasks.streams import held_out_problems, make_task
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem, Prompts
-from grpo_jax.text.prompt import decode_completions, encode_prompts, format_prompt
+from grpo_jax.text.prompt import encode_prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
 from grpo_jax.weights.model_io import load
 
@@ -83,7 +82,8 @@ def collect_experience(
         "time/score_s": time.monotonic() - graded,
     }
     metrics = measure_rollout(rollout, rewards, group_advantages) | times
-    records = sample_records(cfg.log.samples, problems, rollout, texts, rewards, group_advantages)
+    records = sample_records(problems, rollout, texts[: cfg.log.samples], rewards)
+    records = [record | {"advantage": float(group_advantages.flat[n])} for n, record in enumerate(records)]
     return experience, {name: float(value) for name, value in metrics.items()}, records
 
 
@@ -101,22 +101,6 @@ def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts,
         slots=context.rollout_plan.slots,
     )
     return gather_to_host(rollout)
-
-
-def grade_completions(
-    cfg: Config, context: RunContext, problems: list[Problem], rollout: Rollout
-) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Decodes the N completions of a rollout and grades them.
-
-    Returns:
-        (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
-    """
-    rows = rollout.rows()
-    texts = decode_completions(
-        context.tokenizer, rows["tokens"], rows["lengths"], context.stop_ids, cfg.rollout.stop_strings
-    )
-    answers = [problem.answer for problem in problems for _ in range(cfg.rollout.samples)]
-    return texts, reward_parts(texts, answers)
 
 
 def add_reference_logps(cfg: Config, context: RunContext, reference, experience: Experience) -> Experience:
@@ -144,25 +128,6 @@ def measure_rollout(rollout: Rollout, rewards: dict[str, np.ndarray], group_adva
         "rollout/truncated_frac": rollout.truncated.mean(),
         "groups/zero_variance_frac": (group_advantages == 0).all(axis=1).mean(),
     }
-
-
-def sample_records(
-    count: int, problems: list[Problem], rollout: Rollout, texts, rewards, group_advantages
-) -> list[dict]:
-    """Returns the records of the first `count` completions for samples/."""
-    samples = rollout.lengths.shape[1]
-    return [
-        {
-            "prompt_id": int(rollout.prompt_ids[n // samples]),
-            "sample_id": n % samples,
-            "prompt": format_prompt(problems[n // samples].question),
-            "completion": texts[n],
-            "accuracy": float(rewards["accuracy"][n]),
-            "format": float(rewards["format"][n]),
-            "advantage": float(group_advantages.flat[n]),
-        }
-        for n in range(min(count, len(texts)))
-    ]
 
 
 def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:

@@ -106,11 +106,7 @@ def decode_completion(
 
 
 def decode_completions(
-    tokenizer: Any,
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    stop_ids: Sequence[int],
-    stop_strings: Sequence[str] = DEFAULT_STOP_STRINGS,
+    tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray, stop_ids: Sequence[int], stop_strings: Sequence[str]
 ) -> list[str]:
     """Decodes N completions, given as tokens [N, S] and lengths [N], with `decode_completion`."""
     completions = zip(tokens, lengths, strict=True)

@@ -77,8 +77,8 @@ def build_byte_table(stop_strings: Sequence[bytes]) -> Int16[np.ndarray, "_ 256"
                 children.append({})
             node = children[node][byte]
         ends.add(node)
-    nodes = [0]  # trie node of each state, breadth first. Nodes whose text contains a whole string are no states
-    fallbacks = [0]  # of each state, the state of the next shorter suffix
+    nodes = [0]  # trie node of each state, breadth first. Nodes whose text contains a whole string are not states
+    fallbacks = [0]  # for each state, the state of the next shorter suffix
     rows: list[np.ndarray] = []
     while len(rows) < len(nodes):
         state = len(rows)
@@ -106,7 +106,7 @@ BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """Returns the bytes that each token id adds to the decoded text; b"" for ids that are no token.
+    """Returns the bytes that each token id adds to the decoded text; b"" for ids that are not tokens.
 
     Special tokens count as text. The result is exact for tokenizers of the `tokenizers` library that decode like GPT-2
     (SmolLM2, Qwen, Llama 3) or SentencePiece (Llama 2, Mistral, Gemma). With any other tokenizer each id is decoded on
@@ -135,7 +135,7 @@ def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
         return decode_byte_level(pieces)
     for old, new in replacements:
         pieces = [piece.replace(old, new) for piece in pieces]
-    byte_fallback = "ByteFallback" in kinds  # <0x41> then stands for the byte 41
+    byte_fallback = "ByteFallback" in kinds  # <0x41> then stands for the byte 0x41
     return [
         bytes.fromhex(piece[3:5]) if byte_fallback and BYTE_TOKEN.fullmatch(piece) else piece.encode()
         for piece in pieces
@@ -167,7 +167,7 @@ def decode_byte_level(pieces: Sequence[str]) -> list[bytes]:
 
 
 def token_bytes_by_decoding(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """Decodes each id behind the text `a`, because some tokenizers strip a space at the start of a text."""
+    """Decodes each id after the text `a`, because some tokenizers strip a space at the start of a text."""
     anchor = tokenizer.encode("a", add_special_tokens=False)
     prefix, known = decode_ids(tokenizer, anchor), set(tokenizer.get_vocab().values())
     return [

@@ -112,15 +112,10 @@ def write_model_folder(folder: Path, model_cfg: ModelConfig, params: dict, token
     """Writes a Hugging Face folder with weights, config and tokenizer."""
     save(folder, model_cfg, params)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": EOS_TOKEN,
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": llama_hf_config(model_cfg)["max_position_embeddings"],
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS_TOKEN,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": llama_hf_config(model_cfg)["max_position_embeddings"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
