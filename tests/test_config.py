@@ -1,4 +1,4 @@
-"""The config: its schema and checks, that the code reads every key, and which workdirs a run may use."""
+"""The config: its schema and its checks, whether the code reads every key, and which workdirs a run may use."""
 
 import ast
 import dataclasses
@@ -280,10 +280,8 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
             dict(optim__schedule="cosine", optim__decay_steps=90, optim__warmup_steps=90),
             "optim.decay_steps must be more than optim.warmup_steps=90 while optim.schedule='cosine'; found 90",
         ),
-        (
-            dict(
-                total_steps=91, optim__schedule="linear", optim__decay_steps=90
-            ),  # the last update would change nothing
+        (  # the last update would change nothing
+            dict(total_steps=91, optim__schedule="linear", optim__decay_steps=90),
             "total_steps must be at most optim.decay_steps=90, after which the learning rate is 0; found 91. Lower it",
         ),
         (
@@ -492,7 +490,7 @@ def test_values_must_have_the_types_of_the_defaults(key, value):
     with pytest.raises(UserError, match=rf"{key} must be of type \w+; found {value!r}. Set --config.{key}="):
         check(ConfigDict(config))
     config = default().to_dict()
-    config["optim"]["lr"] = 1  # a whole number is a float, too
+    config["optim"]["lr"] = 1  # whole numbers are accepted as floats
     assert check(ConfigDict(config)).optim.lr == 1
 
 

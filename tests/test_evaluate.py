@@ -1,4 +1,4 @@
-"""Evaluation: filters reach the sampler, and each problem has draws of its own. A context counts the memory in use."""
+"""Evaluation: filters reach the sampler, each problem has its own draws, and a context counts the memory in use."""
 
 import jax
 import pytest
@@ -51,7 +51,7 @@ def test_temperature_and_filters_reach_the_sampler(context, placed_params):
 
 
 def test_each_problem_has_its_own_draws(context, placed_params):
-    """One question asked 16 times, in two batches of 8, gets 16 draws of its own: no batch repeats another's keys."""
+    """One question asked 16 times, in two batches of 8, gets a draw of its own each time: no batch repeats another's keys."""
     completions = draw_completions(context, placed_params)
     assert context.rollout_plan.slots == 8
     assert len(set(completions[:8])) > 1 and completions[:8] != completions[8:]
@@ -59,7 +59,7 @@ def test_each_problem_has_its_own_draws(context, placed_params):
 
 @pytest.mark.parametrize("kl_coef, copies", [(0.001, 3), (0.0, 2)])
 def test_training_counts_the_optimizer_state_and_the_reference(context, kl_coef, copies):
-    """Besides the policy there are two moments and, with a KL term, the reference. A few bytes more are counters."""
+    """Besides the policy there are two moments and, with a KL term, the reference. The few extra bytes are counters."""
     training = build_context(make_config(kl_coef=kl_coef), training=True)
     extra = context.rollout_plan.free_bytes - training.rollout_plan.free_bytes
     assert copies * PARAM_BYTES <= extra < copies * PARAM_BYTES + 100

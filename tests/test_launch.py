@@ -47,7 +47,7 @@ elif "grpo_jax.main" in words[-1]:
 
 @pytest.fixture
 def stub(tmp_path):
-    """A folder with the stub, which comes first in PATH."""
+    """Makes a folder with the stub, which comes first in PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "gcloud").write_text(STUB.format(python=sys.executable))
@@ -57,7 +57,7 @@ def stub(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository with the script, a file with uncommitted changes, and an untracked file."""
+    """Makes a git repository with the script, a file with uncommitted changes, and an untracked file."""
     root = tmp_path / "the repository"
     for name in ("launch", "configs"):
         (root / name).mkdir(parents=True)

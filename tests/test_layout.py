@@ -1,4 +1,4 @@
-"""The layout of the package: one order of imports, unique names, few modules that know a library, small files."""
+"""The layout of the package: one order of imports, unique names, libraries confined to one package, small files."""
 
 import ast
 import re

@@ -67,7 +67,7 @@ def test_the_loss_is_the_mean_over_real_tokens_but_the_first_of_each_row():
 
 
 def test_pretraining_lowers_the_loss_and_writes_a_model_folder(tmp_path, capsys, monkeypatch):
-    # Operation by operation, as pretraining calls it, init_params compiles about a hundred programs.
+    # Pretraining calls init_params eagerly, which would compile about a hundred programs here.
     monkeypatch.setattr("grpo_jax.tiny.pretrain.init_params", jax.jit(init_params, static_argnums=0))
     cfg = small_config()
     folder = pretrain(cfg, tmp_path)

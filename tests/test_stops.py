@@ -129,7 +129,7 @@ def stop_index(table, ids) -> int | None:
 
 
 def searched_stop_index(pieces, ids, stop_ids, strings) -> int | None:
-    """Returns the same by searching the bytes of every prefix."""
+    """Returns the same index, found by searching the bytes of every prefix."""
     text = b""
     for index, token in enumerate(ids):
         text += pieces[token]

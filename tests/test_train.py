@@ -77,7 +77,7 @@ def largest_difference(tree, other):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """The workdir of a run of 5 updates, with checkpoints after 3 and 5. Tests must not change it."""
+    """Returns the workdir of a run of 5 updates, with checkpoints after 3 and 5. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train(workdir, FINISHED_RUN)
     return workdir

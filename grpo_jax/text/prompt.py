@@ -20,7 +20,6 @@ R1_ZERO_TEMPLATE = (
     "respectively, that is, <think> reasoning process here </think> <answer> answer here </answer>. "
     "User: {question}. Assistant:"
 )
-DEFAULT_STOP_STRINGS = ("</answer>",)
 
 
 def format_prompt(question: str) -> str:
@@ -81,7 +80,7 @@ def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def decode_completion(
-    tokenizer: Any, tokens: Iterable[int], stop_ids: Sequence[int], stop_strings: Sequence[str] = DEFAULT_STOP_STRINGS
+    tokenizer: Any, tokens: Iterable[int], stop_ids: Sequence[int], stop_strings: Sequence[str] = ("</answer>",)
 ) -> str:
     r"""Decodes the tokens of a completion into the text that the rewards read.
 
