@@ -51,7 +51,7 @@ def test_temperature_and_filters_reach_the_sampler(context, placed_params):
 
 
 def test_each_problem_has_its_own_draws(context, placed_params):
-    """One question asked 16 times, in two batches of 8, gets a draw of its own each time: no batch repeats another's keys."""
+    """One question is asked 16 times, in two batches of 8. No batch repeats the random keys of another."""
     completions = draw_completions(context, placed_params)
     assert context.rollout_plan.slots == 8
     assert len(set(completions[:8])) > 1 and completions[:8] != completions[8:]

@@ -119,7 +119,7 @@ def add_reference_logps(cfg: Config, context: RunContext, reference, experience:
 
 
 def measure_rollout(rollout: Rollout, rewards: dict[str, np.ndarray], group_advantages: np.ndarray) -> dict:
-    """Returns the reward/, rollout/ and groups/ metrics of a rollout, times aside."""
+    """Returns the reward/, rollout/ and groups/ metrics of a rollout, except times."""
     return {
         "reward/mean": rewards["total"].mean(),
         "reward/accuracy": rewards["accuracy"].mean(),
