@@ -53,7 +53,7 @@ LEARNING_FLAGS: IntegerFlags = ROLLOUT_FLAGS | {
 
 
 def make_benchmark_parser(doc: str, examples: str, integers: IntegerFlags, dtype_help: str) -> OneLineParser:
-    """Builds a parser with the flags that all benchmarks of this module share."""
+    """Builds a parser with the flags that the benchmarks share."""
     parser = OneLineParser(
         description=doc,
         epilog=f"example:\n{examples}",
@@ -78,7 +78,7 @@ def check_integers(flags: Namespace, integers: IntegerFlags) -> None:
     """Raises a UserError if an integer flag is below its minimum."""
     for name, (_, minimum, _) in integers.items():
         if getattr(flags, name) < minimum:
-            raise UserError(f"--{name} must be at least {minimum}; found {getattr(flags, name)}.")
+            raise UserError(f"--{name} must be at least {minimum}; found {getattr(flags, name)}. Raise it.")
 
 
 def read_learning_flags(doc: str, examples: str, argv: Sequence[str]) -> Namespace:
@@ -106,7 +106,7 @@ def read_learning_flags(doc: str, examples: str, argv: Sequence[str]) -> Namespa
     flags = parser.parse_args(argv)
     check_integers(flags, LEARNING_FLAGS)
     if not 0 <= flags.kl_coef < math.inf:
-        raise UserError(f"--kl_coef must be a finite number of 0 or more; found {flags.kl_coef}.")
+        raise UserError(f"--kl_coef must be a finite number of 0 or more; found {flags.kl_coef}. Change it.")
     return flags
 
 
@@ -115,7 +115,7 @@ def check_positions(flags: Namespace, model_cfg: ModelConfig) -> None:
     if flags.prompt_tokens + flags.new_tokens > model_cfg.max_positions:
         raise UserError(
             f"--prompt_tokens plus --new_tokens may be at most {model_cfg.max_positions}, the model's positions; found "
-            f"{flags.prompt_tokens} + {flags.new_tokens}."
+            f"{flags.prompt_tokens} + {flags.new_tokens}. Lower one of them."
         )
 
 

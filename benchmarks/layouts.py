@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     flags = parser.parse_args(argv)
     for name, value in vars(flags).items():
         if name not in ("model", "seed") and min(value if isinstance(value, list) else [value]) < 1:
-            raise UserError(f"--{name} must be at least 1; found {value}.")
+            raise UserError(f"--{name} must be at least 1; found {value}. Raise it.")
     devices_flag = f"--xla_force_host_platform_device_count={max(flags.devices)}"  # affects CPUs only
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices_flag}"
     print(json.dumps({"model": flags.model} | compare_layouts(flags)))
@@ -66,7 +66,7 @@ def compare_layouts(flags: argparse.Namespace) -> dict[str, float]:
     from grpo_jax.weights.source import find_model
 
     if max(flags.devices) > jax.device_count():
-        raise UserError(f"--devices may be at most {jax.device_count()} here; found {max(flags.devices)}.")
+        raise UserError(f"--devices may be at most {jax.device_count()} here; found {max(flags.devices)}. Lower it.")
     key, first = jax.random.key(flags.seed), None
     counts = {"sequences": flags.prompts * flags.samples, "layouts": 0}
     counts |= {"differing": 0, "near_ties": 0, "unexplained": 0, "logp_gap": 0.0}

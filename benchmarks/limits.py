@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.model.decoder import head_kernel
 from grpo_jax.rollout.draws import draw_tokens
 
 EPSILON = 1e-6  # scales a result before it feeds the next matmul: a dependency that does not grow from step to step
@@ -41,7 +42,9 @@ def check_measurable(model_cfg: ModelConfig) -> None:
     """
     kind = "a mixture of experts" if model_cfg.experts else "latent attention" if model_cfg.latent else ""
     if kind:
-        raise UserError(f"The benchmarks measure dense models with grouped-query attention; found {kind}.")
+        raise UserError(
+            f"The benchmarks measure dense models with grouped-query attention; found {kind}. Pass another --model."
+        )
 
 
 def read_gb_s(repeats: int) -> float:
@@ -58,11 +61,6 @@ def square_gflop_s(dtype: str, repeats: int) -> float:
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
     matmul = jax.jit(lambda x: x @ x)
     return 2 * side**3 / statistics.median(time_calls(lambda: matmul(square), repeats)) / 1e9
-
-
-def head_kernel(model_cfg: ModelConfig, params) -> Float[Array, "D V"]:
-    """Returns the matrix that maps hidden states to logits."""
-    return params["embed"]["embedding"].T if model_cfg.tie_embeddings else params["head"]["kernel"]
 
 
 def tile_columns(x: Float[Array, "N _"], width: int) -> Float[Array, "N _"]:

@@ -62,11 +62,13 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     common.check_integers(flags, integers)
     sequences = flags.prompts * flags.samples
     if flags.slots > sequences:
-        raise UserError(f"--slots may be at most --prompts times --samples, {sequences}; found {flags.slots}.")
+        raise UserError(
+            f"--slots may be at most --prompts times --samples, {sequences}; found {flags.slots}. Lower it."
+        )
     if (flags.static or flags.compare) and (not flags.slots or flags.slots % flags.samples or sequences % flags.slots):
         raise UserError(
             f"Static batches hold whole groups, so --slots must be a multiple of --samples={flags.samples} that "
-            f"divides {sequences} sequences; found {flags.slots}."
+            f"divides {sequences} sequences; found {flags.slots}. Change --slots."
         )
     return flags
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -43,11 +44,8 @@ class Rollout:
             A dict with `tokens` and `logps` `[N, S]`, and `lengths`, `truncated`, `prompt_ids` and `sample_ids` `[N]`.
         """
         prompts, samples, _ = self.tokens.shape
-        merged = {
-            name: getattr(self, name).reshape(prompts * samples, *getattr(self, name).shape[2:])
-            for name in ("tokens", "logps", "lengths", "truncated")
-        }
-        return merged | {
+        by_group = {name: x for name, x in vars(self).items() if name != "prompt_ids"}
+        return {name: x.reshape(prompts * samples, *x.shape[2:]) for name, x in by_group.items()} | {
             "prompt_ids": jnp.repeat(self.prompt_ids, samples),
             "sample_ids": jnp.tile(jnp.arange(samples), prompts),
         }
@@ -69,18 +67,18 @@ class Segments(NamedTuple):
 class Experience:
     """N sequences to train on, as host arrays. Arrays `[N, S]` are aligned with the completion, not with the row."""
 
-    tokens: Int[Array, "N L"]  # prompt, completion, padding
-    prompt_lengths: Int[Array, " N"]  # prompt length, which is also the column of the completion's first token
-    mask: Bool[Array, "N S"]  # True on completion tokens, including the stopping token
-    sampler_logps: Float[Array, "N S"]  # log pi_old, as computed by the sampler
-    ref_logps: Float[Array, "N S"]  # log pi_ref; zeros if no reference is kept
-    advantages: Float[Array, " N"]  # one advantage per completion
-    prompt_ids: Int[Array, " N"]  # sequences with equal ids share the same prompt
+    tokens: Int[np.ndarray, "N L"]  # prompt, completion, padding
+    prompt_lengths: Int[np.ndarray, " N"]  # prompt length, which is also the column of the completion's first token
+    mask: Bool[np.ndarray, "N S"]  # True on completion tokens, including the stopping token
+    sampler_logps: Float[np.ndarray, "N S"]  # log pi_old, as computed by the sampler
+    ref_logps: Float[np.ndarray, "N S"]  # log pi_ref; zeros if no reference is kept
+    advantages: Float[np.ndarray, " N"]  # one advantage per completion
+    prompt_ids: Int[np.ndarray, " N"]  # sequences with equal ids share the same prompt
 
 
 @flax.struct.dataclass
 class PackedBatch:
-    """Packed rows, the form in which the update computes on a batch. Each row holds prompts and their completions.
+    """A batch in packed rows, as the update consumes it. Each row holds prompts and their completions.
 
     Each data shard processes one row at a time. In every `[P, W]` array, the value in a column belongs to the token in
     that column.

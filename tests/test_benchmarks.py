@@ -1,4 +1,4 @@
-"""The benchmarks run, print the fields that they explain, and count correctly. No time is judged."""
+"""The benchmarks run, print the fields that they explain, and count correctly. Timings are not asserted."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ FIELDS = {
     "rollout": "generate_s gen_tok_s compile_s decode_ms decode_steps rows matmul_ms matmul_gflop_s square_gflop_s "
     "bytes_ms read_gb_s limit_ms limit_fraction draw_fraction kv_bytes_per_slot peak_rss_gib seconds",
     "learn": "score_s update_s learn_s tok_s completion_tok_s tokens prompt_tokens_computed padding_fraction rows "
-    "width micro_batches needed_tflop model_flops_utilisation square_gflop_s limit_s limit_fraction score_temp_gib "
+    "width micro_batches needed_tflop model_flops_utilization square_gflop_s limit_s limit_fraction score_temp_gib "
     "update_temp_gib peak_rss_gib compile_s seconds",
     "step": "step_s generate_s score_s update_s pack_s other_s gen_tok_s step_tok_s tokens peak_rss_gib compile_s "
     "seconds",
@@ -61,30 +61,30 @@ def test_a_benchmark_prints_one_json_line_with_its_fields(results, name):
 
 
 def test_the_rollout_benchmark_counts_rows_steps_and_cache_bytes(results):
-    found = results["rollout"]
-    assert found["rows"] == 2 and found["slots"] == 2
-    assert found["limit_ms"] == max(found["matmul_ms"], found["bytes_ms"])
+    result = results["rollout"]
+    assert result["rows"] == 2 and result["slots"] == 2
+    assert result["limit_ms"] == max(result["matmul_ms"], result["bytes_ms"])
     # Layers, keys and values, heads, head width, float32, columns.
-    assert found["kv_bytes_per_slot"] == 4 * 2 * 2 * 32 * 4 * (32 + 12)
+    assert result["kv_bytes_per_slot"] == 4 * 2 * 2 * 32 * 4 * (32 + 12)
 
 
 def test_the_learning_benchmark_counts_what_the_packed_rows_need(results):
-    found = results["learn"]
+    result = results["learn"]
     # A prompt of 8 and three completions of 4 do not fit into a row of 16, so both prompts are computed twice.
-    assert (found["tokens"], found["prompt_tokens_computed"]) == (4 * 8 + 6 * 4, 4 * 8)
-    assert (found["rows"], found["width"], found["micro_batches"]) == (6, 16, 4)
-    assert found["padding_fraction"] == 1 - 56 / 64
+    assert (result["tokens"], result["prompt_tokens_computed"]) == (4 * 8 + 6 * 4, 4 * 8)
+    assert (result["rows"], result["width"], result["micro_batches"]) == (6, 16, 4)
+    assert result["padding_fraction"] == 1 - 56 / 64
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384  # q and o; k and v; gate, up and down
     keys = 4 * (8 * 9 // 2) + 6 * (4 * 8 + 4 * 5 // 2)  # attended to by tokens of prompts and of completions
     forward = 2 * 4 * layer * 56 + 2 * 128 * 512 * 24 + 4 * (2 * 2 * 4 * 32 * keys)
-    assert found["needed_tflop"] == pytest.approx(4 * forward / 1e12, rel=1e-3)  # printed with 4 digits
+    assert result["needed_tflop"] == pytest.approx(4 * forward / 1e12, rel=1e-3)  # printed with 4 digits
 
 
 def test_the_parts_of_a_step_add_up(results):
-    found = results["step"]
-    parts = [found[name] for name in ("generate_s", "score_s", "update_s", "pack_s", "other_s")]
-    assert min(parts) > 0 and sum(parts) == pytest.approx(found["step_s"], rel=0.01)  # one round is its own median
-    assert found["tokens"] == 6 * 4
+    result = results["step"]
+    parts = [result[name] for name in ("generate_s", "score_s", "update_s", "pack_s", "other_s")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(result["step_s"], rel=0.01)  # one round is its own median
+    assert result["tokens"] == 6 * 4
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_parts_of_a_step_add_up(results):
         ("step", ["--model=tiny", "--new_tokens=999"], "at most 512"),
     ],
 )
-def test_a_wrong_flag_is_one_line(name, argv, message, monkeypatch, capsys):
+def test_a_wrong_flag_is_a_one_line_error(name, argv, message, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # layouts.py sets it
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", [name, *argv])
@@ -131,8 +131,8 @@ def test_help_explains_every_field(name, monkeypatch, capsys):
 def test_comparing_static_batches_with_refill_adds_fields():
     made = run_script("rollout", *COMMANDS["rollout"], "--compare")
     assert made.returncode == 0, made.stderr
-    found = json.loads(made.stdout)
-    assert all(found[field] > 0 for field in ("static_s", "static_tok_s", "refill_s", "refill_tok_s", "speedup"))
+    result = json.loads(made.stdout)
+    assert all(result[field] > 0 for field in ("static_s", "static_tok_s", "refill_s", "refill_tok_s", "speedup"))
 
 
 @pytest.mark.slow
@@ -140,10 +140,10 @@ def test_learning_without_a_reference_needs_no_score():
     argv = ["--model=tiny", "--kl_coef=0", "--dtype=bfloat16", "--lengths=lognormal", "--remat=none"]
     made = run_script("learn", *SMALL, *argv)
     assert made.returncode == 0, made.stderr
-    found = json.loads(made.stdout)
-    assert found["score_s"] == found["score_temp_gib"] == 0 and found["learn_s"] == found["update_s"]
+    result = json.loads(made.stdout)
+    assert result["score_s"] == result["score_temp_gib"] == 0 and result["learn_s"] == result["update_s"]
     lengths = np.clip(np.round(np.random.default_rng(0).lognormal(math.log(32), 1, 4)), 1, 4)
-    assert found["tokens"] - found["prompt_tokens_computed"] == lengths.sum()
+    assert result["tokens"] - result["prompt_tokens_computed"] == lengths.sum()
 
 
 @pytest.mark.slow
@@ -151,9 +151,9 @@ def test_completions_do_not_depend_on_slots_and_devices():
     sizes = ["--prompts=3", "--samples=4", "--new_tokens=6", "--slots=2,12", "--devices=1,2"]
     made = run_script("layouts", "--model=tiny", *sizes)
     assert made.returncode == 0, made.stderr
-    found = json.loads(made.stdout)
-    assert set(FIELDS["layouts"].split()) <= set(found)
-    assert found["sequences"] == 12 and found["layouts"] == 4 and found["unexplained"] == 0
+    result = json.loads(made.stdout)
+    assert set(FIELDS["layouts"].split()) <= set(result)
+    assert result["sequences"] == 12 and result["layouts"] == 4 and result["unexplained"] == 0
 
 
 DOCUMENTED = re.findall(r"```bash\npython (benchmarks/.*?)\n```", (ROOT / "docs" / "performance.md").read_text())

@@ -20,7 +20,7 @@ compiled_keep_mask = jax.jit(keep_mask, static_argnums=1)
 
 
 def fits(counts, probs) -> bool:
-    """Chi-square test of counts against probabilities; True for a p-value above 1e-4."""
+    """Returns whether counts pass a chi-square test against probabilities, with a p-value above 1e-4."""
     expected = np.asarray(probs, np.float64) * counts.sum()
     large = expected >= 5
     rest = max(expected[~large].sum(), 1)
@@ -34,7 +34,7 @@ def fits(counts, probs) -> bool:
 
 @functools.partial(jax.jit, static_argnames="filter")
 def draw_many(logits, filter=TokenFilter()):  # noqa: B008  (immutable)
-    """Tokens and log-probs of 20,000 draws."""
+    """Returns the tokens and log-probs of 20,000 draws."""
     keys = jax.random.split(jax.random.key(4), 20_000)
     return choose_tokens(keys, jnp.broadcast_to(logits, (20_000, len(logits))), False, filter)
 
@@ -52,7 +52,7 @@ def test_draws_follow_the_exact_probabilities(vocab_size):
 
 
 def test_the_two_stages_of_a_draw_are_independent():
-    """One key gives the noise of the block and of the token in it: the pair follows the product of probabilities."""
+    """One key gives the noise that selects the block and the token in it; the pair still has the exact probability."""
     logits = jnp.log(jnp.arange(1.0, 17))
     tokens, _ = draw_many(logits)
     assert vocab_block_width(16) == 4 and fits(np.bincount(tokens, minlength=16), jax.nn.softmax(logits))
@@ -76,7 +76,7 @@ def test_changes_of_the_logits_below_half_the_margin_do_not_change_a_draw():
 
 
 def kept_by_definition(probs, filter):
-    """The tokens that a filter keeps, decided one by one."""
+    """Returns the tokens that a filter keeps, decided one by one."""
     order = np.argsort(-probs, kind="stable")
     kept, total = set(), 0.0
     for rank, token in enumerate(order):

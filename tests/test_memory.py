@@ -80,7 +80,7 @@ def test_a_plan_describes_itself_in_one_line(monkeypatch):
     assert str(made) == "7 decode slots, 0.5 MiB of KV cache each (up to 50,499 would fit)"
 
 
-def test_short_memory_gives_fewer_slots_than_completions(monkeypatch):
+def test_little_memory_gives_fewer_slots_than_sequences(monkeypatch):
     made = plan(monkeypatch, total=SHORT, max_tokens=400)
     assert 0 < made.slots == made.max_slots < 128
 

@@ -125,7 +125,7 @@ def test_first_step_descends_and_its_size_is_the_learning_rate(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_updates_minimize_a_quadratic(name):
-    """The sum of squares, whose gradient is 2x."""
+    """The quadratic is the sum of squares, whose gradient is 2x."""
     optimizer, update = compiled(OptimSection(name=name, lr=0.1, b2=0.99))
     state = new_train_state(small(), optimizer)
     for _ in range(20):
@@ -146,7 +146,7 @@ def test_weight_decay_subtracts_a_fraction_of_the_kernel(name):
 
 
 def test_lion_follows_its_formula():
-    """The step averages with b1, the moment with b2."""
+    """The step averages gradients with b1, the moment with b2."""
     first, second = ({name: np.asarray(x) for name, x in by_path(small(seed)).items()} for seed in (1, 2))
     states, _ = run_updates(
         OptimSection(name="lion", lr=0.1, b1=0.5, b2=0.9, grad_clip=1e9), small(), small(1), small(2)
@@ -268,7 +268,7 @@ def test_parameter_without_a_row_in_the_muon_table_is_an_error():
         ),
     ],
 )
-def test_schedules_have_these_learning_rates(values, rates):
+def test_schedules_give_the_expected_learning_rates(values, rates):
     schedule = make_schedule(OptimSection(lr=2.0, **values))
     np.testing.assert_allclose([schedule(jnp.int32(step)) for step in rates], list(rates.values()), atol=1e-6)
 
@@ -336,7 +336,7 @@ def test_second_moment_of_bfloat16_parameters_is_not_rounded():
 
 @pytest.mark.parametrize("name, count", [("adamw", 2), ("lion", 2), ("muon", 2), ("adafactor", 0)])
 def test_mu_dtype_is_the_dtype_of_the_first_moment_only(name, count):
-    """Before and after an update."""
+    """Holds before and after an update."""
     optim = OptimSection(name=name, mu_dtype="bfloat16", b2=0.99)
     for state in run_updates(optim, small(), small(1))[0]:
         rounded = [path for path, leaf in by_path(state.opt_state).items() if leaf.dtype == jnp.bfloat16]

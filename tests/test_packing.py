@@ -72,7 +72,7 @@ def assert_packed(batch, packed, shards):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_packed_arrays_are_what_their_documentation_says(seed):
+def test_packed_arrays_match_their_documentation(seed):
     """Parts of rollouts that cut groups, in any order; rows of one sequence up to all of them; 1 to 8 shards."""
     draw = np.random.default_rng(seed)
     samples, longest_prompt, longest_completion, shards = (int(draw.integers(1, high)) for high in (7, 16, 16, 9))
@@ -205,7 +205,7 @@ def test_packing_does_not_depend_on_the_order_of_completions():
         assert contents(*(x[order] for x in arrays)) == contents(*arrays)
 
 
-def test_completions_go_to_these_rows():
+def test_small_batches_are_assigned_to_the_expected_rows():
     """Small cases, worked out by hand."""
     group, prompts = np.repeat([0, 1, 2], 2), np.full(6, 3)
     lengths = np.asarray([9, 8, 5, 4, 3, 2])  # groups of 20, 12 and 8 tokens
@@ -218,9 +218,8 @@ def test_completions_go_to_these_rows():
         [[0], [3]],
         [[1], [2]],
     ]
-    assert assign_rows(np.arange(2), np.asarray([1, 10]), np.asarray([5, 2]), 20) == [
-        [[1], [0]]
-    ]  # the group of 12 tokens comes before that of 6
+    # The group of 12 tokens comes before that of 6.
+    assert assign_rows(np.arange(2), np.asarray([1, 10]), np.asarray([5, 2]), 20) == [[[1], [0]]]
     # What must fit is the rest of the group: 3 of its 9 tokens when the second completion is placed.
     assert assign_rows(np.asarray([0, 1, 2, 3, 3]), np.ones(5, int), np.asarray([14, 12, 11, 6, 3]), 20) == [
         [[0], [4]],

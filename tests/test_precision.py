@@ -89,7 +89,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(model_cfg):
 
 
 @pytest.mark.slow
-def test_parameters_and_reference_are_kept_in_their_dtypes(tmp_path):
+def test_parameters_and_reference_keep_their_dtypes(tmp_path):
     """Runs one update with bfloat16 master weights and reference, and reads the checkpoint."""
     main.main(
         [

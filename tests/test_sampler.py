@@ -46,7 +46,7 @@ def rollout(key=0, params=None, **changes):
 
 
 def full_forward_logits(made):
-    """Logits [B, G, S, tokens] that one forward pass over each whole sequence predicts the completions from."""
+    """Returns the logits [B, G, S, tokens] of the completions, from one forward pass over each whole sequence."""
     rows = [prompt + made.tokens[b, g].tolist() for b, prompt in enumerate(PROMPTS) for g in range(4)]
     padded = jnp.asarray([row + [0] * (15 - len(row)) for row in rows])
     logits = compiled_forward(CONFIG, weights(), padded)[..., : CONFIG.tokenizer_vocab_size].reshape(3, 4, 15, -1)
@@ -77,7 +77,7 @@ def test_samples_of_a_group_differ_and_equal_keys_repeat_them():
 
 
 def test_a_completion_depends_only_on_its_ids():
-    """Other prompts beside it, another place in the batch and another number of samples do not change its tokens."""
+    """Other prompts in the batch, another index in it and another number of samples do not change its tokens."""
     whole = rollout()
     single = sample(CONFIG, weights(), [PROMPTS[1]], jax.random.key(0), samples=2, max_tokens=9, prompt_ids=[1])
     np.testing.assert_array_equal(single.tokens[0], whole.tokens[1, :2])
@@ -137,7 +137,7 @@ def test_ids_without_a_token_are_never_sampled():
 
 
 def decode_in_calls(stop_ids, max_steps, slots):
-    """The rollout of PROMPTS, decoded in several calls of `decode_tokens`; also returns the final decode state."""
+    """Decodes PROMPTS in several calls of `decode_tokens`; returns the final decode state and the rollout."""
     placed, prompts = place_for_rollout(CONFIG, weights()), pad_prompts(PROMPTS)
     limits = np.full((3, 4), 9)
     state, queue = start_rollout(
@@ -190,7 +190,7 @@ def test_other_prompts_and_temperatures_of_the_same_shapes_compile_nothing():
 
 @pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 5, 100])
 def test_the_number_of_slots_does_not_change_completions(slots):
-    """Sequences of unequal lengths in a few slots have the tokens, log-probs and ends that they have in their own."""
+    """Sequences of unequal lengths in a few slots have the same tokens, log-probs and ends as with a slot each."""
     limits = np.asarray([[1, 9, 4, 2], [7, 1, 9, 3], [5, 8, 2, 6]])
     whole = rollout(stop_ids=(7, 20))
     made = rollout(max_tokens=limits, stop_ids=(7, 20), slots=slots)
@@ -283,7 +283,7 @@ def test_stops_that_span_tokens_do_not_carry_over_to_the_next_sequence_of_a_slot
     assert 2 < made.truncated.sum() < 10
 
 
-def test_sample_passes_each_filter_on(monkeypatch):
+def test_sample_applies_each_filter(monkeypatch):
     likeliest, only_one = rollout(temperature=0), rollout(top_k=1)
     np.testing.assert_array_equal(only_one.tokens, likeliest.tokens)
     np.testing.assert_allclose(only_one.logps, likeliest.logps, atol=2e-5)

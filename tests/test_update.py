@@ -111,7 +111,7 @@ def test_padding_packing_and_row_order_do_not_change_the_gradient():
 
 
 def test_token_order_within_a_row_does_not_change_the_gradient():
-    """Which tokens attend to which follows from the segments alone."""
+    """Which keys a query attends to depends on the segments only."""
     batch = packed(experience())
     order = np.random.default_rng(0).permutation(batch.tokens.shape[1])
     moved = jax.tree.map(lambda x: x[..., order] if x.ndim else x, batch)
@@ -128,7 +128,7 @@ def test_tokens_behind_a_completion_carry_no_gradient():
 
 
 def test_empty_micro_batches_are_not_run():
-    """If they were, they would turn everything into NaN."""
+    """If they were run, they would turn everything into NaN."""
     batch = packed(experience(), 16)
     unused = np.arange(len(batch.tokens)) >= batch.num_micro_batches
     assert unused.any()
@@ -170,7 +170,7 @@ REPRESENTATIVE = (2, 2, 2)
 
 @pytest.mark.parametrize("sizes", [REPRESENTATIVE, *(pytest.param(x, marks=SLOW) for x in ((1, 8, 1), (1, 4, 2)))])
 def test_one_sgd_step_agrees_on_one_and_eight_devices(sizes):
-    """A step of rate 1 subtracts the gradient, so this compares every gradient as well, with rematerialized layers."""
+    """A step of rate 1 subtracts the gradient, so this also compares all gradients, with rematerialized layers."""
     grads, metrics = GRADIENTS(params(), packed(experience()))
     mesh, new_state, update = sgd_update(sizes)
     state = new_state()
@@ -274,7 +274,7 @@ def test_reference_is_scored_like_the_policy(micro_tokens):
 
 @pytest.mark.parametrize("sizes", [REPRESENTATIVE, pytest.param((1, 1, 8), marks=SLOW)])
 def test_reference_scores_agree_on_one_and_eight_devices(sizes):
-    """With micro-batches, a loop over them."""
+    """On fewer than 8 data shards, the scores are computed in a loop over micro-batches."""
     batch, mesh = experience(), make_mesh(*sizes)
     sharded = jax.device_put(params(), tree_shardings(mesh, params()))
     with jax.set_mesh(mesh):
@@ -351,7 +351,7 @@ def test_blocks_of_the_head_do_not_change_scores_or_gradients(softcap, tied, chu
 
 
 def test_memory_of_the_head_is_that_of_a_chunk():
-    """Of 2,048 ids, 512 tokens a chunk: twice the tokens need no more, except for the gradient of the hidden states."""
+    """With 2,048 ids and chunks of 512 tokens, twice the tokens add only to the gradient of the hidden states."""
     model_cfg = replace(CONFIG, vocab_size=2048, tokenizer_vocab_size=2048)
     weights = params(model_cfg)
 
@@ -370,7 +370,7 @@ def test_memory_of_the_head_is_that_of_a_chunk():
 
 
 def test_sampler_logprobs_match_training_logprobs():
-    """The sampler reads its KV cache, training the whole sequence; prompts have unequal lengths."""
+    """The sampler reads the KV cache, whereas training runs whole sequences; prompts have unequal lengths."""
     batch = make_experience(pad_prompts(PROMPTS), sampled(), np.zeros((4, 2)), None)
     logps, _ = score_completions(batch)
     assert np.abs(np.where(batch.mask, logps - batch.sampler_logps, 0)).max() < 2e-5

@@ -25,14 +25,14 @@ def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
     """Computes group-relative advantages, A = (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
 
     Args:
-        rewards: one reward per completion; each row is a group.
+        rewards: One reward per completion; each row is a group.
 
     Returns:
         Advantages in float32. `std` is the population standard deviation, which divides by G. The advantages of a
         group whose rewards are all equal are 0.
 
     Raises:
-        ValueError: if `rewards` does not have two axes.
+        ValueError: `rewards` does not have two axes.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2:
@@ -50,8 +50,8 @@ def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> 
     This is the estimator that Schulman calls k3 (http://joschu.net/blog/kl-approx.html).
 
     Args:
-        logps: log pi of the tokens.
-        other_logps: log-probs of the same tokens under the other distribution.
+        logps: Log-probs of the tokens under pi.
+        other_logps: Their log-probs under the other distribution.
 
     Returns:
         One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree.
@@ -67,13 +67,13 @@ def token_weights(
 
     Args:
         mask: 1 on the tokens of each completion, 0 elsewhere.
-        denominator: what the sum over completions is divided by; N by default.
+        denominator: The number that the sum over completions is divided by; N by default.
 
     Returns:
         Weights in float32, 0 where `mask` is 0.
 
     Raises:
-        ValueError: if `mask` does not have two axes.
+        ValueError: `mask` does not have two axes.
     """
     mask = jnp.asarray(mask, jnp.float32)
     if mask.ndim != 2:
@@ -96,21 +96,21 @@ def weighted_loss(
     """Computes the GRPO loss as a weighted sum over tokens in any arrangement, such as padded or packed rows.
 
     Args:
-        logps: log pi of the sampled tokens; the argument to differentiate.
-        old_logps: log pi_old of the same tokens.
-        ref_logps: log pi_ref of the same tokens, or None to leave out the KL term.
-        advantages: the advantage of each token's completion.
-        weights: w_it of each token. Tokens of weight 0 do not count; their other values need only be finite.
-        clip_low: the ratio is clipped from below at 1 - clip_low.
-        clip_high: the ratio is clipped from above at 1 + clip_high.
-        kl_coef: coefficient of the KL term.
+        logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
+        old_logps: Their log-probs under pi_old.
+        ref_logps: Their log-probs under pi_ref, or None to leave out the KL term.
+        advantages: The advantage of each token's completion.
+        weights: The weight w_it of each token. Tokens of weight 0 do not count; their other values need only be finite.
+        clip_low: The ratio is clipped from below at 1 - clip_low.
+        clip_high: The ratio is clipped from above at 1 + clip_high.
+        kl_coef: Coefficient of the KL term.
 
     Returns:
         The loss, -J, and a dict of metrics without gradient. All metrics are weighted sums like the loss, except
         `policy/ratio_max`, which is a maximum.
 
     Raises:
-        ValueError: if the arguments do not all have the same shape.
+        ValueError: The arguments do not all have the same shape.
     """
     shapes = [jnp.shape(x) for x in (logps, old_logps, ref_logps, advantages, weights) if x is not None]
     if len(set(shapes)) > 1:
@@ -155,27 +155,25 @@ def grpo_loss(
     """Computes the GRPO loss of N completions (see the top of this module) and its metrics.
 
     Args:
-        logps: log pi of the sampled tokens; the argument to differentiate.
-        old_logps: log pi_old of the same tokens.
-        ref_logps: log pi_ref of the same tokens; may be None if `kl_coef` is 0.
-        advantages: one advantage per completion.
+        logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
+        old_logps: Their log-probs under pi_old.
+        ref_logps: Their log-probs under pi_ref; may be None if `kl_coef` is 0.
+        advantages: One advantage per completion.
         mask: 1 on completion tokens, including the stopping token, and 0 elsewhere.
-        clip_low: the ratio is clipped from below at 1 - clip_low.
-        clip_high: the ratio is clipped from above at 1 + clip_high.
-        kl_coef: coefficient of the KL term.
-        denominator: what the sum over completions is divided by; N by default. If these completions are only part of a
-            batch, pass the N of the whole batch.
+        clip_low: The ratio is clipped from below at 1 - clip_low.
+        clip_high: The ratio is clipped from above at 1 + clip_high.
+        kl_coef: Coefficient of the KL term.
+        denominator: The number that the sum over completions is divided by; N by default. If these completions are only
+            part of a batch, pass the N of the whole batch.
 
     Returns:
         The loss and a dict of scalar metrics (see `weighted_loss`).
 
     Raises:
-        ValueError: if `ref_logps` is None although `kl_coef` is not 0, or if the shapes do not match.
+        ValueError: `ref_logps` is None although `kl_coef` is not 0, or the shapes do not match.
     """
     if ref_logps is None and kl_coef:
-        raise ValueError(
-            f"ref_logps must be given, because kl_coef is {kl_coef}; found None. Pass it or set kl_coef=0."
-        )
+        raise ValueError(f"ref_logps must be given, because kl_coef is {kl_coef}; found None. Pass it or kl_coef=0.")
     logps, old_logps, advantages = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(advantages)
     if logps.ndim != 2 or jnp.shape(mask) != logps.shape or advantages.shape != logps.shape[:1]:
         raise ValueError(

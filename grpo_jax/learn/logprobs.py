@@ -19,7 +19,7 @@ from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, num_data_sha
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
-MAX_VOCAB_BLOCK = 16384  # vocabulary ids for which these tokens have logits at the same time
+MAX_VOCAB_BLOCK = 16384  # the most vocabulary ids for which these tokens have logits at the same time
 MIN_LOGIT = -1e30  # below every logit, but finite
 
 
@@ -74,10 +74,10 @@ def take_vocab_block(spec: ScoreSpec, kernel, block, dtype):
     that it shares with the block before it must be skipped.
 
     Args:
-        spec: compile-time parameters.
-        kernel: this device's part of the head.
-        block: index of the vocabulary block.
-        dtype: dtype of the result.
+        spec: Compile-time parameters.
+        kernel: This device's part of the head.
+        block: Index of the vocabulary block.
+        dtype: Dtype of the result.
 
     Returns:
         The columns; the index of the first one in `kernel` and in the whole vocabulary; and how many of them to skip,
@@ -106,11 +106,11 @@ def chunked_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
     """Computes log-probs and entropies `[N, S]` on one device, for the first `counts[n]` columns of each row.
 
     Args:
-        spec: compile-time parameters; S must be a multiple of `spec.block_columns`.
-        kernel: this device's part of the head.
-        hidden: hidden states `[N, S, D]`.
-        targets: token ids `[N, S]`.
-        counts: number of columns per row to score `[N]`; the results of later columns are finite but undefined.
+        spec: Compile-time parameters; S must be a multiple of `spec.block_columns`.
+        kernel: This device's part of the head.
+        hidden: Hidden states `[N, S, D]`.
+        targets: Token ids `[N, S]`.
+        counts: Number of columns per row to score `[N]`; the results of later columns are finite but undefined.
 
     Returns:
         Log-probs and entropies in float32. The gradient of the entropies is not propagated.
@@ -159,7 +159,7 @@ def chunked_logprobs_fwd(spec: ScoreSpec, kernel, hidden, targets, counts):
         moment = [sum_over_tensor(spec, (x + mass * (largest - global_largest)) * scale) for x in moment]
         mass, target_logit = sum_over_tensor(spec, mass * scale), sum_over_tensor(spec, target_logit)
         largest = global_largest
-    mass = jnp.where(mass > 0, mass, 1.0)  # it is 0 in columns that were not scored, whose log would be -inf
+    mass = jnp.where(mass > 0, mass, 1.0)  # 0 in columns that were not scored, where the log would be -inf
     log_mass = largest + jnp.log(mass)
     entropies = jnp.log(mass) - moment[0] / mass if spec.entropy else zeros
     return (target_logit - log_mass, entropies), (kernel, hidden, targets, counts, log_mass)
@@ -168,8 +168,8 @@ def chunked_logprobs_fwd(spec: ScoreSpec, kernel, hidden, targets, counts):
 def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
     """Returns the cotangents of the head kernel and the hidden states.
 
-    The derivative of log pi(target) in the logits is one_hot(target) - pi. The entropy is only a metric and has no
-    gradient.
+    The derivative of log pi(target) with respect to the logits is one_hot(target) - pi. The entropy is only a metric
+    and has no gradient.
     """
     kernel, hidden, targets, counts, log_mass = residuals
     d_logps = sum_over_tensor(spec, cotangents[0])  # each device holds its share of a replicated output's cotangent
@@ -203,9 +203,8 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
             d_x = jnp.matmul(d_raw, columns_t, preferred_element_type=jnp.float32).reshape(x.shape)
             return d_columns, update_columns(spec, d_hidden, slice_columns(spec, d_hidden, index) + d_x, index)
 
-        d_columns, d_hidden = jax.lax.fori_loop(
-            0, num_token_blocks, token_block, (jnp.zeros(columns.shape, jnp.float32), d_hidden)
-        )
+        start = jnp.zeros(columns.shape, jnp.float32), d_hidden
+        d_columns, d_hidden = jax.lax.fori_loop(0, num_token_blocks, token_block, start)
         if spec.fsdp_sharded:
             d_columns = jax.lax.psum_scatter(d_columns, "fsdp", scatter_dimension=0, tiled=True)
         d_columns = jax.lax.dynamic_slice_in_dim(d_kernel, local_start, width, axis=1) + d_columns
@@ -233,15 +232,15 @@ def logprobs_from_hidden(
     """Computes log pi(target) and the entropy of pi at each hidden state, at the sampling temperature.
 
     Args:
-        model_cfg: the architecture.
-        params: parameters of the model, for its head.
-        hidden: final hidden states.
-        targets: the token that each hidden state predicts.
-        temperature: sampling temperature.
-        counts: number of columns per row to score; the results of later columns are finite but undefined. By default
+        model_cfg: The architecture.
+        params: Parameters of the model, for its head.
+        hidden: Final hidden states.
+        targets: The token that each hidden state predicts.
+        temperature: Sampling temperature.
+        counts: Number of columns per row to score; the results of later columns are finite but undefined. By default
             all columns are scored.
-        entropy: whether to compute entropies; if False, zeros are returned in their place.
-        chunk_tokens: number of tokens per data shard that go through the head at a time.
+        entropy: Whether to compute entropies; if False, zeros are returned in their place.
+        chunk_tokens: Number of tokens per data shard that go through the head at a time.
 
     Returns:
         Log-probs and entropies in nats, in float32. The entropies have no gradient.
@@ -264,8 +263,7 @@ def logprobs_from_hidden(
     def is_split(axis):
         return axis is not None and mesh.shape[axis] > 1
 
-    fsdp_sharded, tensor_sharded = is_split(kernel_spec[0]), is_split(kernel_spec[1])
-    spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, fsdp_sharded, tensor_sharded)
+    spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, is_split(kernel_spec[0]), is_split(kernel_spec[1]))
     run = partial(chunked_logprobs, spec)
     if not mesh.empty:
         in_specs = (kernel_spec, row_spec, row_spec, row_spec)
@@ -285,12 +283,12 @@ def packed_logprobs(
     """Computes log pi and entropy of the completion tokens in packed rows.
 
     Args:
-        model_cfg: the architecture.
-        params: parameters of the policy or the reference.
-        batch: packed rows.
-        temperature: sampling temperature.
-        entropy: whether to compute entropies; if False, zeros are returned in their place.
-        chunk_tokens: number of tokens per data shard that go through the head at a time.
+        model_cfg: The architecture.
+        params: Parameters of the policy or the reference.
+        batch: Packed rows.
+        temperature: Sampling temperature.
+        entropy: Whether to compute entropies; if False, zeros are returned in their place.
+        chunk_tokens: Number of tokens per data shard that go through the head at a time.
 
     Returns:
         Log-probs and entropies in nats, in float32; 0 on prompts and padding.

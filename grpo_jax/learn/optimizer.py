@@ -53,7 +53,7 @@ def make_schedule(optim: OptimSection) -> optax.Schedule:
     `end_lr_fraction * lr` is left, from the first update after `decay_steps` on.
 
     Args:
-        optim: the `optim` section.
+        optim: The `optim` section.
 
     Returns:
         A function from the number of earlier updates to the learning rate.
@@ -73,13 +73,13 @@ def muon_dimensions(path) -> MuonDimensionNumbers | None:
     """Looks up a parameter in `MUON_TABLE`.
 
     Args:
-        path: the key path of the parameter.
+        path: The key path of the parameter.
 
     Returns:
         The axes of its matrix, or None if Adam updates it.
 
     Raises:
-        ValueError: if no row of the table matches.
+        ValueError: No row of the table matches.
     """
     name = path_name(path)
     for pattern, numbers in MUON_TABLE:
@@ -136,7 +136,7 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def decay_mask(params):
-    """Returns a tree that is True where weight decay applies: not to norms, biases and the correction of a router."""
+    """Returns a tree that is True where weights decay: everywhere except norms, biases and router corrections."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "correction"), params
     )
@@ -159,10 +159,10 @@ def apply_gradients(
     row it applies the bad update, and it does not notice a finite gradient whose norm overflows.
 
     Args:
-        state: the state before the update.
-        grads: gradients, a tree like the parameters in any float dtype.
-        optimizer: the optimizer, from `make_optimizer`.
-        schedule: the learning-rate schedule of `optimizer`, for the metric.
+        state: The state before the update.
+        grads: Gradients, a tree like the parameters in any float dtype.
+        optimizer: The optimizer, from `make_optimizer`.
+        schedule: The learning-rate schedule of `optimizer`, for the metric.
 
     Returns:
         The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` (1 or 0) and
@@ -191,11 +191,11 @@ def moment_spec(kind: str, shape: tuple[int, ...], param_shape: tuple[int, ...],
     """Returns the partition spec of an optimizer moment.
 
     Args:
-        kind: the moment's name in the optimizer state. Adafactor's `v_row` and `v_col` are means over the parameter's
+        kind: The moment's name in the optimizer state. Adafactor's `v_row` and `v_col` are means over the parameter's
             largest and second largest dimension.
-        shape: shape of the moment.
-        param_shape: shape of its parameter.
-        param_spec: partition spec of its parameter.
+        shape: Shape of the moment.
+        param_shape: Shape of its parameter.
+        param_spec: Partition spec of its parameter.
     """
     if shape == param_shape:
         return param_spec
@@ -211,17 +211,13 @@ def train_state_shardings(mesh: Mesh | AbstractMesh, params, optimizer: optax.Gr
     """Returns the sharding of each leaf of a train state. Optimizer moments are sharded like their parameters.
 
     Args:
-        mesh: the device mesh.
-        params: arrays or `jax.ShapeDtypeStruct`s.
-        optimizer: the optimizer.
+        mesh: The device mesh.
+        params: Arrays or `jax.ShapeDtypeStruct`s.
+        optimizer: The optimizer.
     """
     shardings = tree_shardings(mesh, params)
-    shapes_and_specs = {
-        path_name(path): (leaf.shape, sharding.spec)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    shapes_and_specs = {path_name(path): (leaf.shape, sharding.spec) for (path, leaf), sharding in leaves}
     replicated = NamedSharding(mesh, P())
 
     def moment_sharding(path, leaf):

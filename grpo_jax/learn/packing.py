@@ -26,20 +26,19 @@ def packed_shape(
     """Chooses a shape for packed rows of about `micro_tokens` tokens that divides the largest batch evenly.
 
     Args:
-        completions: number of completions in the batch, N.
-        samples: completions per prompt, G. All groups are complete, except possibly the first and the last.
-        longest_prompt: maximum prompt length.
-        longest_completion: maximum completion length.
-        micro_tokens: micro-batch size in tokens per data shard. Rows are longer if one sequence needs more.
-        shards: number of data shards.
+        completions: Number of completions in the batch, N.
+        samples: Completions per prompt, G. All groups are complete, except possibly the first and the last.
+        longest_prompt: Maximum prompt length.
+        longest_completion: Maximum completion length.
+        micro_tokens: Micro-batch size in tokens per data shard. Rows are longer if one sequence needs more.
+        shards: Number of data shards.
 
     Returns:
         A shape in which any batch within these limits fits.
     """
     longest = longest_prompt + longest_completion
-    max_prompts = -(-(completions - 1) // samples) + 1  # a group may be cut at either end
-    if completions % samples == 0:
-        max_prompts = completions // samples
+    # If the completions are not whole groups, a group may be cut at either end.
+    max_prompts = -(-(completions - 1) // samples) + 1 if completions % samples else completions // samples
     max_tokens = max_prompts * longest_prompt + completions * longest_completion
     num_micro_batches = -(-max_tokens // (shards * micro_tokens))
     width = max(longest, -(-max_tokens // (shards * num_micro_batches)))
@@ -64,10 +63,10 @@ def assign_rows(
     otherwise to a new row.
 
     Args:
-        prompt_ids: completions with equal ids share the same prompt.
-        prompt_lengths: length of each completion's prompt.
-        completion_lengths: length of each completion.
-        width: tokens per row.
+        prompt_ids: Completions with equal ids share the same prompt.
+        prompt_lengths: Length of each completion's prompt.
+        completion_lengths: Length of each completion.
+        width: Tokens per row.
 
     Returns:
         Rows as lists of groups, each of which is a list of completion indices. The tokens of a row, including one copy
@@ -109,23 +108,18 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
     Rows are dealt to data shards in turn, so that the first micro-batches are full and the last ones are empty.
 
     Args:
-        experience: the whole batch of one update; its size is the denominator of the token weights.
-        shape: the shape of the packed rows, from `packed_shape`.
-        shards: number of data shards.
+        experience: The whole batch of one update; its size is the denominator of the token weights.
+        shape: The shape of the packed rows, from `packed_shape`.
+        shards: Number of data shards.
 
     Returns:
-        The batch as numpy arrays `[P, W]`.
+        The batch as NumPy arrays `[P, W]`.
 
     Raises:
-        ValueError: if the completions do not fit in `shape`.
+        ValueError: The completions do not fit in `shape`.
     """
-    data = {
-        name: np.asarray(getattr(experience, name))
-        for name in ("tokens", "prompt_lengths", "mask", "sampler_logps", "ref_logps", "advantages", "prompt_ids")
-    }
-    lengths = data["mask"].sum(axis=1)
-    num_completions, max_length = data["mask"].shape
-    rows = assign_rows(data["prompt_ids"], data["prompt_lengths"], lengths, shape.width)
+    lengths, (num_completions, max_length) = experience.mask.sum(axis=1), experience.mask.shape
+    rows = assign_rows(experience.prompt_ids, experience.prompt_lengths, lengths, shape.width)
     if len(rows) > shape.rows:
         raise ValueError(
             f"The batch must fit in {shape.rows} packed rows of {shape.width} tokens; found that it needs {len(rows)}. "
@@ -141,9 +135,9 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
         row = row_index % shards * rows_per_shard + row_index // shards
         column, completion_number = 0, 0
         for prompt_number, group in enumerate(groups, 1):
-            prompt_length = data["prompt_lengths"][group[0]]
+            prompt_length = experience.prompt_lengths[group[0]]
             span = slice(column, column + prompt_length)
-            tokens[row, span] = data["tokens"][group[0], :prompt_length]
+            tokens[row, span] = experience.tokens[group[0], :prompt_length]
             position[row, span] = np.arange(prompt_length)
             prompt[row, span] = prompt_number
             column += prompt_length
@@ -152,16 +146,16 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
                 completion_number += 1
                 steps = np.arange(lengths[n])
                 span = slice(column, column + lengths[n])
-                tokens[row, span] = data["tokens"][n, prompt_length : prompt_length + lengths[n]]
+                tokens[row, span] = experience.tokens[n, prompt_length : prompt_length + lengths[n]]
                 position[row, span] = prompt_length + steps
                 prompt[row, span] = prompt_number
                 completion[row, span] = completion_number
                 predict_from[row, span] = np.where(steps == 0, last_prompt_column, column + steps - 1)
                 flat_index[row, span] = n * max_length + steps
                 weights[row, span] = 1 / (num_completions * lengths[n])  # the same as grpo.token_weights
-                sampler_logps[row, span] = data["sampler_logps"][n, : lengths[n]]
-                ref_logps[row, span] = data["ref_logps"][n, : lengths[n]]
-                advantages[row, span] = data["advantages"][n]
+                sampler_logps[row, span] = experience.sampler_logps[n, : lengths[n]]
+                ref_logps[row, span] = experience.ref_logps[n, : lengths[n]]
+                advantages[row, span] = experience.advantages[n]
                 column += lengths[n]
     return PackedBatch(
         tokens=tokens,
@@ -182,7 +176,7 @@ def unpack_completions(
     """Gathers values of packed tokens by completion; the inverse of packing for one array.
 
     Args:
-        values: one value per packed token.
+        values: One value per packed token.
         flat_index: `PackedBatch.flat_index` of the same rows.
         shape: `(N, S)` of the result.
 

@@ -29,18 +29,16 @@ def make_experience(
     """Assembles the per-sequence training data of a rollout from host arrays.
 
     Args:
-        prompts: the prompts of the rollout.
-        rollout: the sampled completions.
-        advantages: one advantage per completion.
-        ref_logps: log pi_ref of the completion tokens; None fills them with zeros.
+        prompts: The prompts of the rollout.
+        rollout: The sampled completions.
+        advantages: One advantage per completion.
+        ref_logps: Log-probs of the completion tokens under the reference; None stands for zeros.
     """
     rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
     samples, max_length = rollout.tokens.shape[1:]
-    max_prompt_length = prompts.tokens.shape[1]
-    prompt_tokens = np.repeat(np.asarray(prompts.tokens), samples, axis=0)
-    prompt_tokens = np.pad(prompt_tokens, ((0, 0), (0, max_length)))
+    prompt_tokens = np.pad(np.repeat(np.asarray(prompts.tokens), samples, axis=0), ((0, 0), (0, max_length)))
     prompt_lengths = np.repeat(np.asarray(prompts.lengths), samples)
-    steps = np.arange(max_prompt_length + max_length) - prompt_lengths[:, None]  # index of a column in the completion
+    steps = np.arange(prompt_tokens.shape[1]) - prompt_lengths[:, None]  # index of a column in the completion
     completion_tokens = np.take_along_axis(rows["tokens"], np.clip(steps, 0, max_length - 1), axis=1)
     completion_tokens = np.where(steps < max_length, completion_tokens, 0)
     return Experience(
@@ -65,8 +63,7 @@ def take_minibatch(experience: Experience, key, index: int, *, count: int) -> Ex
 
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
     """Returns micro-batch `index`, which is one packed row of each data shard."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_data_shards(mesh)
+    shards = num_data_shards()
 
     def take_rows(x):
         if not x.shape:  # num_micro_batches
@@ -79,8 +76,7 @@ def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
 
 def max_micro_batches(batch: PackedBatch) -> int:
     """Returns how many micro-batches the shape of a packed batch has room for."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return batch.tokens.shape[0] // (1 if mesh.empty else num_data_shards(mesh))
+    return batch.tokens.shape[0] // num_data_shards()
 
 
 @partial(jax.jit, static_argnames=("model_cfg", "temperature", "chunk_tokens"))
@@ -90,11 +86,11 @@ def score_reference(
     """Computes log pi_ref of the completion tokens, with the same function and temperature as the policy's log-probs.
 
     Args:
-        model_cfg: the architecture.
-        params: parameters of the reference.
-        batch: packed rows; micro-batches that hold no token are not run.
-        temperature: sampling temperature.
-        chunk_tokens: number of tokens per data shard that have logits at a time.
+        model_cfg: The architecture.
+        params: Parameters of the reference.
+        batch: Packed rows; micro-batches that hold no token are not run.
+        temperature: Sampling temperature.
+        chunk_tokens: Number of tokens per data shard that have logits at a time.
 
     Returns:
         Log-probs in float32; 0 on prompts and padding.
@@ -169,23 +165,19 @@ def minibatch_gradients(
     loop over micro-batches is compiled once, and those that hold no token are not run.
 
     Args:
-        model_cfg: the architecture.
-        params: parameters of the policy.
-        batch: packed rows of the minibatch.
-        temperature: sampling temperature.
-        loss: a config's `loss` section.
-        entropy: whether to compute `policy/entropy`.
-        chunk_tokens: number of tokens per data shard that have logits at a time.
+        model_cfg: The architecture.
+        params: Parameters of the policy.
+        batch: Packed rows of the minibatch.
+        temperature: Sampling temperature.
+        loss: A config's `loss` section.
+        entropy: Whether to compute `policy/entropy`.
+        chunk_tokens: Number of tokens per data shard that have logits at a time.
 
     Returns:
         The gradients, and a dict of scalar metrics.
     """
-    grad = jax.grad(
-        partial(
-            loss_and_metrics, model_cfg, temperature=temperature, loss=loss, entropy=entropy, chunk_tokens=chunk_tokens
-        ),
-        has_aux=True,
-    )
+    options = dict(temperature=temperature, loss=loss, entropy=entropy, chunk_tokens=chunk_tokens)
+    grad = jax.grad(partial(loss_and_metrics, model_cfg, **options), has_aux=True)
     if max_micro_batches(batch) == 1:
         return grad(params, batch)
     metric_shapes = jax.eval_shape(grad, params, take_micro_batch(batch, 0))[1]
@@ -212,11 +204,11 @@ def make_update(
     """Builds the jitted update, (state, minibatch) -> (state, metrics). The old state is donated.
 
     Args:
-        model_cfg: the architecture.
-        cfg: the run's config.
-        mesh: the device mesh.
-        params: parameters of the policy, or their shapes.
-        optimizer: the optimizer, from `make_optimizer(cfg.optim)`.
+        model_cfg: The architecture.
+        cfg: The run's config.
+        mesh: The device mesh.
+        params: Parameters of the policy, or their shapes.
+        optimizer: The optimizer, from `make_optimizer(cfg.optim)`.
     """
     schedule = make_schedule(cfg.optim)
     shardings = train_state_shardings(mesh, params, optimizer)

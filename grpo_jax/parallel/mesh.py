@@ -17,7 +17,7 @@ import re
 from typing import Literal
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.errors import UserError
@@ -73,9 +73,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, de
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def num_data_shards(mesh: Mesh) -> int:
-    """Returns the number of data shards, the parts that a dimension of rows is split into."""
-    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+def num_data_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Returns the number of data shards, the parts that a dimension of rows is split into.
+
+    Args:
+        mesh: The mesh; by default the current one (`jax.set_mesh`). Without a current mesh there is 1 shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
 
 
 def drop_indivisible_axes(spec: P, shape: tuple[int, ...], mesh) -> P:

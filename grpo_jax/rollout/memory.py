@@ -32,10 +32,8 @@ class RolloutPlan(NamedTuple):
 
     def __str__(self) -> str:
         """Describes the plan in one line for the console."""
-        return (
-            f"{self.slots} decode slots, {self.slot_bytes / 2**20:,.1f} MiB of KV cache each "
-            f"(up to {self.max_slots:,} would fit)"
-        )
+        each = mebibytes(self.slot_bytes)
+        return f"{self.slots} decode slots, {each} of KV cache each (up to {self.max_slots:,} would fit)"
 
 
 def device_memory_bytes() -> int:
@@ -102,8 +100,7 @@ def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, 
     Raises:
         UserError: There is not enough memory.
     """
-    shards, tensor = num_data_shards(mesh), mesh.shape["tensor"]
-    rollout = cfg.rollout
+    rollout, shards, tensor = cfg.rollout, num_data_shards(mesh), mesh.shape["tensor"]
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
     weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
     token_bytes = kv_bytes_per_token(model_cfg, tensor)
@@ -121,14 +118,12 @@ def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, 
         slots = min(slots, max(max_slots, shards))
     slots = -(-slots // shards) * shards
     if slots > max_slots:
-        fix = "Lower rollout.slots or set it to 0"
-        if not max_slots:
-            fix = "Lower rollout.max_tokens or shard the model over more devices"
+        fix = "rollout.slots or set it to 0" if max_slots else "rollout.max_tokens or shard the model over more devices"
         raise UserError(
             f"rollout.slots may be at most {max_slots} to fit in memory; found {slots}, over {shards} data shard(s). A "
             f"slot takes {mebibytes(slot_bytes)} ({rollout.max_prompt_tokens} + {rollout.max_tokens} tokens of "
             f"{token_bytes / 1024:.1f} KiB), and {mebibytes(free_bytes)} of a device's {mebibytes(total_bytes)} are "
-            f"free next to {mebibytes(held_bytes)} of state and {mebibytes(weight_bytes)} of weights. {fix}."
+            f"free next to {mebibytes(held_bytes)} of state and {mebibytes(weight_bytes)} of weights. Lower {fix}."
         )
     return RolloutPlan(slots, max_slots, slot_bytes, free_bytes)
 

@@ -100,8 +100,7 @@ def start_rollout(
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
     maximum number of tokens of each completion, and 0 `slots` means one per sequence.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_data_shards(mesh)
+    shards = num_data_shards()
     prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
     slots = min(-(-slots // shards) * shards or len(limits), len(limits))
     sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
@@ -140,6 +139,7 @@ def generate_rollout(
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
     sizes, level = cache_sizes(width, width + max_tokens), 0
+    scale, greedy = np.float32(temperature or 1.0), temperature == 0  # scale is unused if greedy
     state, queue = start_rollout(
         model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens
     )
@@ -147,18 +147,9 @@ def generate_rollout(
         # Shrink only when the longest sequence is well below the smaller size: a resize costs about as much as two
         # decode steps, and the longest sequence soon grows again.
         smaller = sizes[level - 1] if level else 0
-        shrink_at = max(0, smaller - (sizes[level] - smaller) // 4)
+        shrink_at = np.int32(max(0, smaller - (sizes[level] - smaller) // 4))
         state = decode_tokens(
-            model_cfg,
-            params,
-            state,
-            queue,
-            stop_table,
-            np.float32(temperature or 1.0),
-            np.int32(shrink_at),
-            UNLIMITED_STEPS,
-            greedy=temperature == 0,
-            filter=filter,
+            model_cfg, params, state, queue, stop_table, scale, shrink_at, UNLIMITED_STEPS, greedy=greedy, filter=filter
         )
         longest = int(state.longest)
         if not longest:
@@ -197,15 +188,17 @@ def place_for_rollout(model_cfg: ModelConfig, params, mesh: Mesh | None = None):
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | None = None) -> Prompts:
-    """Pads lists of token ids to `Prompts`. T is rounded up to a multiple of 32, so that few shapes are compiled."""
+    """Pads lists of token ids to `Prompts`. T is rounded up to a multiple of 32, so that few shapes are compiled.
+
+    Raises:
+        ValueError: A prompt is empty, there are none, or `prompt_ids` are not distinct 31-bit integers.
+    """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.all():
         raise ValueError(f"Pass at least one prompt, each of at least one token; found lengths {lengths.tolist()}.")
     ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
     if ids.shape != lengths.shape or ids.min() < 0 or ids.max() >= 2**31 or len(set(ids.tolist())) < len(ids):
-        raise ValueError(
-            f"prompt_ids must be {len(lengths)} different integers from 0 to 2**31 - 1; found {ids.tolist()}."
-        )
+        raise ValueError(f"prompt_ids must be {len(lengths)} different integers in [0, 2**31); found {ids.tolist()}.")
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // 32) * 32), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -219,7 +212,7 @@ def check_request(
     tokens, longest = prompts.tokens, int((prompts.lengths[:, None] + limits).max())
     if tokens.min() < 0 or tokens.max() >= model_cfg.vocab_size:
         raise ValueError(
-            f"The token ids of a prompt must be in [0, {model_cfg.vocab_size}); found {tokens.min()} to {tokens.max()}."
+            f"Prompts must hold token ids in [0, {model_cfg.vocab_size}); found {tokens.min()} to {tokens.max()}."
         )
     if longest > model_cfg.max_positions:
         raise ValueError(

@@ -62,7 +62,7 @@ class DecodeState:
     num_started: Int[Array, " shards"]  # sequences that have been assigned to a slot
     longest: Int[
         Array, ""
-    ]  # cache columns that the longest active sequence needs for its next token; 0 when all are done
+    ]  # cache columns that the longest active sequence needs for its next token; 0 if all are done
     tokens: Int[Array, "N S"]
     logps: Float[Array, "N S"]
     lengths: Int[Array, " N"]
@@ -114,8 +114,7 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
         return hidden_states(model_cfg, params, tokens, single_sequence(positions), layout="rollout")[1]
 
-    mesh = jax.sharding.get_abstract_mesh()
-    batch_size = prefill_batch_size(model_cfg, width) * (1 if mesh.empty else num_data_shards(mesh))
+    batch_size = prefill_batch_size(model_cfg, width) * num_data_shards()
     if count <= batch_size:
         return prefill(prompts.tokens)
     num_batches = -(-count // batch_size)
@@ -171,9 +170,7 @@ def append_tokens(
     `stop_state` is the state in the stop table after the sampled token.
     """
     active = state.sequence >= 0
-    row = jnp.where(
-        active, state.sequence, len(queue.limits)
-    )  # idle slots write past the end, where writes are dropped
+    row = jnp.where(active, state.sequence, len(queue.limits))  # idle slots write past the end, which drops the write
     num_sampled = state.num_sampled + 1
     stopped = stop_state == STOPPED
     done = stopped | (num_sampled >= queue.limits[jnp.maximum(state.sequence, 0)])
@@ -237,7 +234,6 @@ def init_decode(
     def row_zeros(*shape, dtype=jnp.int32):
         return constrain(jnp.zeros(shape, dtype), ROW_AXES)
 
-    mesh = jax.sharding.get_abstract_mesh()
     state = DecodeState(
         kv_cache=tuple(
             KV(empty_cache(kv.k, (kv.k.shape[-2], columns)), empty_cache(kv.v, (columns, kv.v.shape[-1])))
@@ -248,7 +244,7 @@ def init_decode(
         position=row_zeros(slots),
         num_sampled=row_zeros(slots),
         stop_state=row_zeros(slots),
-        num_started=row_zeros(1 if mesh.empty else num_data_shards(mesh)),
+        num_started=row_zeros(num_data_shards()),
         longest=jnp.int32(0),
         tokens=row_zeros(len(limits), max_tokens),
         logps=row_zeros(len(limits), max_tokens, dtype=jnp.float32),
@@ -298,10 +294,8 @@ def decode_tokens(
 
     def decode_step(carry):
         state, steps = carry
-        position = state.position[:, None]
-        hidden, kv_cache = hidden_states(
-            model_cfg, params, state.last_token[:, None], single_sequence(position), state.kv_cache, layout="rollout"
-        )
+        tokens, segments = state.last_token[:, None], single_sequence(state.position[:, None])
+        hidden, kv_cache = hidden_states(model_cfg, params, tokens, segments, state.kv_cache, layout="rollout")
         logits = sampling_logits(model_cfg, params, hidden[:, 0], 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(per_shard(slot_keys, state.sequence, queue), state.num_sampled)
         token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, None), greedy, filter)
