@@ -15,7 +15,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.parallel.mesh import num_data_shards, tree_shardings
-from grpo_jax.rollout.slots import prefill_batch_size, score_columns
+from grpo_jax.rollout.slots import num_score_columns, prefill_batch_size
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs
 
@@ -83,7 +83,7 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     """
     heads = model_cfg.num_heads // tensor if model_cfg.num_heads % tensor == 0 else model_cfg.num_heads
     mlp_width = max(model_cfg.intermediate_size, model_cfg.hidden_size)
-    floats_per_token = 2 * heads * score_columns(model_cfg, width) + 2 * mlp_width + 8 * model_cfg.hidden_size
+    floats_per_token = 2 * heads * num_score_columns(model_cfg, width) + 2 * mlp_width + 8 * model_cfg.hidden_size
     return prefill_batch_size(model_cfg, width) * width * 4 * floats_per_token
 
 

@@ -93,7 +93,7 @@ def per_shard(function, *args):
     return jax.tree.unflatten(out_tree, sharded(*(leaf for _, leaf in leaves)))
 
 
-def score_columns(model_cfg: ModelConfig, width: int) -> int:
+def num_score_columns(model_cfg: ModelConfig, width: int) -> int:
     """Returns how many columns of attention scores are held at once per query while prefilling T = `width` columns."""
     return width if choose_kernel(model_cfg, width, cached=False) == "plain" else BLOCK_SIZE
 
@@ -101,7 +101,7 @@ def score_columns(model_cfg: ModelConfig, width: int) -> int:
 def prefill_batch_size(model_cfg: ModelConfig, width: int) -> int:
     """Returns how many prompts of T = `width` columns a shard prefills at once."""
     # Scores and their softmax, 4 bytes each.
-    score_bytes = 8 * model_cfg.num_heads * width * score_columns(model_cfg, width)
+    score_bytes = 8 * model_cfg.num_heads * width * num_score_columns(model_cfg, width)
     return max(1, min(PREFILL_TOKENS // width, PREFILL_SCORE_BYTES // score_bytes))
 
 
