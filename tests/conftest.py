@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook  # noqa: E402  (JAX reads the environment when it is imported)
 
-import tests.strict  # noqa: E402, F401  (install_import_hook takes it by name)
+import tests.strict  # noqa: E402, F401  (install_import_hook refers to it by name)
 
 # jaxtyping and beartype check the annotations of these modules, also while they are traced.
 CHECKED = (

@@ -105,24 +105,24 @@ def check_against_reference(
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
 
-def test_shuffled_packed_row_with_grouped_heads():
+def test_a_shuffled_packed_row_with_grouped_heads_matches_the_reference():
     check_against_reference(packed_segments(45), heads=(6, 2))
 
 
-def test_rows_that_need_different_blocks():
+def test_rows_that_need_different_blocks_match_the_reference():
     check_against_reference(packed_segments(40, rows=3, shuffled=False), heads=(3, 1))
 
 
-def test_causal_row_with_traced_window_and_wider_values():
+def test_a_causal_row_with_traced_window_and_wider_values_matches_the_reference():
     check_against_reference(causal_segments(37), window=11, traced_window=True, widths=(4, 7))
 
 
-def test_fewer_queries_than_keys_with_softcap_and_constant_window():
+def test_fewer_queries_than_keys_with_softcap_and_constant_window_match_the_reference():
     tokens = packed_segments(45)
     check_against_reference(take_columns(tokens, slice(9, 30)), tokens, window=7, softcap=2.0)
 
 
-def test_bfloat16():
+def test_bfloat16_matches_the_reference():
     check_against_reference(packed_segments(45, rows=2), heads=(6, 2), dtype=jnp.bfloat16, tolerance=0.03)
 
 
@@ -181,7 +181,7 @@ def test_plan_holds_exactly_the_blocks_with_a_visible_key(window):
 
 
 @pytest.mark.slow
-def test_scan_of_rematerialized_layers_in_shard_map_with_checked_types():
+def test_scanned_rematerialized_layers_in_shard_map_match_the_reference():
     """Rows and heads are sharded. shard_map checks along which mesh axes the carry of each loop varies."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     tokens = packed_segments(20, rows=2)

@@ -161,7 +161,7 @@ def test_tensors_that_the_decoder_does_not_use_are_skipped_and_copied(tmp_path, 
     assert ["skipped 3 tensors" in message for message in caplog.messages] == [True]
     save(tmp_path / "out", model_cfg, params)
     assert stored_tensors(tmp_path / "out") == stored_tensors(source)
-    assert len(caplog.messages) == 1  # saving does not say it again
+    assert len(caplog.messages) == 1  # saving does not repeat the warning
 
 
 def test_a_folder_with_another_model_is_refused(tmp_path):
@@ -210,7 +210,7 @@ def test_an_export_is_the_policy_of_the_step_or_the_base_model(run, tmp_path, ar
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
         (["--step=5"], r"kept in .* \(3, 7\); found 5"),
         (["--base", "--step=3"], "--base and --step may be given; found both"),
@@ -218,8 +218,8 @@ def test_an_export_is_the_policy_of_the_step_or_the_base_model(run, tmp_path, ar
         (["--step=x"], "invalid int"),
     ],
 )
-def test_a_mistake_in_the_arguments_writes_nothing(run, tmp_path, argv, says):
-    with pytest.raises(UserError, match=says):
+def test_a_mistake_in_the_arguments_writes_nothing(run, tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
         export.main([f"--workdir={run}", f"--out={tmp_path}/out", *argv])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

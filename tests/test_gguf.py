@@ -33,7 +33,7 @@ def golden_file(case: str) -> Path:
 def write_file(
     path: Path, architecture: str = "llama", fields: dict | None = None, tensors: dict | None = None
 ) -> Path:
-    """Writes a model of one layer: what `read_gguf_config` needs, and more tensors and fields (None removes one)."""
+    """Writes a one-layer model: what `read_gguf_config` needs, plus the given tensors and fields (None removes one)."""
     writer = gguf.GGUFWriter(path, architecture)
     prefix = f"{architecture}."
     required = {

@@ -87,7 +87,7 @@ def check_splash(length, rows, filled, num_heads, num_kv_heads, key_width, value
     splash = partial(splash_attention, masks=make_splash_masks(mask), interpret=True, **options)
     plain = partial(plain_attention, mask=mask, **options)
     got, want = (with_gradients(attend, cotangent * has_keys)(*inputs) for attend in (splash, plain))
-    assert all(np.isfinite(x).all() for x in got)  # where a query has no keys, too
+    assert all(np.isfinite(x).all() for x in got)  # also where a query has no keys
     assert_close((got[0] * has_keys, *got[1:]), (want[0] * has_keys, *want[1:]))
 
 
@@ -127,7 +127,7 @@ def test_splash_skips_empty_tiles(small_tiles):
 
 
 @pytest.mark.slow
-def test_splash_in_rematerialized_layers_on_two_devices(small_tiles):
+def test_splash_in_rematerialized_layers_on_two_devices_equals_plain_attention(small_tiles):
     """A scan of layers that share the masks, under jax.checkpoint, in shard_map."""
     rows, length, width = 2, 256, 8
     segments = packed_segments(rows, length, 250)

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax import forward
 from grpo_jax.model.attention import KV, choose_kernel
-from grpo_jax.model.decoder import hidden_states, logits_from_hidden, unstack_layers
+from grpo_jax.model.decoder import compute_logits, hidden_states, unstack_layers
 from grpo_jax.model.mask import single_sequence
 from tests.tiny import CONFIG, params
 
@@ -40,7 +40,7 @@ def test_decoding_from_the_cache_matches_the_forward_pass(unstacked):
     def logits_and_kv(tokens, first_position, cache):
         positions = first_position + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, kv = hidden_states(CONFIG, weights, tokens, single_sequence(positions), cache)
-        return logits_from_hidden(CONFIG, weights, hidden), kv
+        return compute_logits(CONFIG, weights, hidden), kv
 
     def grow(x, axis):
         return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(5)])

@@ -1,4 +1,4 @@
-"""What a compiled update gathers and keeps on the devices of a mesh, and that a mesh does not change results."""
+"""Checks what a compiled update gathers and keeps on each device of a mesh, and that a mesh changes no result."""
 
 import importlib.util
 import subprocess

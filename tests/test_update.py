@@ -21,7 +21,7 @@ from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
 from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience, make_update, minibatch_gradients, score_reference, take_minibatch
-from grpo_jax.model.decoder import sampling_logits
+from grpo_jax.model.decoder import head_matmul, temperature_logits
 from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rollout.sampler import pad_prompts
 from tests.tiny import CONFIG, experience, packed, padded, params
@@ -330,7 +330,7 @@ def test_blocks_of_the_head_do_not_change_scores_or_gradients(softcap, tied, chu
     counted = jnp.arange(11) < counts[:, None]
 
     def full(weights, hidden):
-        logps = jax.nn.log_softmax(sampling_logits(model_cfg, weights, hidden, 0.8))
+        logps = jax.nn.log_softmax(temperature_logits(model_cfg, head_matmul(model_cfg, weights, hidden), 0.8))
         probs = jnp.exp(logps)
         entropies = -jnp.sum(jnp.where(probs > 0, probs * jnp.where(probs > 0, logps, 0.0), 0.0), axis=-1)
         return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], entropies

@@ -135,7 +135,7 @@ def test_fields_that_a_family_does_not_use_are_ignored(tmp_path, case, fields):
     assert replace(model_cfg, source="") == replace(read_model_config(GOLDEN / case), source="")
 
 
-def test_swish_is_another_name_of_silu(folder):
+def test_swish_is_another_name_for_silu(folder):
     model_cfg = read_model_config(change_config(folder, {"hidden_act": "swish"}))
     assert ACTIVATIONS[model_cfg.activation] is ACTIVATIONS["silu"]
 

@@ -1,4 +1,4 @@
-"""A random model of a few thousand parameters, random experience for it, and what a compiled program gathers."""
+"""A random model of a few thousand parameters, random experience for it, and a look into compiled programs."""
 
 import re
 from functools import partial

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
-from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, num_data_shards, spec_for
+from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, shard_map_on_mesh, spec_for
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
@@ -246,14 +246,13 @@ def logprobs_from_hidden(
         Log-probs and entropies in nats, in float32. The entropies have no gradient.
     """
     mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
-    row_spec, kernel_spec = P(None), P(None, None)
+    rows, kernel_spec = row_spec(targets.shape[0]), P(None, None)
     if not mesh.empty:
-        row_spec = drop_indivisible_axes(P(ROW_AXES), targets.shape[:1], mesh)
         _, kernel_spec = spec_for(head_path(model_cfg))
         if model_cfg.tie_embeddings:  # the kernel is the transposed embedding table
             kernel_spec = P(*reversed(kernel_spec))
         kernel_spec = drop_indivisible_axes(kernel_spec, kernel.shape, mesh)
-    local_rows = targets.shape[0] // (num_data_shards(mesh) if row_spec[0] else 1)
+    local_rows = targets.shape[0] // (num_data_shards(mesh) if rows[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts
     block_columns = max(1, min(length, chunk_tokens // local_rows))
 
@@ -264,10 +263,7 @@ def logprobs_from_hidden(
         return axis is not None and mesh.shape[axis] > 1
 
     spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, is_split(kernel_spec[0]), is_split(kernel_spec[1]))
-    run = partial(chunked_logprobs, spec)
-    if not mesh.empty:
-        in_specs = (kernel_spec, row_spec, row_spec, row_spec)
-        run = jax.shard_map(run, in_specs=in_specs, out_specs=(row_spec, row_spec), check_vma=False)
+    run = shard_map_on_mesh(partial(chunked_logprobs, spec), (kernel_spec, rows, rows, rows), (rows, rows))
     return tuple(x[:, :length] for x in run(kernel, pad_columns(hidden), pad_columns(targets), counts))
 
 

@@ -3,9 +3,9 @@
 Modules, in reading order:
 
     architecture  `ModelConfig`, the shape of a decoder
-    mask          attention masks and plain attention
-    blockwise     attention in blocks, in memory linear in the row length
-    kernels       attention by the kernels of TPUs and GPUs
+    mask          attention masks and a reference implementation of attention
+    blockwise     attention block by block, in memory linear in the row length
+    kernels       attention by vendor kernels: splash on TPU, cuDNN on GPU
     rope          rotary position embeddings
     layers        projections, norms, token embeddings and the MLP
     attention     grouped-query and latent attention, with or without a KV cache

@@ -27,7 +27,7 @@ class RopeConfig:
 class LayerConfig:
     """The settings that may differ between the layers of a model."""
 
-    window: int = 0  # sliding window in tokens, the query's own included; 0: full attention
+    window: int = 0  # sliding window in tokens, including the query's own; 0: full attention
     rope: RopeConfig = RopeConfig()
     use_experts: bool = False  # mixture of experts instead of a dense MLP
 
@@ -94,26 +94,25 @@ class ModelConfig:
     compute_dtype: str = "float32"  # of activations, and of weights when they are multiplied
     logit_dtype: str = "float32"  # of the product with the head; logits are converted to float32 afterwards
     attention: str = "auto"  # "plain", "blocks", "splash", "cudnn", or "auto": the best for the platform
-    remat: str = (
-        "none"  # recomputed in the backward pass: "none", "matmuls" (all but matmuls), "layers" (but attention)
-    )
+    # Recomputed in the backward pass: "none", "matmuls" (all but matmuls and attention), "layers" (all but attention).
+    remat: str = "none"
 
     @property
     def num_layers(self) -> int:
-        """The number of decoder layers."""
+        """Returns the number of decoder layers."""
         return len(self.layers)
 
     @property
     def sampleable_vocab_size(self) -> int:
-        """The number of ids, counted from 0, that stand for a token; higher ids only pad the embedding table."""
+        """Returns the number of ids, from 0 on, that stand for a token; higher ids only pad the embedding table."""
         return self.tokenizer_vocab_size or self.vocab_size
 
     @property
     def effective_score_divisor(self) -> float:
-        """`score_divisor`, or its default."""
+        """Returns `score_divisor`, or its default."""
         return self.score_divisor or math.sqrt(self.head_dim)
 
     @property
     def layer_stacks(self) -> tuple[tuple[LayerConfig, ...], ...]:
-        """The layers divided into stacks of consecutive layers whose parameters have the same shapes."""
+        """Returns the layers, divided into stacks of consecutive layers whose parameters have the same shapes."""
         return tuple(tuple(stack) for _, stack in itertools.groupby(self.layers, key=lambda layer: layer.use_experts))

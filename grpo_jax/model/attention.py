@@ -28,7 +28,7 @@ from grpo_jax.model.mask import (
     weighted_values,
 )
 from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, mesh_platform
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
 from grpo_jax.types import Segments
 
 
@@ -64,15 +64,14 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
     if cached:
         return "plain"  # there are few queries, so the scores are no larger than the cache
     wanted = model_cfg.attention if model_cfg.attention != "auto" else PLATFORM_KERNELS.get(mesh_platform(), "")
-    key_width = value_width = model_cfg.head_dim
+    widths = model_cfg.head_dim, model_cfg.head_dim  # of keys and values
     if latent := model_cfg.latent:
-        key_width, value_width = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
-    softcap = model_cfg.score_softcap
+        widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
     supported = {
         "plain": True,
         "blocks": True,
         "splash": splash_supports(length),
-        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, key_width, value_width, softcap),
+        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap),
     }
     if supported.get(wanted):
         return wanted
@@ -85,10 +84,10 @@ def make_attention_inputs(
     """Builds the `AttentionInputs` of all layers with the config `layer`.
 
     Args:
-        model_cfg: the architecture.
-        layer: the layers' RoPE and sliding window.
-        queries: segments of the tokens given.
-        columns: number of columns of the cache; 0: there is no cache, and the tokens attend to one another.
+        model_cfg: The model's config.
+        layer: The layers' RoPE and sliding window.
+        queries: The segments of the given tokens.
+        columns: The number of columns of the cache. 0: there is no cache, and the tokens attend to one another.
     """
     rope_dim = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
     rows, length = queries.position.shape
@@ -120,24 +119,10 @@ def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
     return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
 
 
-def row_spec(rows: int) -> P:
-    """Returns the spec of an array with this many rows on the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return P(None) if mesh.empty else drop_indivisible_axes(P(ROW_AXES), (rows,), mesh)
-
-
-def shard_map_on_mesh(function, in_specs, out_specs):
-    """Returns `function` mapped over the shards of the current mesh; without a mesh, `function` itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
 def kv_head_copies(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
-    """Returns how often each key head must be repeated to divide the heads among shards; 0 if that is impossible."""
+    """Returns how many copies of each key head let the heads be divided among shards; 0 if no number does."""
     for copies in range(1, num_heads // num_kv_heads + 1):
-        repeated = num_kv_heads * copies
-        if repeated % num_shards == 0 and num_heads % repeated == 0:
+        if num_kv_heads * copies % num_shards == 0 and num_heads % (num_kv_heads * copies) == 0:
             return copies
     return 0
 
@@ -146,8 +131,7 @@ def attend(
     model_cfg: ModelConfig, q: Float[Array, "N L H E"], kv: KV, inputs: AttentionInputs, *, cached: bool
 ) -> Float[Array, "N L H _"]:
     """Computes `softmax(q k) v` of one layer. The output of a query that attends to no key is finite but undefined."""
-    divisor = model_cfg.effective_score_divisor
-    options = dict(divisor=divisor, softcap=model_cfg.score_softcap)
+    options = dict(divisor=model_cfg.effective_score_divisor, softcap=model_cfg.score_softcap)
     kernel = choose_kernel(model_cfg, q.shape[1], cached)
     if kernel == "plain":
         return plain_attention(q, kv.k, kv.v, inputs.mask, **options)
@@ -156,7 +140,7 @@ def attend(
         if kernel == "splash":
             return splash_attention(q, keys, values, mask, interpret=mesh_platform() != "tpu", **options)
         if kernel == "cudnn":
-            return cudnn_attention(q, keys, values, mask, divisor=divisor)
+            return cudnn_attention(q, keys, values, mask, divisor=options["divisor"])
         plan = jax.tree.map(lambda x: x[0], mask)
         return blockwise_attention(q, keys, values, queries, key_segments, window, plan, **options)
 
@@ -166,9 +150,8 @@ def attend(
     by_row, head_axis = row_spec(q.shape[0]), ("tensor" if copies else None)
     q_spec, kv_spec = P(*by_row, None, head_axis), P(*by_row, head_axis)
     in_specs = q_spec, kv_spec, kv_spec, by_row, by_row, P(), by_row
-    return shard_map_on_mesh(attend_on_shard, in_specs, q_spec)(
-        q, keys, values, inputs.queries, inputs.keys, inputs.window, inputs.mask
-    )
+    args = q, keys, values, inputs.queries, inputs.keys, inputs.window, inputs.mask
+    return shard_map_on_mesh(attend_on_shard, in_specs, q_spec)(*args)
 
 
 class Attention(nn.Module):
@@ -210,19 +193,18 @@ class LatentAttention(nn.Module):
         c, z = self.model_cfg, self.model_cfg.latent
         heads, key_width = c.num_heads, z.qk_nope_head_dim + z.qk_rope_head_dim
 
-        def latent_norm(name):
-            return RMSNorm(1e-6, name=name)  # DeepSeek's own code ignores rms_norm_eps here
-
         def rotate(y):
             return apply_rope(deinterleave(y) if z.rope_interleave else y, inputs.cos_sin)
 
         if z.q_lora_rank:
+            # DeepSeek's own code ignores rms_norm_eps in the norms of the compressed vectors.
             compressed_q = Projection((c.hidden_size,), (z.q_lora_rank,), c.qkv_bias, name="q_a")(x)
-            q = Projection((z.q_lora_rank,), (heads, key_width), name="q_b")(latent_norm("q_a_norm")(compressed_q))
+            compressed_q = RMSNorm(1e-6, name="q_a_norm")(compressed_q)
+            q = Projection((z.q_lora_rank,), (heads, key_width), name="q_b")(compressed_q)
         else:
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
         compressed = Projection((c.hidden_size,), (z.kv_lora_rank + z.qk_rope_head_dim,), c.qkv_bias, name="kv_a")(x)
-        latent = latent_norm("kv_a_norm")(compressed[..., : z.kv_lora_rank])
+        latent = RMSNorm(1e-6, name="kv_a_norm")(compressed[..., : z.kv_lora_rank])
         init = nn.initializers.normal(z.kv_lora_rank**-0.5)
         expand = self.param("kv_b", init, (z.kv_lora_rank, heads, z.qk_nope_head_dim + z.v_head_dim))
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.qk_nope_head_dim], axis=-1)
@@ -240,9 +222,7 @@ class LatentAttention(nn.Module):
         else:
             kv = write_cache(cache, kv, inputs.queries.position)
             q_latent = jnp.einsum("nlhe,rhe->nlhr", q_nope, to_key)
-            scores = attention_scores(q_latent, jnp.swapaxes(kv.v, -1, -2)) + attention_scores(q_rope, kv.k)
-            mixed = weighted_values(
-                scores, kv.v, inputs.mask, divisor=c.effective_score_divisor, softcap=c.score_softcap
-            )
-            out = jnp.einsum("nlhr,rhe->nlhe", mixed, to_value)
+            scores = attention_scores(q_latent, kv.v.mT) + attention_scores(q_rope, kv.k)
+            out = weighted_values(scores, kv.v, inputs.mask, divisor=c.effective_score_divisor, softcap=c.score_softcap)
+            out = jnp.einsum("nlhr,rhe->nlhe", out, to_value)
         return Projection((heads, z.v_head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv

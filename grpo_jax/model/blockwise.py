@@ -28,7 +28,7 @@ MIN_SCORE = -1e30  # initial maximum; finite, so that subtracting it from the -i
 
 
 class BlockPlan(NamedTuple):
-    """The blocks of keys, of J, that each of I blocks of queries visits, in any row of the batch."""
+    """For each of I blocks of queries, which of J blocks of keys it visits, in any row of the batch."""
 
     order: Int[Array, "I J"]  # indices of the key blocks, needed ones first
     num_needed: Int[Array, " I"]
@@ -73,15 +73,15 @@ def blockwise_attention(
     Unlike in `plain_attention`, the output of a query that attends to no key is zero.
 
     Args:
-        q: query heads.
-        keys: key heads.
-        values: value heads.
-        queries: the segments of the queries.
-        key_segments: the segments of the keys.
-        window: the sliding window.
-        plan: the result of `plan_blocks` for the same segments and window, or a plan that visits more blocks.
-        divisor: divides the scores.
-        softcap: as in `weighted_values`.
+        q: Query heads.
+        keys: Key heads.
+        values: Value heads.
+        queries: The segments of the queries.
+        key_segments: The segments of the keys.
+        window: The sliding window.
+        plan: The result of `plan_blocks` for the same segments and window, or a plan that visits more blocks.
+        divisor: Divides the scores.
+        softcap: As in `weighted_values`.
     """
     # Tokens added by padding have prompt id 0: they attend to nothing and nothing attends to them.
     mask_inputs = MaskInputs(pad_to_blocks(queries, 1), pad_to_blocks(key_segments, 1), jnp.asarray(window), plan)
@@ -93,9 +93,7 @@ def pad_to_blocks(arrays, axis: int):
     """Pads every array with zeros along `axis` to a whole number of blocks."""
 
     def pad(x):
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, -x.shape[axis] % BLOCK_SIZE)
-        return jnp.pad(x, widths)
+        return jnp.pad(x, [(0, -size % BLOCK_SIZE if i == axis else 0) for i, size in enumerate(x.shape)])
 
     return jax.tree.map(pad, arrays)
 
@@ -124,11 +122,6 @@ def ungroup_heads(x: Float[Array, "N K _ _"], size: int) -> Float[Array, "N _ H 
 def join_blocks(blocks: Float[Array, "I N _ H _"]) -> Float[Array, "N L H _"]:
     """Concatenates blocks of tokens, [I, N, block, H, _] to [N, L, H, _]."""
     return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1, *blocks.shape[3:])
-
-
-def transpose_last_two(x):
-    """Swaps the last two axes."""
-    return jnp.swapaxes(x, -1, -2)
 
 
 def matmul_float32(a, b):
@@ -166,8 +159,7 @@ def flash_forward(size, divisor, softcap, q, keys, values, mask_inputs):
             top, total, out = state
             key_block = plan.order[query_block, step]
             mask = attention_mask(segments, take_block(mask_inputs.keys, key_block, size, 1), mask_inputs.window)
-            scores = block_scores(q_block, take_block(keys, key_block, size, 3), divisor, softcap)
-            scores = mask_scores(scores, mask)
+            scores = mask_scores(block_scores(q_block, take_block(keys, key_block, size, 3), divisor, softcap), mask)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             probs, rescale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * rescale + jnp.sum(probs, axis=-1, keepdims=True)
@@ -193,8 +185,7 @@ def flash_attention(size, divisor, softcap, q, keys, values, mask_inputs):
 def flash_attention_fwd(size, divisor, softcap, q, keys, values, mask_inputs):
     """Computes `flash_attention` and the residuals of its backward pass."""
     # Named, so that remat policies can save them: no other activations cost as much to recompute per byte.
-    forward = flash_forward(size, divisor, softcap, q, keys, values, mask_inputs)
-    out, lse = checkpoint_name(forward, "attention")
+    out, lse = checkpoint_name(flash_forward(size, divisor, softcap, q, keys, values, mask_inputs), "attention")
     return out, (q, keys, values, mask_inputs, out, lse)
 
 
@@ -202,7 +193,7 @@ def flash_attention_bwd(size, divisor, softcap, residuals, dout):
     """Computes the gradients of `flash_attention` with respect to q, keys and values."""
     q, keys, values, mask_inputs, out, lse = residuals
     plan = mask_inputs.plan
-    keys_t, values_t = transpose_last_two(keys), transpose_last_two(values)
+    keys_t, values_t = keys.mT, values.mT
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # dout out^T
 
     def backward_block(kv_grads, block_and_lse):
@@ -211,7 +202,7 @@ def flash_attention_bwd(size, divisor, softcap, residuals, dout):
         q_block, dout_block, delta_block = (
             group_heads(take_block(x, query_block, size, 1), keys.shape[1]) for x in (q, dout, delta)
         )
-        q_block_t, dout_block_t = transpose_last_two(q_block), transpose_last_two(dout_block)
+        q_block_t, dout_block_t = q_block.mT, dout_block.mT
 
         def visit(step, grads):
             dq, dkeys, dvalues_t = grads
@@ -228,13 +219,13 @@ def flash_attention_bwd(size, divisor, softcap, residuals, dout):
             dvalues_t = add_to_block(dvalues_t, matmul_float32(dout_block_t, probs), key_block, size, 3)
             return dq, dkeys, dvalues_t
 
-        dq = zeros_varying_like(q_block.shape, q)
-        dq, *kv_grads = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, (dq, *kv_grads))
+        grads = zeros_varying_like(q_block.shape, q), *kv_grads
+        dq, *kv_grads = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, grads)
         return tuple(kv_grads), ungroup_heads((dq / divisor).astype(q.dtype), size)
 
     kv_grads = zeros_varying_like(keys.shape, q), zeros_varying_like(values_t.shape, q)
     (dkeys, dvalues_t), dq = jax.lax.scan(backward_block, kv_grads, (jnp.arange(len(lse)), lse))
-    dkeys, dvalues = (dkeys / divisor).astype(keys.dtype), transpose_last_two(dvalues_t).astype(values.dtype)
+    dkeys, dvalues = (dkeys / divisor).astype(keys.dtype), dvalues_t.mT.astype(values.dtype)
     return join_blocks(dq), dkeys, dvalues, None
 
 

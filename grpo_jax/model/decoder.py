@@ -87,8 +87,7 @@ def unstack_layers(params: dict) -> dict:
     """Returns the same parameters with every layer in a layer stack of its own."""
 
     def split(stack):
-        count = num_stacked_layers(stack)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for i in range(count)]
+        return [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for i in range(num_stacked_layers(stack))]
 
     return params | {"layers": tuple(layer for stack in params["layers"] for layer in split(stack))}
 
@@ -164,9 +163,8 @@ def hidden_states(
         x = x * jnp.asarray(model_cfg.embed_scale, x.dtype)
     x = constrain(x, ROW_AXES, None, None)
     columns = 0 if cache is None else cache[0].v.shape[-2]
-    inputs = {
-        layer: make_attention_inputs(model_cfg, layer, segments, columns) for layer in dict.fromkeys(model_cfg.layers)
-    }
+    kinds = dict.fromkeys(model_cfg.layers)
+    inputs = {layer: make_attention_inputs(model_cfg, layer, segments, columns) for layer in kinds}
     stacked_kv, start = [], 0
     for index, stack in enumerate(params["layers"]):
         layers = model_cfg.layers[start : start + num_stacked_layers(stack)]
@@ -200,9 +198,7 @@ def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Floa
     return model_cfg.logit_softcap * jnp.tanh(logits / model_cfg.logit_softcap) if model_cfg.logit_softcap else logits
 
 
-def logits_from_hidden(
-    model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]
-) -> Float[Array, "*rows V"]:
+def compute_logits(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """Returns the float32 logits of hidden states."""
     return cap_logits(model_cfg, head_matmul(model_cfg, params, hidden))
 
@@ -213,7 +209,7 @@ def temperature_logits(
     temperature: float | Float[Array, ""],
     first_id: int | Int[Array, ""] = 0,
 ) -> Float[Array, "*rows _"]:
-    """Returns float32 logits divided by the temperature, and -inf for ids that stand for no token.
+    """Returns the logits that tokens are sampled from: float32, divided by the temperature, -inf for ids of no token.
 
     The sampler and the trainer both use this function, so that the ratio of a fresh rollout is 1 up to rounding.
 
@@ -227,13 +223,6 @@ def temperature_logits(
     if model_cfg.sampleable_vocab_size == model_cfg.vocab_size:
         return logits
     return jnp.where(first_id + jnp.arange(logits.shape[-1]) < model_cfg.sampleable_vocab_size, logits, -jnp.inf)
-
-
-def sampling_logits(
-    model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"], temperature: float | Float[Array, ""]
-):
-    """Returns the logits that tokens are sampled from: `temperature_logits` of hidden states, [..., V]."""
-    return temperature_logits(model_cfg, head_matmul(model_cfg, params, hidden), temperature)
 
 
 def forward(
@@ -259,4 +248,4 @@ def forward(
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     hidden, _ = hidden_states(model_cfg, params, tokens, single_sequence(jnp.asarray(positions), real))
-    return logits_from_hidden(model_cfg, params, hidden)
+    return compute_logits(model_cfg, params, hidden)

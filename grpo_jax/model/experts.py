@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ExpertsConfig, ModelConfig
 from grpo_jax.model.layers import ACTIVATIONS, MLP
-from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes
+from grpo_jax.parallel.mesh import drop_indivisible_axes, row_spec, shard_map_on_mesh
 
 
 def choose_experts(
@@ -97,9 +97,9 @@ def experts_on_mesh(x: Float[Array, "N L D"], chosen, weights, gate, up, down, a
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run_flat(x, chosen, weights, gate, up, down).astype(x.dtype)
-    row_spec = drop_indivisible_axes(P(ROW_AXES), x.shape, mesh)
+    rows = row_spec(x.shape[0])
     kernel_spec = drop_indivisible_axes(P("expert", None, "tensor"), gate.shape, mesh)
-    rows_split = row_spec[0] is not None
+    rows_split = rows[0] is not None
     experts_split = kernel_spec[0] is not None and mesh.shape["expert"] > 1
     columns_split = kernel_spec[2] is not None and mesh.shape["tensor"] > 1
 
@@ -114,12 +114,8 @@ def experts_on_mesh(x: Float[Array, "N L D"], chosen, weights, gate, up, down, a
             out = jax.lax.psum_scatter(out, "expert", tiled=True) if rows_split else jax.lax.psum(out, "expert")
         return out.astype(x.dtype)
 
-    return jax.shard_map(
-        run_shard,
-        in_specs=(row_spec, row_spec, row_spec, kernel_spec, kernel_spec, P(kernel_spec[0], kernel_spec[2])),
-        out_specs=row_spec,
-        check_vma=False,
-    )(x, chosen, weights, gate, up, down)
+    in_specs = rows, rows, rows, kernel_spec, kernel_spec, P(kernel_spec[0], kernel_spec[2])
+    return shard_map_on_mesh(run_shard, in_specs, rows)(x, chosen, weights, gate, up, down)
 
 
 class Router(nn.Module):
@@ -142,12 +138,9 @@ class Router(nn.Module):
             chosen_and_weights = choose_experts(experts, logits.reshape(-1, experts.num_experts), correction)
             return tuple(y.reshape(*logits.shape[:-1], -1) for y in chosen_and_weights)
 
-        logits, mesh = logits.reshape(*x.shape[:-1], -1), jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return choose(logits, correction)
         # Without shard_map the partitioner would gather the rows for top_k.
-        rows = drop_indivisible_axes(P(ROW_AXES), logits.shape, mesh)
-        return jax.shard_map(choose, in_specs=(rows, P()), out_specs=(rows, rows), check_vma=False)(logits, correction)
+        rows = row_spec(x.shape[0])
+        return shard_map_on_mesh(choose, (rows, P()), (rows, rows))(logits.reshape(*x.shape[:-1], -1), correction)
 
 
 class MixtureOfExperts(nn.Module):

@@ -63,13 +63,13 @@ def splash_attention(
     """Computes `plain_attention` on a TPU.
 
     Args:
-        q: query heads.
-        keys: key heads.
-        values: value heads.
-        masks: the mask, converted by `make_splash_masks`.
-        divisor: divides the scores.
-        softcap: as in `weighted_values`.
-        interpret: whether to interpret the kernel operation by operation, which works on any device.
+        q: Query heads.
+        keys: Key heads.
+        values: Value heads.
+        masks: The mask, converted by `make_splash_masks`.
+        divisor: Divides the scores.
+        softcap: As in `weighted_values`.
+        interpret: Whether to interpret the kernel operation by operation, which works on any device.
     """
     size = tile_size(q.shape[1])
     # The library's fused backward kernel is not used: it writes the gradient of the queries once per tile of keys

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain, drop_indivisible_axes
+from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain, drop_indivisible_axes, row_spec, shard_map_on_mesh
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -103,10 +103,10 @@ def embed_tokens(
     if mesh.empty:
         return table[tokens]
     table_spec = drop_indivisible_axes(P("tensor", "fsdp" if layout == "training" else None), table.shape, mesh)
-    row_spec = drop_indivisible_axes(P(ROW_AXES), tokens.shape, mesh)
+    rows = row_spec(tokens.shape[0])
     ids_split = table_spec[0] is not None and mesh.shape["tensor"] > 1
     columns_split = table_spec[1] is not None and mesh.shape["fsdp"] > 1
-    rows_split = row_spec[0] is not None
+    rows_split = rows[0] is not None
 
     def embed_shard(table, tokens):
         if columns_split and rows_split:
@@ -122,9 +122,7 @@ def embed_tokens(
             return jax.lax.all_to_all(vectors, "fsdp", split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.all_gather(vectors, "fsdp", axis=2, tiled=True) if columns_split else vectors
 
-    return jax.shard_map(embed_shard, in_specs=(table_spec, row_spec), out_specs=P(row_spec[0]), check_vma=False)(
-        table, tokens
-    )
+    return shard_map_on_mesh(embed_shard, (table_spec, rows), rows)(table, tokens)
 
 
 class Embed(nn.Module):

@@ -52,11 +52,11 @@ def weighted_values(
     """Computes `softmax(scores) @ values`. A query that attends to no key gets the mean of all values.
 
     Args:
-        scores: products of queries and keys, from `attention_scores`.
-        values: the values, one head per key head.
+        scores: Products of queries and keys, from `attention_scores`.
+        values: The values, one head per key head.
         mask: True where a query attends to a key.
-        divisor: divides the scores.
-        softcap: replaces the divided scores by `softcap * tanh(score / softcap)`, unless it is 0.
+        divisor: Divides the scores.
+        softcap: Replaces the divided scores by `softcap * tanh(score / softcap)`, unless it is 0.
 
     Returns:
         The output of each query head, in the dtype of `values`.

@@ -34,7 +34,7 @@ def yarn_frequencies(rope: RopeConfig, unscaled: np.ndarray, head_dim: int) -> n
     """Scales frequencies as YaRN does (arXiv 2309.00071, section 3.2), interpolating linearly in the pair's index."""
 
     def pair_index(rotations: float) -> float:
-        """Returns the fractional index of the pair that makes so many full turns over the original context."""
+        """Returns the fractional index of the pair that makes this many full turns over the original context."""
         inverse_frequency = rope.original_max_positions / (rotations * 2 * math.pi)
         return head_dim * math.log(inverse_frequency) / (2 * math.log(rope.theta))
 
@@ -42,8 +42,7 @@ def yarn_frequencies(rope: RopeConfig, unscaled: np.ndarray, head_dim: int) -> n
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = (np.arange(head_dim // 2) - first) / (last - first or 0.001)
-    interpolate = np.clip(ramp, 0, 1)
+    interpolate = np.clip((np.arange(head_dim // 2) - first) / (last - first or 0.001), 0, 1)
     return interpolate * unscaled / rope.factor + (1 - interpolate) * unscaled
 
 

@@ -157,6 +157,19 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, drop_indivisible_axes(P(*spec), x.shape, mesh))
 
 
+def row_spec(rows: int) -> P:
+    """Returns the spec of an array with this many rows on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return P(None) if mesh.empty else drop_indivisible_axes(P(ROW_AXES), (rows,), mesh)
+
+
+def shard_map_on_mesh(function, in_specs, out_specs):
+    """Returns `function` mapped over the shards of the current mesh; without a mesh, `function` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def mesh_platform() -> str:
     """Returns the platform that a program is traced for: "cpu", "gpu" or "tpu".
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.attention import KV, choose_kernel
 from grpo_jax.model.blockwise import BLOCK_SIZE
-from grpo_jax.model.decoder import hidden_states, sampling_logits
+from grpo_jax.model.decoder import head_matmul, hidden_states, temperature_logits
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_data_shards, path_name
 from grpo_jax.rollout.draws import TokenFilter, choose_tokens
@@ -296,7 +296,8 @@ def decode_tokens(
         state, steps = carry
         tokens, segments = state.last_token[:, None], single_sequence(state.position[:, None])
         hidden, kv_cache = hidden_states(model_cfg, params, tokens, segments, state.kv_cache, layout="rollout")
-        logits = sampling_logits(model_cfg, params, hidden[:, 0], 1.0 if greedy else temperature)
+        product = head_matmul(model_cfg, params, hidden[:, 0])
+        logits = temperature_logits(model_cfg, product, 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(per_shard(slot_keys, state.sequence, queue), state.num_sampled)
         token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, None), greedy, filter)
         stop_state = stop_table[state.stop_state, token].astype(jnp.int32)

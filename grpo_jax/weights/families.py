@@ -1,6 +1,6 @@
 """Translates a Hugging Face config.json to a ModelConfig, for every supported model family.
 
-One decoder serves all families; a family is set apart by a few fields here and by its tensor names in tensor_names.py.
+One decoder serves all families; they differ in a few fields here and in their tensor names in tensor_names.py.
 The config classes of `transformers`, which do not need PyTorch, fill in defaults and read older forms of config.json.
 """
 
@@ -190,7 +190,7 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
     """Checks that the numbers of a config are finite and that its sizes fit together.
 
     Raises:
-        UserError: They are not, or do not; the message names the requirement.
+        UserError: A number is out of range, or sizes contradict each other; the message names the requirement.
     """
     for name, value in config_numbers(model_cfg).items():
         if not 0 <= value < 2**31 or (type(value) is float and not math.isfinite(value)):
@@ -224,9 +224,8 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
         check(experts.intermediate_size > 0, "moe_intermediate_size must be at least 1", experts)
         check(0 < top_groups <= groups, "topk_group must be at least 1 and at most n_group", experts)
         chosen, eligible = experts.num_experts_per_token, count // groups * top_groups
-        check(
-            0 < chosen <= eligible, "num_experts_per_tok must be between 1 and the eligible experts", (chosen, eligible)
-        )
+        requirement = "num_experts_per_tok must be at least 1 and at most the number of eligible experts"
+        check(0 < chosen <= eligible, requirement, (chosen, eligible))
         equal = (count % groups == 0 and count >= 2 * groups) or not experts.sigmoid_gate
         check(equal, "n_group must divide the experts into equal groups of at least 2", (count, groups))
 
@@ -269,9 +268,7 @@ def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:
         return rope_parameters["attention_factor"]
     mscale, all_dim = rope_parameters.get("mscale"), rope_parameters.get("mscale_all_dim")
     if mscale and all_dim:
-        ratio = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
-        if ratio:
-            return ratio
+        return yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
     return yarn_attention_factor(factor, 1.0)
 
 

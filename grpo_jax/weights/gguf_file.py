@@ -67,7 +67,7 @@ class GgufTensor(NamedTuple):
     start: int  # byte offset of the data in the file
     byte_shape: tuple[int, ...]  # `shape` with the last dimension in bytes
     shape: tuple[int, ...]  # in PyTorch's order: [outputs, inputs]
-    interleaved_heads: int = 0  # heads of a projection whose rotary pairs are neighbouring rows in the file
+    interleaved_heads: int = 0  # heads of a projection whose rotary pairs are adjacent rows in the file
     added: float = 0.0  # constant that llama.cpp's converter added to the values
 
     def read(self) -> np.ndarray:
@@ -170,7 +170,9 @@ def read_gguf_header(path: str | Path) -> GgufHeader:
     try:
         import gguf
     except ImportError:
-        raise UserError(f"Reading {path} takes the package gguf, which was not found. Run: pip install gguf") from None
+        raise UserError(
+            f"Reading {path} requires the package gguf, which was not found. Run: pip install gguf"
+        ) from None
     path = Path(path)
     try:
         data = np.memmap(path, np.uint8, mode="r")
@@ -233,10 +235,10 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
                 "Use a file with the whole model."
             )
     head_dim = get("attention.key_length", get("rope.dimension_count", hidden_size // heads))
-    ids = {
-        name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")
-    }
+    tokens = "bos", "eos", "eot", "eom", "padding"
+    ids = {name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in tokens}
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    quantizations = {tensor.quantization.name for tensor in header.tensors.values()}
     config = {
         "architectures": [f"{prefix}ForCausalLM"],
         "model_type": model_type,
@@ -254,9 +256,7 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
         "bos_token_id": ids["bos"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": ids["padding"],
-        "dtype": "float32"
-        if all(tensor.quantization.name == "F32" for tensor in header.tensors.values())
-        else "bfloat16",
+        "dtype": "float32" if quantizations == {"F32"} else "bfloat16",
     }
     if architecture.startswith("gemma"):
         # The file does not record the query scale, which is head_dim except in the largest model of each version.
@@ -271,10 +271,8 @@ def read_gguf_config(path: str | Path) -> dict[str, Any]:
     else:
         config["hidden_act"] = "silu"
     if model_type == "llama":
-        config |= {
-            "attention_bias": "blk.0.attn_output.bias" in header.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
-        }
+        config["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     if model_type == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
     if model_type == "qwen3_moe":
@@ -367,7 +365,7 @@ def read_gguf_tensors(path: str | Path, hf_config: dict[str, Any]) -> dict[str, 
     layers, gemma = hf_config["num_hidden_layers"], header.architecture.startswith("gemma")
     architecture_ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     name_map = gguf.get_tensor_name_map(architecture_ids[header.architecture], layers)
-    # llama.cpp rotates neighbouring rows in this architecture, and its converter permutes the projections accordingly.
+    # llama.cpp rotates pairs of adjacent rows in this architecture, so its converter permutes the projections.
     interleaved_heads = {}
     if header.architecture == "llama":
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}

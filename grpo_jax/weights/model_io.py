@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,22 +88,20 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
             raise UserError(
                 f"{name} in {source} must be floating-point; found {tensors[name].dtype}. Use an unquantized model."
             )
-    return ModelTensors(
-        parameters, {name: tensors[name] for name in expected}, {name: tensors[name] for name in skipped}
-    )
+    stored = {name: tensors[name] for name in expected}
+    return ModelTensors(parameters, stored, {name: tensors[name] for name in skipped})
 
 
 def check_tied_head(source: Path, tensors: ModelTensors) -> None:
-    """Checks that a tied head which is stored all the same equals the embedding.
+    """Checks that a tied head, if the checkpoint stores one anyway, equals the embedding.
 
     Raises:
         UserError: It differs, so the checkpoint does not say which of the two is meant.
     """
     embedding = tensors.stored[str(tensors.parameters["embed/embedding"].names)]
     blocks = [(slice(row, row + 4096), slice(None)) for row in range(0, embedding.shape[0], 4096)]
-    for name, head in tensors.skipped.items():
-        if not name.endswith("lm_head.weight"):
-            continue
+    heads = {name: tensor for name, tensor in tensors.skipped.items() if name.endswith("lm_head.weight")}
+    for name, head in heads.items():
         same_shape = head.shape == embedding.shape
         if not same_shape or not all(np.array_equal(head.read(block), embedding.read(block)) for block in blocks):
             raise UserError(
@@ -134,25 +133,20 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
         count, example = len(tensors.skipped), min(tensors.skipped)
         log.warning("%s: skipped %d tensors that the decoder does not use, such as %s", source, count, example)
     shapes = param_shapes(model_cfg, param_dtype)
-    if mesh is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    else:
-        shardings = tree_shardings(mesh, shapes)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: device, shapes) if mesh is None else tree_shardings(mesh, shapes)
 
     def load_parameter(path, leaf, sharding):
         parameter = tensors.parameters[path_name(path)]
-        return assemble_array(
-            leaf.shape, sharding, lambda index: read_part(parameter, tensors.stored, index, leaf.dtype)
-        )
+        return assemble_array(leaf.shape, sharding, partial(read_part, parameter, tensors.stored, leaf.dtype))
 
     return model_cfg, jax.tree_util.tree_map_with_path(load_parameter, shapes, shardings)
 
 
 def read_part(
-    parameter: ParameterTensors, stored: dict[str, StoredTensor], index: tuple[slice, ...], dtype: np.dtype
+    parameter: ParameterTensors, stored: dict[str, StoredTensor], dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """Reads the part of a parameter that `index` selects."""
+    """Reads the part of a parameter that `index` selects, in the given dtype."""
     stacked_axes = parameter.names.ndim
     names, index = parameter.names[index[:stacked_axes]], index[stacked_axes:]
     names = np.asarray(names, object)  # indexing an array without axes gives its only name

@@ -8,6 +8,7 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import model_config_from_hf
+from grpo_jax.weights.gguf_file import read_gguf_config
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
 REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
@@ -126,8 +127,6 @@ def read_json_object(path: Path) -> dict:
 def read_hf_config(source: Path) -> dict:
     """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
     if source.suffix == ".gguf":
-        from grpo_jax.weights.gguf_file import read_gguf_config
-
         return read_gguf_config(source)
     return read_json_object(source / "config.json")
 
@@ -140,15 +139,14 @@ def read_model_config(source: str | Path) -> ModelConfig:
     """
     source = Path(source)
     hf_config = read_hf_config(source)
-    eos_ids = read_eos_ids(source, hf_config)
-    fp8_block_shape(hf_config, source)
+    fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
     text_config = hf_config.get("text_config")
     decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
     return model_config_from_hf(
         hf_config,
         str(source),
         tokenizer_vocab_size=count_tokenizer_ids(source),
-        eos_ids=eos_ids,
+        eos_ids=read_eos_ids(source, hf_config),
         source=str(source),
         dtype=str(decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "float32"),
     )
@@ -177,7 +175,7 @@ def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:
     """Returns every id that ends a text, from config.json and from generation_config.json, where many models list them.
 
     Raises:
-        UserError: They are not integers.
+        UserError: An id is not an integer.
     """
     ids = []
     path = source / "generation_config.json"

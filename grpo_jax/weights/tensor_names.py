@@ -79,11 +79,7 @@ FAMILY_NAMES = {
 }
 
 # Prefix of the decoder's tensors -> prefix of lm_head. In a vision-language model the decoder is a submodule.
-DECODER_PREFIXES = {
-    "model.": "",
-    "model.language_model.": "",
-    "language_model.model.": "language_model.",
-}
+DECODER_PREFIXES = {"model.": "", "model.language_model.": "", "language_model.model.": "language_model."}
 
 # Patterns of tensors that a checkpoint may hold and the decoder does not use. {n} is the number of layers.
 SKIPPED_TENSORS = {
@@ -176,9 +172,7 @@ def parameter_tensors(model_cfg: ModelConfig, prefix: str) -> dict[str, Paramete
 
 def skipped_tensors(model_cfg: ModelConfig, prefix: str, names: Iterable[str]) -> set[str]:
     """Returns the tensor names that the model's family may ship and the decoder does not use."""
-    patterns = [
-        pattern.replace("{n}", str(model_cfg.num_layers))
-        for pattern in SKIPPED_TENSORS["all"] + SKIPPED_TENSORS.get(model_cfg.family, ())
-    ]
+    patterns = SKIPPED_TENSORS["all"] + SKIPPED_TENSORS.get(model_cfg.family, ())
+    patterns = [pattern.replace("{n}", str(model_cfg.num_layers)) for pattern in patterns]
     tied_head = f"{DECODER_PREFIXES[prefix]}lm_head.weight" if model_cfg.tie_embeddings else None
     return {name for name in names if name == tied_head or any(re.search(pattern, name) for pattern in patterns)}

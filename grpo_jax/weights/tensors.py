@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.weights.gguf_file import read_gguf_tensors
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -75,7 +76,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         def read(index):
             if 0 in shape:
                 return np.zeros(shape, dtype)[index]
-            # Mapped for this read alone: the pages of a lasting mapping would count as memory in use.
+            # Mapped for this read only: the pages of a longer-lived mapping would count as memory in use.
             mapped = np.memmap(path, np.uint8, "r", start, int(np.prod(shape)) * dtype.itemsize)
             return np.array(mapped.view(dtype).reshape(shape)[index])
 
@@ -179,8 +180,6 @@ def open_gguf_tensors(path: Path, hf_config: dict) -> dict[str, StoredTensor]:
     Raises:
         UserError: The file cannot be read, or has a tensor that its architecture does not have.
     """
-    from grpo_jax.weights.gguf_file import read_gguf_tensors
-
     dtype = np.dtype(SAFETENSORS_DTYPES["F32" if hf_config["dtype"] == "float32" else "BF16"])
     return {
         name: StoredTensor(tuple(tensor.shape), dtype, lambda index, tensor=tensor: tensor.read()[index])

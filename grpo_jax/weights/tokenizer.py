@@ -20,7 +20,7 @@ def load_tokenizer(source: str | Path):
         A `transformers` tokenizer.
 
     Raises:
-        UserError: There are no tokenizer files, they cannot be read, or reading them takes code from the folder.
+        UserError: There are no tokenizer files, they cannot be read, or reading them would run code from the folder.
     """
     if Path(source).suffix == ".gguf":
         return read_gguf_tokenizer(Path(source))
@@ -64,17 +64,13 @@ def read_gguf_tokenizer(path: str | Path):
         from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
     except ImportError:
         raise UserError(
-            f"Reading the tokenizer in {path} takes transformers 5.23 or newer; found an older version. "
+            f"Reading the tokenizer in {path} requires transformers 5.23 or newer; found an older version. "
             "Run: pip install --upgrade transformers"
         ) from None
 
     def read_fields(section: str) -> dict:
-        names = GGUF_TOKENIZER_MAPPING[section].items()
-        return {
-            ours: header.fields[f"tokenizer.{theirs}"]
-            for theirs, ours in names
-            if f"tokenizer.{theirs}" in header.fields
-        }
+        keys = {ours: f"tokenizer.{theirs}" for theirs, ours in GGUF_TOKENIZER_MAPPING[section].items()}
+        return {name: header.fields[key] for name, key in keys.items() if key in header.fields}
 
     model, options = read_fields("tokenizer"), read_fields("tokenizer_config")
     if model.get("tokenizer_type") == "llama" or model.get("pre_tokenizer_type") in BOS_BY_DEFAULT:
