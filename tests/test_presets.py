@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -13,7 +14,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import MESH_AXES, tree_shardings
+from grpo_jax.parallel.mesh import MESH_AXES
 from grpo_jax.rollout.memory import bytes_per_device
 from grpo_jax.weights.families import model_config_from_hf
 
@@ -109,34 +110,41 @@ def model_of(name: str) -> ModelConfig:
     return model_config_from_hf(raw, name)
 
 
-def state_bytes(cfg: Config, model_cfg: ModelConfig, sizes: tuple[int, ...]) -> int:
-    """Returns the bytes per device of policy, gradient, optimizer state and reference on a mesh of these sizes."""
+def state_bytes(cfg: Config, params: dict, sizes: tuple[int, ...]) -> int:
+    """Returns the bytes per device of policy, gradient, optimizer state and reference on a mesh of these sizes.
+
+    Args:
+        cfg: the preset's config.
+        params: shapes of the policy's parameters.
+        sizes: sizes of the mesh axes.
+    """
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    params = param_shapes(model_cfg, cfg.model.param_dtype)
-    reference = param_shapes(model_cfg, cfg.model.reference_dtype)
+    reference = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.model.reference_dtype), params)
     optimizer = make_optimizer(cfg.optim)
     moments = train_state_shapes(params, optimizer).opt_state
+    shardings = train_state_shardings(mesh, params, optimizer)
     return (
-        2 * bytes_per_device(params, tree_shardings(mesh, params))
-        + bytes_per_device(moments, train_state_shardings(mesh, params, optimizer).opt_state)
-        + bytes_per_device(reference, tree_shardings(mesh, reference))
+        2 * bytes_per_device(params, shardings.params)
+        + bytes_per_device(moments, shardings.opt_state)
+        + bytes_per_device(reference, shardings.params)
     )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(name):
     """At most two thirds of a device's memory, which leaves the rest for activations and the KV cache."""
-    cfg, model_cfg = check(load_config(f"{FILE}:{name}")), model_of(name)
+    cfg = check(load_config(f"{FILE}:{name}"))
+    params = param_shapes(model_of(name), cfg.model.param_dtype)
     text = module().PRESETS[name].__doc__
     stated, unit = re.search(r"([\d.]+) (GB|TB) of state", text).groups()
-    total = state_bytes(cfg, model_cfg, (1, 1, 1, 1))
+    total = state_bytes(cfg, params, (1, 1, 1, 1))
     assert total == pytest.approx(float(stated) * {"GB": 1e9, "TB": 1e12}[unit], rel=0.03)
     machines = re.findall(r"(\d+) (?:devices? )?of (\d+) GB", text)
     assert machines
     for devices, memory in machines:
         fixed = cfg.mesh.expert * cfg.mesh.tensor
         sizes = (cfg.mesh.data, int(devices) // fixed, cfg.mesh.expert, cfg.mesh.tensor)
-        assert state_bytes(cfg, model_cfg, sizes) < int(memory) * 1e9 * 2 / 3
+        assert state_bytes(cfg, params, sizes) < int(memory) * 1e9 * 2 / 3
 
 
 @pytest.mark.parametrize("name", NAMES)

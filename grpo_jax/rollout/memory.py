@@ -100,7 +100,8 @@ def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, 
     Raises:
         UserError: There is not enough memory.
     """
-    rollout, shards, tensor = cfg.rollout, num_data_shards(mesh), mesh.shape["tensor"]
+    rollout = cfg.rollout
+    shards, tensor = num_data_shards(mesh), mesh.shape["tensor"]
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
     weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
     token_bytes = kv_bytes_per_token(model_cfg, tensor)
