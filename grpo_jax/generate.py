@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raw.eval.temperature = raw.rollout.temperature if options.temperature is None else options.temperature
     cfg = configs.check(raw)
     if is_multiprocess(os.environ):
-        raise UserError("generate runs in a single process; found the variables of several. Start it on its own.")
+        raise UserError("generate runs in one process; found the variables of several. Start it on its own.")
     context = build_context(cfg)
     configs.check_model(cfg, context.model_cfg)
     # Checks the prompt's length before the policy is loaded.

@@ -11,6 +11,7 @@ import jax
 
 from grpo_jax import config as configs
 from grpo_jax.config import flags
+from grpo_jax.config.rules import check_pretrain
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import check_shared_workdir, is_multiprocess, join_processes
 
@@ -26,10 +27,8 @@ def main(argv: Sequence[str]) -> None:
         from grpo_jax.tiny.pretrain import pretrain
 
         if is_multiprocess(os.environ):
-            raise UserError(
-                "Pretraining runs in a single process; found the variables of several. Start it on its own."
-            )
-        pretrain(configs.check_pretrain(raw), workdir)
+            raise UserError("Pretraining runs in one process; found the variables of several. Start it on its own.")
+        pretrain(check_pretrain(raw), workdir)
         return
     cfg = configs.check(raw)
     configs.check_workdir(workdir, cfg)

@@ -13,7 +13,6 @@ from grpo_jax.config import (
     Config,
     check,
     check_model,
-    check_pretrain,
     check_workdir,
     default,
     pretrain_default,
@@ -22,7 +21,7 @@ from grpo_jax.config import (
 from grpo_jax.config.docs import explain, markdown
 from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.keys import flatten, key_specs
-from grpo_jax.config.rules import NO_EFFECT
+from grpo_jax.config.rules import NO_EFFECT, check_pretrain
 from grpo_jax.config.schema import PretrainConfig
 from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError

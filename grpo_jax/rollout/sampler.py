@@ -205,15 +205,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int] | No
     return Prompts(tokens=tokens, lengths=lengths, ids=ids.astype(np.int32))
 
 
-def check_request(
-    model_cfg: ModelConfig, prompts: Prompts, limits: Int[np.ndarray, "B G"], filter: TokenFilter
-) -> None:
+def check_inputs(model_cfg: ModelConfig, prompts: Prompts, limits: Int[np.ndarray, "B G"], filter: TokenFilter) -> None:
     """Raises a ValueError if the model cannot take the prompts, or if the filter's parameters are out of range."""
     tokens, longest = prompts.tokens, int((prompts.lengths[:, None] + limits).max())
     if tokens.min() < 0 or tokens.max() >= model_cfg.vocab_size:
-        raise ValueError(
-            f"Prompts must hold token ids in [0, {model_cfg.vocab_size}); found {tokens.min()} to {tokens.max()}."
-        )
+        raise ValueError(f"Token ids must be in [0, {model_cfg.vocab_size}); found {tokens.min()} to {tokens.max()}.")
     if longest > model_cfg.max_positions:
         raise ValueError(
             f"A prompt and its completion may have at most {model_cfg.max_positions} positions together; found "
@@ -280,7 +276,7 @@ def sample(
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings must be a list of strings; found the string {stop_strings!r}.")
     filter = TokenFilter(top_k, top_p, min_p)
-    check_request(model_cfg, padded, limits, filter)
+    check_inputs(model_cfg, padded, limits, filter)
     if stop_strings and tokenizer is None:
         tokenizer = load_tokenizer(model_cfg.source)
     stop_table = build_stop_table(model_cfg.vocab_size, [int(i) for i in stop_ids], stop_strings, tokenizer)

@@ -31,9 +31,7 @@ def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = N
         UserError: `out` is not empty or cannot be written, or the run has no such checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--out must name a new or empty folder, not {out}; found other files there. Choose another --out."
-        )
+        raise UserError(f"--out must name a new or empty folder, not {out}; found other files there. Choose another.")
     source = find_model(cfg.model.path)
     model_cfg = read_model_config(source)
     open_model_tensors(source, model_cfg)  # raises here, before anything is restored, if the base model is broken

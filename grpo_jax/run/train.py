@@ -144,15 +144,13 @@ def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
     return pack_completions(experience, shape, shards)
 
 
-def select_minibatch(
-    cfg: Config, experience: Experience, root_key, rollout_index: int, update_index: int
-) -> Experience:
+def select_minibatch(cfg: Config, experience: Experience, key, rollout_index: int, update_index: int) -> Experience:
     """Returns the minibatch for update `update_index` of a rollout. Each epoch shuffles the groups anew."""
     count = cfg.train.minibatches
     if count == 1:
         return experience
     epoch, index = divmod(update_index, count)
-    return take_minibatch(experience, fold_in_all(root_key, SHUFFLING_KEY, rollout_index, epoch), index, count=count)
+    return take_minibatch(experience, fold_in_all(key, SHUFFLING_KEY, rollout_index, epoch), index, count=count)
 
 
 def train(cfg: Config, context: RunContext, workdir: Path) -> None:

@@ -122,9 +122,7 @@ class GgufHeader(NamedTuple):
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list) or (not default and (not isinstance(value, (int, float)) or value <= 0)):
-            raise UserError(
-                f"{key} in {self.path} must be one number above 0; found {value}. Use another file of the model."
-            )
+            raise UserError(f"{key} in {self.path} must be one number above 0; found {value}. Use another model file.")
         return value
 
 
@@ -170,9 +168,7 @@ def read_gguf_header(path: str | Path) -> GgufHeader:
     try:
         import gguf
     except ImportError:
-        raise UserError(
-            f"Reading {path} requires the package gguf, which was not found. Run: pip install gguf"
-        ) from None
+        raise UserError(f"Reading {path} requires the package gguf, which is missing. Run: pip install gguf") from None
     path = Path(path)
     try:
         data = np.memmap(path, np.uint8, mode="r")

@@ -85,9 +85,7 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
                 f"found {tensors[name].shape}. Download the model again."
             )
         if tensors[name].dtype.kind in "iub":
-            raise UserError(
-                f"{name} in {source} must be floating-point; found {tensors[name].dtype}. Use an unquantized model."
-            )
+            raise UserError(f"{name} in {source} must be float; found {tensors[name].dtype}. Use an unquantized model.")
     stored = {name: tensors[name] for name in expected}
     return ModelTensors(parameters, stored, {name: tensors[name] for name in skipped})
 
@@ -195,7 +193,7 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
     folder, source = Path(folder).expanduser(), Path(model_cfg.source) if model_cfg.source else None
     if source and source.resolve() == folder.resolve():
         raise UserError(
-            f"A model must be saved to a new folder; found {folder}, which it was loaded from. Choose another."
+            f"A model must be saved to a new folder; found {folder}, where it was loaded from. Choose another."
         )
     if source:
         hf_config, tensors = read_hf_config(source), open_model_tensors(source, model_cfg)
@@ -280,9 +278,7 @@ def write_safetensors(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     files = files if len(files) > 1 else ["model.safetensors"]
     stale = {path.name for path in folder.glob("*.safetensors")} - set(files)
     if stale:
-        raise UserError(
-            f"{folder} must not hold another model; found {min(stale)}. Choose another folder or remove it."
-        )
+        raise UserError(f"{folder} must not hold another model; found {min(stale)}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for file, names in zip(files, shards, strict=True):

@@ -57,7 +57,6 @@ def read_gguf_tokenizer(path: str | Path):
     """
     header = read_gguf_header(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning that PyTorch is missing
     from transformers import PreTrainedTokenizerFast
 
     try:
