@@ -15,7 +15,7 @@ needed_tflop           floating-point operations that this work needs, in 1e12. 
                        4 * heads * head width per query and key that it attends to. The backward pass takes twice that.
                        Rematerialization is not counted
 square_gflop_s         rate of one large matmul
-model_flops_utilization  needed_tflop / learn_s as a fraction of that rate
+model_flops_utilisation  needed_tflop / learn_s as a fraction of that rate
 limit_s                the matmuls of hidden states and weights on their own, one after another, with the width and the
                        chunks of this work: forward for the score and the update, and both of the backward pass.
                        Learning that consists of these matmuls cannot be faster
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
             "micro_batches": micro_batches,
             "needed_tflop": needed,
             "square_gflop_s": square,
-            "model_flops_utilization": 1e3 * needed / learn_s / square,
+            "model_flops_utilisation": 1e3 * needed / learn_s / square,
             "limit_s": limit_s,
             "limit_fraction": limit_s / learn_s,
             "score_temp_gib": temp_gib(score) if flags.kl_coef else 0.0,

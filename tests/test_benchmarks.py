@@ -29,7 +29,7 @@ FIELDS = {
     "rollout": "generate_s gen_tok_s compile_s decode_ms decode_steps rows matmul_ms matmul_gflop_s square_gflop_s "
     "bytes_ms read_gb_s limit_ms limit_fraction draw_fraction kv_bytes_per_slot peak_rss_gib seconds",
     "learn": "score_s update_s learn_s tok_s completion_tok_s tokens prompt_tokens_computed padding_fraction rows "
-    "width micro_batches needed_tflop model_flops_utilization square_gflop_s limit_s limit_fraction score_temp_gib "
+    "width micro_batches needed_tflop model_flops_utilisation square_gflop_s limit_s limit_fraction score_temp_gib "
     "update_temp_gib peak_rss_gib compile_s seconds",
     "step": "step_s generate_s score_s update_s pack_s other_s gen_tok_s step_tok_s tokens peak_rss_gib compile_s "
     "seconds",
