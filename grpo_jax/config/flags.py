@@ -1,7 +1,8 @@
 """Parses the command line of every entry point, and turns a user's mistake into one line and exit code 2.
 
 `--config=FILE.py[:PRESET]` names a Python file with a function `get_config(preset)` that returns a config, and
-`--config.section.key=VALUE` overrides one of its keys.
+`--config.section.key=VALUE` overrides one of its keys. This does not use `ml_collections.config_flags`, because absl
+answers a user's mistake with a traceback and ignores stray arguments.
 """
 
 import argparse
