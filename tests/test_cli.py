@@ -540,4 +540,4 @@ def test_incomplete_process_variables_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, says="needs JAX_COORDINATOR_ADDRESS.*'two'")
-    refused(main.main, tmp_path / "run", PRETRAIN, says="Pretraining runs in a single process")
+    refused(main.main, tmp_path / "run", PRETRAIN, says="Pretraining runs in one process")

@@ -363,7 +363,9 @@ def test_arguments_out_of_range_are_refused(changes, message):
         rollout(**changes)
 
 
-@pytest.mark.parametrize("prompts, message", [([[]], "one token"), ([[99]], "token ids"), ([], "at least one prompt")])
+@pytest.mark.parametrize(
+    "prompts, message", [([[]], "one token"), ([[99]], "Token ids must be in"), ([], "at least one prompt")]
+)
 def test_prompts_that_the_model_cannot_take_are_refused(prompts, message):
     with pytest.raises(ValueError, match=message):
         sample(CONFIG, weights(), prompts, jax.random.key(0), samples=2, max_tokens=2)
