@@ -39,7 +39,7 @@ from limits import forward_flops, learn_limit_s, square_gflop_s
 
 from grpo_jax.config.flags import run_entry_point
 from grpo_jax.learn.grpo import advantages
-from grpo_jax.learn.update import make_experience, score_reference
+from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.train import pack_batch
@@ -64,7 +64,7 @@ def make_random_batch(flags: Namespace, learner: common.Learner) -> PackedBatch:
     )
     rewards = jnp.asarray(rng.standard_normal(lengths.shape), jnp.float32)
     prompts = common.draw_prompts(flags, learner.model_cfg)
-    experience = make_experience(prompts, rollout, np.asarray(advantages(rewards)), None)
+    experience = make_experience(prompts, rollout).replace(advantages=np.asarray(advantages(rewards)).reshape(-1))
     return pack_batch(learner.cfg, learner.mesh, experience)
 
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     batch = shard_rows(mesh, packed)
     options = dict(temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens)
     compile_start = time.perf_counter()
-    score = score_reference.lower(model_cfg, state.params, batch, **options).compile()
+    score = score_completions.lower(model_cfg, state.params, batch, **options).compile()
     update = learner.update.lower(state, batch).compile()
     compile_s = time.perf_counter() - compile_start
     common.print_progress(start, f"compiled in {compile_s:.1f} s")

@@ -29,7 +29,7 @@ import numpy as np
 from grpo_jax.config.flags import run_entry_point
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.packing import unpack_completions
-from grpo_jax.learn.update import make_experience, score_reference
+from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.train import pack_batch
@@ -70,14 +70,14 @@ def run_step(
 
     def score():
         options = dict(temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens)
-        return gather_to_host(score_reference(model_cfg, reference, packed, **options))
+        return gather_to_host(score_completions(model_cfg, reference, packed, **options))
 
     def pack():
         return shard_rows(mesh, pack_batch(cfg, mesh, experience))
 
     rollout = timed("generate_s", generate)
     rewards = jnp.asarray(np.random.default_rng([flags.seed, turn]).standard_normal(lengths.shape), jnp.float32)
-    experience = make_experience(prompts, rollout, np.asarray(advantages(rewards)), None)
+    experience = make_experience(prompts, rollout).replace(advantages=np.asarray(advantages(rewards)).reshape(-1))
     if reference is not None:
         packed = timed("pack_s", pack)
         ref_logps = timed("score_s", score)

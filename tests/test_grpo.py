@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import advantages, grpo_loss
-from grpo_jax.learn.grpo import k3, token_weights, weighted_loss
+from grpo_jax.learn.grpo import SampledTokens, k3, token_weights, weighted_loss
 
 
 def test_advantages_of_a_hand_made_group():
@@ -190,7 +190,8 @@ def test_missing_reference_and_mismatched_shapes_are_errors():
     with pytest.raises(ValueError, match=r"logps and mask must have one shape \[N, S\]"):
         unwrap(grpo_loss)(one, one, one, jnp.zeros(1), jnp.ones((1, 2)))
     bounds = dict(clip_low=0.2, clip_high=0.2, kl_coef=0.1)
+    tokens = SampledTokens(jnp.zeros((1, 2)), one, one, one, one, None, 1)
     with pytest.raises(ValueError, match=r"must have one shape; found \[\(1, 1\), \(1, 2\), \(1, 1\)"):
-        unwrap(weighted_loss)(one, jnp.zeros((1, 2)), one, one, one, **bounds)
+        unwrap(weighted_loss)(one, None, tokens, **bounds)
     with pytest.raises(ValueError, match=r"mask must have shape \[N, S\]"):
         unwrap(token_weights)(jnp.ones((1, 2, 3)))

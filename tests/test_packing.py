@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.learn.grpo import token_weights
 from grpo_jax.learn.packing import PackedShape, assign_rows, pack_completions, packed_shape, unpack_completions
-from grpo_jax.learn.update import take_micro_batch, take_minibatch
+from grpo_jax.learn.update import minibatch_rows, pack_minibatch, take_micro_batch, take_rows
 from grpo_jax.model.mask import attention_mask
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.types import Segments
@@ -24,9 +24,10 @@ def row_mask(segments, row):
     return np.asarray(ATTENTION_MASK(Segments(*padded)))[0, :width, :width]
 
 
-def assert_packed(batch, packed, shards):
+def assert_packed(batch, weights, packed, shards):
     """Checks everything that is documented about PackedBatch, token by token."""
     num_completions, max_length = batch.mask.shape
+    groups = sorted(set(batch.prompt_ids.tolist()))
     segments, flat_index = packed.segments, packed.flat_index
     np.testing.assert_array_equal(np.sort(flat_index[flat_index >= 0]), np.flatnonzero(batch.mask))  # each token once
     filled = np.zeros(flat_index.shape, bool)
@@ -51,7 +52,9 @@ def assert_packed(batch, packed, shards):
             np.testing.assert_array_equal(packed.sampler_logps[row, columns], batch.sampler_logps[n, :length])
             np.testing.assert_array_equal(packed.ref_logps[row, columns], batch.ref_logps[n, :length])
             np.testing.assert_array_equal(packed.advantages[row, columns], batch.advantages[n])
-            np.testing.assert_allclose(packed.weights[row, columns], 1 / (num_completions * length), rtol=1e-6)
+            np.testing.assert_array_equal(packed.weights[row, columns], weights[n, :length])
+            np.testing.assert_array_equal(packed.sequence[row, columns], n)
+            np.testing.assert_array_equal(packed.group[row, columns], groups.index(batch.prompt_ids[n]))
             filled[row, sequence] = True
             prompts.add((row, batch.prompt_ids[n], prompt))
     assert len(prompts) == len({prompt[:2] for prompt in prompts})  # a row holds a prompt once
@@ -59,6 +62,9 @@ def assert_packed(batch, packed, shards):
         assert not x[~filled].any()
     for x in (packed.weights, packed.advantages, packed.sampler_logps, packed.ref_logps, segments.completion):
         assert not x[flat_index < 0].any()
+    for x in (packed.sequence, packed.group):
+        assert (x[flat_index < 0] == -1).all() and x.dtype == np.int32
+    assert packed.num_sequences == num_completions
     # Micro-batch m is row m of every shard. The first micro-batches are full, and those after the last hold nothing.
     used = filled.any(axis=1).reshape(shards, -1)
     dealt = used.T.ravel().tolist()
@@ -86,29 +92,28 @@ def test_packed_arrays_match_their_documentation(seed):
     micro_tokens = int(draw.choice([1, 20, 40, 90, MAX_WIDTH]))
     shape = packed_shape(count, samples, longest_prompt + 1, longest_completion, micro_tokens, shards)
     assert shape.width <= MAX_WIDTH
-    packed = pack_completions(batch, shape, shards)
+    weights = draw.random(batch.mask.shape).astype(np.float32)
+    packed = pack_completions(batch, weights, shape, shards)
     assert packed.tokens.shape == shape
-    assert_packed(batch, packed, shards)
-    jax.tree.map(np.testing.assert_array_equal, pack_completions(batch, shape, shards), packed)
+    assert_packed(batch, weights, packed, shards)
+    jax.tree.map(np.testing.assert_array_equal, pack_completions(batch, weights, shape, shards), packed)
 
 
 def test_minibatches_are_packed_as_separate_batches():
     """12 completions come from 3 or 4 of 8 groups. Weights are those of 12, and each token is in one minibatch."""
     whole = experience(36, 6, 7, samples=5).replace(advantages=np.arange(36, dtype=np.float32))
     packed_advantages = []
-    for index in range(3):
-        part = take_minibatch(whole, jax.random.key(3), index, count=3)
-        packed = pack_completions(part, packed_shape(12, 5, 6, 7, 40, 2), 2)
-        assert_packed(part, packed, 2)
-        weights = unpack_completions(packed.weights, packed.flat_index, part.mask.shape)
-        np.testing.assert_allclose(weights, token_weights(jnp.asarray(part.mask)), rtol=1e-6)
+    for rows in minibatch_rows(whole.prompt_ids, jax.random.key(3), 3):
+        part = take_rows(whole, rows)
+        packed = pack_minibatch(part, packed_shape(12, 5, 6, 7, 40, 2), 2)
+        assert_packed(part, np.asarray(token_weights(jnp.asarray(part.mask))), packed, 2)
         packed_advantages += packed.advantages[packed.flat_index >= 0].tolist()
     assert sorted(packed_advantages) == np.repeat(np.arange(36), whole.mask.sum(axis=1)).tolist()
 
 
 def test_micro_batch_is_one_row_of_every_shard():
     batch = experience(20, 5, 6, samples=2)
-    packed = pack_completions(batch, PackedShape(16, 16), 4)
+    packed = pack_minibatch(batch, PackedShape(16, 16), 4)
     rows = assign_rows(batch.prompt_ids, batch.prompt_lengths, batch.mask.sum(axis=1), 16)
     assert packed.num_micro_batches == -(-len(rows) // 4) == 2 and len(rows) % 4
     with jax.set_mesh(make_mesh(1, 4, 2)):
@@ -256,17 +261,17 @@ def test_rows_have_little_padding_and_few_prompt_copies(sequences, padding, repe
 def test_completions_that_do_not_fit_are_an_error():
     batch = experience(8, 5, 6)
     shape = packed_shape(8, 2, 5, 6, 1, 1)
-    needed = pack_completions(batch, shape, 1).num_micro_batches
-    assert pack_completions(batch, PackedShape(int(needed), shape.width), 1).num_micro_batches == needed
+    needed = pack_minibatch(batch, shape, 1).num_micro_batches
+    assert pack_minibatch(batch, PackedShape(int(needed), shape.width), 1).num_micro_batches == needed
     with pytest.raises(
         ValueError, match=f"fit in {needed - 1} packed rows of {shape.width} tokens; found that it needs {needed}"
     ):
-        pack_completions(batch, PackedShape(int(needed) - 1, shape.width), 1)
+        pack_minibatch(batch, PackedShape(int(needed) - 1, shape.width), 1)
 
 
 def test_unpacking_returns_values_by_completion():
     batch = experience(9, 5, 6, samples=3)
-    packed = pack_completions(batch, packed_shape(9, 3, 5, 6, 30, 2), 2)
+    packed = pack_minibatch(batch, packed_shape(9, 3, 5, 6, 30, 2), 2)
     values = np.random.default_rng(0).random(packed.flat_index.shape).astype(np.float32)
     unpacked = unpack_completions(values, packed.flat_index, batch.mask.shape)
     assert unpacked.dtype == np.float32

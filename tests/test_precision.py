@@ -71,7 +71,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(model_cfg):
     assert placed["layers"][0]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
     assert placed["layers"][0]["attention_norm"]["scale"].dtype == jnp.float32
     rollout = sample(model_cfg, weights, prompts, jax.random.key(0), samples=4, max_tokens=12)
-    experience = make_experience(pad_prompts(prompts), rollout, np.zeros((4, 4)), None)
+    experience = make_experience(pad_prompts(prompts), rollout)
     batch = packed(experience)
 
     def gap_to_sampler(model_cfg):

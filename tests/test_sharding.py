@@ -176,8 +176,8 @@ state = jax.tree.map(
     with_sharding, train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer))
 rows = jax.NamedSharding(mesh, drop_indivisible_axes(jax.P(ROW_AXES), shape, mesh))
 ids, values = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
-batch = PackedBatch(ids, Segments(ids, ids, ids), ids, ids, values, values, values, values,
-                    jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P())))
+scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
+batch = PackedBatch(ids, Segments(ids, ids, ids), *(ids,) * 4, *(values,) * 4, scalar, num_sequences=512)
 with jax.set_mesh(mesh):
     compiled = make_update(model_cfg, cfg, mesh, shapes, optimizer).lower(state, batch).compile()
 memory = compiled.memory_analysis()

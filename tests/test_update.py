@@ -20,7 +20,14 @@ from grpo_jax.learn.grpo import token_weights
 from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
 from grpo_jax.learn.packing import unpack_completions
-from grpo_jax.learn.update import make_experience, make_update, minibatch_gradients, score_reference, take_minibatch
+from grpo_jax.learn.update import (
+    make_experience,
+    make_update,
+    minibatch_gradients,
+    minibatch_rows,
+    score_completions,
+    take_rows,
+)
 from grpo_jax.model.decoder import head_matmul, temperature_logits
 from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rollout.sampler import pad_prompts
@@ -69,7 +76,7 @@ def unpack(values, rows, batch):
     return unpack_completions(np.asarray(values), np.asarray(rows.flat_index), batch.mask.shape)
 
 
-def score_completions(batch):
+def exact_scores(batch):
     """Returns log-probs and entropies of a batch's completions, [N, S]."""
     rows = packed(batch)
     return tuple(unpack(values, rows, batch) for values in SCORE(params(), rows))
@@ -77,7 +84,7 @@ def score_completions(batch):
 
 def on_policy():
     """Returns experience whose sampler and reference log-probs are those of the policy."""
-    logps = score_completions(experience())[0]
+    logps = exact_scores(experience())[0]
     return experience().replace(sampler_logps=logps, ref_logps=logps)
 
 
@@ -238,7 +245,7 @@ def test_logp_gap_is_between_sampler_and_trainer(micro_tokens):
 
 def test_logps_and_entropies_match_full_logits():
     batch = experience()
-    logps, entropies = score_completions(batch)
+    logps, entropies = exact_scores(batch)
     expected = np.asarray(jax.jit(plain_logps)(params(), jnp.asarray(batch.tokens)))
     for n, t in np.argwhere(batch.mask):
         column = int(batch.prompt_lengths[n]) + t
@@ -268,8 +275,8 @@ def test_entropy_is_not_computed_when_it_is_off():
 def test_reference_is_scored_like_the_policy(micro_tokens):
     batch = experience()
     rows = packed(batch, micro_tokens)
-    logps = score_reference(CONFIG, params(), rows, temperature=TEMPERATURE, chunk_tokens=5)
-    np.testing.assert_allclose(unpack(logps, rows, batch), score_completions(batch)[0], atol=1e-5)
+    logps = score_completions(CONFIG, params(), rows, temperature=TEMPERATURE, chunk_tokens=5)
+    np.testing.assert_allclose(unpack(logps, rows, batch), exact_scores(batch)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [REPRESENTATIVE, pytest.param((1, 1, 8), marks=SLOW)])
@@ -279,8 +286,8 @@ def test_reference_scores_agree_on_one_and_eight_devices(sizes):
     sharded = jax.device_put(params(), tree_shardings(mesh, params()))
     with jax.set_mesh(mesh):
         rows = packed(batch, 16, num_data_shards(mesh))
-        logps = score_reference(CONFIG, sharded, shard_rows(mesh, rows), temperature=TEMPERATURE, chunk_tokens=5)
-    np.testing.assert_allclose(unpack(logps, rows, batch), score_completions(batch)[0], atol=1e-5)
+        logps = score_completions(CONFIG, sharded, shard_rows(mesh, rows), temperature=TEMPERATURE, chunk_tokens=5)
+    np.testing.assert_allclose(unpack(logps, rows, batch), exact_scores(batch)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_tokens", [16, pytest.param(1000, marks=SLOW)])
@@ -371,15 +378,15 @@ def test_memory_of_the_head_is_that_of_a_chunk():
 
 def test_sampler_logprobs_match_training_logprobs():
     """The sampler reads the KV cache, whereas training runs whole sequences; prompts have unequal lengths."""
-    batch = make_experience(pad_prompts(PROMPTS), sampled(), np.zeros((4, 2)), None)
-    logps, _ = score_completions(batch)
+    batch = make_experience(pad_prompts(PROMPTS), sampled())
+    logps, _ = exact_scores(batch)
     assert np.abs(np.where(batch.mask, logps - batch.sampler_logps, 0)).max() < 2e-5
     np.testing.assert_array_equal(batch.mask.sum(axis=1), sampled().lengths.reshape(-1))
     assert len(np.unique(batch.mask.sum(axis=1))) > 1
 
 
 def test_experience_joins_prompt_and_completion_without_a_gap():
-    batch = make_experience(pad_prompts(PROMPTS), sampled(), np.zeros((4, 2)), None)
+    batch = make_experience(pad_prompts(PROMPTS), sampled())
     np.testing.assert_array_equal(batch.prompt_lengths, [3, 3, 5, 5, 1, 1, 2, 2])
     np.testing.assert_array_equal(batch.prompt_ids, [0, 0, 1, 1, 2, 2, 3, 3])
     for n, tokens in enumerate(batch.tokens):
@@ -389,9 +396,9 @@ def test_experience_joins_prompt_and_completion_without_a_gap():
 
 def test_minibatches_hold_each_sequence_once_and_keep_groups_together():
     batch = experience().replace(advantages=np.arange(8.0))
-    minibatches = [take_minibatch(batch, jax.random.key(0), index, count=2) for index in range(2)]
+    minibatches = [take_rows(batch, rows) for rows in minibatch_rows(batch.prompt_ids, jax.random.key(0), 2)]
     assert sorted(np.concatenate([part.advantages for part in minibatches])) == list(range(8))
     for part in minibatches:
         assert len(np.unique(part.prompt_ids)) == 2
-    orders = {tuple(take_minibatch(batch, jax.random.key(seed), 0, count=2).prompt_ids) for seed in range(8)}
+    orders = {tuple(minibatch_rows(batch.prompt_ids, jax.random.key(seed), 2)[0]) for seed in range(8)}
     assert len(orders) > 2

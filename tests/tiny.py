@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.learn.packing import PackedShape, pack_completions, packed_shape
+from grpo_jax.learn.packing import PackedShape, packed_shape
+from grpo_jax.learn.update import pack_minibatch
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.decoder import init_params
 from grpo_jax.types import Experience, PackedBatch
@@ -66,14 +67,14 @@ def packed(batch: Experience, micro_tokens=1000, shards=1) -> PackedBatch:
     """Packs a batch into rows of about `micro_tokens` tokens, or of one sequence if it is longer."""
     longest = batch.tokens.shape[1] - batch.mask.shape[1], batch.mask.shape[1]
     shape = packed_shape(len(batch.advantages), 1, *longest, micro_tokens, shards)
-    return jax.tree.map(jnp.asarray, pack_completions(batch, shape, shards))
+    return jax.tree.map(jnp.asarray, pack_minibatch(batch, shape, shards))
 
 
 def padded(batch: Experience) -> PackedBatch:
     """Puts every completion into its own row, after its own copy of the prompt; shaped like `packed(batch, 1)`."""
     single = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
     width = -(-batch.tokens.shape[1] // 8) * 8
-    return jax.tree.map(jnp.asarray, pack_completions(single, PackedShape(len(batch.advantages), width), 1))
+    return jax.tree.map(jnp.asarray, pack_minibatch(single, PackedShape(len(batch.advantages), width), 1))
 
 
 def all_gather_shapes(hlo: str) -> list[tuple[int, ...]]:

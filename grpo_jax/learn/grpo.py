@@ -10,15 +10,41 @@ trained to maximize
     k3_it  = pi_ref / pi - log(pi_ref / pi) - 1          estimate of KL(pi || pi_ref)
 
 where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
-4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds.
+4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds. The
+log-ratios log rho and log(pi_ref / pi) are limited to [-20, 20], with gradient 0 beyond, so that no token can overflow.
 
 The loss weights each token by w_it = 1 / (N |o_i|). Token weights are computed over the full batch before it is split
-or packed, so the gradient does not depend on how the batch is divided.
+or packed, so the gradient does not depend on how the batch is divided. Training runs the functions of this page:
+`token_weights` when a minibatch is packed, and `weighted_loss` on packed rows.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+MAX_LOG_RATIO = 20.0  # in nats; exp(20) is 4.9e8, and float32 overflows at exp(88.8)
+
+
+class SampledTokens(NamedTuple):
+    """What the loss knows of each sampled token, in any arrangement, such as padded `[N, S]` or packed `[P, W]` rows.
+
+    All tokens of a completion are passed in one call. Those of a group may be spread over several micro-batches, whose
+    losses are added.
+
+    `jax.ops.segment_sum(x, tokens.sequence, tokens.num_sequences)` sums x over each completion. It drops the tokens
+    whose index is -1. Indexing wraps around instead: `sums[tokens.sequence]` gives these tokens the last completion's
+    sum, which does not count, because their weight is 0.
+    """
+
+    old_logps: Float[Array, "*tokens"]  # log pi_old
+    ref_logps: Float[Array, "*tokens"] | None  # log pi_ref; None to leave out the KL term
+    advantages: Float[Array, "*tokens"]  # the advantage of the token's completion
+    weights: Float[Array, "*tokens"]  # the weight w_it; tokens of weight 0 do not count, whatever their other values
+    sequence: Int[Array, "*tokens"]  # index of the token's completion in the batch, 0 to N - 1; -1 on other tokens
+    group: Int[Array, "*tokens"] | None  # index of its group in the batch, likewise; None if groups are not known
+    num_sequences: int  # N, of the whole batch
 
 
 def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
@@ -44,6 +70,15 @@ def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
     return jnp.where(all_equal, 0.0, centered / jnp.where(all_equal, 1.0, std))
 
 
+def inclusive_clip(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
+    """Limits x to [low, high], with gradient 1 within the limits and 0 beyond.
+
+    The gradient at a limit is 1, where that of `jnp.clip` is 0.5: with a clip bound of 0, the ratio of every on-policy
+    token is at the limit. NaN stays NaN, in the gradient too.
+    """
+    return jnp.where((x < low) | (x > high), jnp.clip(x, low, high), x)
+
+
 def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
     """Estimates KL(pi || other) from tokens sampled from pi (DeepSeekMath, equation 4).
 
@@ -54,9 +89,10 @@ def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> 
         other_logps: Their log-probs under the other distribution.
 
     Returns:
-        One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree.
+        One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree. The log-ratio is
+        limited to +-MAX_LOG_RATIO, so it is at most 4.9e8, and has no gradient beyond.
     """
-    log_ratio = other_logps - logps
+    log_ratio = inclusive_clip(other_logps - logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.expm1(log_ratio) - log_ratio
 
 
@@ -84,10 +120,8 @@ def token_weights(
 
 def weighted_loss(
     logps: Float[Array, "*tokens"],
-    old_logps: Float[Array, "*tokens"],
-    ref_logps: Float[Array, "*tokens"] | None,
-    advantages: Float[Array, "*tokens"],
-    weights: Float[Array, "*tokens"],
+    entropies: Float[Array, "*tokens"] | None,
+    tokens: SampledTokens,
     *,
     clip_low: float,
     clip_high: float,
@@ -97,47 +131,44 @@ def weighted_loss(
 
     Args:
         logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
-        old_logps: Their log-probs under pi_old.
-        ref_logps: Their log-probs under pi_ref, or None to leave out the KL term.
-        advantages: The advantage of each token's completion.
-        weights: The weight w_it of each token. Tokens of weight 0 do not count; their other values need only be finite.
+        entropies: The policy's entropy where it chose each token, in nats, which has a gradient too; None if unknown.
+        tokens: What else is known of the tokens.
         clip_low: The ratio is clipped from below at 1 - clip_low.
         clip_high: The ratio is clipped from above at 1 + clip_high.
         kl_coef: Coefficient of the KL term.
 
     Returns:
-        The loss, -J, and a dict of metrics without gradient. All metrics are weighted sums like the loss, except
+        The loss, -J, and a dict of metrics without gradient: `policy/kl_ref` only if `ref_logps` is given, and
+        `policy/entropy` only if `entropies` is. All metrics are weighted sums like the loss, except
         `policy/ratio_max`, which is a maximum.
 
     Raises:
-        ValueError: The arguments do not all have the same shape.
+        ValueError: The arrays do not all have the same shape.
     """
-    shapes = [jnp.shape(x) for x in (logps, old_logps, ref_logps, advantages, weights) if x is not None]
+    shapes = [jnp.shape(x) for x in (logps, entropies, *tokens[:-1]) if x is not None]
     if len(set(shapes)) > 1:
         raise ValueError(f"log-probs, advantages and weights must have one shape; found {shapes}. Pass one per token.")
-    counts = weights > 0
-    # Tokens that do not count get a ratio of 1 before exp, which could otherwise overflow and make 0 * inf = NaN.
-    log_ratio = jnp.where(counts, logps - jax.lax.stop_gradient(old_logps), 0.0)
-    ratio = jnp.exp(log_ratio)
-    surrogate = ratio * advantages
-    clipped_surrogate = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    # min(surrogate, clipped_surrogate). At a tie, jnp.minimum and jnp.clip would pass on only part of the gradient, and
-    # with a clip bound of 0 every on-policy token, whose ratio is 1, is a tie.
-    is_clipped = clipped_surrogate < surrogate
-    objective = jnp.where(is_clipped, clipped_surrogate, surrogate)
-    kl = jnp.zeros(())
-    if ref_logps is not None:
-        token_kl = k3(jnp.where(counts, logps, 0.0), jnp.where(counts, ref_logps, 0.0))
-        kl = jnp.sum(weights * token_kl)
-        objective = objective - kl_coef * token_kl
-    loss = -jnp.sum(weights * objective)
+
+    def counted(x):  # tokens of weight 0 get 0 before exp, which could otherwise overflow and make 0 * inf = NaN
+        return jnp.where(tokens.weights != 0, x, 0.0)
+
+    logps, A = counted(logps), counted(tokens.advantages)
+    old_logps = jax.lax.stop_gradient(counted(tokens.old_logps))
+    ratio = jnp.exp(inclusive_clip(logps - old_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    clipped_ratio = inclusive_clip(ratio, 1 - clip_low, 1 + clip_high)
+    objective = jnp.minimum(ratio * A, clipped_ratio * A)
     metrics = {
-        "loss/total": loss,
-        "policy/kl_ref": kl,
-        "policy/clip_frac": jnp.sum(weights * is_clipped),
+        "policy/clip_frac": jnp.sum(tokens.weights * (clipped_ratio * A < ratio * A)),
         "policy/ratio_max": jnp.max(ratio),
     }
-    return loss, jax.lax.stop_gradient(metrics)
+    if tokens.ref_logps is not None:
+        kl = k3(logps, counted(tokens.ref_logps))
+        objective = objective - kl_coef * kl
+        metrics["policy/kl_ref"] = jnp.sum(tokens.weights * kl)
+    if entropies is not None:
+        metrics["policy/entropy"] = jnp.sum(tokens.weights * counted(entropies))
+    loss = -jnp.sum(tokens.weights * objective)
+    return loss, jax.lax.stop_gradient({"loss/total": loss} | metrics)
 
 
 def grpo_loss(
@@ -180,13 +211,13 @@ def grpo_loss(
             "logps and mask must have one shape [N, S], and advantages must have shape [N]; found "
             f"{logps.shape}, {jnp.shape(mask)} and {advantages.shape}. Pass one row and one advantage per completion."
         )
-    return weighted_loss(
-        logps,
+    tokens = SampledTokens(
         old_logps,
         ref_logps,
         jnp.broadcast_to(advantages[:, None], logps.shape),
         token_weights(mask, denominator),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_coef=kl_coef,
+        sequence=jnp.where(jnp.asarray(mask) != 0, jnp.arange(len(logps))[:, None], -1),
+        group=None,
+        num_sequences=len(logps),
     )
+    return weighted_loss(logps, None, tokens, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)

@@ -102,13 +102,16 @@ def assign_rows(
     return rows
 
 
-def pack_completions(experience: Experience, shape: PackedShape, shards: int) -> PackedBatch:
+def pack_completions(
+    experience: Experience, weights: Float[np.ndarray, "N S"], shape: PackedShape, shards: int
+) -> PackedBatch:
     """Packs the completions of a batch into rows, each group after one copy of its prompt.
 
     Rows are dealt to data shards in turn, so that the first micro-batches are full and the last ones are empty.
 
     Args:
-        experience: The whole batch of one update; its size is the denominator of the token weights.
+        experience: The completions.
+        weights: The weight of each of their tokens in the loss.
         shape: The shape of the packed rows, from `packed_shape`.
         shards: Number of data shards.
 
@@ -128,8 +131,9 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
 
     # np.zeros allocates lazily, so rows that stay empty take no host memory.
     tokens, position, prompt, completion, predict_from = (np.zeros(shape, np.int32) for _ in range(5))
-    weights, sampler_logps, ref_logps, advantages = (np.zeros(shape, np.float32) for _ in range(4))
-    flat_index = np.full(shape, -1, np.int32)
+    token_weights, sampler_logps, ref_logps, advantages = (np.zeros(shape, np.float32) for _ in range(4))
+    flat_index, sequence_index, group_index = (np.full(shape, -1, np.int32) for _ in range(3))
+    group_numbers = np.unique(experience.prompt_ids, return_inverse=True)[1]
     rows_per_shard = shape.rows // shards
     for row_index, groups in enumerate(rows):
         row = row_index % shards * rows_per_shard + row_index // shards
@@ -152,7 +156,9 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
                 completion[row, span] = completion_number
                 predict_from[row, span] = np.where(steps == 0, last_prompt_column, column + steps - 1)
                 flat_index[row, span] = n * max_length + steps
-                weights[row, span] = 1 / (num_completions * lengths[n])  # the same as grpo.token_weights
+                sequence_index[row, span] = n
+                group_index[row, span] = group_numbers[n]
+                token_weights[row, span] = weights[n, : lengths[n]]
                 sampler_logps[row, span] = experience.sampler_logps[n, : lengths[n]]
                 ref_logps[row, span] = experience.ref_logps[n, : lengths[n]]
                 advantages[row, span] = experience.advantages[n]
@@ -162,11 +168,14 @@ def pack_completions(experience: Experience, shape: PackedShape, shards: int) ->
         segments=Segments(position, prompt, completion),
         predict_from=predict_from,
         flat_index=flat_index,
-        weights=weights,
+        sequence=sequence_index,
+        group=group_index,
+        weights=token_weights,
         sampler_logps=sampler_logps,
         ref_logps=ref_logps,
         advantages=advantages,
         num_micro_batches=np.int32(-(-len(rows) // shards)),
+        num_sequences=num_completions,
     )
 
 

@@ -1,4 +1,4 @@
-"""The learning step: turns rollouts into training data, scores it with the reference, and updates the policy."""
+"""The learning step: turns rollouts into training data, scores completions, and updates the policy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +9,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.config.schema import Config, LossSection
-from grpo_jax.learn.grpo import k3, weighted_loss
+from grpo_jax.learn.grpo import SampledTokens, k3, token_weights, weighted_loss
 from grpo_jax.learn.logprobs import DEFAULT_CHUNK_TOKENS, packed_logprobs
 from grpo_jax.learn.optimizer import apply_gradients, make_schedule, train_state_shardings
+from grpo_jax.learn.packing import PackedShape, pack_completions
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_data_shards
 from grpo_jax.text.problem import Prompts
@@ -23,16 +24,15 @@ from grpo_jax.types import Experience, PackedBatch, Rollout, TrainState
 MAX_REDUCED_METRICS = ("policy/ratio_max", "policy/logp_gap/max")  # reduced with max over micro-batches; others summed
 
 
-def make_experience(
-    prompts: Prompts, rollout: Rollout, advantages: Float[np.ndarray, "B G"], ref_logps: Float[np.ndarray, "N S"] | None
-) -> Experience:
+def make_experience(prompts: Prompts, rollout: Rollout) -> Experience:
     """Assembles the per-sequence training data of a rollout from host arrays.
+
+    The advantages and the log-probs under the reference are zeros. Fill them in with
+    `experience.replace(advantages=..., ref_logps=...)`, in either order.
 
     Args:
         prompts: The prompts of the rollout.
         rollout: The sampled completions.
-        advantages: One advantage per completion.
-        ref_logps: Log-probs of the completion tokens under the reference; None stands for zeros.
     """
     rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
     samples, max_length = rollout.tokens.shape[1:]
@@ -46,32 +46,57 @@ def make_experience(
         prompt_lengths=prompt_lengths,
         mask=np.arange(max_length) < rows["lengths"][:, None],
         sampler_logps=rows["logps"],
-        ref_logps=np.zeros_like(rows["logps"]) if ref_logps is None else np.asarray(ref_logps),
-        advantages=np.asarray(advantages, np.float32).reshape(-1),
+        ref_logps=np.zeros_like(rows["logps"]),
+        advantages=np.zeros(len(prompt_lengths), np.float32),
         prompt_ids=rows["prompt_ids"],
     )
 
 
-def take_minibatch(experience: Experience, key, index: int, *, count: int) -> Experience:
-    """Returns minibatch `index` of `count`. Groups are shuffled with `key`; a group may span two minibatches."""
-    prompt_ids, group = np.unique(experience.prompt_ids, return_inverse=True)
-    rank = np.asarray(jax.random.permutation(key, len(prompt_ids)))[group]
+def minibatch_rows(prompt_ids: Int[np.ndarray, " N"], key, count: int) -> Int[np.ndarray, "{count} _"]:
+    """Divides the sequences of a rollout into minibatches, for one epoch.
+
+    Args:
+        prompt_ids: Sequences with equal ids are a group. Groups are shuffled; one may span two minibatches.
+        key: The random key of the epoch.
+        count: Number of minibatches.
+
+    Returns:
+        The indices of the N // count sequences of each minibatch.
+    """
+    ids, group = np.unique(prompt_ids, return_inverse=True)
+    rank = np.asarray(jax.random.permutation(key, len(ids)))[group]
     size = len(rank) // count
-    rows = np.argsort(rank, kind="stable")[index * size : (index + 1) * size]
+    return np.argsort(rank, kind="stable")[: count * size].reshape(count, size)
+
+
+def take_rows(experience: Experience, rows: Int[np.ndarray, " _"]) -> Experience:
+    """Returns the sequences with the given indices."""
     return jax.tree.map(lambda x: np.asarray(x)[rows], experience)
+
+
+def pack_minibatch(experience: Experience, shape: PackedShape, shards: int) -> PackedBatch:
+    """Packs a minibatch on the host, with the token weights of the whole minibatch.
+
+    Args:
+        experience: The minibatch of one update, or completions to score.
+        shape: The shape of the packed rows, from `packed_shape`.
+        shards: Number of data shards.
+    """
+    weights = np.asarray(token_weights(jnp.asarray(experience.mask)))
+    return pack_completions(experience, weights, shape, shards)
 
 
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
     """Returns micro-batch `index`, which is one packed row of each data shard."""
     shards = num_data_shards()
 
-    def take_rows(x):
+    def take_index(x):
         if not x.shape:  # num_micro_batches
             return x
         by_shard = constrain(x.reshape(shards, x.shape[0] // shards, *x.shape[1:]), ROW_AXES)
         return constrain(jax.lax.dynamic_index_in_dim(by_shard, index, 1, keepdims=False), ROW_AXES)
 
-    return jax.tree.map(take_rows, batch)
+    return jax.tree.map(take_index, batch)
 
 
 def max_micro_batches(batch: PackedBatch) -> int:
@@ -80,14 +105,14 @@ def max_micro_batches(batch: PackedBatch) -> int:
 
 
 @partial(jax.jit, static_argnames=("model_cfg", "temperature", "chunk_tokens"))
-def score_reference(
+def score_completions(
     model_cfg: ModelConfig, params, batch: PackedBatch, *, temperature: float, chunk_tokens: int
 ) -> Float[Array, "P W"]:
-    """Computes log pi_ref of the completion tokens, with the same function and temperature as the policy's log-probs.
+    """Computes log-probs of packed completions with the function that the update computes them with.
 
     Args:
         model_cfg: The architecture.
-        params: Parameters of the reference.
+        params: Parameters of the model to score with: the reference, or the policy.
         batch: Packed rows; micro-batches that hold no token are not run.
         temperature: Sampling temperature.
         chunk_tokens: Number of tokens per data shard that have logits at a time.
@@ -127,25 +152,29 @@ def loss_and_metrics(
     `minibatch_gradients` for the arguments.
     """
     logps, entropies = packed_logprobs(model_cfg, params, rows, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
-    weights = rows.weights
+    tokens = SampledTokens(
+        old_logps=rows.sampler_logps,
+        ref_logps=rows.ref_logps if loss.kl_coef else None,
+        advantages=rows.advantages,
+        weights=rows.weights,
+        sequence=rows.sequence,
+        group=rows.group,
+        num_sequences=rows.num_sequences,
+    )
     loss_value, metrics = weighted_loss(
         logps,
-        rows.sampler_logps,
-        rows.ref_logps if loss.kl_coef else None,
-        rows.advantages,
-        weights,
+        entropies if entropy else None,
+        tokens,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         kl_coef=loss.kl_coef,
     )
-    logp_gap = jnp.where(weights > 0, jnp.abs(logps - rows.sampler_logps), 0.0)
+    logp_gap = jnp.where(rows.weights != 0, jnp.abs(logps - rows.sampler_logps), 0.0)
     metrics |= {
-        "policy/kl_sampler": jnp.sum(weights * k3(rows.sampler_logps, jnp.where(weights > 0, logps, 0.0))),
-        "policy/logp_gap/mean": jnp.sum(weights * logp_gap),
+        "policy/kl_sampler": jnp.sum(rows.weights * k3(rows.sampler_logps, logps)),
+        "policy/logp_gap/mean": jnp.sum(rows.weights * logp_gap),
         "policy/logp_gap/max": logp_gap.max(),
     }
-    if entropy:
-        metrics["policy/entropy"] = jnp.sum(weights * entropies)
     return loss_value, jax.lax.stop_gradient(metrics)
 
 

@@ -86,10 +86,11 @@ def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
 
 def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """Formats the metrics of a training step as one line for the console."""
+    kl = f"KL {metrics['policy/kl_ref']:.4f}  " if "policy/kl_ref" in metrics else ""
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}  reward {metrics['reward/mean']:.2f}  "
         f"accuracy {metrics['reward/accuracy']:.2f}  format {metrics['reward/format']:.2f}  "
-        f"length {metrics['rollout/length_mean']:5.1f}  KL {metrics['policy/kl_ref']:.4f}  "
+        f"length {metrics['rollout/length_mean']:5.1f}  {kl}"
         f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s  {metrics['time/step_s']:.1f} s"
     )
 

@@ -16,8 +16,15 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_state_shapes, train_state_shardings
-from grpo_jax.learn.packing import pack_completions, packed_shape, unpack_completions
-from grpo_jax.learn.update import make_experience, make_update, score_reference, take_minibatch
+from grpo_jax.learn.packing import packed_shape, unpack_completions
+from grpo_jax.learn.update import (
+    make_experience,
+    make_update,
+    minibatch_rows,
+    pack_minibatch,
+    score_completions,
+    take_rows,
+)
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows, tree_shardings
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
@@ -72,7 +79,7 @@ def collect_experience(
     texts, rewards = grade_completions(cfg, context, problems, rollout)
     group_advantages = np.asarray(advantages(jnp.asarray(rewards["total"].reshape(rollout.lengths.shape))))
     graded = time.monotonic()
-    experience = make_experience(prompts, rollout, group_advantages, None)
+    experience = make_experience(prompts, rollout).replace(advantages=group_advantages.reshape(-1))
     if reference is not None:
         experience = add_reference_logps(cfg, context, reference, experience)
     times = {
@@ -107,7 +114,7 @@ def add_reference_logps(cfg: Config, context: RunContext, reference, experience:
     """Returns the experience with the log-probs of its completions under the reference."""
     packed = pack_batch(cfg, context.mesh, experience)
     ref_logps = gather_to_host(
-        score_reference(
+        score_completions(
             context.model_cfg,
             reference,
             shard_rows(context.mesh, packed),
@@ -141,7 +148,7 @@ def pack_batch(cfg: Config, mesh, experience: Experience) -> PackedBatch:
         cfg.train.micro_tokens,
         shards,
     )
-    return pack_completions(experience, shape, shards)
+    return pack_minibatch(experience, shape, shards)
 
 
 def select_minibatch(cfg: Config, experience: Experience, key, rollout_index: int, update_index: int) -> Experience:
@@ -150,7 +157,8 @@ def select_minibatch(cfg: Config, experience: Experience, key, rollout_index: in
     if count == 1:
         return experience
     epoch, index = divmod(update_index, count)
-    return take_minibatch(experience, fold_in_all(key, SHUFFLING_KEY, rollout_index, epoch), index, count=count)
+    key = fold_in_all(key, SHUFFLING_KEY, rollout_index, epoch)
+    return take_rows(experience, minibatch_rows(experience.prompt_ids, key, count)[index])
 
 
 def train(cfg: Config, context: RunContext, workdir: Path) -> None:
