@@ -1,4 +1,4 @@
-"""Evaluates the policy of a run on held-out problems: accuracy, format and mean length in tokens."""
+"""Evaluates the policy of a run on held-out problems: the parts of the reward and the mean length in tokens."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import EVALUATION_KEY, build_context, load_policy
 from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.metrics import evaluation_line
 from grpo_jax.tasks.problem_file import read_problems
-from grpo_jax.tasks.streams import held_out_problems
+from grpo_jax.tasks.streams import held_out_problems, resolve_task
 from grpo_jax.text.prompt import encode_prompts
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if options.questions:
         problems = read_problems(options.questions)
     else:
-        problems = held_out_problems(cfg.task, cfg.eval.questions)
+        problems = held_out_problems(resolve_task(cfg.task), cfg.eval.questions)
     encode_prompts(context.tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)  # checks lengths
     with jax.set_mesh(context.mesh):
         step, params = load_policy(cfg, context, workdir, options.base)
@@ -49,8 +50,7 @@ def main(argv: Sequence[str]) -> None:
     elif jax.process_index() == 0:
         print(
             f"{'Base model' if options.base else f'Policy after step {step}'}, {len(problems)} questions, "
-            f"temperature {cfg.eval.temperature}: accuracy {metrics['eval/accuracy']:.3f}  "
-            f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
+            f"temperature {cfg.eval.temperature}: {evaluation_line(metrics)}"
         )
 
 

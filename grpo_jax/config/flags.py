@@ -6,6 +6,7 @@ answers a user's mistake with a traceback and ignores stray arguments.
 """
 
 import argparse
+import ast
 import difflib
 import importlib.util
 import json
@@ -108,6 +109,24 @@ def load_config(spec: str) -> ConfigDict:
     return raw
 
 
+def parse_tuple(text: str) -> tuple:
+    """Returns a JSON list, or a list or tuple as Python writes it, as a tuple.
+
+    Raises:
+        ValueError: The text is none of these.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, TypeError) as error:
+            raise ValueError from error
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    return tuple(value)
+
+
 def parse_value(key: str, text: str, old: Any) -> Any:
     """Returns `text` as a value of the type of `old`.
 
@@ -119,10 +138,7 @@ def parse_value(key: str, text: str, old: Any) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is tuple:
-            value = json.loads(text)
-            if not isinstance(value, list):
-                raise ValueError
-            return tuple(value)
+            return parse_tuple(text)
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError

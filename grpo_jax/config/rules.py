@@ -6,11 +6,15 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.functions import function_label
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
 from grpo_jax.config.schema import Config, PretrainConfig
 from grpo_jax.errors import UserError
 
 C = TypeVar("C", Config, PretrainConfig)
+
+# Names that metrics use besides those of reward parts: reward/mean and eval/length_mean.
+RESERVED_LABELS = ("mean", "length_mean")
 
 # Keys that users look for but that training cannot have, with the reason.
 REFUSED = dict.fromkeys(
@@ -19,10 +23,14 @@ REFUSED = dict.fromkeys(
     "(eval.top_k, eval.top_p and eval.min_p may be set)",
 )
 
+# How NO_EFFECT writes the name of any function of the user's.
+USERS_FUNCTION = "module:function"
+
 # Keys that nothing reads while another key has a certain value: (the other key, that value, the keys without effect).
 NO_EFFECT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("task.name", "addition", ("task.path", "task.eval_path")),
     ("task.name", "jsonl", ("task.digits", "task.shots")),
+    ("task.name", USERS_FUNCTION, ("task.digits", "task.shots", "task.path", "task.eval_path")),
     ("optim.schedule", "constant", ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.mu_dtype")),
     ("eval.temperature", 0, ("eval.top_k", "eval.top_p", "eval.min_p")),
@@ -52,8 +60,7 @@ def check_keys(raw: ConfigDict, config_class: type[C]) -> C:
         raise UserError(f"A config with job={job!r} must have the keys of {start}; {name} {problem}. Start from it.")
     for name, spec in specs.items():
         value, kind = values[name], type(spec.default)
-        if kind is float and type(value) is int:
-            value = float(value)
+        value = with_floats(value, spec.default)
         topic = name if config_class is Config else "pretrain"
         ending = f"; found {value!r}. Set --config.{name}=VALUE; --help={topic} explains it."
         require(type(value) is kind, f"{name} must be of type {kind.__name__}{ending}")
@@ -61,6 +68,13 @@ def check_keys(raw: ConfigDict, config_class: type[C]) -> C:
         require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
         values[name] = os.path.expanduser(value) if spec.path else value
     return build(config_class, values)
+
+
+def with_floats(value: Any, default: Any) -> Any:
+    """Returns a value with its whole numbers as floats where the default is a float or a tuple of floats."""
+    if type(value) is tuple and type(default) is tuple:
+        return tuple(with_floats(element, default[0]) for element in value)
+    return float(value) if type(value) is int and type(default) is float else value
 
 
 def build(config_class: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -91,6 +105,7 @@ def check(raw: ConfigDict) -> Config:
         cfg.task.name != "jsonl" or bool(cfg.task.path),
         "task.path must be a JSONL file while task.name='jsonl'; found none. Set --config.task.path=FILE.jsonl.",
     )
+    check_reward(cfg)
     check_optimizer(cfg)
     sequences, minibatches = cfg.rollout.prompts * cfg.rollout.samples, cfg.train.minibatches
     require(
@@ -108,12 +123,39 @@ def check_effects(cfg: Config) -> None:
         name: switch
         for switch, off, names in NO_EFFECT
         for name in names
-        if values[switch] == off and values[name] != specs[name].default
+        if as_switch(values[switch]) == off and values[name] != specs[name].default
     }
     causes = [f"{name}={values[name]!r} has no effect while {idle[name]}={values[idle[name]]!r}" for name in idle]
     resets = [format_as_flag(name, specs[name].default) for name in idle]
     switches = " and ".join(dict.fromkeys(idle.values()))
     require(not idle, f"{'; '.join(causes)}. Pass {' '.join(resets)} to restore the default, or change {switches}.")
+
+
+def as_switch(value: Any) -> Any:
+    """Returns the value of a key as `NO_EFFECT` writes it."""
+    return USERS_FUNCTION if isinstance(value, str) and ":" in value else value
+
+
+def check_reward(cfg: Config) -> None:
+    """Checks that each part of the reward has a weight, and a name of its own in metrics and samples."""
+    parts, weights = cfg.reward.parts, cfg.reward.weights
+    require(
+        len(parts) == len(weights),
+        f"reward.weights must have one number for each of the {len(parts)} reward.parts; found {len(weights)}. Set "
+        f"{format_as_flag('reward.weights', (1.0,) * len(parts))} or other weights.",
+    )
+    labels = [function_label(name) for name in parts]
+    for name, label in zip(parts, labels, strict=True):
+        problem = {
+            "is not a Python name": not label.isidentifier(),
+            "is the name of another metric": label in RESERVED_LABELS,
+            "is there twice": labels.count(label) > 1,
+        }
+        for found in (words for words, wrong in problem.items() if wrong):
+            raise UserError(
+                f"reward.parts must name functions by which metrics can call the parts; found {name!r}, but {label!r} "
+                f"{found}. Rename the function."
+            )
 
 
 def check_optimizer(cfg: Config) -> None:

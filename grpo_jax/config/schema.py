@@ -6,6 +6,7 @@ part, name the sections.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
@@ -25,6 +26,16 @@ def is_axis_size(size: int) -> bool:
 def are_stop_strings(strings: tuple) -> bool:
     """Returns whether all elements are non-empty strings that are short enough for the stop table."""
     return all(isinstance(text, str) and text for text in strings) and sum(map(len, strings)) <= 4000
+
+
+def are_names(names: tuple) -> bool:
+    """Returns whether all elements are non-empty strings, and there is at least one."""
+    return bool(names) and all(isinstance(name, str) and name for name in names)
+
+
+def are_finite(numbers: tuple) -> bool:
+    """Returns whether all elements are finite floats."""
+    return all(type(number) is float and math.isfinite(number) for number in numbers)
 
 
 AXIS_SIZE = (is_axis_size, "at least 1, or -1 for the devices that the other axes leave")
@@ -55,11 +66,23 @@ class ModelSection:
 class TaskSection:
     """The problems to learn from."""
 
-    name: str = key("addition", "`addition` generates sums, `jsonl` reads a file", choices=("addition", "jsonl"))
+    name: str = key("addition", "`addition`, `jsonl`, module:function or path/file.py:function")
     digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
     shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
     path: str = key("", "JSONL file of problems, one object per line with `question` and `answer`", path=True)
     eval_path: str = key("", "JSONL file of held-out problems; if empty, every tenth line of task.path", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSection:
+    """The parts of the reward."""
+
+    parts: tuple[str, ...] = key(
+        ("accuracy", "format"),
+        "each is `accuracy`, `format`, module:function or path/file.py:function",
+        check=(are_names, "at least one name"),
+    )
+    weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +190,7 @@ class Config:
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
+    reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
     train: TrainSection = TrainSection()
     loss: LossSection = LossSection()

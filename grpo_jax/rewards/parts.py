@@ -1,14 +1,112 @@
-"""The parts of a reward, and their sum."""
+"""The parts of a reward, and their weighted sum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from grpo_jax.config.functions import describe_error, function_label, resolve_function
+from grpo_jax.errors import UserError
 from grpo_jax.rewards.verify import accuracy, format
+from grpo_jax.text.problem import Problem
+
+# A part grades N completions. It is called with the problem, the text and the length in tokens of each, and returns one
+# finite number for each.
+RewardPart = Callable[[list[Problem], list[str], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def reward_parts(texts: Sequence[str], answers: Sequence[str]) -> dict[str, Float[np.ndarray, " N"]]:
-    """Grades N completions: returns each part of the reward, and as `total` their sum, which is 0, 1 or 2."""
-    parts = {"accuracy": accuracy(texts, answers), "format": format(texts)}
-    return parts | {"total": parts["accuracy"] + parts["format"]}
+class Rewards(NamedTuple):
+    """The rewards of N completions."""
+
+    parts: dict[str, Float[np.ndarray, " N"]]  # float32, by the label of the part, not yet weighted
+    total: Float[np.ndarray, " N"]  # float32, the weighted sum of the parts
+
+
+def accuracy_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
+    """Returns the accuracy of N completions, float32[N]; see `grpo_jax.rewards.accuracy`."""
+    return accuracy(texts, [problem.answer for problem in problems])
+
+
+def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
+    """Returns the format of N completions, float32[N]; see `grpo_jax.rewards.format`."""
+    return format(texts)
+
+
+PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}
+
+RESUME_HINT = "A run of grpo_jax.train with rewards=... is resumed by calling it again with the same rewards."
+
+
+def resolve_parts(names: Sequence[str]) -> dict[str, RewardPart]:
+    """Returns the parts that `reward.parts` names, by label and in the same order.
+
+    Raises:
+        UserError: A name is not one of `PARTS` and no function can be imported for it.
+    """
+    return {function_label(name): resolve_function(name, "reward.parts", PARTS, RESUME_HINT) for name in names}
+
+
+def compute_rewards(
+    parts: Mapping[str, RewardPart],
+    weights: Sequence[float],
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    lengths: Int[np.ndarray, " N"],
+) -> Rewards:
+    """Grades N completions.
+
+    Args:
+        parts: The parts of the reward by label.
+        weights: One weight for each part.
+        problems: The problem of each completion.
+        texts: The text of each completion.
+        lengths: The number of tokens of each completion.
+
+    Raises:
+        UserError: A part raises, or does not return N finite numbers.
+    """
+    graded = {label: grade_texts(label, part, problems, texts, lengths) for label, part in parts.items()}
+    total = np.zeros(len(texts), np.float32)
+    for weight, rewards in zip(weights, graded.values(), strict=True):
+        total += np.float32(weight) * rewards
+    return Rewards(graded, total)
+
+
+def grade_texts(
+    label: str,
+    part: RewardPart,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    lengths: Int[np.ndarray, " N"],
+) -> Float[np.ndarray, " N"]:
+    """Returns what one part gives to N completions, float32[N].
+
+    Raises:
+        UserError: The part raises, or does not return N finite numbers.
+    """
+    expected = f"The reward part {label!r} must return {len(texts)} finite numbers, one for each text"
+    try:
+        # Each part gets copies, so that none can change what the next one sees.
+        returned = part(list(problems), list(texts), np.array(lengths))
+        values = np.asarray(returned, object)  # keeps each element: otherwise [0.5, "a"] would become strings
+        wrong = [i for i, value in enumerate(values) if not is_reward(value)] if values.ndim else []
+    except Exception as error:
+        raise UserError(f"{expected}, but it raised {describe_error(error)}. Correct that function.") from error
+    if values.shape != (len(texts),):
+        kind = "None" if returned is None else type(returned).__name__
+        found = f"an array of shape {values.shape}" if values.ndim else kind
+        raise UserError(f"{expected}; found {found}. Return an array of shape ({len(texts)},).")
+    if wrong:
+        raise UserError(
+            f"{expected}; found {values[wrong[0]]!r:.60} at index {wrong[0]}. Return a finite number there."
+        )
+    return values.astype(np.float32)
+
+
+def is_reward(value: Any) -> bool:
+    """Returns whether a value is a single number that float32 can hold."""
+    array = np.asarray(value)
+    return array.shape == () and array.dtype.kind in "biuf" and abs(float(array)) <= FLOAT32_MAX

@@ -16,8 +16,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import log_indivisible_axes, make_mesh, tree_shardings
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
 from grpo_jax.run.checkpoint import restore_policy
-from grpo_jax.tasks.problem_file import read_problems
-from grpo_jax.tasks.streams import held_out_problems, make_task
+from grpo_jax.tasks.streams import held_out_problems, problems_to_check, resolve_task
 from grpo_jax.text.prompt import completion_eos_ids, encode_prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import load, open_model_tensors
@@ -26,8 +25,6 @@ from grpo_jax.weights.tokenizer import load_tokenizer
 
 # Each use of the run's random key folds in a constant of its own first, so that no two uses share a key.
 SAMPLING_KEY, EVALUATION_KEY, SHUFFLING_KEY, GENERATION_KEY = range(4)
-
-CHECKED_PROBLEMS = 256  # training problems of a computed task whose prompt lengths are checked before training
 
 
 class RunContext(NamedTuple):
@@ -119,14 +116,10 @@ def check_prompt_lengths(cfg: Config, tokenizer) -> None:
     problems are.
 
     Raises:
-        UserError: A prompt is too long, a line of the file is not a problem, or no questions can be held out.
+        UserError: A prompt is too long, or the task fails.
     """
-    if cfg.task.name == "jsonl":
-        problem_lists = [read_problems(path) for path in (cfg.task.path, cfg.task.eval_path) if path]
-    else:
-        task = make_task(cfg.task, cfg.seed, "train")
-        problem_lists = [[task(i) for i in range(CHECKED_PROBLEMS)]]
-    for problems in [*problem_lists, held_out_problems(cfg.task, cfg.eval.questions)]:
+    task = resolve_task(cfg.task)
+    for problems in (problems_to_check(task, cfg.seed), held_out_problems(task, cfg.eval.questions)):
         encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from grpo_jax.config.schema import Config
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards
-from grpo_jax.rewards.parts import reward_parts
+from grpo_jax.rewards.parts import Rewards, compute_rewards, resolve_parts
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout
 from grpo_jax.run.context import RunContext
@@ -17,7 +17,7 @@ from grpo_jax.types import Rollout
 
 def grade_completions(
     cfg: Config, context: RunContext, problems: Sequence[Problem], rollout: Rollout
-) -> tuple[list[str], dict[str, np.ndarray]]:
+) -> tuple[list[str], Rewards]:
     """Decodes and grades the completions of a rollout.
 
     Args:
@@ -27,17 +27,17 @@ def grade_completions(
         rollout: Their N = B * G completions, as host arrays.
 
     Returns:
-        (texts, rewards): N strings, and the parts of the reward and their sum `total`, float32[N] each.
+        (texts, rewards): N strings, and their rewards.
     """
     tokens, samples = rollout.tokens, rollout.lengths.shape[1]
     rows, lengths = tokens.reshape(-1, tokens.shape[-1]), rollout.lengths.ravel()
     texts = decode_completions(context.tokenizer, rows, lengths, context.stop_ids, cfg.rollout.stop_strings)
-    return texts, reward_parts(texts, [problem.answer for problem in problems for _ in range(samples)])
+    repeated = [problem for problem in problems for _ in range(samples)]
+    parts = resolve_parts(cfg.reward.parts)
+    return texts, compute_rewards(parts, cfg.reward.weights, repeated, texts, lengths)
 
 
-def sample_records(
-    problems: Sequence[Problem], rollout: Rollout, texts: list[str], rewards: dict[str, np.ndarray]
-) -> list[dict]:
+def sample_records(problems: Sequence[Problem], rollout: Rollout, texts: list[str], rewards: Rewards) -> list[dict]:
     """Returns a record for samples/ of each completion in `texts`, the first ones of the rollout."""
     samples = rollout.lengths.shape[1]
     return [
@@ -46,8 +46,7 @@ def sample_records(
             "sample_id": n % samples,
             "prompt": format_prompt(problems[n // samples].question),
             "completion": text,
-            "accuracy": float(rewards["accuracy"][n]),
-            "format": float(rewards["format"][n]),
+            **{label: float(part[n]) for label, part in rewards.parts.items()},
         }
         for n, text in enumerate(texts)
     ]
@@ -66,7 +65,7 @@ def evaluate(
         key: The random key. A completion depends on it and on the index of its problem only.
 
     Returns:
-        (metrics, records): The means `eval/accuracy`, `eval/format` and `eval/length_mean`, and one record per problem.
+        (metrics, records): The means `eval/PART` of the parts and `eval/length_mean`, and one record per problem.
     """
     shards = num_data_shards(context.mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
@@ -95,6 +94,6 @@ def evaluate(
             record | {"question": problem.question, "answer": problem.answer, "length": int(rollout.lengths[i, 0])}
             for i, (problem, record) in enumerate(zip(batch, batch_records, strict=True))
         ]
-    averaged = {"eval/accuracy": "accuracy", "eval/format": "format", "eval/length_mean": "length"}
+    averaged = {f"eval/{label}": label for label in rewards.parts} | {"eval/length_mean": "length"}
     metrics = {name: float(np.mean([record[field] for record in records])) for name, field in averaged.items()}
     return metrics, records

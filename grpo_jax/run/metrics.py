@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -68,12 +69,24 @@ class MetricsLog:
             self.tensorboard.close()
 
 
+def as_json(value: Any) -> Any:
+    """Returns a value with non-finite floats as None, and the keys of dicts as strings, as JSON needs them."""
+    if isinstance(value, dict):
+        return {str(name): as_json(element) for name, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
-    """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line."""
+    """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line.
+
+    Non-finite floats become null. Other values that JSON cannot hold, which may be in metadata, become strings.
+    """
     if jax.process_index() != 0 or not records:
         return
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    text = "".join(json.dumps(as_json(record), ensure_ascii=False, default=str) + "\n" for record in records)
     (workdir / "samples" / f"{kind}-{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -86,24 +99,36 @@ def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
 
 def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """Formats the metrics of a training step as one line for the console."""
-    kl = f"KL {metrics['policy/kl_ref']:.4f}  " if "policy/kl_ref" in metrics else ""
-    return (
-        f"step {step:>{len(str(total_steps))}}/{total_steps}  reward {metrics['reward/mean']:.2f}  "
-        f"accuracy {metrics['reward/accuracy']:.2f}  format {metrics['reward/format']:.2f}  "
-        f"length {metrics['rollout/length_mean']:5.1f}  {kl}"
-        f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s  {metrics['time/step_s']:.1f} s"
-    )
+    rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
+    shown = [f"reward {rewards.pop('mean'):.2f}"]
+    shown += [f"{label} {value:.2f}" for label, value in rewards.items()]
+    shown += [f"length {metrics['rollout/length_mean']:5.1f}"]
+    shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
+    shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
+    return f"step {step:>{len(str(total_steps))}}/{total_steps}  " + "  ".join(shown)
+
+
+def evaluation_scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Returns the mean of each part of the reward in an evaluation, by the part's label."""
+    names = [name for name in metrics if name.startswith("eval/") and name != "eval/length_mean"]
+    return {name.removeprefix("eval/"): metrics[name] for name in names}
+
+
+def evaluation_line(metrics: dict[str, float]) -> str:
+    """Formats the metrics of an evaluation for the console."""
+    shown = [f"{label} {score:.3f}" for label, score in evaluation_scores(metrics).items()]
+    return "  ".join([*shown, f"length {metrics['eval/length_mean']:.1f}"])
 
 
 def before_and_after(workdir: Path) -> str:
     """Formats a table of a run's first and last evaluation, and a completion of each for the same question."""
-    evaluations = [line for line in read_metrics(workdir) if "eval/accuracy" in line]
+    evaluations = [line for line in read_metrics(workdir) if "eval/length_mean" in line]
     if not evaluations:
         return "metrics.jsonl holds no evaluation"
     first, last = evaluations[0], evaluations[-1]
     rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
-    labels = {"eval/accuracy": "accuracy", "eval/format": "format", "eval/length_mean": "length (tokens)"}
-    rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for name, label in labels.items()]
+    scores = {label: f"eval/{label}" for label in evaluation_scores(first)} | {"length (tokens)": "eval/length_mean"}
+    rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for label, name in scores.items()]
     if not all((workdir / "samples" / f"eval-{line['step']:06d}.jsonl").is_file() for line in (first, last)):
         return "\n".join(rows)
     before, after = (read_samples(workdir, "eval", line["step"])[0] for line in (first, last))

@@ -27,12 +27,13 @@ from grpo_jax.learn.update import (
 )
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows, tree_shardings
+from grpo_jax.rewards.parts import Rewards
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, SHUFFLING_KEY, RunContext
 from grpo_jax.run.evaluation import evaluate, grade_completions, sample_records
-from grpo_jax.run.metrics import MetricsLog, before_and_after, console_line, write_samples
-from grpo_jax.tasks.streams import held_out_problems, make_task
+from grpo_jax.run.metrics import MetricsLog, before_and_after, console_line, evaluation_line, write_samples
+from grpo_jax.tasks.streams import draw_problems, held_out_problems, resolve_task
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.text.prompt import encode_prompts
@@ -72,12 +73,12 @@ def collect_experience(
     """
     start = time.monotonic()
     prompt_ids = range(index * cfg.rollout.prompts, (index + 1) * cfg.rollout.prompts)
-    problems = [task(i) for i in prompt_ids]
+    problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
     prompts = encode_prompts(context.tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
     rollout = draw_completions(cfg, context, params, prompts, key)
     sampled = time.monotonic()
     texts, rewards = grade_completions(cfg, context, problems, rollout)
-    group_advantages = np.asarray(advantages(jnp.asarray(rewards["total"].reshape(rollout.lengths.shape))))
+    group_advantages = np.asarray(advantages(jnp.asarray(rewards.total.reshape(rollout.lengths.shape))))
     graded = time.monotonic()
     experience = make_experience(prompts, rollout).replace(advantages=group_advantages.reshape(-1))
     if reference is not None:
@@ -125,12 +126,11 @@ def add_reference_logps(cfg: Config, context: RunContext, reference, experience:
     return experience.replace(ref_logps=unpack_completions(ref_logps, packed.flat_index, experience.mask.shape))
 
 
-def measure_rollout(rollout: Rollout, rewards: dict[str, np.ndarray], group_advantages: np.ndarray) -> dict:
+def measure_rollout(rollout: Rollout, rewards: Rewards, group_advantages: np.ndarray) -> dict:
     """Returns the reward/, rollout/ and groups/ metrics of a rollout, except times."""
     return {
-        "reward/mean": rewards["total"].mean(),
-        "reward/accuracy": rewards["accuracy"].mean(),
-        "reward/format": rewards["format"].mean(),
+        "reward/mean": rewards.total.mean(),
+        **{f"reward/{label}": part.mean() for label, part in rewards.parts.items()},
         "rollout/length_mean": rollout.lengths.mean(),
         "rollout/truncated_frac": rollout.truncated.mean(),
         "groups/zero_variance_frac": (group_advantages == 0).all(axis=1).mean(),
@@ -220,10 +220,7 @@ def evaluate_step(
     placed = place_for_rollout(context.model_cfg, params, context.mesh)
     metrics, records = evaluate(cfg, context, placed, problems, fold_in_all(root_key, EVALUATION_KEY, step))
     write_samples(workdir, "eval", step, [{"step": step} | record for record in records])
-    say(
-        f"step {step}: {len(problems)} held-out questions: accuracy {metrics['eval/accuracy']:.3f}  "
-        f"format {metrics['eval/format']:.3f}  length {metrics['eval/length_mean']:.1f}"
-    )
+    say(f"step {step}: {len(problems)} held-out questions: {evaluation_line(metrics)}")
     return metrics | {"time/eval_s": time.monotonic() - start}
 
 
@@ -236,8 +233,8 @@ def train_on_mesh(cfg: Config, context: RunContext, workdir: Path) -> None:
     resumed_step = step = meta["step"]
     rollout_metrics, skipped_in_a_row = meta["rollout"], meta["skipped_in_a_row"]
     update = make_update(context.model_cfg, cfg, context.mesh, state.params, optimizer)
-    task = make_task(cfg.task, cfg.seed, "train")
-    held_out = held_out_problems(cfg.task, cfg.eval.questions)
+    task = resolve_task(cfg.task)
+    held_out = held_out_problems(task, cfg.eval.questions)
     updates_per_rollout = cfg.train.minibatches * cfg.train.epochs
     log = MetricsLog(workdir, resumed_step if resumed_step else -1)
     is_main_process = jax.process_index() == 0

@@ -3,13 +3,15 @@
 Modules, in reading order:
 
     task           the interface: a function from an index to a problem
+    problem_list   the task that asks the problems of a list
     addition       the built-in task, sums of two numbers
     problem_file   problems from a file, one JSON object per line
-    streams        the training and held-out problems that a config names
+    streams        the task that a config names, and the problems that a run takes from it
 
 No module of this package imports JAX.
 """
 
 from grpo_jax.tasks.problem_file import read_problems
+from grpo_jax.text.problem import Problem
 
-__all__ = ["read_problems"]
+__all__ = ["Problem", "read_problems"]

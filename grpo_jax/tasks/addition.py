@@ -22,17 +22,15 @@ def draw_pair(rng: np.random.Generator, digits: int, held_out: bool) -> tuple[in
             return a, b
 
 
-def addition_task(seed: int, split: str, digits: int, shots: int = 0) -> Task:
+def addition_task(digits: int, shots: int = 0) -> Task:
     """Returns the task that asks `What is {a} + {b}?` for two numbers drawn from a split.
 
     Args:
-        seed: Seed of the problems.
-        split: "train", or "eval" for held-out pairs.
         digits: Number of digits of both numbers.
         shots: Number of solved examples in front of each question; none of them is held out.
     """
 
-    def problem(index: int) -> Problem:
+    def problem(index: int, *, seed: int, split: str) -> Problem:
         rng = np.random.default_rng([seed, index, int(split == "eval")])
         a, b = draw_pair(rng, digits, held_out=split == "eval")
         solved = [draw_pair(rng, digits, held_out=False) for _ in range(shots)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.task import Task
+from grpo_jax.tasks.problem_list import ProblemList, hold_out_tenths
 from grpo_jax.text.answers import MAX_ANSWER_CHARS
 from grpo_jax.text.problem import Problem
 
@@ -65,36 +65,23 @@ def read_problems(path: str) -> list[Problem]:
     return problems
 
 
-def read_split(split: str, path: str, eval_path: str) -> list[Problem]:
-    """Reads the problems of a split.
+def file_task(path: str, eval_path: str) -> ProblemList:
+    """Returns the task that asks the problems of a file.
 
-    The held-out problems are those of `eval_path`. If that is empty, they are every tenth problem of `path`, which
-    training then leaves out.
+    Args:
+        path: File of problems.
+        eval_path: File of held-out problems; if empty, every tenth problem of `path` is held out.
 
     Raises:
         UserError: A file is malformed, or `path` has too few problems to hold any out.
     """
+    problems = read_problems(path)
     if eval_path:
-        return read_problems(eval_path if split == "eval" else path)
-    problems = [p for i, p in enumerate(read_problems(path)) if (i % 10 == 9) == (split == "eval")]
-    if not problems:
+        return ProblemList(problems, read_problems(eval_path))
+    train, held_out = hold_out_tenths(problems)
+    if not held_out:
         raise UserError(
-            f"Every tenth problem of task.path is held out, so {path} must have at least 10; found fewer. Add some, or "
-            "set task.eval_path."
+            f"Every tenth problem of task.path is held out, so {path} must have at least 10; found {len(problems)}. "
+            "Add some, or set task.eval_path."
         )
-    return problems
-
-
-def file_task(seed: int, split: str, path: str, eval_path: str) -> Task:
-    """Returns the task that asks the problems of a file, in a new order in each epoch.
-
-    Args:
-        seed: Seed of the order.
-        split: "train", or "eval" for held-out problems.
-        path: File of problems.
-        eval_path: File of held-out problems; if empty, every tenth problem of `path` is held out.
-    """
-    import grain  # imports JAX, which grading and reading problems must not need
-
-    stream = grain.MapDataset.source(read_split(split, path, eval_path)).seed(seed).shuffle().repeat()
-    return lambda index: stream[index]
+    return ProblemList(train, held_out)

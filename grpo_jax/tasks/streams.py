@@ -1,28 +1,152 @@
-"""The training and held-out problems that a config names."""
+"""The task that a config names or that Python code passes, and the problems that a run takes from it."""
 
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.config.functions import describe_error, resolve_function
 from grpo_jax.config.schema import TaskSection
+from grpo_jax.errors import UserError
 from grpo_jax.tasks.addition import addition_task
-from grpo_jax.tasks.problem_file import file_task, read_split
+from grpo_jax.tasks.problem_file import file_task
+from grpo_jax.tasks.problem_list import ProblemList, hold_out_tenths
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
+PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
+CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are checked before training
 
-def make_task(task_cfg: TaskSection, seed: int, split: str) -> Task:
-    """Returns the task that a config names.
+RESUME_HINT = "A run of grpo_jax.train with problems=... is resumed by calling it again with the same problems."
+
+log = logging.getLogger(__name__)
+
+
+def make_addition_task(task_cfg: TaskSection) -> Task:
+    """Returns the task `addition` of a config."""
+    return addition_task(task_cfg.digits, task_cfg.shots)
+
+
+def make_file_task(task_cfg: TaskSection) -> Task:
+    """Returns the task `jsonl` of a config."""
+    return file_task(task_cfg.path, task_cfg.eval_path)
+
+
+TASKS: dict[str, Callable[[TaskSection], Task]] = {"addition": make_addition_task, "jsonl": make_file_task}
+
+
+def resolve_task(task_cfg: TaskSection) -> Task:
+    """Returns the task that a config names: one of `TASKS`, or the user's function, which is a task itself.
+
+    Raises:
+        UserError: There is no such task, or its file of problems is malformed.
+    """
+    hint = RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
+    found = resolve_function(task_cfg.name, "task.name", TASKS, hint)
+    return found(task_cfg) if task_cfg.name in TASKS else found
+
+
+def make_task(problems: Any, task_cfg: TaskSection) -> Task:
+    """Returns the task of a run.
 
     Args:
+        problems: None for the task that the config names, a list of problems, the path of a file with one JSON object
+            per line, or a task.
         task_cfg: The config's `task` section.
-        seed: Seed of the problems, or of their order.
-        split: "train", or "eval" for held-out problems.
+
+    Raises:
+        UserError: `problems` is none of these, or a problem is malformed.
     """
-    if task_cfg.name == "addition":
-        return addition_task(seed, split, task_cfg.digits, task_cfg.shots)
-    return file_task(seed, split, task_cfg.path, task_cfg.eval_path)
+    if problems is None:
+        return resolve_task(task_cfg)
+    if isinstance(problems, str | Path):
+        return make_file_task(replace(task_cfg, path=str(Path(problems).expanduser())))
+    if isinstance(problems, list | tuple):
+        return list_task(problems)
+    if callable(problems):
+        return problems
+    raise UserError(
+        f"problems must be a list of Problem, the path of a JSONL file, or a task; found {type(problems).__name__}. "
+        "Pass one of these."
+    )
 
 
-def held_out_problems(task_cfg: TaskSection, count: int) -> list[Problem]:
-    """Returns up to `count` held-out problems, the same ones for every seed of a run."""
-    if task_cfg.name == "jsonl":
-        count = min(count, len(read_split("eval", task_cfg.path, task_cfg.eval_path)))
-    problem = make_task(task_cfg, 0, "eval")
-    return [problem(i) for i in range(count)]
+def list_task(problems: list[Problem] | tuple[Problem, ...]) -> ProblemList:
+    """Returns the task that asks the problems of a list and holds out every tenth.
+
+    Of fewer than ten problems none is held out; evaluation then asks all of them.
+
+    Raises:
+        UserError: The list is empty, or an element is not a problem.
+    """
+    for i, problem in enumerate(problems):
+        check_problem(problem, f"problems[{i}]")
+    if not problems:
+        raise UserError("problems must hold at least one Problem; found an empty list. Add some.")
+    train, held_out = hold_out_tenths(problems)
+    if not held_out:
+        log.warning("Fewer than 10 problems: none is held out, so evaluation asks the training problems.")
+    return ProblemList(train, held_out or train)
+
+
+def check_problem(value: Any, name: str) -> Problem:
+    """Returns a value that is a problem with text; `name` says in errors which one it is.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not isinstance(value, Problem):
+        raise UserError(
+            f"{name} must be a grpo_jax.tasks.Problem; found {value!r:.60}. Write it like Problem('1 + 1?', '2')."
+        )
+    for field, text in (("question", value.question), ("answer", value.answer)):
+        if not isinstance(text, str):
+            raise UserError(f"{name} must have a string as {field}; found {text!r:.60}. Write it as text.")
+    return value
+
+
+def draw_problems(task: Task, indices: Iterable[int], *, seed: int, split: str) -> list[Problem]:
+    """Returns the problems of a task with the given indices.
+
+    If the split is "eval", they may be fewer: the held-out problems end where the task raises an IndexError.
+
+    Raises:
+        UserError: The task raises, or returns something else than a problem with text.
+    """
+    name = getattr(task, "__name__", type(task).__name__)
+    problems = []
+    for index in indices:
+        try:
+            value = task(index, seed=seed, split=split)
+        except Exception as error:
+            if split == "eval" and isinstance(error, IndexError):
+                break
+            raise UserError(
+                f"The task {name!r} must return a Problem for index {index}, seed {seed} and split {split!r}, but it "
+                f"raised {describe_error(error)}. Correct that function."
+            ) from error
+        problems.append(check_problem(value, f"What the task {name!r} returns for index {index} of split {split!r}"))
+    return problems
+
+
+def held_out_problems(task: Task, count: int) -> list[Problem]:
+    """Returns up to `count` held-out problems, the same ones for every seed of a run.
+
+    Raises:
+        UserError: The task has none, or fails (see `draw_problems`).
+    """
+    problems = draw_problems(task, range(count), seed=0, split="eval")
+    if not problems:
+        raise UserError(
+            "A task must have at least one held-out problem; found none, because it raised an IndexError for index 0 "
+            "of split 'eval'. Return a problem there."
+        )
+    return problems
+
+
+def problems_to_check(task: Task, seed: int) -> list[Problem]:
+    """Returns problems whose prompts are checked before training: all of a list, or the first of an endless task."""
+    if isinstance(task, ProblemList):
+        return [*task.train, *task.held_out]
+    return draw_problems(task, range(CHECKED_PROBLEMS), seed=seed, split="train")

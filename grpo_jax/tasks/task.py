@@ -1,9 +1,22 @@
 """The interface of a task."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 from grpo_jax.text.problem import Problem
 
-# A task maps an index, which has no upper limit, to a problem. The same seed and index give the same problem on every
-# host and after every resume.
-Task = Callable[[int], Problem]
+
+class Task(Protocol):
+    """A function from an index to a problem."""
+
+    def __call__(self, index: int, *, seed: int, split: str) -> Problem:
+        """Returns a problem, the same one on every host and after every resume for the same arguments.
+
+        Args:
+            index: The number of the problem, counted from 0. It has no upper limit in training.
+            seed: Seed of the problems, or of their order.
+            split: "train", or "eval" for held-out problems.
+
+        Raises:
+            IndexError: The split is "eval", and there are only `index` held-out problems or fewer.
+        """
+        ...

@@ -4,18 +4,20 @@ Both hold NumPy arrays and plain Python values, so that a process that grades co
 letters are explained in `grpo_jax.types`.
 """
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 
-class Problem(NamedTuple):
-    """A question with its expected answer."""
+@dataclass(frozen=True)
+class Problem:
+    """A question with its expected answer: `Problem("What is 2 + 2?", "4")`."""
 
     question: str
     answer: str  # the accuracy reward compares completions with it
-    metadata: dict[str, Any]  # whatever else the task knows about the problem
+    metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the task knows about the problem
 
 
 class Prompts(NamedTuple):

@@ -1,0 +1,112 @@
+"""Finds the function that a config value names: one of ours, `module:function` or `path/file.py:function`."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from grpo_jax.errors import UserError
+
+
+def function_label(name: str) -> str:
+    """Returns what metrics and samples call a function: the part of its name after the colon, or a bare name itself."""
+    return name.rpartition(":")[2]
+
+
+def resolve_function(name: str, key: str, ours: Mapping[str, Callable], hint: str = "") -> Callable[..., Any]:
+    """Returns the function that a config value names.
+
+    Args:
+        name: The value: a name in `ours`, `module:function`, or `path/file.py:function`, where `~` stands for the home
+            directory and a relative path starts in the current directory.
+        key: The config key of the value, for errors.
+        ours: The functions that need no module, by name.
+        hint: What the error for an unknown name without a colon says besides.
+
+    Raises:
+        UserError: There is no such function, it cannot be called, or importing its module or file fails.
+    """
+    if name in ours:
+        return ours[name]
+    source, colon, function = name.rpartition(":")
+    if not (colon and function.isidentifier() and (is_file(source) or is_module_name(source))):
+        names = ", ".join(map(repr, ours))
+        fix = " ".join(filter(None, [suggest(name, ours) or "Correct the name.", "" if colon else hint]))
+        raise UserError(f"{key} must be {names}, module:function or path/file.py:function; found {name!r}. {fix}")
+    module = import_source(source, key)
+    value = getattr(module, function, None)
+    if not callable(value):
+        found = "none" if value is None else f"{type(value).__name__} {function}"
+        fix = suggest(function, [each for each in vars(module) if not each.startswith("_")]) or "Define it there."
+        raise UserError(f"{key}={name} must name a function in {source}; found {found}. {fix}")
+    return value
+
+
+def is_file(source: str) -> bool:
+    """Returns whether the part of a name before the colon is a path, not a module."""
+    return source.endswith(".py")
+
+
+def is_module_name(source: str) -> bool:
+    """Returns whether the part of a name before the colon can be the name of a module, such as `package.module`."""
+    return all(part.isidentifier() for part in source.split("."))
+
+
+def suggest(name: str, options: Any) -> str:
+    """Returns "Did you mean ...?" with the option that is closest to a name, or "" if none is close."""
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def import_source(source: str, key: str) -> ModuleType:
+    """Imports a module by name, or a Python file once per path.
+
+    Raises:
+        UserError: There is none, or importing it raises.
+    """
+    path = Path(source).expanduser()
+    if is_file(source) and not path.is_file():
+        raise UserError(f"{key} must name a function in a Python file; found no file {source}. Correct the path.")
+    try:
+        return import_file(path.resolve()) if is_file(source) else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{key} must name a function in a module that can be imported; found no module {error.name!r}. Correct "
+                "the name, add the module's folder to PYTHONPATH, or write path/file.py:function."
+            ) from error
+        raise UserError(
+            f"{key} must name a function in {source}; importing it raised {describe_error(error)}. Correct it."
+        ) from error
+
+
+def import_file(path: Path) -> ModuleType:
+    """Imports a Python file once: later calls return the same module."""
+    name = f"_grpo_jax_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None, path  # it ends in .py
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up the module of their class
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns an exception's type and message, and the file and line where it was raised, as one line."""
+    if isinstance(error, SyntaxError):
+        message, where = error.msg, f"{error.filename}:{error.lineno}"
+    else:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        message, where = str(error), f"{frames[-1].filename}:{frames[-1].lineno}"
+    return textwrap.shorten(f"{type(error).__name__}: {message}", 300, placeholder=" ...") + f" ({where})"
