@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from grpo_jax.learn.grpo import advantages, grpo_loss
     from grpo_jax.model.decoder import forward
     from grpo_jax.rollout.sampler import sample
+    from grpo_jax.run.train import train
     from grpo_jax.weights.model_io import load, save
 
 __version__ = "0.2.0"
-__all__ = ["advantages", "forward", "grpo_loss", "load", "sample", "save"]
+__all__ = ["advantages", "forward", "grpo_loss", "load", "sample", "save", "train"]
 
 # Keeps `transformers` from advising to install torch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -27,6 +28,7 @@ PUBLIC_MODULES = {
     "sample": "grpo_jax.rollout.sampler",
     "load": "grpo_jax.weights.model_io",
     "save": "grpo_jax.weights.model_io",
+    "train": "grpo_jax.run.train",
 }
 
 

@@ -1,12 +1,15 @@
-"""A training run: its loop, its files and what is done with them.
+"""Runs: training, evaluation, generation and export, with their checkpoints and logs.
 
 Modules, in reading order:
 
-    checkpoint  Orbax checkpoints of the policy, optimizer and reference
-    context     what entry points share: model, tokenizer, mesh and memory plan
-    metrics     metrics.jsonl, TensorBoard, samples/ and the console
+    checkpoint  saves and restores a run with Orbax
+    context     builds what a run needs from its config: model, tokenizer, mesh, rollout plan
+    state       everything that changes while a run trains, and where it comes from
+    metrics     metrics.jsonl, TensorBoard, samples/ and the texts of the console
+    console     reports on a run while it trains
+    stages      the stages of a rollout, from prompts to experience
     evaluation  evaluates a policy on held-out problems
-    generation  streams a single completion
+    generation  streams one completion of a policy
     export      writes a policy as a Hugging Face folder
     train       the training loop
 """

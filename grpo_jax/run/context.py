@@ -1,7 +1,9 @@
 """Builds what every entry point needs from a config: model config, tokenizer, stop table, mesh and rollout plan."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +16,11 @@ from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_s
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import log_indivisible_axes, make_mesh, tree_shardings
+from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
 from grpo_jax.run.checkpoint import restore_policy
-from grpo_jax.tasks.streams import held_out_problems, problems_to_check, resolve_task
+from grpo_jax.tasks.streams import held_out_problems, problems_to_check
+from grpo_jax.tasks.task import Task
 from grpo_jax.text.prompt import completion_eos_ids, encode_prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import load, open_model_tensors
@@ -37,6 +41,7 @@ class RunContext(NamedTuple):
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
     mesh: Mesh
     rollout_plan: RolloutPlan
+    reward_parts: Mapping[str, RewardPart] = MappingProxyType({})  # by label; empty where nothing is graded
 
 
 def build_context(cfg: Config, *, training: bool = False) -> RunContext:
@@ -109,16 +114,15 @@ def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bo
     return total
 
 
-def check_prompt_lengths(cfg: Config, tokenizer) -> None:
+def check_prompt_lengths(cfg: Config, tokenizer, task: Task) -> None:
     """Checks that prompts fit in `rollout.max_prompt_tokens`, before training starts.
 
-    Every question of a problem file is checked. A task that computes its problems never ends, so only its first
+    Every question of a file or a list is checked. A task that computes its problems never ends, so only its first
     problems are.
 
     Raises:
-        UserError: A prompt is too long, or the task fails.
+        UserError: A prompt is too long, or the task fails or holds out no problems.
     """
-    task = resolve_task(cfg.task)
     for problems in (problems_to_check(task, cfg.seed), held_out_problems(task, cfg.eval.questions)):
         encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
 

@@ -1,0 +1,75 @@
+"""Reports on a run while it trains: a progress bar, lines on the console, metrics.jsonl and TensorBoard."""
+
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from grpo_jax.config.schema import Config
+from grpo_jax.run.context import RunContext
+from grpo_jax.run.metrics import MetricsLog, console_line
+from grpo_jax.run.state import RunState
+
+
+def describe_run(cfg: Config, context: RunContext, params) -> str:
+    """Describes the model, the devices and the rollouts of a run for the console."""
+    param_count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    devices = jax.devices()
+    axes = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
+    return (
+        f"{cfg.model.path}: {param_count:,} parameters on {len(devices)} {devices[0].device_kind} "
+        f"device{'s' if len(devices) > 1 else ''} ({axes})\n"
+        f"Each rollout: {cfg.rollout.prompts} prompts x {cfg.rollout.samples} completions, {context.rollout_plan}"
+    )
+
+
+def is_reported(cfg: Config, step: int) -> bool:
+    """Returns whether a step has a line on the console, and its rollout a file in samples/."""
+    return step % cfg.log.every_steps == 0 or step in (1, cfg.total_steps)
+
+
+def num_records(cfg: Config, first_step: int) -> int:
+    """Returns how many completions of the rollout whose first update is `first_step` go to samples/."""
+    steps = range(first_step, first_step + cfg.train.minibatches * cfg.train.epochs)
+    if not any(is_reported(cfg, step) for step in steps):
+        return 0
+    completions = cfg.rollout.prompts * cfg.rollout.samples
+    return completions if cfg.log.samples < 0 else min(cfg.log.samples, completions)
+
+
+class RunReport:
+    """Writes what a run has to say, on process 0 only."""
+
+    def __init__(self, cfg: Config, workdir: Path, step: int):
+        """Opens the report of a run that starts (step 0) or resumes after `step`."""
+        self.cfg, self.workdir = cfg, workdir
+        self.log = MetricsLog(workdir, step if step else -1)
+        self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
+        self.step_end = time.monotonic()  # when the step before ended
+        self.bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=jax.process_index() != 0)
+
+    def describe(self, context: RunContext, run: RunState) -> None:
+        """Says what is about to be trained, and whether it was resumed."""
+        self.say(describe_run(self.cfg, context, run.train.params))
+        if 0 < run.step < self.cfg.total_steps:
+            self.say(f"Resuming after step {run.step}")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        if jax.process_index() == 0:
+            self.bar.write(line)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs the metrics of a step, and prints them if the step is reported. Step 0 is no update."""
+        self.log.write(step, metrics)
+        if step:
+            self.last_metrics = {"step": step} | metrics
+            self.bar.update()
+        if step and is_reported(self.cfg, step):
+            self.say(console_line(step, self.cfg.total_steps, metrics))
+
+    def close(self) -> None:
+        """Closes the progress bar and the logs."""
+        self.bar.close()
+        self.log.close()

@@ -1,0 +1,206 @@
+"""The stages of a rollout. Each function is one arrow of the training loop in `grpo_jax.run.train`."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from grpo_jax.config.schema import Config
+from grpo_jax.learn.packing import packed_shape, unpack_completions
+from grpo_jax.learn.update import minibatch_rows, pack_minibatch, score_completions, take_rows
+from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
+from grpo_jax.rewards.parts import Rewards, compute_rewards
+from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.run.context import SHUFFLING_KEY, RunContext
+from grpo_jax.text.problem import Problem, Prompts
+from grpo_jax.text.prompt import decode_completions, format_prompt
+from grpo_jax.types import Experience, PackedBatch, Rollout
+
+
+def fold_in_all(key, *counters: int):
+    """Returns the key with each of the counters folded in, one after another."""
+    for counter in counters:
+        key = jax.random.fold_in(key, counter)
+    return key
+
+
+def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts, key) -> Rollout:
+    """Draws `rollout.samples` completions for each prompt and gathers them to the host."""
+    rollout = generate_rollout(
+        context.model_cfg,
+        place_for_rollout(context.model_cfg, params, context.mesh),
+        prompts,
+        key,
+        samples=cfg.rollout.samples,
+        max_tokens=cfg.rollout.max_tokens,
+        temperature=cfg.rollout.temperature,
+        stop_table=context.stop_table,
+        slots=context.rollout_plan.slots,
+    )
+    return gather_to_host(rollout)
+
+
+def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
+    """Packs completions on the host, into rows of a shape that has room for `completions` of them."""
+    shards = num_data_shards(mesh)
+    shape = packed_shape(
+        completions,
+        cfg.rollout.samples,
+        cfg.rollout.max_prompt_tokens,
+        cfg.rollout.max_tokens,
+        cfg.train.micro_tokens,
+        shards,
+    )
+    # However few the completions are, programs are compiled for `completions` of them.
+    return pack_minibatch(experience, shape, shards).replace(num_sequences=completions)
+
+
+def start_scoring(
+    cfg: Config, context: RunContext, params, experience: Experience
+) -> Callable[[], Float[np.ndarray, "N S"]]:
+    """Starts to compute the log-probs of completions under any parameters.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        params: Parameters of the policy or of the reference; None for a reference that is not kept.
+        experience: The completions: all of a rollout or some of them. Only their tokens matter.
+
+    Returns:
+        A function that waits for the log-probs and returns them; zeros without parameters.
+    """
+    if params is None:
+        return lambda: np.zeros_like(experience.sampler_logps)
+    batch = pack_rows(cfg, context.mesh, experience, cfg.rollout.prompts * cfg.rollout.samples)
+    logps = score_completions(
+        context.model_cfg,
+        params,
+        shard_rows(context.mesh, batch),
+        temperature=cfg.rollout.temperature,
+        chunk_tokens=cfg.train.chunk_tokens,
+    )
+    return lambda: unpack_completions(gather_to_host(logps), batch.flat_index, experience.mask.shape)
+
+
+def grade_completions(
+    cfg: Config, context: RunContext, problems: Sequence[Problem], rollout: Rollout
+) -> tuple[list[str], Rewards]:
+    """Decodes and grades the completions of a rollout.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        problems: The B problems of the rollout.
+        rollout: Their N = B * G completions, as host arrays.
+
+    Returns:
+        (texts, rewards): N strings, and their rewards.
+    """
+    samples, lengths = rollout.lengths.shape[1], rollout.lengths.ravel()
+    rows = rollout.tokens.reshape(len(lengths), -1)
+    texts = decode_completions(context.tokenizer, rows, lengths, context.stop_ids, cfg.rollout.stop_strings)
+    repeated = [problem for problem in problems for _ in range(samples)]
+    return texts, compute_rewards(context.reward_parts, cfg.reward.weights, repeated, texts, lengths)
+
+
+def plan_minibatches(
+    cfg: Config, prompt_ids: Int[np.ndarray, " N"], root_key, rollout_index: int
+) -> Int[np.ndarray, "updates rows"]:
+    """Returns the completions that each update of a rollout learns from. Each epoch shuffles the groups anew.
+
+    With one minibatch, every update learns from the whole rollout in its own order.
+    """
+    count, epochs = cfg.train.minibatches, cfg.train.epochs
+    if count == 1:
+        return np.tile(np.arange(len(prompt_ids)), (epochs, 1))
+    keys = [fold_in_all(root_key, SHUFFLING_KEY, rollout_index, epoch) for epoch in range(epochs)]
+    return np.concatenate([minibatch_rows(prompt_ids, key, count) for key in keys])
+
+
+def measure_rollout(rollout: Rollout, rewards: Rewards, seconds: float) -> dict[str, float]:
+    """Returns the reward/, rollout/ and groups/ metrics of a rollout, which took `seconds` to draw."""
+    totals = rewards.total.reshape(rollout.lengths.shape)
+    metrics = {
+        "reward/mean": rewards.total.mean(),
+        **{f"reward/{name}": values.mean() for name, values in rewards.parts.items()},
+        "rollout/length_mean": rollout.lengths.mean(),
+        "rollout/truncated_frac": rollout.truncated.mean(),
+        "rollout/tokens_per_s": rollout.lengths.sum() / seconds,
+        "groups/zero_variance_frac": (totals == totals[:, :1]).all(axis=1).mean(),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def sample_records(
+    step: int, problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], rewards: Rewards, count: int
+) -> list[dict]:
+    """Returns the records for samples/ of the first `count` completions of a rollout, as plain Python values.
+
+    Args:
+        step: The step that the file in samples/ is named for.
+        problems: The B problems of the rollout.
+        rollout: Their N = B * G completions, as host arrays.
+        texts: The text of each completion.
+        rewards: The rewards of the completions.
+        count: Number of records.
+    """
+    samples = rollout.lengths.shape[1]
+    rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
+    records = []
+    for n in range(count):
+        problem, length = problems[n // samples], int(rows["lengths"][n])
+        records.append(
+            {
+                "step": step,
+                "prompt_id": int(rows["prompt_ids"][n]),
+                "sample_id": int(rows["sample_ids"][n]),
+                "question": problem.question,
+                "prompt": format_prompt(problem.question),
+                "completion": texts[n],
+                "tokens": rows["tokens"][n, :length].tolist(),
+                "logps": rows["logps"][n, :length].tolist(),
+                "length": length,
+                "truncated": bool(rows["truncated"][n]),
+                "expected": problem.answer,
+                "rewards": {name: float(values[n]) for name, values in rewards.parts.items()},
+                "reward": float(rewards.total[n]),
+                "metadata": problem.metadata,
+            }
+        )
+    return records
+
+
+def start_recording(
+    cfg: Config,
+    context: RunContext,
+    params,
+    experience: Experience,
+    records: list[dict],
+    plan: Int[np.ndarray, "updates rows"],
+) -> Callable[[], list[dict]]:
+    """Starts to score the recorded completions with the policy that sampled them.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        params: The policy, not yet updated.
+        experience: The whole rollout.
+        records: The records of its first completions, from `sample_records`.
+        plan: The completions of each update, from `plan_minibatches`.
+
+    Returns:
+        A function that waits for the scores and returns the records with `policy_logps`, `ref_logps` if there is a
+        reference, `advantage`, and `update_steps`, the steps that learn from the completion.
+    """
+    wait_for_logps = start_scoring(cfg, context, params, take_rows(experience, np.arange(len(records))))
+
+    def complete(n: int, record: dict, logps: Float[np.ndarray, " S"]) -> dict:
+        scores = {"policy_logps": logps, "ref_logps": experience.ref_logps[n]}
+        if not cfg.loss.kl_coef:
+            del scores["ref_logps"]
+        scores = {name: values[: record["length"]].tolist() for name, values in scores.items()}
+        steps = [record["step"] + update for update, rows in enumerate(plan) if n in rows]
+        return record | scores | {"advantage": float(experience.advantages[n]), "update_steps": steps}
+
+    return lambda: [complete(n, *pair) for n, pair in enumerate(zip(records, wait_for_logps(), strict=True))]

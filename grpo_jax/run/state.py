@@ -1,0 +1,111 @@
+"""The state of a run: everything that changes while it trains, where it comes from and how it is saved."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from grpo_jax.config.schema import Config
+from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_state_shapes, train_state_shardings
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import tree_shardings
+from grpo_jax.run import checkpoint
+from grpo_jax.run.context import RunContext
+from grpo_jax.types import Experience, TrainState
+from grpo_jax.weights.model_io import load
+
+
+class UpdateInFlight(NamedTuple):
+    """An update that has been dispatched; the devices may still be computing it."""
+
+    metrics: dict[str, jax.Array]  # on the devices
+    rollout_metrics: dict[str, float] | None  # of the rollout that this update is the first of; None for later ones
+    times: dict[str, float]  # the time/ metrics of the step that are known already
+    start: float  # when the host began to pack the minibatch, by `time.monotonic`
+    end: float = 0.0  # when the devices had finished; 0: not known yet
+
+    def wait(self) -> "UpdateInFlight":
+        """Blocks until the devices have finished the update."""
+        if self.end:
+            return self
+        jax.block_until_ready(self.metrics)
+        return self._replace(end=time.monotonic())
+
+
+class RunState(NamedTuple):
+    """Everything that changes while a run trains. A checkpoint holds all of it."""
+
+    step: int  # updates dispatched so far
+    train: TrainState  # the policy and its optimizer, on the devices
+    experience: Experience | None  # the rollout that the next update learns from; None: the next step draws a new one
+    rollout_metrics: dict[str, float]  # metrics of the current rollout, repeated on the line of each of its updates
+    skipped_in_a_row: int  # skipped updates in a row, up to the last update whose metrics were fetched
+    failure: str  # why the run must stop; empty while it need not
+    flight: UpdateInFlight | None = None  # the last update, until its metrics are fetched; None in a checkpoint
+
+
+def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
+    """Returns why a run must stop after `step`, or an empty string if it need not."""
+    if skipped_in_a_row < cfg.optim.max_skips:
+        return ""
+    last_change = step - skipped_in_a_row
+    return (
+        f"Gradients were not finite for {skipped_in_a_row} updates in a row (steps {last_change + 1} to {step}), so "
+        f"the policy has not changed since step {last_change}. Look at metrics.jsonl and samples/, then start again in "
+        "a new --workdir with a lower optim.lr."
+    )
+
+
+class FixedState(NamedTuple):
+    """What a run keeps from its first step to its last."""
+
+    root_key: jax.Array  # every random key of the run is folded from it
+    reference: Any  # parameters of the frozen reference; None if `loss.kl_coef` is 0
+
+
+def start_or_resume(
+    cfg: Config, context: RunContext, manager: ocp.CheckpointManager, workdir: Path
+) -> tuple[RunState, FixedState]:
+    """Restores the newest checkpoint of a run, or starts a new run from the base model."""
+    mesh, optimizer = context.mesh, make_optimizer(cfg.optim)
+    shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
+    restored = checkpoint.restore_checkpoint(
+        manager, train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer)
+    )
+    reference = None
+    if restored:
+        if cfg.loss.kl_coef:
+            shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
+            reference = checkpoint.restore_reference(workdir, shapes, tree_shardings(mesh, shapes))
+        meta = restored.meta
+        root_key = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
+        failure = describe_failure(cfg, meta["skipped_in_a_row"], meta["step"])
+        run = RunState(
+            step=meta["step"],
+            train=restored.state,
+            experience=restored.experience,
+            rollout_metrics=meta["rollout"],
+            skipped_in_a_row=meta["skipped_in_a_row"],
+            failure=failure,
+        )
+        return run, FixedState(root_key, reference)
+    _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
+    if cfg.loss.kl_coef:
+        reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
+        checkpoint.save_reference(workdir, reference)
+    run = RunState(0, init_train_state(mesh, params, optimizer), None, {}, 0, "")
+    return run, FixedState(jax.random.key(cfg.seed), reference)
+
+
+def save_run(manager: ocp.CheckpointManager, run: RunState, fixed: FixedState) -> None:
+    """Starts to save a checkpoint of a run. The next update may donate its arrays right after the call."""
+    meta = {
+        "step": run.step,
+        "key": jax.random.key_data(fixed.root_key).tolist(),
+        "rollout": run.rollout_metrics,
+        "skipped_in_a_row": run.skipped_in_a_row,
+    }
+    checkpoint.save_checkpoint(manager, run.train, meta, run.experience)
