@@ -9,6 +9,7 @@ import jax
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.parallel.processes import join_processes
+from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import EVALUATION_KEY, build_context, load_policy
 from grpo_jax.run.evaluation import evaluate
@@ -32,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, raw, workdir = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
+    reward_parts = resolve_parts(cfg.reward.parts)
     join_processes(os.environ)
-    context = build_context(cfg)
+    context = build_context(cfg)._replace(reward_parts=reward_parts)
     configs.check_model(cfg, context.model_cfg)
     if options.questions:
         problems = read_problems(options.questions)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), EVALUATION_KEY), step)
-        metrics, _ = evaluate(cfg, context, placed, problems, key)
+        metrics, _ = evaluate(cfg, context, placed, problems, key, step=step)
     if options.json and jax.process_index() == 0:
         print(json.dumps({"step": step, "questions": len(problems)} | metrics))
     elif jax.process_index() == 0:

@@ -177,7 +177,7 @@ class LogSection(Resumable):
     """Console lines, sample files and metrics."""
 
     every_steps: int = key(5, "updates between console lines, and between files in samples/", at_least=1)
-    samples: int = key(16, "number of completions per file in samples/", at_least=0)
+    samples: int = key(16, "number of completions per file in samples/; -1 for all", at_least=-1)
     entropy: bool = key(True, "whether to log policy/entropy, which takes a pass over the logits")
 
 
