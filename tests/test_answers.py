@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_jax.rewards.parts import reward_parts
+from grpo_jax.rewards import accuracy, format
 from grpo_jax.text.answers import answers_match, extract_answer, parse_number
 
 
@@ -160,7 +160,7 @@ def test_ten_megabytes_are_graded_in_linear_time(junk):
         text = junk * (size // len(junk))
         start = time.monotonic()
         texts = [text, f"<answer>{text}</answer>", f"<think>{text}</think> <answer>5</answer>"]
-        reward_parts(texts, ["5"] * 3)
+        accuracy(texts, ["5"] * 3), format(texts)
         assert time.monotonic() - start < 20
 
 
@@ -168,12 +168,12 @@ def test_ten_megabytes_are_graded_in_linear_time(junk):
 def test_malformed_expected_answers_are_graded_without_errors(junk):
     """Expected answers come from files. Python raises in int() of more than 4300 digits, and in deep recursion."""
     long = junk * 10_000
-    assert reward_parts(["<answer>5</answer>"], [long])["accuracy"].tolist() == [0]
-    assert reward_parts(["<answer>5</answer>"], ["5" + long])["accuracy"].tolist() == [0]
+    assert accuracy(["<answer>5</answer>"], [long]).tolist() == [0]
+    assert accuracy(["<answer>5</answer>"], ["5" + long]).tolist() == [0]
 
 
 def test_answers_are_never_evaluated(tmp_path):
     file = tmp_path / "evaluated"
     text = f"<answer>__import__('pathlib').Path({str(file)!r}).touch() or 5</answer>"
-    assert len(text) < 220 and reward_parts([text], ["5"])["accuracy"].tolist() == [0]
+    assert len(text) < 220 and accuracy([text], ["5"]).tolist() == [0]
     assert not file.exists()

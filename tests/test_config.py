@@ -21,7 +21,7 @@ from grpo_jax.config import (
 from grpo_jax.config.docs import explain, markdown
 from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.keys import flatten, key_specs
-from grpo_jax.config.rules import NO_EFFECT, check_pretrain
+from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
 from grpo_jax.config.schema import PretrainConfig
 from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
@@ -254,9 +254,32 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
 @pytest.mark.parametrize(
     "values, says",
     [
+        (dict(reward__parts="[]"), "reward.parts must be at least one name; found"),
         (
-            dict(task__name="sums"),
-            "task.name must be 'addition' or 'jsonl'; found 'sums'. Set --config.task.name=VALUE; ",
+            dict(reward__parts='["accuracy", ""]'),
+            r"reward.parts must be at least one name; found .*Set --config.reward",
+        ),
+        (dict(reward__parts="[1, 2]"), "reward.parts must be at least one name"),
+        (dict(reward__weights='[1, "2"]'), "reward.weights must be finite numbers; found"),
+        (dict(reward__weights="[1, true]"), "reward.weights must be finite numbers"),
+        (dict(reward__weights="[1, NaN]"), "reward.weights must be finite numbers"),
+        (dict(reward__weights="[1, 1e999]"), "reward.weights must be finite numbers"),
+        (
+            dict(reward__parts='("accuracy",)'),
+            r"one number for each of the 1 reward.parts; found 2. Set --config.reward.weights='\[1.0\]' or other",
+        ),
+        (dict(reward__weights="[1, 2, 3]"), "for each of the 2 reward.parts; found 3"),
+        *(
+            (dict(reward__parts=f'["accuracy", "{name}"]'), f"distinct Python names other than .*, '{label}'. Rename")
+            for name, label in (
+                ("accuracy", "accuracy"),
+                ("my.py:accuracy", "accuracy"),
+                ("m:mean", "mean"),
+                ("m:length_mean", "length_mean"),
+                ("m:f-g", "f-g"),
+                ("m:", ""),
+                ("a b", "a b"),
+            )
         ),
         (dict(task__name="jsonl"), "task.path must be a JSONL file.*found none. Set --config.task.path=FILE.jsonl"),
         (dict(task__digits=10), "task.digits must be at least 1 and at most 9; found 10"),
@@ -332,6 +355,8 @@ def test_a_wrong_value_or_combination_is_refused(values, says):
         dict(eval__temperature=0),
         dict(train__minibatches=32),
         dict(task__name="jsonl", task__path="q.jsonl"),
+        dict(task__name="my.py:task"),
+        dict(reward__parts='["m:accuracy"]', reward__weights="[-0.5]"),
         dict(seed=2**32 - 1),
     ],
 )
@@ -345,6 +370,10 @@ IDLE = [
     ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='addition'"),
     ("task.digits", "2", {"task.name": "addition"}, "task.name='jsonl'"),
     ("task.shots", "2", {"task.name": "addition"}, "task.name='jsonl'"),
+    ("task.digits", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
+    ("task.shots", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
+    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='my.py:primes'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='~/my.py:primes'"),
     ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
     (
         "optim.end_lr_fraction",
@@ -388,9 +417,9 @@ def test_a_key_that_another_switches_off_is_refused(key, value, others, switch):
 
 
 def test_every_pair_of_the_table_has_a_case():
-    assert {(key, switch.partition("=")[0]) for key, _, _, switch in IDLE} == {
-        (key, switch) for switch, _, keys in NO_EFFECT for key in keys
-    }
+    cases = ((key, *switch.replace("'", "").split("=")) for key, _, _, switch in IDLE)
+    named = {(key, switch, USERS_FUNCTION if ":" in off else off.removesuffix(".0")) for key, switch, off in cases}
+    assert named == {(key, switch, str(off)) for switch, off, keys in NO_EFFECT for key in keys}
 
 
 def test_one_error_names_every_flag_that_resets_a_key_without_effect():
@@ -409,6 +438,22 @@ def test_one_error_names_every_flag_that_resets_a_key_without_effect():
         key, _, value = flag.removeprefix("--config.").partition("=")
         override_key(config, key, value.strip("'"))
     check(config)
+
+
+@pytest.mark.parametrize("text", ['["accuracy"]', '("accuracy",)', "('accuracy',)", ' [ "accuracy" ] ', '"accuracy",'])
+def test_a_flag_takes_a_json_list_or_a_python_tuple(text):
+    config = default()
+    override_key(config, "reward.parts", text)
+    override_key(config, "reward.weights", "(2,)")
+    cfg = check(config)
+    assert cfg.reward.parts == ("accuracy",)
+    assert cfg.reward.weights == (2.0,) and type(cfg.reward.weights[0]) is float
+
+
+@pytest.mark.parametrize("text", ["accuracy", '"accuracy"', "5", "{}", "[", "(1", "[*x]", "", "f()", "{[]}"])
+def test_a_flag_that_is_no_list_is_refused(text):
+    with pytest.raises(UserError, match=r'must be a JSON list; found .* Write it like .\["accuracy", "format"\]'):
+        override_key(default(), "reward.parts", text)
 
 
 def test_paths_expand_the_home_directory(tmp_path, monkeypatch):
@@ -506,7 +551,8 @@ def test_prompt_and_completion_must_fit_the_model():
 
 
 def test_the_config_of_a_run_is_read_back(tmp_path):
-    cfg = check(changed(optim__lr=1e-5, task__name="jsonl", task__path="q.jsonl"))
+    mine = dict(reward__parts='["m:f", "format"]', reward__weights="[1, 2]")
+    cfg = check(changed(optim__lr=1e-5, task__name="jsonl", task__path="q.jsonl", **mine))
     write_config(tmp_path / "a" / "run", cfg)
     assert check(read_config(tmp_path / "a" / "run")) == cfg
     check_workdir(tmp_path / "a" / "run", cfg)  # the same command resumes

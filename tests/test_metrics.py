@@ -1,6 +1,7 @@
 """The logs of a run: valid JSON, each step once, and samples that can be read back."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from grpo_jax.run.metrics import (
     MetricsLog,
     before_and_after,
     console_line,
+    evaluation_line,
     read_metrics,
     read_samples,
     truncate_logs,
@@ -116,6 +118,25 @@ def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     assert read_samples(tmp_path, "eval", 7) == records
 
 
+def test_samples_are_valid_json_whatever_the_metadata_holds(tmp_path):
+    """NaN and Infinity are not JSON. A task's metadata may hold any object, and dicts with any keys."""
+    metadata = {
+        "nan": float("nan"),
+        "deep": [(1, -float("inf")), {"x": np.float64("inf")}],
+        "path": Path("a"),
+        (1, 2): 3,
+    }
+    write_samples(tmp_path, "train", 1, [{"metadata": metadata, "reward": np.float32(0.5), "n": 3, "ok": True}])
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (line,) = (tmp_path / "samples" / "train-000001.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=refuse)
+    assert record["metadata"] == {"nan": None, "deep": [[1, None], {"x": None}], "path": "a", "(1, 2)": 3}
+    assert record["n"] == 3 and record["ok"] is True
+
+
 def test_no_file_is_written_without_samples(tmp_path):
     write_samples(tmp_path, "train", 7, [])
     assert not list(tmp_path.iterdir())
@@ -135,11 +156,20 @@ def test_console_line_shows_what_to_watch():
     assert console_line(7, 60, metrics) == (
         "step  7/60  reward 1.23  accuracy 0.25  format 0.98  length  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
     )
+    del metrics["policy/kl_ref"], metrics["reward/format"]  # a run without a reference, and with other parts
+    assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
+        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  length  41.3  12,346 tokens/s  3.2 s"
+    )
+
+
+def test_evaluation_line_shows_every_part():
+    metrics = {"eval/length_mean": 41.26, "eval/short": -0.5, "eval/accuracy": 0.25, "time/eval_s": 3.0}
+    assert evaluation_line(metrics) == "short -0.500  accuracy 0.250  length 41.3"
 
 
 def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path):
     def scores(value):
-        return {"eval/accuracy": value, "eval/format": value / 2, "eval/length_mean": 100 * value}
+        return {"eval/accuracy": value, "eval/short": value / 2, "eval/length_mean": 100 * value}
 
     write_log(tmp_path, [(0, scores(0.125)), (1, {"reward/mean": 1.0}), (2, scores(0.5)), (3, scores(0.75))])
     for step, completion in ((0, " first guess "), (2, "middle"), (3, " last answer ")):
@@ -147,5 +177,6 @@ def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path)
     text = before_and_after(tmp_path)
     rows = [line.split() for line in text.splitlines()]
     assert ["step", "0", "3"] in rows
-    assert ["accuracy", "0.125", "0.750"] in rows
+    start = rows.index(["accuracy", "0.125", "0.750"])
+    assert rows[start + 1 : start + 3] == [["short", "0.062", "0.375"], ["length", "(tokens)", "12.500", "75.000"]]
     assert "What is 1 + 1?" in text and "first guess" in text and "last answer" in text and "middle" not in text

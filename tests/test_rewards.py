@@ -1,16 +1,20 @@
-"""Accuracy and format rewards of hand-written completions, and grading in processes that have no JAX."""
+"""Accuracy and format of hand-written completions, the parts of a reward, and grading in processes without JAX."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rewards import accuracy, format
-from grpo_jax.rewards.parts import reward_parts
+from grpo_jax.errors import UserError
+from grpo_jax.rewards import accuracy, accuracy_part, format
+from grpo_jax.rewards.parts import PARTS, compute_rewards, resolve_parts
 from grpo_jax.rewards.verify import is_well_formed
+from grpo_jax.tasks import Problem
 
 WELL_FORMED = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
 
@@ -68,30 +72,126 @@ def test_format_requires_each_tag_once_in_order_and_nothing_outside(text, well_f
     ],
 )
 def test_accuracy_and_format_are_independent(text, expected, parts):
-    graded = reward_parts([text], [expected])
-    assert (graded["accuracy"][0], graded["format"][0], graded["total"][0]) == (*parts, sum(parts))
-
-
-def test_rewards_are_float32_per_completion_and_total_is_their_sum():
-    texts = [WELL_FORMED, "<answer> 2 </answer>", WELL_FORMED, "nothing"]
-    parts = reward_parts(texts, ["2", "2", "5", "2"])
-    np.testing.assert_array_equal(parts["accuracy"], [1, 1, 0, 0])
-    np.testing.assert_array_equal(parts["format"], [1, 0, 1, 0])
-    np.testing.assert_array_equal(parts["total"], [2, 1, 1, 0])
-    assert sorted(parts) == ["accuracy", "format", "total"]
-    assert all(part.dtype == np.float32 and part.shape == (4,) for part in parts.values())
-
-
-def test_no_completions_give_empty_rewards():
-    assert all(part.dtype == np.float32 and part.shape == (0,) for part in reward_parts([], []).values())
+    assert (accuracy([text], [expected])[0], format([text])[0]) == parts
 
 
 @pytest.mark.parametrize("answers", [[], ["2"], ["2", "2", "2"]])
 def test_as_many_answers_as_texts_are_required(answers):
     with pytest.raises(ValueError):
         accuracy([WELL_FORMED, WELL_FORMED], answers)
-    with pytest.raises(ValueError):
-        reward_parts([WELL_FORMED, WELL_FORMED], answers)
+
+
+def grade(parts, weights=None, texts=("a", "bb", "cccc")):
+    """Grades texts of which each is as many tokens long as it has characters."""
+    problems = [Problem(f"q{i}", "2", {"i": i}) for i in range(len(texts))]
+    return compute_rewards(parts, weights or [1.0] * len(parts), problems, texts, np.array([len(x) for x in texts]))
+
+
+def test_rewards_are_float32_per_completion_and_total_is_their_weighted_sum():
+    texts = [WELL_FORMED, "<answer> 2 </answer>", "<think></think><answer>5</answer>", "nothing"]
+    rewards = grade(resolve_parts(["format", "accuracy"]), [0.5, 2.0], texts)
+    assert list(rewards.parts) == ["format", "accuracy"]  # in the order of the config
+    np.testing.assert_array_equal(rewards.parts["accuracy"], [1, 1, 0, 0])
+    np.testing.assert_array_equal(rewards.parts["format"], [1, 0, 1, 0])
+    np.testing.assert_array_equal(rewards.total, [2.5, 2, 0.5, 0])
+    assert all(part.dtype == np.float32 and part.shape == (4,) for part in (*rewards.parts.values(), rewards.total))
+
+
+def test_no_completions_give_empty_rewards():
+    rewards = grade(PARTS, texts=())
+    assert all(part.dtype == np.float32 and part.shape == (0,) for part in (*rewards.parts.values(), rewards.total))
+
+
+def test_a_part_gets_the_problem_the_text_and_the_length_of_each_completion():
+    def part(problems, texts, lengths):
+        assert isinstance(problems, list) and isinstance(texts, list) and lengths.dtype.kind == "i"
+        return [100 * p.metadata["i"] + 10 * len(text) + n for p, text, n in zip(problems, texts, lengths, strict=True)]
+
+    assert grade({"part": part}).total.tolist() == [11, 122, 244]
+
+
+def test_a_part_of_a_file_is_called_by_its_function(tmp_path):
+    (tmp_path / "my.py").write_text("def short(problems, texts, lengths): return -1.0 * lengths")
+    parts = resolve_parts(["accuracy", f"{tmp_path}/my.py:short"])
+    assert list(parts) == ["accuracy", "short"] and parts["accuracy"] is accuracy_part
+    assert grade(parts, [1, 0.5]).total.tolist() == [-0.5, -1, -2]
+
+
+def test_a_part_cannot_change_what_the_next_one_sees():
+    def spoil(problems, texts, lengths):
+        problems.clear(), texts.clear()
+        lengths[:] = 0
+        return np.zeros(3)
+
+    def count(problems, texts, lengths):
+        return len(problems) + len(texts) + lengths
+
+    assert grade({"spoil": spoil, "count": count}).total.tolist() == [7, 8, 10]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [[1, 2, 3], (1.0, 2, 3), np.array([1, 2, 3], np.int8), jnp.array([1.0, 2, 3]), [jnp.float32(i) for i in (1, 2, 3)]],
+    ids=["list", "tuple", "numpy", "jax", "jax scalars"],
+)
+def test_a_part_may_return_any_sequence_of_numbers(returned):
+    rewards = grade({"part": lambda *_: returned})
+    assert rewards.parts["part"].tolist() == [1, 2, 3] and rewards.parts["part"].dtype == np.float32
+    assert grade({"part": lambda *_: [True, np.bool_(False), True]}).total.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "returned, found",
+    [
+        (None, "found None. Return an array of shape (3,)"),
+        (1.5, "found float. Return"),
+        ("abc", "found str. Return"),
+        ({"a": 1}, "found dict. Return"),
+        ((x for x in (1, 2, 3)), "found generator. Return"),
+        ([1, 2], "found an array of shape (2,). Return"),
+        ([[1], [2], [3]], "found an array of shape (3, 1). Return"),
+        ([0, float("nan"), float("inf")], "found nan at index 1. Return a finite number there"),
+        (np.array([0, 1, -np.inf], np.float32), "found -inf at index 2"),
+        ([0, 1e39, 0], "found 1e+39 at index 1"),  # infinity in float32
+        ([0, 1, 10**400], "found 1000"),
+        ([0, None, 1], "found None at index 1"),
+        ([0.5, 1, "1"], "found '1' at index 2"),
+        ([0, 1j, 0], "found 1j at index 1"),
+        ([1, [2], [3, 4]], "found [2] at index 1"),
+    ],
+    ids=str,
+)
+def test_a_part_must_return_one_finite_number_per_text(returned, found):
+    with pytest.raises(UserError) as raised:
+        grade({"accuracy": accuracy_part, "mine": lambda *_: returned})
+    message = str(raised.value)
+    assert message.startswith("The reward part 'mine' must return 3 finite numbers, one for each text; ")
+    assert found in message and "\n" not in message and len(message) < 300
+
+
+def test_what_a_part_raises_is_named_with_its_place():
+    def failing(problems, texts, lengths):
+        return [json.loads(text)["score"] / 0 for text in texts]
+
+    line = failing.__code__.co_firstlineno + 1
+    with pytest.raises(UserError) as raised:
+        grade({"failing": failing}, texts=('{"score": 1}',))
+    says = (
+        "'failing' must return 1 finite numbers, one for each text, but it raised ZeroDivisionError: division by zero"
+    )
+    assert f"{says} ({__file__}:{line}). Correct that function." in str(raised.value)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UserError, match=r"but it raised TypeError: .*takes 0 positional arguments but 3 were given \("):
+        grade({"part": lambda: 5})
+
+
+def test_an_unknown_part_is_refused_and_the_way_to_resume_is_named():
+    """A run of grpo_jax.train records the names of its Python functions, which no other command can find."""
+    with pytest.raises(UserError) as raised:
+        resolve_parts(["accuracy", "formatt"])
+    message = str(raised.value)
+    assert "reward.parts must be 'accuracy', 'format', module:function or path/file.py:function; found" in message
+    assert "'formatt'. Did you mean 'format'? A run of grpo_jax.train with rewards=... is resumed by" in message
 
 
 BLOCK_JAX = """
@@ -117,7 +217,7 @@ for package in ("text", "tasks", "rewards"):
         importlib.import_module(module.name)
 
 (problem,) = read_problems(sys.argv[1])
-assert grpo_jax.tasks.addition.addition_task(0, "train", 3)(0).answer.isdigit()
+assert grpo_jax.tasks.addition.addition_task(3)(0, seed=0, split="train").answer.isdigit()
 assert "User: 1 + 1?. Assistant:" in grpo_jax.text.prompt.format_prompt(problem.question)
 assert grpo_jax.text.stops.build_stop_table(3, (1,)).tolist() == [[0, -1, 0]]
 text = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"

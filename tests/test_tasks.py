@@ -2,16 +2,26 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from grpo_jax.config import check, default
 from grpo_jax.config.schema import TaskSection
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.parts import reward_parts
+from grpo_jax.rewards import accuracy, format
+from grpo_jax.tasks import Problem, read_problems
 from grpo_jax.tasks.addition import addition_task, is_held_out
-from grpo_jax.tasks.problem_file import file_task, read_problems
-from grpo_jax.tasks.streams import held_out_problems, make_task
+from grpo_jax.tasks.problem_file import file_task
+from grpo_jax.tasks.problem_list import ProblemList
+from grpo_jax.tasks.streams import (
+    CHECKED_PROBLEMS,
+    draw_problems,
+    held_out_problems,
+    make_task,
+    problems_to_check,
+    resolve_task,
+)
 
 
 def write_problems(path, rows) -> str:
@@ -24,26 +34,29 @@ def write_twenty(path) -> str:
     return write_problems(path, [{"question": f"q{i}", "answer": i} for i in range(20)])
 
 
-def questions(task, indices) -> list[str]:
-    return [task(i).question for i in indices]
+def questions(task, indices, seed=0, split="train") -> list[str]:
+    return [task(i, seed=seed, split=split).question for i in indices]
+
+
+def addition(indices, seed=0, split="train", digits=3, shots=0) -> list[Problem]:
+    return [addition_task(digits, shots)(i, seed=seed, split=split) for i in indices]
 
 
 def test_addition_depends_on_seed_and_index_alone():
-    forwards = [addition_task(7, "train", 3)(i) for i in range(50)]
-    task = addition_task(7, "train", 3)
-    backwards = [task(i) for i in reversed(range(50))]
-    assert forwards == backwards[::-1]
-    assert len(set(questions(task, range(50)))) > 40  # 742,500 pairs to draw from
+    forwards = addition(range(50), seed=7)
+    task = addition_task(3)
+    assert [task(i, seed=7, split="train") for i in reversed(range(50))] == forwards[::-1]
+    assert len({problem.question for problem in forwards}) > 40  # 742,500 pairs to draw from
 
 
 def test_addition_differs_between_seeds():
-    assert questions(addition_task(7, "train", 3), range(50)) != questions(addition_task(8, "train", 3), range(50))
+    assert addition(range(50), seed=7) != addition(range(50), seed=8)
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3, 9])
 def test_addition_asks_for_the_sum_of_two_numbers_of_that_many_digits(digits):
     for split in ("train", "eval"):
-        for problem in map(addition_task(0, split, digits), range(30)):
+        for problem in addition(range(30), split=split, digits=digits):
             a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", problem.question).groups())
             assert len(str(a)) == len(str(b)) == digits
             assert problem.answer == str(a + b)
@@ -53,7 +66,7 @@ def test_addition_asks_for_the_sum_of_two_numbers_of_that_many_digits(digits):
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_solved_examples_are_correct_never_held_out_and_leave_the_problem_unchanged(split):
     for index in range(40):
-        problem, bare = addition_task(3, split, 1, shots=2)(index), addition_task(3, split, 1)(index)
+        (problem,), (bare,) = (addition([index], 3, split, digits=1, shots=shots) for shots in (2, 0))
         *examples, question = problem.question.split(" User: ")
         assert (question, problem.answer, problem.metadata) == (bare.question, bare.answer, bare.metadata)
         assert len(examples) == 2
@@ -61,12 +74,12 @@ def test_solved_examples_are_correct_never_held_out_and_leave_the_problem_unchan
             shown, completion = text.split(". Assistant:")
             a, b = map(int, re.findall(r"\d+", shown))
             assert f" {a} + {b} = {a + b} " in completion and not is_held_out(a, b)
-            assert reward_parts([completion], [str(a + b)])["total"] == 2
+            assert accuracy([completion], [str(a + b)]) == format([completion]) == 1
 
 
 def test_addition_train_and_eval_share_no_pair():
     pairs = {
-        split: {(p.metadata["a"], p.metadata["b"]) for p in map(addition_task(0, split, 2), range(1500))}
+        split: {(p.metadata["a"], p.metadata["b"]) for p in addition(range(1500), split=split, digits=2)}
         for split in ("train", "eval")
     }
     assert all(a * b % 11 == 1 for a, b in pairs["eval"])
@@ -84,7 +97,7 @@ def test_held_out_rule_on_hand_computed_pairs():
 
 
 def test_an_epoch_of_a_file_visits_each_training_problem_once(tmp_path):
-    task = file_task(0, "train", write_twenty(tmp_path / "q.jsonl"), "")
+    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
     training = {f"q{i}" for i in range(20) if i not in (9, 19)}
     epochs = [questions(task, range(18 * e, 18 * (e + 1))) for e in range(3)]
     assert all(set(epoch) == training for epoch in epochs)
@@ -92,40 +105,173 @@ def test_an_epoch_of_a_file_visits_each_training_problem_once(tmp_path):
     assert epochs[0] != epochs[1] != epochs[2] != sorted(training)
 
 
+def test_the_order_of_a_file_stays_as_it_was(tmp_path):
+    """A run that is resumed with another version of the package must ask the same problems. 8 are of its 2nd epoch."""
+    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
+    assert questions(task, range(8), seed=3) == ["q4", "q18", "q17", "q7", "q5", "q3", "q1", "q13"]
+    assert questions(task, range(18, 26), seed=3) == ["q15", "q1", "q16", "q7", "q14", "q11", "q17", "q4"]
+    assert questions(task, range(2), split="eval") == ["q19", "q9"]
+
+
 def test_every_tenth_problem_of_a_file_is_held_out(tmp_path):
-    task = file_task(0, "eval", write_twenty(tmp_path / "q.jsonl"), "")
-    assert set(questions(task, range(2))) == set(questions(task, range(2, 4))) == {"q9", "q19"}
+    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
+    assert set(questions(task, range(2), split="eval")) == {"q9", "q19"}
+    with pytest.raises(IndexError):
+        task(2, seed=0, split="eval")
 
 
 def test_a_file_task_depends_on_seed_and_index_alone(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
-    forwards = questions(file_task(3, "train", path, ""), range(40))
-    assert questions(file_task(3, "train", path, ""), reversed(range(40))) == forwards[::-1]
-    assert questions(file_task(4, "train", path, ""), range(40)) != forwards
+    forwards = questions(file_task(path, ""), range(40), seed=3)
+    assert questions(file_task(path, ""), reversed(range(40)), seed=3) == forwards[::-1]
+    assert questions(file_task(path, ""), range(40), seed=4) != forwards
 
 
 def test_with_an_eval_path_no_problem_of_the_training_file_is_held_out(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
     other = write_problems(tmp_path / "e.jsonl", [{"question": "held", "answer": "1"}])
-    assert set(questions(file_task(0, "eval", path, other), range(5))) == {"held"}
-    assert set(questions(file_task(0, "train", path, other), range(20))) == {f"q{i}" for i in range(20)}
+    task = file_task(path, other)
+    assert questions(task, range(1), split="eval") == ["held"]
+    assert set(questions(task, range(20))) == {f"q{i}" for i in range(20)}
 
 
 def test_a_file_of_fewer_than_ten_problems_needs_an_eval_path(tmp_path):
     path = write_problems(tmp_path / "q.jsonl", [{"question": f"q{i}", "answer": i} for i in range(9)])
-    with pytest.raises(UserError, match=r"task.path .* must have at least 10; .*set task.eval_path"):
-        file_task(0, "eval", path, "")
+    with pytest.raises(UserError, match=r"task.path .* must have at least 10; found 9. .*set task.eval_path"):
+        file_task(path, "")
 
 
-def test_make_task_follows_the_config(tmp_path):
+def test_the_task_follows_the_config(tmp_path):
     cfg = default()
-    cfg.task.digits = 2
-    assert make_task(check(cfg).task, 5, "eval")(3) == addition_task(5, "eval", 2)(3)
-    cfg.task.digits = 3
+    cfg.task.digits, cfg.task.shots = 2, 1
+    assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == addition([3], 5, "eval", digits=2, shots=1)[0]
+    cfg = default()
     cfg.task.name, cfg.task.path = "jsonl", write_twenty(tmp_path / "q.jsonl")
-    assert questions(make_task(check(cfg).task, 5, "train"), range(18)) == questions(
-        file_task(5, "train", cfg.task.path, ""), range(18)
+    assert questions(resolve_task(check(cfg).task), range(18)) == questions(file_task(cfg.task.path, ""), range(18))
+    cfg.task.eval_path = write_problems(tmp_path / "e.jsonl", [{"question": "held", "answer": "1"}])
+    assert questions(resolve_task(check(cfg).task), range(1), split="eval") == ["held"]
+
+
+def test_a_config_may_name_a_task_of_the_user(tmp_path):
+    cfg = default()
+    (tmp_path / "my.py").write_text("def primes(index, *, seed, split): return index, seed, split")
+    cfg.task.name = f"{tmp_path}/my.py:primes"
+    assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == (3, 5, "eval")
+
+
+def test_an_unknown_task_is_refused_and_the_way_to_resume_a_list_is_named():
+    with pytest.raises(
+        UserError, match=r"task.name must be 'addition', 'jsonl', .*'adition'. Did you mean 'addition'\?$"
+    ):
+        resolve_task(TaskSection(name="adition"))
+    with pytest.raises(UserError, match=r"found 'python'. .* A run of grpo_jax.train with problems=... is resumed by"):
+        resolve_task(TaskSection(name="python"))
+
+
+def test_problems_may_be_a_path_a_list_a_task_or_what_the_config_names(tmp_path):
+    task_cfg = TaskSection(digits=1)
+    assert make_task(None, task_cfg)(0, seed=0, split="train") == addition([0], digits=1)[0]
+    path = write_twenty(tmp_path / "q.jsonl")
+    for source in (path, Path(path)):
+        assert questions(make_task(source, task_cfg), range(18)) == questions(file_task(path, ""), range(18))
+    assert questions(make_task(tuple(read_problems(path)), task_cfg), range(18)) == questions(
+        file_task(path, ""), range(18)
     )
+    task = addition_task(2)
+    assert make_task(task, task_cfg) is task
+    with pytest.raises(UserError, match=r"problems must be a list of Problem, .*; found int. Pass one of these"):
+        make_task(5, task_cfg)
+
+
+def listed(count) -> list[Problem]:
+    return [Problem(f"q{i}", str(i)) for i in range(count)]
+
+
+def test_every_tenth_problem_of_a_long_list_is_held_out(caplog):
+    task = make_task(listed(25), TaskSection())
+    assert {problem.question for problem in held_out_problems(task, 256)} == {"q9", "q19"}
+    assert set(questions(task, range(23))) == {f"q{i}" for i in range(25)} - {"q9", "q19"}
+    assert not caplog.records
+
+
+def test_a_short_list_is_used_for_evaluation_too_and_says_so(caplog):
+    task = make_task(listed(9), TaskSection())
+    everything = {f"q{i}" for i in range(9)}
+    assert set(questions(task, range(9))) == {p.question for p in held_out_problems(task, 256)} == everything
+    assert [record.getMessage() for record in caplog.records] == [
+        "Fewer than 10 problems: none is held out, so evaluation asks the training problems."
+    ]
+
+
+@pytest.mark.parametrize(
+    "problems, says",
+    [
+        ([], "problems must hold at least one Problem; found an empty list"),
+        ([Problem("q", "1"), ("q", "1")], r"problems\[1\] must be a grpo_jax.tasks.Problem; found \('q', '1'\). Write"),
+        ([Problem("q", 1)], r"problems\[0\] must have a string as answer; found 1. Write it as text"),
+    ],
+)
+def test_a_list_must_hold_problems(problems, says):
+    with pytest.raises(UserError, match=says):
+        make_task(problems, TaskSection())
+
+
+def test_held_out_problems_are_asked_in_the_order_of_seed_0():
+    def task(index, *, seed, split):
+        return Problem(f"{index} {seed} {split}", "")
+
+    assert [problem.question for problem in held_out_problems(task, 2)] == ["0 0 eval", "1 0 eval"]
+
+
+def test_a_task_may_end_in_evaluation_only():
+    def task(index, *, seed, split):
+        return listed(3)[index]
+
+    assert held_out_problems(task, 256) == listed(3)
+    with pytest.raises(UserError, match=r"The task 'task' must return a Problem for index 3, .*raised IndexError"):
+        draw_problems(task, range(5), seed=0, split="train")
+    with pytest.raises(UserError, match="at least one held-out problem; found none, because it raised an IndexError"):
+        held_out_problems(lambda index, **_: [][index], 256)
+
+
+@pytest.mark.parametrize(
+    "returned, says",
+    [
+        (None, "must be a grpo_jax.tasks.Problem; found None. Write"),
+        ("q", "must be a grpo_jax.tasks.Problem; found 'q'"),
+        (Problem(1, "2"), "must have a string as question; found 1. Write"),
+        (Problem("1", 2.5), "must have a string as answer; found 2.5. Write"),
+    ],
+)
+def test_what_a_task_returns_must_be_a_problem(returned, says):
+    def task(index, *, seed, split):
+        return Problem("q", "1") if index < 4 else returned
+
+    with pytest.raises(UserError, match=f"What the task 'task' returns for index 4 of split 'train' {says}"):
+        draw_problems(task, range(8), seed=0, split="train")
+
+
+def test_what_a_task_raises_is_named_with_its_place():
+    def task(index, *, seed, split):
+        return Problem("q", str(1 // (index - 2)))
+
+    line = task.__code__.co_firstlineno + 1
+    with pytest.raises(UserError) as raised:
+        draw_problems(task, range(8), seed=5, split="eval")
+    says = "for index 2, seed 5 and split 'eval', but it raised ZeroDivisionError: integer division or modulo by zero"
+    assert f"{says} ({__file__}:{line})." in str(raised.value)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_all_problems_of_a_list_are_checked_and_the_first_of_an_endless_task():
+    assert problems_to_check(ProblemList(listed(3), listed(1)), 0) == [*listed(3), *listed(1)]
+    assert problems_to_check(addition_task(3), 7) == addition(range(CHECKED_PROBLEMS), seed=7)
+
+
+def test_problems_compare_by_value_and_cannot_be_changed():
+    assert Problem("q", "1") == Problem("q", "1", {}) != Problem("q", "2")
+    with pytest.raises(AttributeError):
+        Problem("q", "1").answer = "2"
 
 
 def test_other_fields_of_a_line_become_metadata(tmp_path):
@@ -212,6 +358,6 @@ def test_problems_that_no_completion_could_solve_are_refused(tmp_path, row):
 
 def test_no_more_problems_are_held_out_than_the_file_has(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(30)))
-    task = TaskSection(name="jsonl", path=str(tmp_path / "q.jsonl"))
+    task = file_task(str(tmp_path / "q.jsonl"), "")
     assert sorted(problem.question for problem in held_out_problems(task, 256)) == ["19?", "29?", "9?"]
     assert len(held_out_problems(task, 2)) == 2

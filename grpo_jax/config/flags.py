@@ -109,24 +109,6 @@ def load_config(spec: str) -> ConfigDict:
     return raw
 
 
-def parse_tuple(text: str) -> tuple:
-    """Returns a JSON list, or a list or tuple as Python writes it, as a tuple.
-
-    Raises:
-        ValueError: The text is none of these.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, TypeError) as error:
-            raise ValueError from error
-    if not isinstance(value, list | tuple):
-        raise ValueError
-    return tuple(value)
-
-
 def parse_value(key: str, text: str, old: Any) -> Any:
     """Returns `text` as a value of the type of `old`.
 
@@ -138,12 +120,15 @@ def parse_value(key: str, text: str, old: Any) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is tuple:
-            return parse_tuple(text)
+            value = json.loads(text) if text.lstrip().startswith("[") else ast.literal_eval(text)
+            if not isinstance(value, list | tuple):
+                raise ValueError
+            return tuple(value)
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
         return value
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, SyntaxError, TypeError):
         expected = "a JSON list" if kind is tuple else f"of type {kind.__name__}"
         like = json.dumps(old) if kind is tuple else old
         raise UserError(f"--config.{key} must be {expected}; found {text!r}. Write it like {like!r}.") from None

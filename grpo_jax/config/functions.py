@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,30 +36,23 @@ def resolve_function(name: str, key: str, ours: Mapping[str, Callable], hint: st
     if name in ours:
         return ours[name]
     source, colon, function = name.rpartition(":")
-    if not (colon and function.isidentifier() and (is_file(source) or is_module_name(source))):
-        names = ", ".join(map(repr, ours))
-        fix = " ".join(filter(None, [suggest(name, ours) or "Correct the name.", "" if colon else hint]))
-        raise UserError(f"{key} must be {names}, module:function or path/file.py:function; found {name!r}. {fix}")
+    is_source = source.endswith(".py") or all(map(str.isidentifier, source.split(".")))
+    if not (is_source and function.isidentifier()):
+        fix = suggest(name, ours) or "Correct the name."
+        raise UserError(
+            f"{key} must be {', '.join(map(repr, ours))}, module:function or path/file.py:function; found {name!r}. "
+            + (fix if colon or not hint else f"{fix} {hint}")
+        )
     module = import_source(source, key)
     value = getattr(module, function, None)
     if not callable(value):
-        found = "none" if value is None else f"{type(value).__name__} {function}"
-        fix = suggest(function, [each for each in vars(module) if not each.startswith("_")]) or "Define it there."
+        found = "none" if value is None else f"{function} of type {type(value).__name__}"
+        fix = suggest(function, [other for other in vars(module) if not other.startswith("_")]) or "Define it there."
         raise UserError(f"{key}={name} must name a function in {source}; found {found}. {fix}")
     return value
 
 
-def is_file(source: str) -> bool:
-    """Returns whether the part of a name before the colon is a path, not a module."""
-    return source.endswith(".py")
-
-
-def is_module_name(source: str) -> bool:
-    """Returns whether the part of a name before the colon can be the name of a module, such as `package.module`."""
-    return all(part.isidentifier() for part in source.split("."))
-
-
-def suggest(name: str, options: Any) -> str:
+def suggest(name: str, options: Iterable[str]) -> str:
     """Returns "Did you mean ...?" with the option that is closest to a name, or "" if none is close."""
     close = difflib.get_close_matches(name, options, n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
@@ -71,13 +64,13 @@ def import_source(source: str, key: str) -> ModuleType:
     Raises:
         UserError: There is none, or importing it raises.
     """
-    path = Path(source).expanduser()
-    if is_file(source) and not path.is_file():
+    is_file, path = source.endswith(".py"), Path(source).expanduser()
+    if is_file and not path.is_file():
         raise UserError(f"{key} must name a function in a Python file; found no file {source}. Correct the path.")
     try:
-        return import_file(path.resolve()) if is_file(source) else importlib.import_module(source)
+        return import_file(path.resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}."):
+        if isinstance(error, ModuleNotFoundError) and not is_file and f"{source}.".startswith(f"{error.name}."):
             raise UserError(
                 f"{key} must name a function in a module that can be imported; found no module {error.name!r}. Correct "
                 "the name, add the module's folder to PYTHONPATH, or write path/file.py:function."
@@ -104,9 +97,8 @@ def import_file(path: Path) -> ModuleType:
 
 def describe_error(error: BaseException) -> str:
     """Returns an exception's type and message, and the file and line where it was raised, as one line."""
-    if isinstance(error, SyntaxError):
-        message, where = error.msg, f"{error.filename}:{error.lineno}"
-    else:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-        message, where = str(error), f"{frames[-1].filename}:{frames[-1].lineno}"
-    return textwrap.shorten(f"{type(error).__name__}: {message}", 300, placeholder=" ...") + f" ({where})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    message, file, line = str(error), frames[-1].filename, frames[-1].lineno
+    if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():  # in a file that is being imported
+        message, file, line = error.msg, str(error.filename), error.lineno
+    return f"{textwrap.shorten(f'{type(error).__name__}: {message}', 300, placeholder=' ...')} ({file}:{line})"

@@ -145,17 +145,12 @@ def check_reward(cfg: Config) -> None:
         f"{format_as_flag('reward.weights', (1.0,) * len(parts))} or other weights.",
     )
     labels = [function_label(name) for name in parts]
-    for name, label in zip(parts, labels, strict=True):
-        problem = {
-            "is not a Python name": not label.isidentifier(),
-            "is the name of another metric": label in RESERVED_LABELS,
-            "is there twice": labels.count(label) > 1,
-        }
-        for found in (words for words, wrong in problem.items() if wrong):
-            raise UserError(
-                f"reward.parts must name functions by which metrics can call the parts; found {name!r}, but {label!r} "
-                f"{found}. Rename the function."
-            )
+    require(
+        len(set(labels)) == len(labels)
+        and all(label.isidentifier() and label not in RESERVED_LABELS for label in labels),
+        "reward.parts must have names that metrics can use, which are distinct Python names other than "
+        f"{' and '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
+    )
 
 
 def check_optimizer(cfg: Config) -> None:
