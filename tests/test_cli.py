@@ -117,6 +117,12 @@ def asking(path: Path, *questions: str) -> str:
         ),
         (["--config.model.path=no/such/model"], "No model folder found at no/such/model. Set model.path"),
         (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500. Lower one"),
+        (["--config.task.name=adition"], "task.name must be 'addition', .*found 'adition'. Did you mean 'addition'"),
+        (["--config.task.name=none.py:primes"], "task.name must .*found no file none.py. Correct the path"),
+        (
+            ['--config.reward.parts=["acuracy"]', "--config.reward.weights=[1]"],
+            "reward.parts must be 'accuracy', .*found 'acuracy'. Did you mean 'accuracy'",
+        ),
         (["--config.task.name=jsonl"], "task.path must be a JSONL file.*Set --config.task.path"),
         (
             ["--config.task.name=jsonl", "--config.task.path=none.jsonl"],
