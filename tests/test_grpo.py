@@ -1,5 +1,6 @@
 """The mathematics of GRPO, against closed forms, values worked out by hand and an independent implementation."""
 
+from functools import partial
 from inspect import unwrap
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo_jax.learn.grpo
 from grpo_jax import advantages, grpo_loss
-from grpo_jax.learn.grpo import SampledTokens, k3, token_weights, weighted_loss
+from grpo_jax.learn.grpo import SampledTokens, inclusive_clip, k3, token_weights, weighted_loss
 
 
 def test_advantages_of_a_hand_made_group():
@@ -66,7 +68,7 @@ def test_clipped_loss_matches_hand_values():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("clip_low, clip_high", [(0.0, 0.2), (0.2, 0.0)])
 def test_gradient_on_policy_is_whole_where_a_clip_bound_is_zero(clip_low, clip_high, advantage):
-    """Both arguments of the minimum are equal there; jnp.minimum and jnp.clip would give 0.75 of the gradient."""
+    """Both arguments of the minimum are equal there, and each passes on half; jnp.clip would pass on a quarter."""
     logps = jnp.asarray([[-2.0]])
 
     def loss(x):
@@ -161,21 +163,72 @@ def test_loss_and_gradient_match_an_independent_computation(denominator):
         np.testing.assert_allclose(grad[i, t], slope, rtol=1e-3, atol=1e-6)
 
 
-def test_masked_tokens_change_neither_loss_nor_gradient():
-    """Even if they hold log-probs large enough to overflow exp."""
+def test_inclusive_clip_passes_the_gradient_at_its_limits_and_not_beyond():
+    x = jnp.asarray([-3.0, -1.0, 0.0, 2.0, 3.0, jnp.inf, jnp.nan])
+    values, slopes = jax.vmap(jax.value_and_grad(lambda x: inclusive_clip(x, -1.0, 2.0)))(x)
+    np.testing.assert_array_equal(values, [-1, -1, 0, 2, 2, 2, np.nan])
+    np.testing.assert_array_equal(slopes, [0, 1, 1, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [20.5, 89.0, 1e4, -20.5, -89.0, -1e4])
+def test_a_ratio_beyond_the_limit_has_a_finite_loss_and_no_gradient(log_ratio, advantage):
+    """exp(89) overflows float32. The reference is as far away, so the KL term has no gradient either."""
+
+    def loss(x):
+        advantages, mask = jnp.asarray([advantage]), jnp.ones((1, 1))
+        return grpo_loss(x, jnp.full((1, 1), -log_ratio), jnp.full((1, 1), log_ratio), advantages, mask, kl_coef=0.1)
+
+    (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(jnp.zeros((1, 1)))
+    assert np.isfinite(value) and grad[0, 0] == 0
+    np.testing.assert_allclose(metrics["policy/ratio_max"], np.exp(np.copysign(20, log_ratio)), rtol=1e-5)
+    assert metrics["policy/kl_ref"] <= np.exp(20)
+
+
+def test_nan_in_a_token_that_counts_is_not_hidden():
+    """If it were, a broken update would not be skipped."""
     clean = jnp.full((2, 3), -1.0)
-    junk = clean.at[:, 2].set(jnp.asarray([500.0, -500.0]))
-    mask = jnp.asarray([[1, 1, 0], [1, 1, 0]])
 
     @jax.jit
-    @jax.value_and_grad
-    def loss(logps, old):
-        return grpo_loss(logps, old, -logps, jnp.asarray([1.0, -1.0]), mask)[0]
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(logps, old, ref, advantages):
+        return grpo_loss(logps, old, ref, advantages, jnp.ones((2, 3)))
 
-    for logps, old in ((junk, clean), (clean, junk)):
-        value, grad = loss(logps, old)
-        assert value == loss(clean, clean)[0]
-        assert np.isfinite(grad).all() and (grad[:, 2] == 0).all()
+    nan = clean.at[0, 1].set(jnp.nan)
+    for changed in ({"logps": nan}, {"old": nan}, {"ref": nan}, {"advantages": nan[0, :2]}):
+        arguments = {"logps": clean, "old": clean, "ref": clean, "advantages": jnp.asarray([1.0, -1.0])} | changed
+        (value, _), grad = loss(*arguments.values())
+        assert np.isnan(value) and np.isnan(grad).any(), changed
+
+
+@pytest.mark.parametrize("junk", [500.0, -500.0, jnp.inf, -jnp.inf, jnp.nan])
+def test_masked_tokens_change_neither_loss_nor_gradient(junk):
+    """Whatever their values. The third completion has no token, so its advantage does not count either."""
+    clean, mask = jnp.full((3, 3), -1.0), jnp.asarray([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    dirty, opposite = (jnp.where(mask == 1, clean, x) for x in (junk, -junk))
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(logps, old, ref, advantage):
+        return grpo_loss(logps, old, ref, jnp.stack([1.0, -1.0, advantage]), mask)
+
+    (expected, expected_metrics), _ = loss(clean, clean, clean, 0.0)
+    for arguments in ((dirty, clean, clean), (clean, dirty, clean), (clean, clean, dirty), (dirty, opposite, dirty)):
+        (value, metrics), grad = loss(*arguments, jnp.asarray(junk))
+        assert value == expected and metrics == expected_metrics
+        assert np.isfinite(grad).all() and (grad[mask == 0] == 0).all()
+
+
+def test_the_loss_knows_which_completion_a_token_belongs_to(monkeypatch):
+    """Index -1, of masked tokens, is dropped from sums by completion."""
+    seen = []
+    monkeypatch.setattr(grpo_jax.learn.grpo, "weighted_loss", lambda logps, entropies, tokens, **_: seen.append(tokens))
+    mask = jnp.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    unwrap(grpo_loss)(jnp.zeros((4, 3)), jnp.zeros((4, 3)), None, jnp.ones(4), mask, kl_coef=0)
+    (tokens,) = seen
+    assert tokens.sequence.tolist() == [[0, 0, -1], [1, -1, -1], [2, 2, 2], [-1, -1, -1]]
+    sums = jax.ops.segment_sum(jnp.arange(12), tokens.sequence.ravel(), tokens.num_sequences)
+    assert sums.tolist() == [0 + 1, 3, 6 + 7 + 8, 0]
 
 
 def test_token_weights_sum_to_one_over_the_batch():

@@ -4,8 +4,9 @@ Compiling takes nearly all of the time, so the tests share programs: `GRADIENTS`
 packed rows, `[1, 88]` (`packed(batch)`) and `[8, 16]` (`packed(batch, 16)` and `padded(batch)`).
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import optax
 import pytest
 
 import grpo_jax.learn.logprobs
+import grpo_jax.learn.update
 from grpo_jax import forward, sample
 from grpo_jax.config.schema import Config, LossSection, OptimSection, RolloutSection, TrainSection
-from grpo_jax.learn.grpo import token_weights
+from grpo_jax.learn.grpo import SampledTokens, inclusive_clip, token_weights
 from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
 from grpo_jax.learn.packing import unpack_completions
@@ -147,6 +149,96 @@ def test_empty_micro_batches_are_not_run():
     assert_same(GRADIENTS(params(), poisoned), GRADIENTS(params(), batch))
 
 
+def test_the_update_uses_the_token_weights_of_the_page(monkeypatch):
+    """With twice the weights, the gradient is twice as large."""
+    grads, metrics = GRADIENTS(params(), packed(experience()))
+    assert grpo_jax.learn.update.token_weights is grpo_jax.learn.grpo.token_weights
+    monkeypatch.setattr(grpo_jax.learn.update, "token_weights", lambda mask: 2 * token_weights(mask))
+    doubled, doubled_metrics = GRADIENTS(params(), packed(experience()))
+    jax.tree.map(np.testing.assert_array_equal, doubled, jax.tree.map(lambda x: 2 * x, grads))
+    assert doubled_metrics["loss/total"] == 2 * metrics["loss/total"]
+
+
+def sequence_loss(logps, entropies, tokens, *, clip_low, clip_high, kl_coef):
+    """Clips one ratio per completion, the geometric mean of its tokens' ratios, and favors later groups."""
+
+    def mean_by_sequence(x):
+        sums = [
+            jax.ops.segment_sum(y.ravel(), tokens.sequence.ravel(), tokens.num_sequences) for y in (x, jnp.ones_like(x))
+        ]
+        return (sums[0] / jnp.maximum(sums[1], 1))[tokens.sequence]
+
+    # The 9 counts wherever index -1 is not dropped.
+    log_ratio = jnp.where(tokens.sequence < 0, 9.0, logps - tokens.old_logps)
+    ratio = jnp.exp(mean_by_sequence(log_ratio))
+    A = tokens.advantages * (1 + tokens.group)
+    objective = jnp.minimum(ratio * A, inclusive_clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+    largest = jnp.max(ratio, where=tokens.weights > 0, initial=0.0)
+    return -jnp.sum(tokens.weights * objective), {"policy/ratio_max": largest}
+
+
+@cache
+def sequence_loss_gradient():
+    """Returns the gradient of `sequence_loss` on padded completions [N, S]."""
+    batch = experience()
+    columns = np.clip(batch.prompt_lengths[:, None] + np.arange(batch.mask.shape[1]), 0, batch.tokens.shape[1] - 1)
+    targets = np.take_along_axis(batch.tokens, columns, axis=1)
+    tokens = SampledTokens(
+        old_logps=batch.sampler_logps,
+        ref_logps=None,
+        advantages=np.repeat(batch.advantages[:, None], targets.shape[1], axis=1),
+        weights=token_weights(jnp.asarray(batch.mask)),
+        sequence=np.where(batch.mask, np.arange(8)[:, None], -1),
+        group=np.where(batch.mask, np.arange(8)[:, None] // 2, -1),
+        num_sequences=8,
+    )
+
+    def loss(params):
+        by_column = jnp.take_along_axis(plain_logps(params, jnp.asarray(batch.tokens)), columns[..., None] - 1, axis=1)
+        logps = jnp.take_along_axis(by_column, targets[..., None], axis=2)[..., 0]
+        return sequence_loss(logps, None, tokens, clip_low=LOSS.clip_low, clip_high=LOSS.clip_high, kl_coef=0)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params())
+
+
+@pytest.mark.parametrize(
+    "micro_tokens, sizes", [(16, (1, 2, 4)), *(pytest.param(x, None, marks=SLOW) for x in (16, 1000))]
+)
+def test_a_loss_with_sequence_ratios_does_not_depend_on_packing(micro_tokens, sizes, monkeypatch):
+    """The page's loss is replaced: rows, micro-batches and devices hold whole completions, whose tokens it can find."""
+    monkeypatch.setattr(grpo_jax.learn.update, "weighted_loss", sequence_loss)
+    mesh = make_mesh(*sizes) if sizes else None
+    with jax.set_mesh(mesh) if sizes else nullcontext():
+        rows = packed(experience(), micro_tokens, num_data_shards())
+        assert rows.num_micro_batches > 1 or micro_tokens == 1000
+        actual = gradients_of(CONFIG)(params(), shard_rows(mesh, rows) if sizes else rows)
+    assert_same(actual, sequence_loss_gradient())
+
+
+def test_a_token_that_overflows_its_ratios_does_not_make_the_gradient_nan():
+    """Its log-ratios are beyond 20, where they have no gradient: the others' gradient is as if it had weight 0."""
+    batch = experience()
+    for sign in (1, -1):
+        logps = batch.sampler_logps.copy(), batch.ref_logps.copy()
+        for x, far in zip(logps, (-sign * 150, sign * 150), strict=True):
+            x[3, 0] = far
+        rows = packed(batch.replace(sampler_logps=logps[0], ref_logps=logps[1]))
+        grads, metrics = GRADIENTS(params(), rows)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
+        left_out = rows.replace(weights=jnp.where(rows.flat_index == 3 * 6, 0.0, rows.weights))
+        assert_same((grads, {}), (GRADIENTS(params(), left_out)[0], {}))
+
+
+def test_metrics_appear_where_they_are_known():
+    def names(kl_coef, entropy):
+        options = dict(temperature=TEMPERATURE, loss=LossSection(kl_coef=kl_coef), entropy=entropy)
+        run = partial(minibatch_gradients, CONFIG, **options)
+        return set(jax.eval_shape(run, params(), packed(experience()))[1])
+
+    assert names(0.1, True) - names(0.1, False) == {"policy/entropy"}
+    assert names(0.1, True) - names(0.0, True) == {"policy/kl_ref"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8), (8, 1, 1), (1, 4, 2), (1, 2, 4)])
 def test_gradients_agree_on_one_and_eight_devices(sizes):
@@ -260,8 +352,6 @@ def test_entropy_is_not_computed_when_it_is_off():
     logps, entropies = packed_logprobs(CONFIG, params(), rows, TEMPERATURE, entropy=False)
     assert (entropies == 0).all()
     np.testing.assert_allclose(logps, SCORE(params(), rows)[0], atol=2e-6)
-    _, metrics = minibatch_gradients(CONFIG, params(), rows, temperature=TEMPERATURE, loss=LOSS, entropy=False)
-    assert "policy/entropy" not in metrics
 
     def flops(entropy):
         run = jax.jit(lambda params: packed_logprobs(CONFIG, params, rows, TEMPERATURE, entropy=entropy))
@@ -318,43 +408,103 @@ def test_rematerialization_costs_flops():
     assert flops("none") < flops("matmuls") < flops("layers")
 
 
-@pytest.mark.parametrize("softcap, tied", [(0.0, False), (3.0, True)])
+HEAD_TEMPERATURE = 0.7
+
+
+def score_full_logits(model_cfg, weights, hidden, targets):
+    """Returns log-probs and entropies by log-softmax of full logits, for JAX to differentiate."""
+    logits = temperature_logits(model_cfg, head_matmul(model_cfg, weights, hidden), HEAD_TEMPERATURE)
+    logps = jax.nn.log_softmax(logits)
+    finite_logps = jnp.where(jnp.isfinite(logps), logps, 0.0)
+    entropies = -jnp.sum(jnp.exp(logps) * finite_logps, axis=-1)
+    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], entropies
+
+
+def scores_and_gradients(score, weights, hidden, counts, used):
+    """Returns the scores of the first `counts` columns, and the gradient of a weighted sum of those in `used`."""
+    coefficients = jax.random.normal(jax.random.key(2), (2, *hidden.shape[:2]))
+
+    def total(weights, hidden):
+        scores = [jnp.where(jnp.arange(hidden.shape[1]) < counts[:, None], x, 0) for x in score(weights, hidden)]
+        return sum(jnp.sum(coefficients[i] * scores[i]) for i in used), scores
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, hidden)
+
+
+LOGPS, ENTROPIES, BOTH = (0,), (1,), (0, 1)
+
+
 @pytest.mark.parametrize(
-    "chunk_tokens, vocab_block",
+    "softcap, tied, used, chunk_tokens, vocab_block",
     [
-        (12, 20),  # 3 columns at a time, the last block padded; 47 ids in blocks of 16, of which the last two overlap
-        pytest.param(1000, 16384, marks=SLOW),  # a single block, as in the other tests
+        # 3 columns at a time, the last block padded; 47 ids in blocks of 16, of which the last two overlap.
+        (0.0, False, BOTH, 12, 20),
+        (3.0, True, BOTH, 12, 20),
+        (3.0, False, ENTROPIES, 12, 20),
+        pytest.param(3.0, False, LOGPS, 12, 20, marks=SLOW),
+        pytest.param(0.0, False, BOTH, 1000, 16384, marks=SLOW),  # a single block, as in the other tests
+        pytest.param(3.0, True, BOTH, 1000, 16384, marks=SLOW),
     ],
 )
-def test_blocks_of_the_head_do_not_change_scores_or_gradients(softcap, tied, chunk_tokens, vocab_block, monkeypatch):
+def test_blocks_of_the_head_do_not_change_scores_or_gradients(
+    softcap, tied, used, chunk_tokens, vocab_block, monkeypatch
+):
     """Compares with log-softmax of full logits under JAX's own derivative. Columns beyond the counts have none."""
     monkeypatch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", vocab_block)
     model_cfg = replace(CONFIG, vocab_size=47, logit_softcap=softcap, tie_embeddings=tied)
-    weights = params(model_cfg)
     hidden = jax.random.normal(jax.random.key(0), (4, 11, 32))
     targets = jax.random.randint(jax.random.key(1), (4, 11), 0, 45)
-    counts, coefficients = jnp.asarray([11, 3, 0, 7]), jax.random.normal(jax.random.key(2), (4, 11))
-    counted = jnp.arange(11) < counts[:, None]
-
-    def full(weights, hidden):
-        logps = jax.nn.log_softmax(temperature_logits(model_cfg, head_matmul(model_cfg, weights, hidden), 0.8))
-        probs = jnp.exp(logps)
-        entropies = -jnp.sum(jnp.where(probs > 0, probs * jnp.where(probs > 0, logps, 0.0), 0.0), axis=-1)
-        return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], entropies
+    counts = jnp.asarray([11, 3, 0, 7])
 
     def blocks(weights, hidden):
-        return logprobs_from_hidden(model_cfg, weights, hidden, targets, 0.8, counts=counts, chunk_tokens=chunk_tokens)
+        options = dict(counts=counts, chunk_tokens=chunk_tokens)
+        return logprobs_from_hidden(model_cfg, weights, hidden, targets, HEAD_TEMPERATURE, **options)
 
-    def scores_and_gradients(score):
-        def total(weights, hidden):
-            logps, entropies = (jnp.where(counted, x, 0) for x in score(weights, hidden))
-            return jnp.sum(coefficients * logps), (logps, entropies)
+    def full(weights, hidden):
+        return score_full_logits(model_cfg, weights, hidden, targets)
 
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, hidden)
-
-    actual, expected = scores_and_gradients(blocks), scores_and_gradients(full)
+    actual, expected = (scores_and_gradients(x, params(model_cfg), hidden, counts, used) for x in (blocks, full))
     for have, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(have, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 2, 4), marks=SLOW)])
+@pytest.mark.parametrize("tied, used", [(False, BOTH), pytest.param(True, ENTROPIES, marks=SLOW)])
+def test_gradients_of_scores_agree_on_eight_devices(sizes, tied, used, monkeypatch):
+    """Each device along the tensor axis has a part of the vocabulary, in blocks of at most 10 ids."""
+    monkeypatch.setattr(grpo_jax.learn.logprobs, "MAX_VOCAB_BLOCK", 10)
+    model_cfg = replace(CONFIG, logit_softcap=3.0, tie_embeddings=tied)
+    hidden = jax.random.normal(jax.random.key(0), (4, 6, 32))
+    targets = jax.random.randint(jax.random.key(1), (4, 6), 0, 45)
+    counts, mesh = jnp.asarray([6, 3, 0, 5]), make_mesh(*sizes)
+
+    def blocks(weights, hidden):
+        return logprobs_from_hidden(
+            model_cfg, weights, hidden, targets, HEAD_TEMPERATURE, counts=counts, chunk_tokens=2
+        )
+
+    def full(weights, hidden):
+        return score_full_logits(model_cfg, weights, hidden, targets)
+
+    expected = scores_and_gradients(full, params(model_cfg), hidden, counts, used)
+    sharded = jax.device_put(params(model_cfg), tree_shardings(mesh, params(model_cfg)))
+    with jax.set_mesh(mesh):
+        actual = scores_and_gradients(blocks, sharded, shard_rows(mesh, hidden), counts, used)
+    for have, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(have, want, atol=2e-5)
+
+
+def test_the_gradient_of_entropies_costs_nothing_where_the_loss_does_not_use_them():
+    hidden, targets = jnp.ones((2, 11, 32)), jnp.ones((2, 11), jnp.int32)
+
+    def flops(used):
+        def total(hidden):
+            scores = logprobs_from_hidden(CONFIG, params(), hidden, targets, 1.0, chunk_tokens=22)
+            return sum(scores[i].sum() for i in used), scores
+
+        return jax.jit(jax.grad(total, has_aux=True)).lower(hidden).compile().cost_analysis()["flops"]
+
+    assert flops(BOTH) - flops(LOGPS) > 3 * targets.size * CONFIG.vocab_size
 
 
 def test_memory_of_the_head_is_that_of_a_chunk():

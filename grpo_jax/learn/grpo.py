@@ -31,11 +31,11 @@ class SampledTokens(NamedTuple):
     """What the loss knows of each sampled token, in any arrangement, such as padded `[N, S]` or packed `[P, W]` rows.
 
     All tokens of a completion are passed in one call. Those of a group may be spread over several micro-batches, whose
-    losses are added.
+    losses are added. There are at most N groups.
 
-    `jax.ops.segment_sum(x, tokens.sequence, tokens.num_sequences)` sums x over each completion. It drops the tokens
-    whose index is -1. Indexing wraps around instead: `sums[tokens.sequence]` gives these tokens the last completion's
-    sum, which does not count, because their weight is 0.
+    `sums = jax.ops.segment_sum(x.ravel(), tokens.sequence.ravel(), tokens.num_sequences)` sums x over each completion
+    and drops the tokens whose index is -1. `sums[tokens.sequence]` gives each token the sum of its completion. There
+    index -1 wraps around to the last completion, which does not matter, because these tokens have weight 0.
     """
 
     old_logps: Float[Array, "*tokens"]  # log pi_old

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -113,13 +114,14 @@ def chunked_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
         counts: Number of columns per row to score `[N]`; the results of later columns are finite but undefined.
 
     Returns:
-        Log-probs and entropies in float32. The gradient of the entropies is not propagated.
+        Log-probs and entropies in float32.
     """
-    return chunked_logprobs_fwd(spec, kernel, hidden, targets, counts)[0]
+    logps, entropies, _ = streaming_logprobs(spec, kernel, hidden, targets, counts)
+    return logps, entropies
 
 
-def chunked_logprobs_fwd(spec: ScoreSpec, kernel, hidden, targets, counts):
-    """Returns the result of `chunked_logprobs` and the residuals for its backward pass.
+def streaming_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
+    """Returns the log-probs and entropies of `chunked_logprobs`, and the log-sum-exp of the logits.
 
     A streaming log-sum-exp over vocabulary blocks: the largest logit so far, the sum of exp(logit - largest), and for
     the entropy the sum of exp(logit - largest) * (logit - largest), are rescaled whenever the largest logit grows.
@@ -162,17 +164,25 @@ def chunked_logprobs_fwd(spec: ScoreSpec, kernel, hidden, targets, counts):
     mass = jnp.where(mass > 0, mass, 1.0)  # 0 in columns that were not scored, where the log would be -inf
     log_mass = largest + jnp.log(mass)
     entropies = jnp.log(mass) - moment[0] / mass if spec.entropy else zeros
-    return (target_logit - log_mass, entropies), (kernel, hidden, targets, counts, log_mass)
+    return target_logit - log_mass, entropies, log_mass
+
+
+def chunked_logprobs_fwd(spec: ScoreSpec, *primals):
+    """Returns the result of `chunked_logprobs` and the residuals for its backward pass."""
+    inputs = [primal.value for primal in primals]
+    logps, entropies, log_mass = streaming_logprobs(spec, *inputs)
+    return (logps, entropies), (*inputs, log_mass, entropies)
 
 
 def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
     """Returns the cotangents of the head kernel and the hidden states.
 
-    The derivative of log pi(target) with respect to the logits is one_hot(target) - pi. The entropy is only a metric
-    and has no gradient.
+    The derivative of log pi(target) with respect to the logits is one_hot(target) - pi, and that of the entropy H is
+    -pi (log pi + H). A result that the loss does not use has a symbolic zero as its cotangent, and costs nothing.
     """
-    kernel, hidden, targets, counts, log_mass = residuals
-    d_logps = sum_over_tensor(spec, cotangents[0])  # each device holds its share of a replicated output's cotangent
+    kernel, hidden, targets, counts, log_mass, entropies = residuals
+    # Each device holds its share of a replicated output's cotangent.
+    d_logps, d_entropies = (None if isinstance(x, SymbolicZero) else sum_over_tensor(spec, x) for x in cotangents)
     num_blocks, width = vocab_blocks(kernel)
     num_token_blocks = -(-counts.max() // spec.block_columns)
 
@@ -194,8 +204,13 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
             )
             ids = jnp.arange(width)
             is_target = ids == (slice_columns(spec, targets, index) - first_id)[..., None]
-            probs = jnp.exp(logits - slice_columns(spec, log_mass, index)[..., None])
-            d_logits = slice_columns(spec, d_logps, index)[..., None] * (is_target - probs)
+            logps = logits - slice_columns(spec, log_mass, index)[..., None]
+            probs, d_logits = jnp.exp(logps), 0.0
+            if d_logps is not None:
+                d_logits += slice_columns(spec, d_logps, index)[..., None] * (is_target - probs)
+            if d_entropies is not None:  # ids of probability 0 may have a log-prob of -inf
+                surprise = jnp.where(probs > 0, logps, 0.0) + slice_columns(spec, entropies, index)[..., None]
+                d_logits -= slice_columns(spec, d_entropies, index)[..., None] * probs * surprise
             (d_raw,) = logits_vjp(d_logits if skip is None else jnp.where(ids < skip, 0.0, d_logits))
             d_raw = d_raw.reshape(-1, width).astype(hidden.dtype)
             flat_t = jax.lax.optimization_barrier(flat.T)
@@ -215,7 +230,7 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
     return d_kernel.astype(kernel.dtype), d_hidden.astype(hidden.dtype), None, None
 
 
-chunked_logprobs.defvjp(chunked_logprobs_fwd, chunked_logprobs_bwd)
+chunked_logprobs.defvjp(chunked_logprobs_fwd, chunked_logprobs_bwd, symbolic_zeros=True)
 
 
 def logprobs_from_hidden(
@@ -243,7 +258,7 @@ def logprobs_from_hidden(
         chunk_tokens: Number of tokens per data shard that go through the head at a time.
 
     Returns:
-        Log-probs and entropies in nats, in float32. The entropies have no gradient.
+        Log-probs and entropies in nats, in float32. Both have a gradient.
     """
     mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
     rows, kernel_spec = row_spec(targets.shape[0]), P(None, None)
