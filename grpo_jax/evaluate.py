@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), EVALUATION_KEY), step)
-        metrics, _ = evaluate(cfg, context, placed, problems, key, step=step)
+        metrics, _ = evaluate(cfg, context, placed, problems, key)
     if options.json and jax.process_index() == 0:
         print(json.dumps({"step": step, "questions": len(problems)} | metrics))
     elif jax.process_index() == 0:

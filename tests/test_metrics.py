@@ -86,7 +86,7 @@ def test_truncating_removes_only_the_samples_after_the_step(tmp_path):
     truncate_logs(tmp_path, 20)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == [f"{kind}-{step:06d}.jsonl" for kind in ("eval", "train") for step in (0, 19, 20)]
-    assert read_samples(tmp_path, "eval", 19) == [{"completion": "eval 19"}]
+    assert read_samples(tmp_path, "eval", 19) == [{"step": 19, "completion": "eval 19"}]
 
 
 def test_truncating_keeps_files_of_the_user_among_the_samples(tmp_path):
@@ -115,7 +115,7 @@ def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     """A completion may hold any character; str.splitlines would cut a record at some of them."""
     records = [{"completion": text, "accuracy": 1.0}, {"completion": "x", "accuracy": 0.0}]
     write_samples(tmp_path, "eval", 7, records)
-    assert read_samples(tmp_path, "eval", 7) == records
+    assert read_samples(tmp_path, "eval", 7) == [{"step": 7} | record for record in records]
 
 
 def test_samples_are_valid_json_whatever_the_metadata_holds(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import grpo_jax.evaluate
+import grpo_jax.run.stages
 import grpo_jax.run.train
+from grpo_jax.config import default
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
+from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 
@@ -46,6 +51,11 @@ DOCUMENTED_METRICS = """reward/mean reward/accuracy reward/format rollout/length
 rollout/tokens_per_s groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max policy/clip_frac
 policy/entropy loss/total policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s time/reward_s
 time/update_s time/step_s""".split()
+
+DOCUMENTED_SAMPLE_FIELDS = set(
+    """step prompt_id sample_id question prompt completion tokens logps length truncated expected rewards reward
+    metadata""".split()
+)
 
 
 def train(workdir, flags):
@@ -132,19 +142,20 @@ def test_a_workdir_holds_what_is_documented(finished_run):
         assert [row["step"] for row in rows if name in row] == [0, 4, 5]
     samples = [json.loads(line) for line in (finished_run / "samples" / "train-000001.jsonl").read_text().splitlines()]
     assert len(samples) == 3
-    keys = {"step", "prompt_id", "sample_id", "prompt", "completion", "accuracy", "format", "advantage"}
-    assert keys <= samples[0].keys()
+    assert samples[0].keys() == DOCUMENTED_SAMPLE_FIELDS | {"policy_logps", "ref_logps", "advantage", "update_steps"}
+    evaluated = [json.loads(line) for line in (finished_run / "samples" / "eval-000004.jsonl").read_text().splitlines()]
+    assert len(evaluated) == 8 and evaluated[0].keys() == DOCUMENTED_SAMPLE_FIELDS
     assert json.loads((finished_run / "config.json").read_text())["rollout"]["prompts"] == 4
     assert any((finished_run / "tensorboard").iterdir())
 
 
 def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monkeypatch):
     """Steps 1, 3 and 4 have NaN gradients. Step 2 is finite, so the count starts again at step 3."""
-    select_minibatch, generate_rollout = grpo_jax.run.train.select_minibatch, grpo_jax.run.train.generate_rollout
+    take_rows, generate_rollout = grpo_jax.run.train.take_rows, grpo_jax.run.stages.generate_rollout
     minibatches, slots = [], []
 
-    def select_with_nan(*args):
-        minibatches.append(select_minibatch(*args))
+    def take_rows_with_nan(*args):
+        minibatches.append(take_rows(*args))
         scale = 1 if len(minibatches) == 2 else np.nan
         return minibatches[-1].replace(advantages=minibatches[-1].advantages * scale)
 
@@ -152,8 +163,8 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
         slots.append(kwargs["slots"])
         return generate_rollout(*args, **kwargs)
 
-    monkeypatch.setattr(grpo_jax.run.train, "select_minibatch", select_with_nan)
-    monkeypatch.setattr(grpo_jax.run.train, "generate_rollout", record_slots)
+    monkeypatch.setattr(grpo_jax.run.train, "take_rows", take_rows_with_nan)
+    monkeypatch.setattr(grpo_jax.run.stages, "generate_rollout", record_slots)
     workdir = tmp_path / "run"
     flags = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=1"]
     message = r"2 updates in a row \(steps 3 to 4\), so the policy has not changed since step 2\. .* lower optim\.lr"
@@ -166,6 +177,110 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
     assert meta["skipped"] == 3 and meta["skipped_in_a_row"] == 2
     with pytest.raises(UserError, match=message):
         train(workdir, [*flags, "--config.total_steps=4"])
+
+
+def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fetched(tmp_path, monkeypatch):
+    """Only where a checkpoint or an evaluation needs the metrics of a step at once are they fetched before."""
+    make_update, finish_update, events = grpo_jax.run.train.make_update, grpo_jax.run.train.finish_update, []
+
+    def record_updates(*args):
+        update = make_update(*args)
+
+        def recorded(state, batch):
+            events.append(f"update {int(state.step) + 1}")
+            return update(state, batch)
+
+        return recorded
+
+    def record_metrics(cfg, run, *args):
+        if run.flight:
+            events.append(f"metrics {run.step}")
+        return finish_update(cfg, run, *args)
+
+    monkeypatch.setattr(grpo_jax.run.train, "make_update", record_updates)
+    monkeypatch.setattr(grpo_jax.run.train, "finish_update", record_metrics)
+    train(tmp_path / "run", [*FINISHED_RUN, "--config.eval.every_steps=0"])
+    assert events == [
+        *("update 1", "update 2", "metrics 1", "update 3", "metrics 2", "metrics 3"),
+        *("update 4", "update 5", "metrics 4", "metrics 5"),
+    ]
+
+
+def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypatch):
+    """The metrics that show the second skipped update come after the third one has been dispatched."""
+    take_rows = grpo_jax.run.train.take_rows
+
+    def take_rows_with_nan(*args):
+        minibatch = take_rows(*args)
+        return minibatch.replace(advantages=minibatch.advantages * np.nan)
+
+    monkeypatch.setattr(grpo_jax.run.train, "take_rows", take_rows_with_nan)
+    flags = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=5"]
+    with pytest.raises(
+        UserError, match=r"2 updates in a row \(steps 1 to 2\), so the policy has not changed since step 0"
+    ):
+        train(tmp_path / "run", flags)
+    assert [row["optim/skipped"] for row in read_rows(tmp_path / "run")[1:]] == [1, 1, 1]
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "reference"]
+
+
+PROBLEMS = [Problem(f"What is {a} + 1?", str(a + 1), {"a": a}) for a in range(4)]
+
+
+def small_config():
+    """Returns the config of a run of 2 updates with the shapes of SMALL_RUN."""
+    cfg = default()
+    for flag in SMALL_RUN:
+        section, key, value = re.fullmatch(r"--config\.(\w+)\.(\w+)=(\d+)", flag).groups()
+        cfg[section][key] = int(value)
+    cfg.total_steps = 2
+    return cfg
+
+
+def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_path, capsys):
+    seen = []
+
+    def brevity(problems, texts, lengths):
+        seen.append((problems[0], texts[0], int(lengths[0])))
+        return -np.asarray(lengths, np.float32)
+
+    metrics = grpo_jax.train(small_config(), workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    rows = read_rows(tmp_path / "run")
+    assert metrics["step"] == 2 and all(metrics[name] == value for name, value in rows[-1].items())
+    assert metrics["reward/mean"] == metrics["reward/brevity"] == -metrics["rollout/length_mean"]
+    assert "reward/accuracy" not in metrics and metrics["eval/brevity"] == -metrics["eval/length_mean"]
+    assert "brevity" in capsys.readouterr().out
+    problem, text, length = seen[-1]
+    assert problem in PROBLEMS and isinstance(text, str) and 1 <= length <= 14
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["reward"] == {"parts": ["brevity"], "weights": [1.0]} and config["task"]["name"] == "python"
+
+    longer = small_config()
+    longer.total_steps = 3
+    metrics = grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    assert metrics["step"] == 3 and [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1, 2, 3]
+    again = grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    assert again == metrics  # nothing is left to do
+    with pytest.raises(UserError, match=r"started with reward\.parts=\('brevity',\) and cannot be resumed"):
+        grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS)
+    with pytest.raises(UserError, match=r"resumed by calling it again with the same rewards"):
+        grpo_jax.evaluate.main([f"--workdir={tmp_path / 'run'}"])
+
+
+def test_a_run_that_a_reward_part_breaks_off_can_be_resumed(tmp_path):
+    calls = []
+
+    def fragile(problems, texts, lengths):
+        calls.append(len(texts))
+        return [0.5] * (len(texts) - (len(calls) == 3))  # the call for the second rollout; the first is the evaluation
+
+    cfg = small_config()
+    cfg.checkpoint.every_steps = 1
+    with pytest.raises(UserError, match="'fragile' must return 16 finite numbers"):
+        grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"fragile": fragile})
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1]
+    metrics = grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"fragile": fragile})
+    assert metrics["step"] == 2 and metrics["groups/zero_variance_frac"] == 1
 
 
 def test_rewards_alone_teach(tmp_path):

@@ -15,7 +15,7 @@ from grpo_jax.text.prompt import encode_prompts
 
 
 def evaluate(
-    cfg: Config, context: RunContext, params, problems: Sequence[Problem], key, *, step: int
+    cfg: Config, context: RunContext, params, problems: Sequence[Problem], key
 ) -> tuple[dict[str, float], list[dict]]:
     """Draws one completion per problem and grades it.
 
@@ -25,7 +25,6 @@ def evaluate(
         params: The policy, placed by `place_for_rollout`.
         problems: The held-out problems.
         key: The random key. A completion depends on it and on the index of its problem only.
-        step: The number of updates behind the policy, for the records.
 
     Returns:
         (metrics, records): The mean of each part of the reward (`eval/accuracy`, ...) and of the length
@@ -53,7 +52,7 @@ def evaluate(
             )
         )
         texts, rewards = grade_completions(cfg, context, padded, rollout)
-        records += sample_records(step, padded, rollout, texts, rewards, count=len(batch))
+        records += sample_records(padded, rollout, texts, rewards, count=len(batch))
     means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in context.reward_parts}
     means["eval/length_mean"] = np.mean([record["length"] for record in records])
     return {name: float(value) for name, value in means.items()}, records

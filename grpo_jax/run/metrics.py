@@ -81,12 +81,15 @@ def as_json(value: Any) -> Any:
 def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
     """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line.
 
-    Non-finite floats become null. Other values that JSON cannot hold, which may be in metadata, become strings.
+    Each record gets the step as its first field. Non-finite floats become null. Other values that JSON cannot hold,
+    which may be in metadata, become strings.
     """
     if jax.process_index() != 0 or not records:
         return
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(as_json(record), ensure_ascii=False, default=str) + "\n" for record in records)
+    text = "".join(
+        json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) + "\n" for record in records
+    )
     (workdir / "samples" / f"{kind}-{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 

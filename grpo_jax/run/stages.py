@@ -133,12 +133,11 @@ def measure_rollout(rollout: Rollout, rewards: Rewards, seconds: float) -> dict[
 
 
 def sample_records(
-    step: int, problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], rewards: Rewards, count: int
+    problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], rewards: Rewards, count: int
 ) -> list[dict]:
     """Returns the records for samples/ of the first `count` completions of a rollout, as plain Python values.
 
     Args:
-        step: The step that the file in samples/ is named for.
         problems: The B problems of the rollout.
         rollout: Their N = B * G completions, as host arrays.
         texts: The text of each completion.
@@ -152,7 +151,6 @@ def sample_records(
         problem, length = problems[n // samples], int(rows["lengths"][n])
         records.append(
             {
-                "step": step,
                 "prompt_id": int(rows["prompt_ids"][n]),
                 "sample_id": int(rows["sample_ids"][n]),
                 "question": problem.question,
@@ -178,6 +176,7 @@ def start_recording(
     experience: Experience,
     records: list[dict],
     plan: Int[np.ndarray, "updates rows"],
+    first_step: int,
 ) -> Callable[[], list[dict]]:
     """Starts to score the recorded completions with the policy that sampled them.
 
@@ -188,6 +187,7 @@ def start_recording(
         experience: The whole rollout.
         records: The records of its first completions, from `sample_records`.
         plan: The completions of each update, from `plan_minibatches`.
+        first_step: The step of the first of these updates.
 
     Returns:
         A function that waits for the scores and returns the records with `policy_logps`, `ref_logps` if there is a
@@ -200,7 +200,7 @@ def start_recording(
         if not cfg.loss.kl_coef:
             del scores["ref_logps"]
         scores = {name: values[: record["length"]].tolist() for name, values in scores.items()}
-        steps = [record["step"] + update for update, rows in enumerate(plan) if n in rows]
+        steps = [first_step + update for update, rows in enumerate(plan) if n in rows]
         return record | scores | {"advantage": float(experience.advantages[n]), "update_steps": steps}
 
     return lambda: [complete(n, *pair) for n, pair in enumerate(zip(records, wait_for_logps(), strict=True))]

@@ -139,7 +139,7 @@ def evaluate_step(
     start = time.monotonic()
     placed = place_for_rollout(context.model_cfg, run.train.params, context.mesh)
     key = fold_in_all(fixed.root_key, EVALUATION_KEY, run.step)
-    metrics, records = evaluate(cfg, context, placed, held_out, key, step=run.step)
+    metrics, records = evaluate(cfg, context, placed, held_out, key)
     write_samples(report.workdir, "eval", run.step, records)
     report.say(f"step {run.step}: {len(held_out)} held-out questions: {evaluation_line(metrics)}")
     return metrics | {"time/eval_s": time.monotonic() - start}
@@ -250,8 +250,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, plan.shape[1]))
             if rollout_metrics and num_records(cfg, step):
-                records = sample_records(step, problems, rollout, texts, rewards, num_records(cfg, step))
-                recording = start_recording(cfg, context, run.train.params, run.experience, records, plan)
+                records = sample_records(problems, rollout, texts, rewards, num_records(cfg, step))
+                recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
             train_state, update_metrics = update(run.train, batch)
             if recording:
                 write_samples(workdir, "train", step, recording())
