@@ -42,7 +42,7 @@ from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.train import pack_batch
+from grpo_jax.run.stages import pack_rows
 from grpo_jax.types import PackedBatch, Rollout
 
 EXAMPLES = """  python benchmarks/learn.py --model=smollm2 --prompts=4 --samples=8
@@ -65,7 +65,7 @@ def make_random_batch(flags: Namespace, learner: common.Learner) -> PackedBatch:
     rewards = jnp.asarray(rng.standard_normal(lengths.shape), jnp.float32)
     prompts = common.draw_prompts(flags, learner.model_cfg)
     experience = make_experience(prompts, rollout).replace(advantages=np.asarray(advantages(rewards)).reshape(-1))
-    return pack_batch(learner.cfg, learner.mesh, experience)
+    return pack_rows(learner.cfg, learner.mesh, experience, lengths.size)
 
 
 def timed(call, *args):

@@ -32,7 +32,7 @@ from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
-from grpo_jax.run.train import pack_batch
+from grpo_jax.run.stages import pack_rows
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import TrainState
@@ -73,7 +73,7 @@ def run_step(
         return gather_to_host(score_completions(model_cfg, reference, packed, **options))
 
     def pack():
-        return shard_rows(mesh, pack_batch(cfg, mesh, experience))
+        return shard_rows(mesh, pack_rows(cfg, mesh, experience, lengths.size))
 
     rollout = timed("generate_s", generate)
     rewards = jnp.asarray(np.random.default_rng([flags.seed, turn]).standard_normal(lengths.shape), jnp.float32)
