@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     cfg = configs.check(raw)
     reward_parts = resolve_parts(cfg.reward.parts)
     join_processes(os.environ)
-    context = build_context(cfg)._replace(reward_parts=reward_parts)
+    context = build_context(cfg, reward_parts=reward_parts)
     configs.check_model(cfg, context.model_cfg)
     if options.questions:
         problems = read_problems(options.questions)

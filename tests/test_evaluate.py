@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from grpo_jax.config import check, default
+from grpo_jax.rewards.parts import PARTS
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import build_context
 from grpo_jax.run.evaluation import evaluate
@@ -26,7 +27,7 @@ def make_config(*, kl_coef=0.001, **eval_keys):
 
 @pytest.fixture(scope="module")
 def context():
-    return build_context(make_config())
+    return build_context(make_config(), reward_parts=PARTS)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,14 +40,17 @@ class RunContext(NamedTuple):
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
     mesh: Mesh
     rollout_plan: RolloutPlan
-    reward_parts: Mapping[str, RewardPart] = MappingProxyType({})  # by label; empty where nothing is graded
+    reward_parts: Mapping[str, RewardPart]  # by label; empty where nothing is graded
 
 
-def build_context(cfg: Config, *, training: bool = False) -> RunContext:
+def build_context(
+    cfg: Config, *, reward_parts: Mapping[str, RewardPart] | None = None, training: bool = False
+) -> RunContext:
     """Builds the context of a run and checks that the model fits the config and the devices.
 
     Args:
         cfg: A checked config.
+        reward_parts: The parts of the reward by label, if completions will be graded.
         training: Whether the optimizer state and the reference take memory besides the policy.
 
     Returns:
@@ -67,7 +69,7 @@ def build_context(cfg: Config, *, training: bool = False) -> RunContext:
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training), strict=training)
-    return RunContext(source, model_cfg, tokenizer, stop_ids, stop_table, mesh, plan)
+    return RunContext(source, model_cfg, tokenizer, stop_ids, stop_table, mesh, plan, reward_parts or {})
 
 
 def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, tokenizer, training: bool) -> ModelConfig:

@@ -27,13 +27,6 @@ class UpdateInFlight(NamedTuple):
     start: float  # when the host began to pack the minibatch, by `time.monotonic`
     end: float = 0.0  # when the devices had finished; 0: not known yet
 
-    def wait(self) -> "UpdateInFlight":
-        """Blocks until the devices have finished the update."""
-        if self.end:
-            return self
-        jax.block_until_ready(self.metrics)
-        return self._replace(end=time.monotonic())
-
 
 class RunState(NamedTuple):
     """Everything that changes while a run trains. A checkpoint holds all of it."""
@@ -45,6 +38,14 @@ class RunState(NamedTuple):
     skipped_in_a_row: int  # skipped updates in a row, up to the last update whose metrics were fetched
     failure: str  # why the run must stop; empty while it need not
     flight: UpdateInFlight | None = None  # the last update, until its metrics are fetched; None in a checkpoint
+
+
+def wait_for_update(run: RunState) -> RunState:
+    """Blocks until the devices have finished the update in flight, if there is one, and notes when that was."""
+    if run.flight is None or run.flight.end:
+        return run
+    jax.block_until_ready(run.flight.metrics)
+    return run._replace(flight=run.flight._replace(end=time.monotonic()))
 
 
 def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:

@@ -41,7 +41,15 @@ from grpo_jax.run.stages import (
     start_recording,
     start_scoring,
 )
-from grpo_jax.run.state import FixedState, RunState, UpdateInFlight, describe_failure, save_run, start_or_resume
+from grpo_jax.run.state import (
+    FixedState,
+    RunState,
+    UpdateInFlight,
+    describe_failure,
+    save_run,
+    start_or_resume,
+    wait_for_update,
+)
 from grpo_jax.tasks.streams import PYTHON_TASK, draw_problems, held_out_problems, make_task
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
@@ -97,7 +105,7 @@ def train(
     task = make_task(problems, cfg.task)
     reward_parts = dict(rewards) if rewards else resolve_parts(cfg.reward.parts)
     join_processes(os.environ)
-    context = build_context(cfg, training=True)._replace(reward_parts=reward_parts)
+    context = build_context(cfg, reward_parts=reward_parts, training=True)
     configs.check_model(cfg, context.model_cfg)
     check_prompt_lengths(cfg, context.tokenizer, task)
     done = newest_step(workdir)
@@ -161,7 +169,7 @@ def finish_update(
     """
     if run.flight is None:
         return run
-    flight = run.flight.wait()
+    flight = wait_for_update(run).flight
     metrics = {name: float(value) for name, value in gather_to_host(flight.metrics).items()}
     rollout_metrics = run.rollout_metrics
     if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
@@ -193,6 +201,7 @@ def evaluate_and_save(
     """Evaluates the policy and saves a checkpoint, each if it is due after `run.step`."""
     is_last = run.step == cfg.total_steps
     if is_last or (cfg.eval.every_steps and run.step % cfg.eval.every_steps == 0):
+        run = wait_for_update(run)  # so that its time does not include the evaluation
         run = finish_update(cfg, run, report, evaluate_step(cfg, context, held_out, run, fixed, report))
     if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
         run = finish_update(cfg, run, report)
@@ -231,7 +240,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
                 prompts = encode_prompts(tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
-                run = run._replace(flight=run.flight and run.flight.wait())  # its time is not that of sampling
+                run = wait_for_update(run)  # sampling needs its parameters, and must not count its time
                 with timed(times, "time/rollout_s"):
                     key = fold_in_all(fixed.root_key, SAMPLING_KEY, rollout_index)
                     rollout = draw_completions(cfg, context, run.train.params, prompts, key)
