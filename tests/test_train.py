@@ -192,10 +192,10 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
 
         return recorded
 
-    def record_metrics(cfg, run, *args):
+    def record_metrics(cfg, log, run, *args):
         if run.flight:
             events.append(f"metrics {run.step}")
-        return finish_update(cfg, run, *args)
+        return finish_update(cfg, log, run, *args)
 
     monkeypatch.setattr(grpo_jax.run.train, "make_update", record_updates)
     monkeypatch.setattr(grpo_jax.run.train, "finish_update", record_metrics)

@@ -12,15 +12,17 @@ from grpo_jax.run.metrics import MetricsLog, console_line
 from grpo_jax.run.state import RunState
 
 
-def describe_run(cfg: Config, context: RunContext, params) -> str:
-    """Describes the model, the devices and the rollouts of a run for the console."""
-    param_count = sum(leaf.size for leaf in jax.tree.leaves(params))
+def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
+    """Describes the model, the devices and the rollouts of a run for the console, and where the run resumes."""
+    param_count = sum(leaf.size for leaf in jax.tree.leaves(run.train.params))
     devices = jax.devices()
     axes = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
+    resuming = f"\nResuming after step {run.step}" if 0 < run.step < cfg.total_steps else ""
     return (
         f"{cfg.model.path}: {param_count:,} parameters on {len(devices)} {devices[0].device_kind} "
         f"device{'s' if len(devices) > 1 else ''} ({axes})\n"
         f"Each rollout: {cfg.rollout.prompts} prompts x {cfg.rollout.samples} completions, {context.rollout_plan}"
+        f"{resuming}"
     )
 
 
@@ -38,22 +40,16 @@ def num_records(cfg: Config, first_step: int) -> int:
     return completions if cfg.log.samples < 0 else min(cfg.log.samples, completions)
 
 
-class RunReport:
+class RunLog:
     """Writes what a run has to say, on process 0 only."""
 
     def __init__(self, cfg: Config, workdir: Path, step: int):
-        """Opens the report of a run that starts (step 0) or resumes after `step`."""
+        """Opens the log of a run that starts (step 0) or resumes after `step`."""
         self.cfg, self.workdir = cfg, workdir
-        self.log = MetricsLog(workdir, step if step else -1)
+        self.metrics_log = MetricsLog(workdir, step or -1)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
         self.step_end = time.monotonic()  # when the step before ended
         self.bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=jax.process_index() != 0)
-
-    def describe(self, context: RunContext, run: RunState) -> None:
-        """Says what is about to be trained, and whether it was resumed."""
-        self.say(describe_run(self.cfg, context, run.train.params))
-        if 0 < run.step < self.cfg.total_steps:
-            self.say(f"Resuming after step {run.step}")
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
@@ -62,7 +58,7 @@ class RunReport:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of a step, and prints them if the step is reported. Step 0 is no update."""
-        self.log.write(step, metrics)
+        self.metrics_log.write(step, metrics)
         if step:
             self.last_metrics = {"step": step} | metrics
             self.bar.update()
@@ -72,4 +68,4 @@ class RunReport:
     def close(self) -> None:
         """Closes the progress bar and the logs."""
         self.bar.close()
-        self.log.close()
+        self.metrics_log.close()

@@ -60,17 +60,15 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
     )
 
 
-class FixedState(NamedTuple):
-    """What a run keeps from its first step to its last."""
-
-    root_key: jax.Array  # every random key of the run is folded from it
-    reference: Any  # parameters of the frozen reference; None if `loss.kl_coef` is 0
-
-
 def start_or_resume(
     cfg: Config, context: RunContext, manager: ocp.CheckpointManager, workdir: Path
-) -> tuple[RunState, FixedState]:
-    """Restores the newest checkpoint of a run, or starts a new run from the base model."""
+) -> tuple[RunState, jax.Array, Any]:
+    """Restores the newest checkpoint of a run, or starts a new run from the base model.
+
+    Returns:
+        (run, root_key, reference): The state, the key that every random key of the run is folded from, and the
+        parameters of the frozen reference, which is None if `loss.kl_coef` is 0.
+    """
     mesh, optimizer = context.mesh, make_optimizer(cfg.optim)
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
     restored = checkpoint.restore_checkpoint(
@@ -81,31 +79,23 @@ def start_or_resume(
         if cfg.loss.kl_coef:
             shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
             reference = checkpoint.restore_reference(workdir, shapes, tree_shardings(mesh, shapes))
-        meta = restored.meta
-        root_key = jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
-        failure = describe_failure(cfg, meta["skipped_in_a_row"], meta["step"])
-        run = RunState(
-            step=meta["step"],
-            train=restored.state,
-            experience=restored.experience,
-            rollout_metrics=meta["rollout"],
-            skipped_in_a_row=meta["skipped_in_a_row"],
-            failure=failure,
-        )
-        return run, FixedState(root_key, reference)
+        step, rollout_metrics, skipped = (restored.meta[name] for name in ("step", "rollout", "skipped_in_a_row"))
+        failure = describe_failure(cfg, skipped, step)
+        run = RunState(step, restored.state, restored.experience, rollout_metrics, skipped, failure)
+        return run, jax.random.wrap_key_data(jnp.asarray(restored.meta["key"], jnp.uint32)), reference
     _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
     if cfg.loss.kl_coef:
         reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
         checkpoint.save_reference(workdir, reference)
     run = RunState(0, init_train_state(mesh, params, optimizer), None, {}, 0, "")
-    return run, FixedState(jax.random.key(cfg.seed), reference)
+    return run, jax.random.key(cfg.seed), reference
 
 
-def save_run(manager: ocp.CheckpointManager, run: RunState, fixed: FixedState) -> None:
+def save_run(manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array) -> None:
     """Starts to save a checkpoint of a run. The next update may donate its arrays right after the call."""
     meta = {
         "step": run.step,
-        "key": jax.random.key_data(fixed.root_key).tolist(),
+        "key": jax.random.key_data(root_key).tolist(),
         "rollout": run.rollout_metrics,
         "skipped_in_a_row": run.skipped_in_a_row,
     }

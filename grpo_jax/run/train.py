@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from grpo_jax.parallel.processes import check_shared_workdir, join_processes
 from grpo_jax.rewards.parts import RewardPart, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
-from grpo_jax.run.console import RunReport, num_records
+from grpo_jax.run.console import RunLog, describe_run, num_records
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext, build_context, check_prompt_lengths
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import before_and_after, evaluation_line, read_metrics, write_samples
@@ -42,7 +43,6 @@ from grpo_jax.run.stages import (
     start_scoring,
 )
 from grpo_jax.run.state import (
-    FixedState,
     RunState,
     UpdateInFlight,
     describe_failure,
@@ -61,6 +61,16 @@ LOSS_NOTE = (
     "loss/total is about 0 by design, because the advantages of a group sum to 0 and the ratio starts at 1. "
     "Watch reward/* and rollout/length_mean instead."
 )
+
+
+class RunSetup(NamedTuple):
+    """What a run keeps from its first step to its last, besides its config and context."""
+
+    root_key: jax.Array  # every random key of the run is folded from it
+    reference: Any  # parameters of the frozen reference; None if `loss.kl_coef` is 0
+    held_out: list[Problem]
+    manager: ocp.CheckpointManager
+    log: RunLog
 
 
 @contextmanager
@@ -140,28 +150,24 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
     return raw
 
 
-def evaluate_step(
-    cfg: Config, context: RunContext, held_out: list[Problem], run: RunState, fixed: FixedState, report: RunReport
-) -> dict[str, float]:
+def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> dict[str, float]:
     """Evaluates the policy, writes its samples and prints its scores; returns the eval metrics."""
     start = time.monotonic()
     placed = place_for_rollout(context.model_cfg, run.train.params, context.mesh)
-    key = fold_in_all(fixed.root_key, EVALUATION_KEY, run.step)
-    metrics, records = evaluate(cfg, context, placed, held_out, key)
-    write_samples(report.workdir, "eval", run.step, records)
-    report.say(f"step {run.step}: {len(held_out)} held-out questions: {evaluation_line(metrics)}")
+    key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
+    metrics, records = evaluate(cfg, context, placed, setup.held_out, key)
+    write_samples(setup.log.workdir, "eval", run.step, records)
+    setup.log.say(f"step {run.step}: {len(setup.held_out)} held-out questions: {evaluation_line(metrics)}")
     return metrics | {"time/eval_s": time.monotonic() - start}
 
 
-def finish_update(
-    cfg: Config, run: RunState, report: RunReport, eval_metrics: dict[str, float] | None = None
-) -> RunState:
+def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[str, float] | None = None) -> RunState:
     """Fetches and logs the metrics of the update in flight, if there is one.
 
     Args:
         cfg: The run's config.
+        log: Where the metrics go.
         run: The state of the run.
-        report: Where the metrics go.
         eval_metrics: Metrics of an evaluation after this update.
 
     Returns:
@@ -174,40 +180,27 @@ def finish_update(
     rollout_metrics = run.rollout_metrics
     if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
         rollout_metrics = flight.rollout_metrics | {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
-    times = flight.times | {
-        "time/update_s": flight.end - max(flight.start, report.step_end),
-        "time/step_s": flight.end - report.step_end,
-    }
-    report.write(run.step, metrics | rollout_metrics | times | (eval_metrics or {}))
-    report.step_end = flight.end
-    skipped_in_a_row = run.skipped_in_a_row + 1 if metrics["optim/skipped"] else 0
-    return run._replace(
-        flight=None,
-        rollout_metrics=rollout_metrics,
-        skipped_in_a_row=skipped_in_a_row,
-        failure=run.failure or describe_failure(cfg, skipped_in_a_row, run.step),
-    )
+    metrics |= rollout_metrics | flight.times | (eval_metrics or {})
+    metrics["time/update_s"] = flight.end - max(flight.start, log.step_end)
+    metrics["time/step_s"] = flight.end - log.step_end
+    log.write(run.step, metrics)
+    log.step_end = flight.end
+    skipped = run.skipped_in_a_row + 1 if metrics["optim/skipped"] else 0
+    failure = run.failure or describe_failure(cfg, skipped, run.step)
+    return run._replace(flight=None, rollout_metrics=rollout_metrics, skipped_in_a_row=skipped, failure=failure)
 
 
-def evaluate_and_save(
-    cfg: Config,
-    context: RunContext,
-    held_out: list[Problem],
-    run: RunState,
-    fixed: FixedState,
-    report: RunReport,
-    manager: ocp.CheckpointManager,
-) -> RunState:
+def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> RunState:
     """Evaluates the policy and saves a checkpoint, each if it is due after `run.step`."""
     is_last = run.step == cfg.total_steps
     if is_last or (cfg.eval.every_steps and run.step % cfg.eval.every_steps == 0):
         run = wait_for_update(run)  # so that its time does not include the evaluation
-        run = finish_update(cfg, run, report, evaluate_step(cfg, context, held_out, run, fixed, report))
+        run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
     if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
-        run = finish_update(cfg, run, report)
-        save_run(manager, run, fixed)
+        run = finish_update(cfg, setup.log, run)
+        save_run(setup.manager, run, setup.root_key)
     if run.flight is None:
-        report.step_end = time.monotonic()  # the time of the next step does not include this
+        setup.log.step_end = time.monotonic()  # the time of the next step does not include this
     return run
 
 
@@ -220,32 +213,32 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
     Raises:
         UserError: Gradients were not finite for `optim.max_skips` updates in a row.
     """
+    mesh, updates_per_rollout = context.mesh, cfg.train.minibatches * cfg.train.epochs
     with (
         closing(open_checkpoint_manager(workdir, cfg.checkpoint.keep)) as manager,
-        closing(RunReport(cfg, workdir, newest_step(workdir))) as report,
+        closing(RunLog(cfg, workdir, newest_step(workdir))) as log,
     ):
-        mesh, tokenizer, updates_per_rollout = context.mesh, context.tokenizer, cfg.train.minibatches * cfg.train.epochs
-        run, fixed = start_or_resume(cfg, context, manager, workdir)
+        run, root_key, reference = start_or_resume(cfg, context, manager, workdir)
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
-        held_out = held_out_problems(task, cfg.eval.questions)
-        report.describe(context, run)
+        setup = RunSetup(root_key, reference, held_out_problems(task, cfg.eval.questions), manager, log)
+        log.say(describe_run(cfg, context, run))
         if run.step == 0:
-            report.write(0, evaluate_step(cfg, context, held_out, run, fixed, report))
-            report.say(LOSS_NOTE)
-        report.step_end = time.monotonic()
+            log.write(0, evaluate_step(cfg, context, setup, run))
+            log.say(LOSS_NOTE)
+        log.step_end = time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
             step, (rollout_index, update_index) = run.step + 1, divmod(run.step, updates_per_rollout)
             times, rollout_metrics, recording = dict.fromkeys(ROLLOUT_TIMES, 0.0), None, None
             if run.experience is None:
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
-                prompts = encode_prompts(tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
+                prompts = encode_prompts(context.tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
                 run = wait_for_update(run)  # sampling needs its parameters, and must not count its time
                 with timed(times, "time/rollout_s"):
-                    key = fold_in_all(fixed.root_key, SAMPLING_KEY, rollout_index)
+                    key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
                     rollout = draw_completions(cfg, context, run.train.params, prompts, key)
                 experience = make_experience(prompts, rollout)
-                wait_for_ref_logps = start_scoring(cfg, context, fixed.reference, experience)
+                wait_for_ref_logps = start_scoring(cfg, context, reference, experience)
                 with timed(times, "time/reward_s"):  # the host grades while the devices score
                     texts, rewards = grade_completions(cfg, context, problems, rollout)
                 with timed(times, "time/score_s"):
@@ -255,7 +248,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 rollout_metrics = measure_rollout(rollout, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
-            plan = plan_minibatches(cfg, run.experience.prompt_ids, fixed.root_key, rollout_index)
+            plan = plan_minibatches(cfg, run.experience.prompt_ids, root_key, rollout_index)
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, plan.shape[1]))
             if rollout_metrics and num_records(cfg, step):
@@ -264,14 +257,11 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             train_state, update_metrics = update(run.train, batch)
             if recording:
                 write_samples(workdir, "train", step, recording())
-            run = finish_update(cfg, run, report)  # of the step before, while the devices compute this one
-            run = run._replace(
-                step=step,
-                train=train_state,
-                experience=run.experience if step % updates_per_rollout else None,
-                flight=UpdateInFlight(update_metrics, rollout_metrics, times, start),
-            )
-            run = evaluate_and_save(cfg, context, held_out, run, fixed, report, manager)
+            run = finish_update(cfg, log, run)  # of the step before, while the devices compute this one
+            experience = run.experience if step % updates_per_rollout else None
+            flight = UpdateInFlight(update_metrics, rollout_metrics, times, start)
+            run = run._replace(step=step, train=train_state, experience=experience, flight=flight)
+            run = evaluate_and_save(cfg, context, setup, run)
     if run.failure:
         raise UserError(run.failure)
-    return report.last_metrics
+    return log.last_metrics
