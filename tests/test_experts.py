@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from grpo_jax import sample
 from grpo_jax.config.schema import LossSection
 from grpo_jax.learn.update import minibatch_gradients
-from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
+from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig
 from grpo_jax.model.experts import MixtureOfExperts, choose_experts, run_experts
-from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows
 from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
 from grpo_jax.text.stops import build_stop_table
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
@@ -106,6 +108,16 @@ def test_the_correction_affects_the_choice_but_not_the_weights():
     np.testing.assert_array_equal(chosen[:, 1], np.asarray([4, 5, 7])[second.argmax(axis=1)])
 
 
+class MixtureAlone(nn.Module):
+    """A layer that consists of a mixture of experts, whose parameters have the paths of a decoder layer's."""
+
+    model_cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        return MixtureOfExperts(self.model_cfg, name="moe")(x)
+
+
 def assert_gradients_close(grads, expected):
     for (path, want), grad in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads), strict=True):
         error = np.abs(np.asarray(grad) - np.asarray(want)).max()
@@ -115,14 +127,14 @@ def assert_gradients_close(grads, expected):
 @pytest.mark.parametrize("model_cfg", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_a_mixture_has_the_same_gradient_on_every_mesh(model_cfg):
     x, d_out = (jax.random.normal(jax.random.key(seed), (8, 3, model_cfg.hidden_size)) for seed in range(2))
-    mixture = MixtureOfExperts(model_cfg)
+    mixture = MixtureAlone(model_cfg)
     weights = jax.jit(mixture.init)(jax.random.key(2), x)["params"]
     run = jax.jit(jax.grad(lambda weights, x: jnp.sum(d_out * mixture.apply({"params": weights}, x)), argnums=(0, 1)))
     expected = run(weights, x)
     for sizes in (ALL_AXES, EXPERT_ONLY):
         mesh = make_mesh(**sizes)
         with jax.set_mesh(mesh):
-            shardings = tree_shardings(mesh, {"moe": weights})["moe"]
+            shardings = tree_shardings(mesh, weights)
             grads = run(jax.device_put(weights, shardings), shard_rows(mesh, x))
         assert_gradients_close(grads, expected)
 

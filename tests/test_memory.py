@@ -12,7 +12,8 @@ import pytest
 from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout import memory
 from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token, plan_rollout, prefill_activation_bytes
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout

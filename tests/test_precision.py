@@ -19,7 +19,8 @@ from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience
 from grpo_jax.model.architecture import ExpertsConfig, LayerConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout
 from grpo_jax.run import checkpoint
 from grpo_jax.weights.source import find_model, read_model_config

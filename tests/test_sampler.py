@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load, sample
-from grpo_jax.parallel.mesh import make_mesh, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout import sampler
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import (

@@ -20,7 +20,8 @@ from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.decoder import hidden_states
 from grpo_jax.model.layers import embed_tokens
-from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
 
 # All dimensions differ, so that a shape identifies a parameter, and all are divisible by 8.

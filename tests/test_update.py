@@ -31,7 +31,8 @@ from grpo_jax.learn.update import (
     take_rows,
 )
 from grpo_jax.model.decoder import head_matmul, temperature_logits
-from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows
 from grpo_jax.rollout.sampler import pad_prompts
 from tests.tiny import CONFIG, experience, packed, padded, params
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
-from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, shard_map_on_mesh, spec_for
+from grpo_jax.model.parameters import param_spec
+from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, shard_map_on_mesh
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
@@ -263,7 +264,7 @@ def logprobs_from_hidden(
     mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
     rows, kernel_spec = row_spec(targets.shape[0]), P(None, None)
     if not mesh.empty:
-        _, kernel_spec = spec_for(head_path(model_cfg))
+        kernel_spec = param_spec(head_path(model_cfg))
         if model_cfg.tie_embeddings:  # the kernel is the transposed embedding table
             kernel_spec = P(*reversed(kernel_spec))
         kernel_spec = drop_indivisible_axes(kernel_spec, kernel.shape, mesh)

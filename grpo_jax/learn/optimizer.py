@@ -9,7 +9,6 @@ a root mean square (RMS) of at most about 1, and weight decay removes a fraction
 """
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from grpo_jax.config.schema import OptimSection
-from grpo_jax.parallel.mesh import path_name, tree_shardings
+from grpo_jax.model.parameters import row_for, tree_shardings
+from grpo_jax.parallel.mesh import path_name
 from grpo_jax.types import TrainState
 
 # Multiplier of the learning rate as a function of progress through the decay, from 0 to 1.
@@ -31,18 +31,6 @@ DECAY_SHAPES = {
     "cosine": lambda progress: (1 + jnp.cos(math.pi * progress)) / 2,
 }
 
-# The matrix that Muon orthogonalizes, by the end of a parameter's path: its input axes and its output axes. Axes are
-# counted from the back, because layers and experts are stacked in front and each of them is a matrix of its own.
-# Parameters with None are not matrices between hidden states and are left to Adam.
-MUON_TABLE = (
-    (r"attention/([qkv]/kernel|q_b/kernel|kv_b)$", MuonDimensionNumbers((-3,), (-2, -1))),
-    (r"attention/o/kernel$", MuonDimensionNumbers((-3, -2), (-1,))),
-    (r"attention/(q_a|kv_a)/kernel$", MuonDimensionNumbers((-2,), (-1,))),
-    (r"(mlp|shared)/(gate|up|down)/kernel$", MuonDimensionNumbers((-2,), (-1,))),
-    (r"experts_(gate|up|down)$", MuonDimensionNumbers((-2,), (-1,))),
-    (r"router/kernel$", MuonDimensionNumbers((-2,), (-1,))),
-    (r"(embedding|head/kernel|scale|bias|correction)$", None),
-)
 MUON_RMS = 0.2  # RMS of Muon's steps, about that of AdamW's, so that the same optim.lr suits both (arXiv 2502.16982)
 
 
@@ -70,22 +58,18 @@ def make_schedule(optim: OptimSection) -> optax.Schedule:
 
 
 def muon_dimensions(path) -> MuonDimensionNumbers | None:
-    """Looks up a parameter in `MUON_TABLE`.
+    """Returns the matrix that Muon orthogonalizes.
 
     Args:
         path: The key path of the parameter.
 
     Returns:
-        The axes of its matrix, or None if Adam updates it.
-
-    Raises:
-        ValueError: No row of the table matches.
+        The input axes and the output axes of the matrix, or None if Adam updates the parameter. Axes are counted from
+        the back, because layers and experts are stacked in front and each of them is a matrix of its own.
     """
-    name = path_name(path)
-    for pattern, numbers in MUON_TABLE:
-        if re.search(pattern, name):
-            return numbers
-    raise ValueError(f"MUON_TABLE must have a row for every parameter; found none for {name}. Add one in {__name__}.")
+    row = row_for(path_name(path))
+    axes = tuple(range(-len(row.inputs + row.outputs), 0))
+    return MuonDimensionNumbers(axes[: len(row.inputs)], axes[len(row.inputs) :]) if row.muon else None
 
 
 def muon(b1: float, b2: float, mu_dtype: str) -> optax.GradientTransformation:
@@ -136,10 +120,8 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def decay_mask(params):
-    """Returns a tree that is True where weights decay: everywhere except norms, biases and router corrections."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).split("/")[-1] not in ("scale", "bias", "correction"), params
-    )
+    """Returns a tree that is True where weights decay."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: row_for(path_name(path)).decay, params)
 
 
 def to_float32(tree):

@@ -3,6 +3,7 @@
 Modules, in reading order:
 
     architecture  `ModelConfig`, the shape of a decoder
+    parameters    the table of parameters, one row for each, and where they live on the mesh
     mask          attention masks and a reference implementation of attention
     blockwise     attention block by block, in memory linear in the row length
     kernels       attention by vendor kernels: splash on TPU, cuDNN on GPU

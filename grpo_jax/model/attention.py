@@ -27,6 +27,7 @@ from grpo_jax.model.mask import (
     single_sequence,
     weighted_values,
 )
+from grpo_jax.model.parameters import module_param
 from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
 from grpo_jax.types import Segments
@@ -205,8 +206,7 @@ class LatentAttention(nn.Module):
             q = Projection((c.hidden_size,), (heads, key_width), name="q")(x)
         compressed = Projection((c.hidden_size,), (z.kv_lora_rank + z.qk_rope_head_dim,), c.qkv_bias, name="kv_a")(x)
         latent = RMSNorm(1e-6, name="kv_a_norm")(compressed[..., : z.kv_lora_rank])
-        init = nn.initializers.normal(z.kv_lora_rank**-0.5)
-        expand = self.param("kv_b", init, (z.kv_lora_rank, heads, z.qk_nope_head_dim + z.v_head_dim))
+        expand = module_param(self, "kv_b", z.kv_lora_rank, heads, z.qk_nope_head_dim + z.v_head_dim)
         to_key, to_value = jnp.split(expand.astype(x.dtype), [z.qk_nope_head_dim], axis=-1)
 
         q = constrain(q, ROW_AXES, None, "tensor", None)

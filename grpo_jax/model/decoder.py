@@ -19,7 +19,8 @@ from grpo_jax.model.attention import KV, Attention, AttentionInputs, LatentAtten
 from grpo_jax.model.experts import MixtureOfExperts
 from grpo_jax.model.layers import MLP, Embed, Projection, make_norm
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain
+from grpo_jax.model.parameters import Layout
+from grpo_jax.parallel.mesh import ROW_AXES, constrain
 from grpo_jax.types import Segments
 
 
@@ -61,14 +62,15 @@ def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
         init_layer = jax.vmap(DecoderLayer(model_cfg, layers[0].use_experts).init, in_axes=(0, None, None))
         stacks.append(init_layer(layer_keys[: len(layers)], x, inputs)["params"])
         layer_keys = layer_keys[len(layers) :]
-    embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size)
+    embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size, name="embed")
     params = {
         "embed": embed.init(key_embed, jnp.zeros((1, 1), jnp.int32))["params"],
         "layers": tuple(stacks),
-        "final_norm": make_norm(model_cfg).init(key_norm, x)["params"],
+        "final_norm": make_norm(model_cfg, "final_norm").init(key_norm, x)["params"],
     }
     if not model_cfg.tie_embeddings:
-        params["head"] = Projection((model_cfg.hidden_size,), (model_cfg.vocab_size,)).init(key_head, x)["params"]
+        head = Projection((model_cfg.hidden_size,), (model_cfg.vocab_size,), name="head")
+        params["head"] = head.init(key_head, x)["params"]
     return params
 
 
@@ -151,14 +153,14 @@ def hidden_states(
             each other (`grpo_jax.model.mask.attention_mask`).
         cache: One KV cache for each layer stack, in which every row is a single sequence. The tokens are written into
             the columns of their positions and then attend to all columns up to their own.
-        layout: How the parameters are placed on the current mesh; see `grpo_jax.parallel.mesh.Layout`.
+        layout: How the parameters are placed on the current mesh; see `grpo_jax.model.parameters.Layout`.
 
     Returns:
         The hidden states [N, L, D] in the compute dtype, and a KV for each layer stack: the keys and values of the
         tokens, or the updated cache.
     """
-    x = Embed(model_cfg.vocab_size, model_cfg.hidden_size, layout).apply({"params": params["embed"]}, tokens)
-    x = x.astype(model_cfg.compute_dtype)
+    embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size, layout, name="embed")
+    x = embed.apply({"params": params["embed"]}, tokens).astype(model_cfg.compute_dtype)
     if model_cfg.embed_scale != 1:
         x = x * jnp.asarray(model_cfg.embed_scale, x.dtype)
     x = constrain(x, ROW_AXES, None, None)
@@ -171,7 +173,7 @@ def hidden_states(
         x, kv = apply_layer_stack(model_cfg, stack, layers, x, inputs, None if cache is None else cache[index])
         stacked_kv.append(kv)
         start += len(layers)
-    return make_norm(model_cfg).apply({"params": params["final_norm"]}, x), tuple(stacked_kv)
+    return make_norm(model_cfg, "final_norm").apply({"params": params["final_norm"]}, x), tuple(stacked_kv)
 
 
 def head_path(model_cfg: ModelConfig) -> str:

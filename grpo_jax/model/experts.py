@@ -5,8 +5,6 @@ tokens of that axis are gathered, each device applies its own experts to the tok
 devices is scattered back to the rows.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ExpertsConfig, ModelConfig
 from grpo_jax.model.layers import ACTIVATIONS, MLP
+from grpo_jax.model.parameters import module_param, param_spec
 from grpo_jax.parallel.mesh import drop_indivisible_axes, row_spec, shard_map_on_mesh
 
 
@@ -98,7 +97,7 @@ def experts_on_mesh(x: Float[Array, "N L D"], chosen, weights, gate, up, down, a
     if mesh.empty:
         return run_flat(x, chosen, weights, gate, up, down).astype(x.dtype)
     rows = row_spec(x.shape[0])
-    kernel_spec = drop_indivisible_axes(P("expert", None, "tensor"), gate.shape, mesh)
+    kernel_spec = drop_indivisible_axes(param_spec("moe/experts_gate", "rollout"), gate.shape, mesh)
     rows_split = rows[0] is not None
     experts_split = kernel_spec[0] is not None and mesh.shape["expert"] > 1
     columns_split = kernel_spec[2] is not None and mesh.shape["tensor"] > 1
@@ -127,10 +126,8 @@ class Router(nn.Module):
     def __call__(self, x):
         """Returns the indices and weights of the experts of each token of x [N, L, D], both [N, L, k]."""
         experts, width = self.model_cfg.experts, self.model_cfg.hidden_size
-        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, experts.num_experts))
-        correction = (
-            self.param("correction", nn.initializers.zeros, (experts.num_experts,)) if experts.sigmoid_gate else None
-        )
+        kernel = module_param(self, "kernel", width, experts.num_experts)
+        correction = module_param(self, "correction", experts.num_experts) if experts.sigmoid_gate else None
         flat = x.reshape(-1, width).astype(jnp.float32)
         logits = jnp.matmul(flat, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
@@ -153,13 +150,10 @@ class MixtureOfExperts(nn.Module):
         """Returns the mixture's output [N, L, D] for x [N, L, D]."""
         model_cfg, experts = self.model_cfg, self.model_cfg.experts
         chosen, weights = Router(model_cfg, name="router")(x)
-
-        def kernel(name, inputs, outputs):
-            init = nn.initializers.normal(1 / math.sqrt(inputs))
-            return self.param(f"experts_{name}", init, (experts.num_experts, inputs, outputs)).astype(x.dtype)
-
-        gate, up = (kernel(name, model_cfg.hidden_size, experts.intermediate_size) for name in ("gate", "up"))
-        down = kernel("down", experts.intermediate_size, model_cfg.hidden_size)
+        count, d_model, width = experts.num_experts, model_cfg.hidden_size, experts.intermediate_size
+        gate = module_param(self, "experts_gate", count, d_model, width).astype(x.dtype)
+        up = module_param(self, "experts_up", count, d_model, width).astype(x.dtype)
+        down = module_param(self, "experts_down", count, width, d_model).astype(x.dtype)
         out = experts_on_mesh(x, chosen, weights, gate, up, down, ACTIVATIONS[model_cfg.activation])
         if experts.shared_intermediate_size:
             out = out + MLP(model_cfg, experts.shared_intermediate_size, name="shared")(x)

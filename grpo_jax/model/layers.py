@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.parallel.mesh import ROW_AXES, Layout, constrain, drop_indivisible_axes, row_spec, shard_map_on_mesh
+from grpo_jax.model.parameters import Layout, module_param, param_spec
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, row_spec, shard_map_on_mesh
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -51,14 +51,13 @@ class Projection(nn.Module):
     def __call__(self, x):
         """Returns the projection of x [..., *inputs] in the dtype of x."""
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        init = nn.initializers.normal(1 / math.sqrt(fan_in))
-        kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
+        kernel = module_param(self, "kernel", *self.inputs, *self.outputs)
         lead = x.shape[: x.ndim - len(self.inputs)]
         # Two-dimensional, because the backward pass of the same product on [N, L, D] takes twice as long on a CPU.
         out = checkpoint_name(linear(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out)), "matmul")
         out = out.reshape(*lead, *self.outputs)
         if self.bias:
-            out = out + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)
+            out = out + module_param(self, "bias", *self.outputs).astype(x.dtype)
         return out
 
 
@@ -71,16 +70,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Returns x normalized over its last dimension, in the dtype of x."""
-        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
-        scale = self.param("scale", init, (x.shape[-1],))
+        scale = module_param(self, "scale", x.shape[-1], offset=float(self.unit_offset)).astype(jnp.float32)
         # Two-dimensional, because the backward pass then sums ten times faster on a CPU.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         flat = flat * jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + self.eps)
-        scale = scale.astype(jnp.float32)
         return (flat * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype).reshape(x.shape)
 
 
-def make_norm(model_cfg: ModelConfig, name: str | None = None) -> RMSNorm:
+def make_norm(model_cfg: ModelConfig, name: str) -> RMSNorm:
     """Returns the `RMSNorm` that a model uses."""
     return RMSNorm(model_cfg.norm_eps, model_cfg.unit_offset, name=name)
 
@@ -102,7 +99,7 @@ def embed_tokens(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table[tokens]
-    table_spec = drop_indivisible_axes(P("tensor", "fsdp" if layout == "training" else None), table.shape, mesh)
+    table_spec = drop_indivisible_axes(param_spec("embed/embedding", layout), table.shape, mesh)
     rows = row_spec(tokens.shape[0])
     ids_split = table_spec[0] is not None and mesh.shape["tensor"] > 1
     columns_split = table_spec[1] is not None and mesh.shape["fsdp"] > 1
@@ -135,9 +132,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         """Returns the embeddings [N, L, width] of token ids [N, L]."""
-        init = nn.initializers.normal(1 / math.sqrt(self.width))
-        table = self.param("embedding", init, (self.vocab_size, self.width))
-        return embed_tokens(table, tokens, layout=self.layout)
+        return embed_tokens(module_param(self, "embedding", self.vocab_size, self.width), tokens, layout=self.layout)
 
 
 class MLP(nn.Module):

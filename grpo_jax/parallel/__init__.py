@@ -1,7 +1,7 @@
-"""Devices and processes: the mesh, where each parameter lives on it, and how processes join.
+"""Devices and processes: the mesh, and how processes join.
 
 Modules, in reading order:
 
-    mesh       the device mesh, the partition table, and sharding helpers
+    mesh       the device mesh, and helpers that shard arrays over it
     processes  detects and joins the processes of a multi-host run
 """

@@ -1,4 +1,4 @@
-"""The device mesh and the partition specs of parameters and activations.
+"""The device mesh, and helpers that shard arrays over it.
 
 Mesh axes:
 
@@ -11,10 +11,7 @@ All axes are `AxisType.Auto`: XLA's partitioner inserts the collectives, and `co
 activations. An axis that does not divide a dimension is dropped for that dimension.
 """
 
-import logging
 import math
-import re
-from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -24,30 +21,6 @@ from grpo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 ROW_AXES = ("data", "fsdp", "expert")  # the axes that a dimension of rows (or prompts) is split over
-
-# Where parameters live: "training" splits them over fsdp as well; "rollout" does not, so that decoding a token gathers
-# no weights.
-Layout = Literal["training", "rollout"]
-
-# The end of a parameter's path -> the spec of its last dimensions. Stacked layers add dimensions in front. The paths of
-# optimizer moments have the same ends, so the table covers them too.
-PARTITION_TABLE = (
-    (r"embed/embedding$", P("tensor", "fsdp")),
-    (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
-    (r"attention/o/kernel$", P("tensor", None, "fsdp")),
-    (r"attention/[qkv]/bias$", P("tensor", None)),
-    (r"attention/(q_a|kv_a)/kernel$", P("fsdp", None)),
-    (r"attention/(q_b/kernel|kv_b)$", P("fsdp", "tensor", None)),
-    (r"(mlp|shared)/(gate|up)/kernel$", P("fsdp", "tensor")),
-    (r"(mlp|shared)/down/kernel$", P("tensor", "fsdp")),
-    (r"experts_(gate|up)$", P("expert", "fsdp", "tensor")),
-    (r"experts_down$", P("expert", "tensor", "fsdp")),
-    (r"router/kernel$", P("fsdp", None)),
-    (r"head/kernel$", P("fsdp", "tensor")),
-    (r"(scale|bias|correction)$", P(None)),
-)
-
-log = logging.getLogger(__name__)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, devices=None) -> Mesh:
@@ -95,58 +68,6 @@ def drop_indivisible_axes(spec: P, shape: tuple[int, ...], mesh) -> P:
 def path_name(path) -> str:
     """Formats a `jax.tree_util` key path like `layers/0/attention/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def spec_for(name: str) -> tuple[str, P]:
-    """Looks up a parameter's path in `PARTITION_TABLE`.
-
-    Returns:
-        The pattern that matched and the spec of the parameter's last dimensions.
-
-    Raises:
-        ValueError: No pattern matches.
-    """
-    for pattern, spec in PARTITION_TABLE:
-        if re.search(pattern, name):
-            return pattern, spec
-    raise ValueError(f"PARTITION_TABLE in grpo_jax/parallel/mesh.py has no row for the parameter {name}; add one")
-
-
-def tree_shardings(mesh: Mesh, tree, *, layout: Layout = "training"):
-    """Returns the `NamedSharding` of every leaf of a tree of parameters, optimizer state or both.
-
-    Args:
-        mesh: The mesh to place the tree on.
-        tree: Arrays or `jax.ShapeDtypeStruct`. Scalars are replicated.
-        layout: Whether parameters are split over the fsdp axis ("training") or not ("rollout").
-
-    Raises:
-        ValueError: `PARTITION_TABLE` has no row for a leaf.
-    """
-
-    def leaf_sharding(path, leaf):
-        if not leaf.shape:
-            return NamedSharding(mesh, P())
-        _, spec = spec_for(path_name(path))
-        if layout == "rollout":
-            spec = P(*(None if axis == "fsdp" else axis for axis in spec))
-        spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return NamedSharding(mesh, drop_indivisible_axes(spec, leaf.shape, mesh))
-
-    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
-
-
-def log_indivisible_axes(mesh: Mesh, params) -> None:
-    """Logs a warning for the axes that `tree_shardings` drops, one for all parameters that share a pattern and size."""
-    dropped = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        pattern, spec = spec_for(path_name(path))
-        sizes = leaf.shape[len(leaf.shape) - len(spec) :]
-        for size, axis, kept in zip(sizes, spec, drop_indivisible_axes(spec, sizes, mesh), strict=True):
-            if axis != kept:
-                dropped[pattern.rstrip("$"), size, axis] = mesh.shape[axis]
-    for (name, size, axis), shards in dropped.items():
-        log.warning("%s: a dimension of size %d is not split over mesh.%s=%d", name, size, axis, shards)
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

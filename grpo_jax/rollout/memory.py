@@ -14,7 +14,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import num_data_shards, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.rollout.slots import num_score_columns, prefill_batch_size
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs

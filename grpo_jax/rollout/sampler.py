@@ -5,7 +5,6 @@ loop (`slots.decode_tokens`) returns when the longest sequence has filled the ca
 again, and is called again with a resized cache. Each size in `cache_sizes` compiles once.
 """
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,7 +16,8 @@ from jaxtyping import Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes, unstack_layers
-from grpo_jax.parallel.mesh import num_data_shards, path_name, tree_shardings
+from grpo_jax.model.parameters import row_for, tree_shardings
+from grpo_jax.parallel.mesh import num_data_shards, path_name
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens, init_decode, resize_cache
 from grpo_jax.text.problem import Prompts
@@ -167,8 +167,8 @@ def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
     """Returns the compiled function behind `place_for_rollout`, cached per model and mesh."""
 
     def place(params):
-        def cast(path, leaf):  # norms and routers compute in float32 and keep their dtype
-            return leaf if re.search("scale$|router/", path_name(path)) else leaf.astype(model_cfg.compute_dtype)
+        def cast(path, leaf):
+            return leaf if row_for(path_name(path)).keep_dtype else leaf.astype(model_cfg.compute_dtype)
 
         return jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
 

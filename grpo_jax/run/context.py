@@ -14,7 +14,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import log_indivisible_axes, make_mesh, tree_shardings
+from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
+from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
 from grpo_jax.run.checkpoint import restore_policy

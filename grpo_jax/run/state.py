@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from grpo_jax.config.schema import Config
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import tree_shardings
+from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import RunContext
 from grpo_jax.types import Experience, TrainState

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.decoder import param_shapes
-from grpo_jax.parallel.mesh import gather_to_host, path_name, tree_shardings
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.parallel.mesh import gather_to_host, path_name
 from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
 from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
@@ -113,8 +114,8 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
 
     Args:
         source: A model folder, a GGUF file, a Hub id, `tiny` or `smollm2`; see `find_model`.
-        mesh: The mesh to shard the parameters over, by `grpo_jax.parallel.mesh.PARTITION_TABLE`. Each process reads
-            only the parts that its devices hold. Without a mesh, the parameters are placed on the first local device.
+        mesh: The mesh to shard the parameters over (`grpo_jax.model.parameters`). Each process reads only the parts
+            that its devices hold. Without a mesh, the parameters are placed on the first local device.
         param_dtype: The dtype of the parameters.
 
     Returns:
