@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -106,7 +107,8 @@ def test_the_parts_of_a_step_add_up(results):
     ],
 )
 def test_a_wrong_flag_is_a_one_line_error(name, argv, message, monkeypatch, capsys):
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # layouts.py sets it
+    assert jax.device_count() == 8  # starts the backend: layouts.py changes XLA_FLAGS
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", [name, *argv])
     with pytest.raises(SystemExit) as exit:
