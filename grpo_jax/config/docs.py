@@ -4,9 +4,9 @@ python -m grpo_jax.config.docs > docs/config.md
 """
 
 import dataclasses
-import difflib
 import textwrap
 
+from grpo_jax.config.functions import suggest
 from grpo_jax.config.keys import KeySpec, format_as_flag, key_specs
 from grpo_jax.config.rules import NO_EFFECT
 from grpo_jax.config.schema import Config, PretrainConfig
@@ -55,8 +55,7 @@ def explain(topic: str) -> str:
             lines.append(textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     if not lines:
         topics = [*(part.name for part in dataclasses.fields(Config)), "all", "pretrain"]
-        close = difflib.get_close_matches(topic, [*topics, *key_specs(Config)], n=1)
-        hint = f"Did you mean --help={close[0]}?" if close else f"Choose one of {', '.join(topics)}."
+        hint = suggest(topic, [*topics, *key_specs(Config)], "--help={}") or f"Choose one of {', '.join(topics)}."
         raise UserError(f"--help=SECTION must name a section of the config; found {topic!r}. {hint}")
     return "\n".join(lines)
 

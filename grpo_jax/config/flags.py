@@ -8,7 +8,6 @@ answers a user's mistake with a traceback and ignores stray arguments.
 import argparse
 import ast
 import difflib
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from grpo_jax.config.docs import explain, list_topics
+from grpo_jax.config.functions import import_file
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default
@@ -81,15 +81,13 @@ def load_config(spec: str) -> ConfigDict:
             file raises its own UserError for an unknown preset.
     """
     file, _, preset = spec.partition(":")
-    path = Path(file)
-    module_spec = importlib.util.spec_from_file_location("grpo_jax_config_file", path)
-    if path.suffix != ".py" or not path.is_file() or module_spec is None or module_spec.loader is None:
+    path = Path(file).resolve()
+    if path.suffix != ".py" or not path.is_file():
         raise UserError(
             f"--config must name a Python file such as configs/r1zero.py; found no file {file!r}. Check the path."
         )
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = import_file(path)
         if not hasattr(module, "get_config"):
             raise UserError(f"{file} must define a function get_config(preset); found none. Add it.")
         raw = module.get_config(preset) if preset else module.get_config()

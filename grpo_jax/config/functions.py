@@ -52,10 +52,10 @@ def resolve_function(name: str, key: str, ours: Mapping[str, Callable], hint: st
     return value
 
 
-def suggest(name: str, options: Iterable[str]) -> str:
-    """Returns "Did you mean ...?" with the option that is closest to a name, or "" if none is close."""
+def suggest(name: str, options: Iterable[str], form: str = "{!r}") -> str:
+    """Returns "Did you mean ...?" with the option that is closest to a name, written in a form; "" if none is close."""
     close = difflib.get_close_matches(name, options, n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
+    return f"Did you mean {form.format(close[0])}?" if close else ""
 
 
 def import_source(source: str, key: str) -> ModuleType:
