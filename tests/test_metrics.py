@@ -1,11 +1,13 @@
 """The logs of a run: valid JSON, each step once, and samples that can be read back."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from grpo_jax.run.metrics import (
     MetricsLog,
@@ -67,6 +69,28 @@ def test_a_run_that_starts_over_removes_the_lines_of_the_first_try(tmp_path):
     write_log(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
     write_log(tmp_path, [(0, {"a/b": 2.0})])
     assert read_metrics(tmp_path) == [{"step": 0, "a/b": 2.0}]
+
+
+def read_events(path) -> list[Event]:
+    """Reads a file of TensorBoard events: of each record the length, a checksum, the event and a checksum."""
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return events
+
+
+@pytest.mark.parametrize(("resume_after", "next_step"), [(-1, 0), (3, 4)])
+def test_tensorboard_is_told_to_drop_the_steps_that_a_run_logs_again(tmp_path, resume_after, next_step):
+    """At the start of a session TensorBoard drops the events of earlier sessions from that step on."""
+    write_log(tmp_path, [(next_step, {"a/b": 0.5})], resume_after)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    events = read_events(path)
+    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [next_step]
+    assert [(event.step, x.tag, x.simple_value) for event in events for x in event.summary.value] == [
+        (next_step, "a/b", 0.5)
+    ]
 
 
 @pytest.mark.parametrize("fragment", ['{"step": 2, "a/', '{"step": 2', "{"])
