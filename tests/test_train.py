@@ -267,6 +267,23 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
         grpo_jax.evaluate.main([f"--workdir={tmp_path / 'run'}"])
 
 
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"rewards": [len]}, r"rewards must be a dict of functions by name; found \[<built-in function len>\]"),
+        ({"rewards": {"short": 1}}, "rewards must be a dict of functions by name"),
+        ({"rewards": {"mean": len}}, "reward.parts must have names that metrics can use"),
+        ({"problems": 3}, "problems must be a list of Problem"),
+        ({"problems": ["What is 1 + 1?"]}, r"problems\[0\] must be a grpo_jax.tasks.Problem; found 'What is 1 \+ 1\?'"),
+        ({"problems": "no/such/file.jsonl"}, "could not read no/such/file.jsonl"),
+    ],
+)
+def test_python_inputs_that_cannot_be_used_are_refused_before_a_workdir_is_made(tmp_path, inputs, message):
+    with pytest.raises(UserError, match=message):
+        grpo_jax.train(small_config(), workdir=tmp_path / "run", **inputs)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_a_reward_part_breaks_off_can_be_resumed(tmp_path):
     calls = []
 

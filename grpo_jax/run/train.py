@@ -137,7 +137,13 @@ def train(
 
 
 def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
-    """Returns the config of a run whose problems or rewards may be Python objects, with names for them."""
+    """Returns the config of a run whose problems or rewards may be Python objects, with names for them.
+
+    Raises:
+        UserError: `rewards` is not a dict of functions.
+    """
+    if rewards is not None and not (isinstance(rewards, dict) and all(map(callable, rewards.values()))):
+        raise UserError(f"rewards must be a dict of functions by name; found {rewards!r:.60}. Pass one.")
     raw = raw.copy_and_resolve_references()
     if isinstance(problems, str | Path):
         raw.task.name, raw.task.path = "jsonl", str(problems)
