@@ -21,7 +21,7 @@ from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.decoder import hidden_states
 from grpo_jax.model.layers import embed_tokens
 from grpo_jax.model.parameters import tree_shardings
-from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, make_mesh, num_data_shards, shard_rows
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
 
 # All dimensions differ, so that a shape identifies a parameter, and all are divisible by 8.
@@ -106,6 +106,22 @@ def test_a_sharded_table_has_the_embeddings_and_gradient_of_a_whole_one(sizes, r
         np.testing.assert_array_equal(jax.jit(embed_tokens)(sharded, tokens), table[tokens])
         grad = jax.jit(jax.grad(lambda table: jnp.sum(d_out * embed_tokens(table, tokens))))(sharded)
     np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_a_look_up_gathers_the_ids_of_its_fsdp_group_and_no_embeddings():
+    """XLA's own partitioning of `table[tokens]` gathers the embeddings of all rows on this mesh."""
+    mesh = make_mesh(2, 2, 2)
+
+    def shaped(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+
+    def total(table, tokens):
+        return jnp.sum(jnp.sin(constrain(embed_tokens(table, tokens), ROW_AXES)))
+
+    with jax.set_mesh(mesh):
+        table, tokens = shaped((48, 32), jnp.float32, "tensor", "fsdp"), shaped((8, 5), jnp.int32, ROW_AXES)
+        compiled = jax.jit(jax.grad(total)).lower(table, tokens).compile()
+    assert all_gather_shapes(compiled.as_text()) == [(4, 5)]
 
 
 @pytest.mark.parametrize("attention", ["blocks", pytest.param("splash", marks=pytest.mark.slow)])
