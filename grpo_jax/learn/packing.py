@@ -129,11 +129,8 @@ def pack_completions(
             "Choose the shape with packed_shape."
         )
 
-    # np.zeros allocates lazily, so rows that stay empty take no host memory.
     tokens, position, prompt, completion, predict_from = (np.zeros(shape, np.int32) for _ in range(5))
-    token_weights, sampler_logps, ref_logps, advantages = (np.zeros(shape, np.float32) for _ in range(4))
-    flat_index, sequence_index, group_index = (np.full(shape, -1, np.int32) for _ in range(3))
-    group_numbers = np.unique(experience.prompt_ids, return_inverse=True)[1]
+    flat_index = np.full(shape, -1, np.int32)
     rows_per_shard = shape.rows // shards
     for row_index, groups in enumerate(rows):
         row = row_index % shards * rows_per_shard + row_index // shards
@@ -156,24 +153,24 @@ def pack_completions(
                 completion[row, span] = completion_number
                 predict_from[row, span] = np.where(steps == 0, last_prompt_column, column + steps - 1)
                 flat_index[row, span] = n * max_length + steps
-                sequence_index[row, span] = n
-                group_index[row, span] = group_numbers[n]
-                token_weights[row, span] = weights[n, : lengths[n]]
-                sampler_logps[row, span] = experience.sampler_logps[n, : lengths[n]]
-                ref_logps[row, span] = experience.ref_logps[n, : lengths[n]]
-                advantages[row, span] = experience.advantages[n]
                 column += lengths[n]
+    sequence = flat_index // max_length  # -1 stays -1
+    group_numbers = np.unique(experience.prompt_ids, return_inverse=True)[1].astype(np.int32)
+
+    def take_tokens(values):
+        return np.where(flat_index >= 0, values.ravel()[flat_index], np.float32(0))
+
     return PackedBatch(
         tokens=tokens,
         segments=Segments(position, prompt, completion),
         predict_from=predict_from,
         flat_index=flat_index,
-        sequence=sequence_index,
-        group=group_index,
-        weights=token_weights,
-        sampler_logps=sampler_logps,
-        ref_logps=ref_logps,
-        advantages=advantages,
+        sequence=sequence,
+        group=np.where(sequence >= 0, group_numbers[sequence], np.int32(-1)),
+        weights=take_tokens(weights),
+        sampler_logps=take_tokens(experience.sampler_logps),
+        ref_logps=take_tokens(experience.ref_logps),
+        advantages=np.where(sequence >= 0, experience.advantages[sequence], np.float32(0)),
         num_micro_batches=np.int32(-(-len(rows) // shards)),
         num_sequences=num_completions,
     )
