@@ -105,15 +105,13 @@ def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, token
 def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bool) -> int:
     """Returns the bytes per device of the policy and, in training, of the reference and the optimizer state."""
     shapes = param_shapes(model_cfg, cfg.model.param_dtype)
-    total = bytes_per_device(shapes, tree_shardings(mesh, shapes))
-    if training:
-        optimizer = make_optimizer(cfg.optim)
-        if cfg.loss.kl_coef:
-            reference = param_shapes(model_cfg, cfg.model.reference_dtype)
-            total += bytes_per_device(reference, tree_shardings(mesh, reference))
-        total += bytes_per_device(
-            train_state_shapes(shapes, optimizer).opt_state, train_state_shardings(mesh, shapes, optimizer).opt_state
-        )
+    if not training:
+        return bytes_per_device(shapes, tree_shardings(mesh, shapes))
+    optimizer = make_optimizer(cfg.optim)
+    total = bytes_per_device(train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer))
+    if cfg.loss.kl_coef:
+        reference = param_shapes(model_cfg, cfg.model.reference_dtype)
+        total += bytes_per_device(reference, tree_shardings(mesh, reference))
     return total
 
 
