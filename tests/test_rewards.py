@@ -131,8 +131,15 @@ def test_a_part_cannot_change_what_the_next_one_sees():
 
 @pytest.mark.parametrize(
     "returned",
-    [[1, 2, 3], (1.0, 2, 3), np.array([1, 2, 3], np.int8), jnp.array([1.0, 2, 3]), [jnp.float32(i) for i in (1, 2, 3)]],
-    ids=["list", "tuple", "numpy", "jax", "jax scalars"],
+    [
+        [1, 2, 3],
+        (1.0, 2, 3),
+        np.array([1, 2, 3], np.int8),
+        jnp.array([1.0, 2, 3]),
+        jnp.array([1.0, 2, 3], jnp.bfloat16),
+        [jnp.float32(i) for i in (1, 2, 3)],
+    ],
+    ids=["list", "tuple", "numpy", "jax", "jax bfloat16", "jax scalars"],
 )
 def test_a_part_may_return_any_sequence_of_numbers(returned):
     rewards = grade({"part": lambda *_: returned})
@@ -145,28 +152,29 @@ def test_a_part_may_return_any_sequence_of_numbers(returned):
     [
         (None, "found None. Return an array of shape (3,)"),
         (1.5, "found float. Return"),
-        ("abc", "found str. Return"),
-        ({"a": 1}, "found dict. Return"),
-        ((x for x in (1, 2, 3)), "found generator. Return"),
+        ("abc", "it raised ValueError: could not convert string to float: 'abc' ("),
+        ({"a": 1}, "not 'dict' ("),
+        ((x for x in (1, 2, 3)), "not 'generator' ("),
         ([1, 2], "found an array of shape (2,). Return"),
         ([[1], [2], [3]], "found an array of shape (3, 1). Return"),
         ([0, float("nan"), float("inf")], "found nan at index 1. Return a finite number there"),
         (np.array([0, 1, -np.inf], np.float32), "found -inf at index 2"),
         ([0, 1e39, 0], "found 1e+39 at index 1"),  # infinity in float32
-        ([0, 1, 10**400], "found 1000"),
+        ([0, 1, 10**400], "int too large to convert to float ("),
         ([0, None, 1], "found None at index 1"),
-        ([0.5, 1, "1"], "found '1' at index 2"),
-        ([0, 1j, 0], "found 1j at index 1"),
-        ([1, [2], [3, 4]], "found [2] at index 1"),
+        ([0.5, 1, "a"], "could not convert string to float: 'a' ("),
+        ([0, 1j, 0], "not 'complex' ("),
+        ([1, [2], [3, 4]], "inhomogeneous shape after 1 dimensions"),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_part_must_return_one_finite_number_per_text(returned, found):
     with pytest.raises(UserError) as raised:
         grade({"accuracy": accuracy_part, "mine": lambda *_: returned})
     message = str(raised.value)
-    assert message.startswith("The reward part 'mine' must return 3 finite numbers, one for each text; ")
-    assert found in message and "\n" not in message and len(message) < 300
+    assert message.startswith("The reward part 'mine' must return 3 finite numbers, one for each text")
+    assert found in message and "\n" not in message and len(message) < 400
 
 
 def test_what_a_part_raises_is_named_with_its_place():

@@ -1,7 +1,7 @@
 """The parts of a reward, and their weighted sum."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,8 +14,6 @@ from grpo_jax.text.problem import Problem
 # A part grades N completions. It is called with the problem, the text and the length in tokens of each, and returns one
 # finite number for each.
 RewardPart = Callable[[list[Problem], list[str], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
-
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Rewards(NamedTuple):
@@ -76,11 +74,7 @@ def compute_rewards(
 
 
 def grade_texts(
-    label: str,
-    part: RewardPart,
-    problems: Sequence[Problem],
-    texts: Sequence[str],
-    lengths: Int[np.ndarray, " N"],
+    label: str, part: RewardPart, problems: Sequence[Problem], texts: Sequence[str], lengths: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
     """Returns what one part gives to N completions, float32[N].
 
@@ -91,22 +85,14 @@ def grade_texts(
     try:
         # Each part gets copies, so that none can change what the next one sees.
         returned = part(list(problems), list(texts), np.array(lengths))
-        values = np.asarray(returned, object)  # keeps each element: otherwise [0.5, "a"] would become strings
-        wrong = [i for i, value in enumerate(values) if not is_reward(value)] if values.ndim else []
+        values = np.array(returned, np.float32)
     except Exception as error:
         raise UserError(f"{expected}, but it raised {describe_error(error)}. Correct that function.") from error
     if values.shape != (len(texts),):
         kind = "None" if returned is None else type(returned).__name__
         found = f"an array of shape {values.shape}" if values.ndim else kind
         raise UserError(f"{expected}; found {found}. Return an array of shape ({len(texts)},).")
-    if wrong:
-        raise UserError(
-            f"{expected}; found {values[wrong[0]]!r:.60} at index {wrong[0]}. Return a finite number there."
-        )
-    return values.astype(np.float32)
-
-
-def is_reward(value: Any) -> bool:
-    """Returns whether a value is a single number that float32 can hold."""
-    array = np.asarray(value)
-    return array.shape == () and array.dtype.kind in "biuf" and abs(float(array)) <= FLOAT32_MAX
+    for index in np.flatnonzero(~np.isfinite(values)):
+        found = list(returned)[index]  # None and numbers beyond float32 as they are, not as NaN and infinity
+        raise UserError(f"{expected}; found {found} at index {index}. Return a finite number there.")
+    return values
