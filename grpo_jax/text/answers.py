@@ -13,6 +13,7 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_RATIO = re.compile(r"()([^/]*)/([^/]*)")  # has no sign of its own
 
 
 def extract_answer(text: str) -> str | None:
@@ -61,20 +62,14 @@ def parse_number(text: str) -> Fraction | None:
     if _GROUPED.fullmatch(text):
         text = text.replace(",", "")
     if _NUMBER.fullmatch(text):
-        return Fraction(text.removesuffix("."))
-    fraction = _FRACTION.fullmatch(text)
-    if fraction:
-        sign, numerator, denominator = fraction.groups()
-    elif text.count("/") == 1:
-        sign, (numerator, denominator) = "", text.split("/")
-    else:
+        return Fraction(text)
+    fraction = _FRACTION.fullmatch(text) or _RATIO.fullmatch(text)
+    if not fraction:
         return None
-    if not _NUMBER.fullmatch(numerator.strip()) or not _NUMBER.fullmatch(denominator.strip()):
+    sign, numerator, denominator = (part.strip() for part in fraction.groups())
+    if not _NUMBER.fullmatch(numerator) or not _NUMBER.fullmatch(denominator) or Fraction(denominator) == 0:
         return None
-    divisor = Fraction(denominator.strip().removesuffix("."))
-    if divisor == 0:
-        return None
-    value = Fraction(numerator.strip().removesuffix(".")) / divisor
+    value = Fraction(numerator) / Fraction(denominator)
     return -value if sign == "-" else value
 
 
