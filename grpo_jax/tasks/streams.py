@@ -1,8 +1,7 @@
 """The task that a config names or that Python code passes, and the problems that a run takes from it."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,18 @@ RESUME_HINT = "A run of grpo_jax.train with problems=... is resumed by calling i
 log = logging.getLogger(__name__)
 
 
-def make_addition_task(task_cfg: TaskSection) -> Task:
-    """Returns the task `addition` of a config."""
-    return addition_task(task_cfg.digits, task_cfg.shots)
-
-
-def make_file_task(task_cfg: TaskSection) -> Task:
-    """Returns the task `jsonl` of a config."""
-    return file_task(task_cfg.path, task_cfg.eval_path)
-
-
-TASKS: dict[str, Callable[[TaskSection], Task]] = {"addition": make_addition_task, "jsonl": make_file_task}
-
-
 def resolve_task(task_cfg: TaskSection) -> Task:
-    """Returns the task that a config names: one of `TASKS`, or the user's function, which is a task itself.
+    """Returns the task that a config names: `addition`, `jsonl`, or the user's function, which is a task itself.
 
     Raises:
         UserError: There is no such task, or its file of problems is malformed.
     """
+    if task_cfg.name == "addition":
+        return addition_task(task_cfg.digits, task_cfg.shots)
+    if task_cfg.name == "jsonl":
+        return file_task(task_cfg.path, task_cfg.eval_path)
     hint = RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
-    found = resolve_function(task_cfg.name, "task.name", TASKS, hint)
-    return found(task_cfg) if task_cfg.name in TASKS else found
+    return resolve_function(task_cfg.name, "task.name", {"addition": addition_task, "jsonl": file_task}, hint)
 
 
 def make_task(problems: Any, task_cfg: TaskSection) -> Task:
@@ -61,7 +50,7 @@ def make_task(problems: Any, task_cfg: TaskSection) -> Task:
     if problems is None:
         return resolve_task(task_cfg)
     if isinstance(problems, str | Path):
-        return make_file_task(replace(task_cfg, path=str(Path(problems).expanduser())))
+        return file_task(str(Path(problems).expanduser()), task_cfg.eval_path)
     if isinstance(problems, list | tuple):
         return list_task(problems)
     if callable(problems):
