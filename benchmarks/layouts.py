@@ -99,13 +99,34 @@ def compare_layouts(flags: argparse.Namespace) -> dict[str, float]:
     return counts
 
 
+def runner_up_margin(keys, logits):
+    """Returns how close each draw of `draw_tokens` came to another outcome, as one number per row.
+
+    This is the gap between the two largest perturbed scores, in the stage where it is smaller. Rounding errors in the
+    logits below half the gap cannot change the token.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax.rollout.draws import gumbel_stages
+
+    blocks, block_logits, block_noise, token_noise = gumbel_stages(keys, logits)
+    block_scores = block_logits + block_noise
+    block = jnp.argmax(block_scores, axis=-1)
+    token_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] + token_noise
+
+    def top_two_gap(scores):
+        return -jnp.diff(jax.lax.top_k(scores, 2)[0], axis=-1)[:, 0] if scores.shape[-1] > 1 else jnp.inf
+
+    return jnp.minimum(top_two_gap(block_scores), top_two_gap(token_scores))
+
+
 def count_differences(model_cfg, params, prompts, key, first, other, counts: dict[str, float]) -> None:
     """Adds the differences between two rollouts of the same prompts and key to `counts`."""
     import jax
     import numpy as np
 
     from grpo_jax.model.decoder import forward
-    from grpo_jax.rollout.draws import runner_up_margin
 
     same = np.cumprod(first.tokens == other.tokens, axis=-1).astype(bool)
     logp_gap = float(np.abs(first.logps - other.logps)[same].max(initial=0.0))

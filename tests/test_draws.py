@@ -1,20 +1,15 @@
 """Token sampling: draws follow the exact probabilities, and filters keep the tokens that their definitions say."""
 
 import functools
+import importlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rollout.draws import (
-    TokenFilter,
-    choose_tokens,
-    draw_tokens,
-    keep_mask,
-    runner_up_margin,
-    vocab_block_width,
-)
+from grpo_jax.rollout.draws import TokenFilter, choose_tokens, draw_tokens, keep_mask, vocab_block_width
 
 compiled_keep_mask = jax.jit(keep_mask, static_argnums=1)
 
@@ -65,7 +60,10 @@ def test_impossible_tokens_are_never_drawn():
     assert fits(np.bincount(tokens, minlength=100)[possible], np.full(66, 1 / 66))
 
 
-def test_changes_of_the_logits_below_half_the_margin_do_not_change_a_draw():
+def test_changes_of_the_logits_below_half_the_margin_do_not_change_a_draw(monkeypatch):
+    """benchmarks/layouts.py tells by this margin whether rounding explains another token."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    runner_up_margin = importlib.import_module("layouts").runner_up_margin
     keys = jax.random.split(jax.random.key(5), 200)
     logits = jax.random.normal(jax.random.key(6), (200, 45))
     draw = jax.jit(lambda logits: (draw_tokens(keys, logits)[0], runner_up_margin(keys, logits)))

@@ -60,23 +60,6 @@ def draw_tokens(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> tuple[In
     return block * blocks.shape[-1] + token, chosen_logit - jax.nn.logsumexp(block_logits, axis=-1)
 
 
-def runner_up_margin(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> Float[Array, " N"]:
-    """Returns how close each draw came to another outcome.
-
-    This is the gap between the two largest perturbed scores, in the stage where it is smaller. Rounding errors in the
-    logits below half the gap cannot change the token.
-    """
-    blocks, block_logits, block_noise, token_noise = gumbel_stages(keys, logits)
-    block_scores = block_logits + block_noise
-    block = jnp.argmax(block_scores, axis=-1)
-    token_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] + token_noise
-
-    def top_two_gap(scores):
-        return -jnp.diff(jax.lax.top_k(scores, 2)[0], axis=-1)[:, 0] if scores.shape[-1] > 1 else jnp.inf
-
-    return jnp.minimum(top_two_gap(block_scores), top_two_gap(token_scores))
-
-
 def keep_mask(logits: Float[Array, "N V"], filter: TokenFilter) -> Bool[Array, "N V"]:
     """Returns True for the tokens that the filter keeps, including ties with the least likely of them."""
     probs = jax.nn.softmax(logits, axis=-1)
