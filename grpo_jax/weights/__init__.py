@@ -3,9 +3,9 @@
 Modules, in reading order:
 
     families      translates config.json to `ModelConfig`
+    tensor_names  maps parameters to the tensors of a checkpoint
     gguf_file     reads the config and tensors of GGUF files
     source        finds a model and reads its config
-    tensor_names  maps parameters to the tensors of a checkpoint
     tensors       opens the tensors of a checkpoint and reads a part at a time
     tokenizer     loads tokenizers
     model_io      `load` and `save`

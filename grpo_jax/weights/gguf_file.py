@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.errors import UserError
+from grpo_jax.model.parameters import PARAMETERS
+from grpo_jax.weights.tensor_names import FAMILY_NAMES
 
 # general.architecture -> model_type and prefix of the class names in transformers.
 GGUF_ARCHITECTURES = {
@@ -23,34 +25,6 @@ GGUF_ARCHITECTURES = {
     "qwen3moe": ("qwen3_moe", "Qwen3Moe"),
     "gemma2": ("gemma2", "Gemma2"),
     "gemma3": ("gemma3_text", "Gemma3"),
-}
-
-# The modules of a Hugging Face checkpoint that own tensors: outside the layers, in every layer, and in every layer of
-# some families. {x} is the expert. The package gguf translates their names to llama.cpp's.
-TOP_MODULES = ("model.embed_tokens", "model.norm", "lm_head")
-LAYER_MODULES = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-FAMILY_MODULES = {
-    "mixtral": (
-        "block_sparse_moe.gate",
-        "block_sparse_moe.experts.{x}.w1",
-        "block_sparse_moe.experts.{x}.w2",
-        "block_sparse_moe.experts.{x}.w3",
-    ),
-    "qwen3_moe": ("mlp.gate", "mlp.experts.{x}.gate_proj", "mlp.experts.{x}.up_proj", "mlp.experts.{x}.down_proj"),
-    "gemma2": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    "gemma3_text": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 
 # The format's value types as struct codes; strings and arrays have no fixed size.
@@ -365,12 +339,14 @@ def read_gguf_tensors(path: str | Path, hf_config: dict[str, Any]) -> dict[str, 
     interleaved_heads = {}
     if header.architecture == "llama":
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
-    layer_modules = LAYER_MODULES + FAMILY_MODULES.get(hf_config["model_type"], ())
-    modules = [*TOP_MODULES, *(f"model.layers.{i}.{module}" for i in range(layers) for module in layer_modules)]
+    family_names = FAMILY_NAMES.get(hf_config["model_type"], {})
     tensors, unread = {}, header.tensors.keys() - {"rope_freqs.weight"}
-    for module, suffix in itertools.product(modules, (".weight", ".bias")):
+    for row, layer in itertools.product(PARAMETERS, range(layers)):
+        prefix = "" if row.path == "head/kernel" else "model."
+        hf_name = prefix + family_names.get(row.path, row.tensor).replace("{i}", str(layer))
         # The file stacks the experts of a layer in one tensor, whose name has no {x}.
-        name = f"{name_map.get_name(module.replace('.{x}', ''))}{suffix}"
+        module, _, kind = hf_name.replace(".{x}", "").rpartition(".")
+        name = f"{name_map.get_name(module)}.{kind}"
         if name not in unread:
             continue
         unread.remove(name)
@@ -378,12 +354,12 @@ def read_gguf_tensors(path: str | Path, hf_config: dict[str, Any]) -> dict[str, 
             interleaved_heads=interleaved_heads.get(name.split(".")[-2], 0),
             added=float(gemma and name.endswith("norm.weight")),
         )
-        if "{x}" not in module:
-            tensors[module + suffix] = tensor
+        if "{x}" not in hf_name:
+            tensors[hf_name] = tensor
             continue
         experts, *byte_shape = tensor.byte_shape
         for x in range(experts):
-            tensors[module.format(x=x) + suffix] = tensor._replace(
+            tensors[hf_name.format(x=x)] = tensor._replace(
                 start=tensor.start + x * math.prod(byte_shape), byte_shape=tuple(byte_shape), shape=tensor.shape[1:]
             )
     if unread:
