@@ -60,9 +60,7 @@ class DecodeState:
     num_sampled: Int[Array, " M"]  # tokens of the completion so far
     stop_state: Int[Array, " M"]  # state in the stop table
     num_started: Int[Array, " shards"]  # sequences that have been assigned to a slot
-    longest: Int[
-        Array, ""
-    ]  # cache columns that the longest active sequence needs for its next token; 0 if all are done
+    longest: Int[Array, ""]  # cache columns that the longest sequence needs for its next token; 0 if all are done
     tokens: Int[Array, "N S"]
     logps: Float[Array, "N S"]
     lengths: Int[Array, " N"]
@@ -312,10 +310,8 @@ def resize_cache(kv: KV, columns: int) -> KV:
     """Returns a layer's KV cache cut or zero-padded to `columns` columns; the first columns are kept."""
 
     def resize(x, axis):
-        if columns <= x.shape[axis]:
-            return jax.lax.slice_in_dim(x, 0, columns, axis=axis)
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, columns - x.shape[axis])
-        return jnp.pad(x, pad)
+        padding = [(0, 0, 0)] * x.ndim
+        padding[axis] = (0, columns - x.shape[axis], 0)  # a negative padding cuts
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
     return KV(resize(kv.k, 4), resize(kv.v, 3))
