@@ -8,6 +8,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.layers import ACTIVATIONS
@@ -172,28 +174,16 @@ def translate_hf_config(hf, family: str, where: str, **fields) -> ModelConfig:
     )
 
 
-def config_numbers(value, name: str = "") -> dict[str, int | float]:
-    """Returns every number in nested dataclasses and tuples, by its dotted name."""
-    if dataclasses.is_dataclass(value):
-        members = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif isinstance(value, tuple):
-        members = [(str(i), member) for i, member in enumerate(dict.fromkeys(value))]
-    else:
-        return {name: value} if isinstance(value, (int, float)) else {}
-    numbers = {}
-    for member_name, member in members:
-        numbers |= config_numbers(member, f"{name}.{member_name}".strip("."))
-    return numbers
-
-
 def check_architecture(model_cfg: ModelConfig, where: str) -> None:
     """Checks that the numbers of a config are finite and that its sizes fit together.
 
     Raises:
         UserError: A number is out of range, or sizes contradict each other; the message names the requirement.
     """
-    for name, value in config_numbers(model_cfg).items():
-        if not 0 <= value < 2**31 or (type(value) is float and not math.isfinite(value)):
+    distinct = dataclasses.replace(model_cfg, layers=tuple(dict.fromkeys(model_cfg.layers)))  # there may be thousands
+    for path, value in jax.tree_util.tree_leaves_with_path(dataclasses.asdict(distinct)):
+        if not isinstance(value, str) and not 0 <= value < 2**31:  # NaN is refused too
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise UserError(
                 f"Numbers in the config of {where} must be at least 0 and less than 2**31; found {value} for {name}. "
                 "Download the model again."
