@@ -55,16 +55,14 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         UserError: The file is truncated, is not a safetensors file, or has a tensor of an unknown dtype.
     """
     try:
-        with safe_open(path, framework="np") as file:  # checks the header against the size of the file
-            names = set(file.keys())
-        with open(path, "rb") as file:
+        # safe_open checks the header against the size of the file.
+        with safe_open(path, framework="np"), open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} must be a complete safetensors file; found: {error}. Download it again.") from None
 
-    def open_tensor(name: str) -> StoredTensor:
-        entry = header[name]
+    def open_tensor(name: str, entry: dict) -> StoredTensor:
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise UserError(
                 f"The dtype of {name} in {path} must be one of {', '.join(SAFETENSORS_DTYPES)}; "
@@ -82,7 +80,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
         return StoredTensor(shape, dtype, read)
 
-    return {name: open_tensor(name) for name in names}
+    return {name: open_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 def open_safetensors_folder(folder: Path, block: tuple[int, int] | None = None) -> dict[str, StoredTensor]:

@@ -9,6 +9,8 @@ from grpo_jax.weights.gguf_file import read_gguf_header
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 
 def load_tokenizer(source: str | Path):
     """Loads the Hugging Face tokenizer of a model folder or GGUF file.
@@ -24,7 +26,6 @@ def load_tokenizer(source: str | Path):
     """
     if Path(source).suffix == ".gguf":
         return read_gguf_tokenizer(Path(source))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     try:
@@ -56,7 +57,6 @@ def read_gguf_tokenizer(path: str | Path):
         UserError: The file is not a readable GGUF file, or has no tokenizer of a kind that `transformers` converts.
     """
     header = read_gguf_header(path)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import PreTrainedTokenizerFast
 
     try:
