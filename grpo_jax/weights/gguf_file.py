@@ -9,7 +9,7 @@ import itertools
 import math
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -100,39 +100,32 @@ class GgufHeader(NamedTuple):
         return value
 
 
-class GgufCursor:
-    """Parses the values of a GGUF header in sequence."""
+def unpack(file: BinaryIO, codes: str) -> tuple:
+    """Reads values with the given struct codes at the file's position."""
+    return struct.unpack(f"<{codes}", file.read(struct.calcsize(f"<{codes}")))
 
-    def __init__(self, data: memoryview):
-        """Starts at the first byte of `data`."""
-        self.data, self.offset = data, 0
 
-    def unpack(self, codes: str) -> tuple:
-        """Reads values with the given struct codes."""
-        values = struct.unpack_from(f"<{codes}", self.data, self.offset)
-        self.offset += struct.calcsize(f"<{codes}")
-        return values
+def read_string(file: BinaryIO) -> str:
+    """Reads a string of a GGUF header."""
+    (length,) = unpack(file, "Q")
+    return str(unpack(file, f"{length}s")[0], "utf-8")
 
-    def read_string(self) -> str:
-        """Reads a string."""
-        (length,) = self.unpack("Q")
-        return str(self.unpack(f"{length}s")[0], "utf-8")
 
-    def read_value(self, value_type: int):
-        """Reads a metadata value of the given type."""
+def read_value(file: BinaryIO, value_type: int):
+    """Reads a metadata value of the given type."""
+    if value_type == STRING:
+        return read_string(file)
+    if value_type == ARRAY:
+        value_type, count = unpack(file, "IQ")
         if value_type == STRING:
-            return self.read_string()
-        if value_type == ARRAY:
-            value_type, count = self.unpack("IQ")
-            if value_type == STRING:
-                return [self.read_string() for _ in range(count)]
-            return list(self.unpack(f"{count}{SCALAR_CODES[value_type]}"))
-        (value,) = self.unpack(SCALAR_CODES[value_type])
-        # The shortest decimal: 1e-5 in the model's config must be 1e-5 again, not the exact value of its float32.
-        return float(str(np.float32(value))) if SCALAR_CODES[value_type] == "f" else value
+            return [read_string(file) for _ in range(count)]
+        return list(unpack(file, f"{count}{SCALAR_CODES[value_type]}"))
+    (value,) = unpack(file, SCALAR_CODES[value_type])
+    # The shortest decimal: 1e-5 in the model's config must be 1e-5 again, not the exact value of its float32.
+    return float(str(np.float32(value))) if SCALAR_CODES[value_type] == "f" else value
 
 
-def read_gguf_header(path: str | Path) -> GgufHeader:
+def read_gguf_header(path: Path) -> GgufHeader:
     """Reads the metadata and the list of tensors of a GGUF file.
 
     Raises:
@@ -143,29 +136,29 @@ def read_gguf_header(path: str | Path) -> GgufHeader:
         import gguf
     except ImportError:
         raise UserError(f"Reading {path} requires the package gguf, which is missing. Run: pip install gguf") from None
-    path = Path(path)
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        if bytes(data[:4]) != b"GGUF":
-            raise ValueError(f"it begins with {bytes(data[:4])}")
-        cursor = GgufCursor(memoryview(data))
-        _, version, tensor_count, field_count = cursor.unpack("IIQQ")
-        if version not in (2, 3):
-            raise ValueError(f"version {version}")
-        fields = {cursor.read_string(): cursor.read_value(*cursor.unpack("I")) for _ in range(field_count)}
-        entries = []
-        for _ in range(tensor_count):
-            name, (dimensions,) = cursor.read_string(), cursor.unpack("I")
-            entries.append((name, cursor.unpack(f"{dimensions}Q")[::-1], *cursor.unpack("IQ")))
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            if magic != b"GGUF":
+                raise ValueError(f"it begins with {magic}")
+            version, tensor_count, field_count = unpack(file, "IQQ")
+            if version not in (2, 3):
+                raise ValueError(f"version {version}")
+            fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
+            entries = []
+            for _ in range(tensor_count):
+                name, (dimensions,) = read_string(file), unpack(file, "I")
+                entries.append((name, unpack(file, f"{dimensions}Q")[::-1], *unpack(file, "IQ")))
+            header_size, file_size = file.tell(), path.stat().st_size
         alignment = fields.get("general.alignment", 32)
-        data_start = -(-cursor.offset // alignment) * alignment
+        data_start = -(-header_size // alignment) * alignment
         tensors = {}
         for name, shape, type_id, offset in entries:
             quantization = gguf.GGMLQuantizationType(type_id)
             byte_shape = gguf.quant_shape_to_byte_shape(shape, quantization)
             end = data_start + offset + math.prod(byte_shape)
-            if end > len(data):
-                raise ValueError(f"{len(data)} bytes, while {name} ends at byte {end}")
+            if end > file_size:
+                raise ValueError(f"{file_size} bytes, while {name} ends at byte {end}")
             tensors[name] = GgufTensor(path, name, quantization, data_start + offset, byte_shape, shape)
     except (OSError, struct.error, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise UserError(
@@ -185,7 +178,7 @@ def read_gguf_header(path: str | Path) -> GgufHeader:
     return GgufHeader(path, fields, tensors)
 
 
-def read_gguf_config(path: str | Path) -> dict[str, Any]:
+def read_gguf_config(path: Path) -> dict[str, Any]:
     """Returns the config.json that the metadata of a GGUF file describes.
 
     Raises:
@@ -316,7 +309,7 @@ def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[st
     return rope
 
 
-def read_gguf_tensors(path: str | Path, hf_config: dict[str, Any]) -> dict[str, GgufTensor]:
+def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTensor]:
     """Lists the tensors of a GGUF file under the names and in the shapes of a Hugging Face checkpoint.
 
     Args:

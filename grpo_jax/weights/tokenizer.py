@@ -44,7 +44,7 @@ def load_tokenizer(source: str | Path):
         ) from None
 
 
-def read_gguf_tokenizer(path: str | Path):
+def read_gguf_tokenizer(path: Path):
     """Reads the tokenizer of a GGUF file with the conversion that `transformers` uses.
 
     Args:
