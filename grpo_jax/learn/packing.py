@@ -84,15 +84,13 @@ def assign_rows(
             row = min((row for row in placed if free[row] >= length), key=lambda row: free[row], default=-1)
             if row < 0:
                 fits_rest = np.flatnonzero(free >= prompt_length + remaining)
-                fits_one = np.flatnonzero(free >= prompt_length + length)
                 if len(fits_rest):
-                    row = fits_rest[np.argmin(free[fits_rest])]
-                elif len(fits_one):
-                    row = fits_one[np.argmax(free[fits_one])]
+                    row = int(fits_rest[np.argmin(free[fits_rest])])
+                elif free.max(initial=0) >= prompt_length + length:
+                    row = int(np.argmax(free))
                 else:
                     row, free = len(rows), np.append(free, width)
                     rows.append([])
-                row = int(row)
                 placed[row] = []
                 rows[row].append(placed[row])
                 free[row] -= prompt_length
