@@ -55,15 +55,11 @@ def find_model(path: str | Path) -> Path:
             'If you trust it, convert it with: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files."
         )
-    for what, exists in (
-        ("model folder", folder.is_dir()),
-        ("config.json", (folder / "config.json").exists()),
-        ("*.safetensors", has_safetensors),
-    ):
-        if not exists:
+    for name in ("config.json", "*.safetensors"):
+        if not any(folder.glob(name)):
             raise UserError(
-                f"No {what} found at {folder}. Set model.path to a Hugging Face folder with config.json, "
-                "tokenizer.json and *.safetensors, to a GGUF file, to a Hub id, or to 'tiny'."
+                f"No {name if folder.is_dir() else 'model folder'} found at {folder}. Set model.path to a Hugging Face "
+                "folder with config.json, tokenizer.json and *.safetensors, to a GGUF file, to a Hub id, or to 'tiny'."
             )
     return folder
 
