@@ -1,5 +1,6 @@
 """README's commands run, and the paths, keys and functions that it names exist."""
 
+import json
 import os
 import re
 import shlex
@@ -13,9 +14,12 @@ import pytest
 
 from grpo_jax.config import default
 from grpo_jax.config.keys import flatten
+from grpo_jax.run.metrics import console_line
+from grpo_jax.run.train import LOSS_NOTE
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
+GUIDE = (REPO / "docs" / "changing.md").read_text()
 COMMANDS = [
     line.split(" #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
@@ -34,17 +38,29 @@ SHORT = {
     "grpo_jax.generate": [],
     "grpo_jax.export": [],
 }
+# The same for the Python examples.
+SHORT_CONFIG = """
+from grpo_jax import config
+from grpo_jax.config import default
+def short_default():
+    cfg = default()
+    cfg.total_steps, cfg.rollout.prompts, cfg.rollout.samples, cfg.eval.questions = 1, 4, 4, 8
+    return cfg
+config.default = short_default
+"""
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Makes a folder with what the commands refer to: configs, a problem file, a model folder and a run."""
+    """Makes a folder with what the commands refer to: configs, problems, a reward part, a model folder and a run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPO / "configs", folder / "configs")
     shutil.copytree(REPO / "launch", folder / "launch")
     shutil.copytree(REPO / "grpo_jax" / "tiny" / "base", folder / "path/to/a/model/folder")
     lines = [f'{{"question": "What is {i} + 1?", "answer": {i + 1}}}' for i in range(20)]
     (folder / "questions.jsonl").write_text("\n".join(lines))
+    part = re.search(r"^\+\+\+ b/length.py\n@@.*@@\n((?:\+.*\n)+)", GUIDE, flags=re.M)[1]
+    (folder / "length.py").write_text(re.sub(r"^\+", "", part, flags=re.M))
     before = os.getcwd()
     os.chdir(folder)
     try:  # the tests may run in any order
@@ -78,11 +94,24 @@ def test_readme_command_runs(command, workplace, monkeypatch):
         assert run.returncode == 0, run.stderr
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    environ = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], check=True, cwd=REPO, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", SHORT_CONFIG + block], cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs/doubles/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and {"reward/accuracy", "reward/brevity"} <= rows[1].keys()
+
+
+def test_readme_shows_the_lines_that_a_run_prints():
+    assert f"\n{LOSS_NOTE}\n" in README
+    metrics = {"reward/mean": 1.04, "reward/accuracy": 0.27, "reward/format": 0.77, "rollout/length_mean": 21.3}
+    metrics |= {"policy/kl_ref": 0.0, "rollout/tokens_per_s": 961, "time/step_s": 8.7}
+    assert f"\n{console_line(1, 80, metrics)}\n" in README
 
 
 def test_every_path_in_the_readme_exists():

@@ -47,15 +47,7 @@ FINISHED_RUN = [
     "--config.eval.every_steps=4",
     "--config.checkpoint.every_steps=3",
 ]
-DOCUMENTED_METRICS = """reward/mean reward/accuracy reward/format rollout/length_mean rollout/truncated_frac
-rollout/tokens_per_s groups/zero_variance_frac policy/kl_ref policy/kl_sampler policy/ratio_max policy/clip_frac
-policy/entropy loss/total policy/logp_gap/mean policy/logp_gap/max optim/grad_norm optim/lr time/rollout_s time/reward_s
-time/update_s time/step_s""".split()
-
-DOCUMENTED_SAMPLE_FIELDS = set(
-    """step prompt_id sample_id question prompt completion tokens logps length truncated expected rewards reward
-    metadata""".split()
-)
+METRICS_PAGE = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
 def train(workdir, flags):
@@ -134,17 +126,30 @@ def test_the_reference_is_the_base_model(finished_run):
     assert largest_difference(reference, restore(finished_run, "5", "policy")) > 1e-5
 
 
-def test_a_workdir_holds_what_is_documented(finished_run):
+def table_rows(section: str) -> list[list[str]]:
+    """Returns the rows of the table in a section of docs/metrics.md, without its head, as cells of text."""
+    lines = METRICS_PAGE.split(f"## {section}\n")[1].split("\n## ")[0].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
+
+
+def test_a_workdir_holds_exactly_what_is_documented(finished_run):
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert all(isinstance(row[name], float) for row in rows[1:] for name in DOCUMENTED_METRICS)
-    for name in ("eval/accuracy", "eval/format", "eval/length_mean"):
-        assert [row["step"] for row in rows if name in row] == [0, 4, 5]
+    by_line = {"update": set(), "evaluation": set()}
+    for cells in table_rows("Metrics"):
+        names = [cells[0].strip("`").replace("PART", part) for part in ("accuracy", "format")]
+        by_line["evaluation" if cells[3] == "evaluated steps" else "update"] |= set(names)
+    assert all(by_line.values())
+    for row in rows:
+        expected = by_line["update"] if row["step"] else set()
+        assert row.keys() - {"step"} == expected | (by_line["evaluation"] if row["step"] in (0, 4, 5) else set())
+        assert all(isinstance(value, float) for name, value in row.items() if name != "step")
+
+    fields = {name: cells[1] for cells in table_rows("Samples") for name in re.findall(r"`(\w+)`", cells[0])}
     samples = [json.loads(line) for line in (finished_run / "samples" / "train-000001.jsonl").read_text().splitlines()]
-    assert len(samples) == 3
-    assert samples[0].keys() == DOCUMENTED_SAMPLE_FIELDS | {"policy_logps", "ref_logps", "advantage", "update_steps"}
+    assert len(samples) == 3 and samples[0].keys() == fields.keys()
     evaluated = [json.loads(line) for line in (finished_run / "samples" / "eval-000004.jsonl").read_text().splitlines()]
-    assert len(evaluated) == 8 and evaluated[0].keys() == DOCUMENTED_SAMPLE_FIELDS
+    assert len(evaluated) == 8 and evaluated[0].keys() == {name for name in fields if fields[name] == "both"}
     assert json.loads((finished_run / "config.json").read_text())["rollout"]["prompts"] == 4
     assert any((finished_run / "tensorboard").iterdir())
 
