@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from grpo_jax.types import PackedBatch
 from tests.tiny import experience, packed
@@ -288,21 +288,39 @@ def test_the_model_family_computes_what_its_definition_says(tmp_path):
     folder = copy_with(tmp_path / "copy", "gemma")
     config, tensors = make_gemma(folder / "model")
     tokens = np.random.default_rng(1).integers(0, 96, 20)
-    code = "import numpy as np; from grpo_jax import forward, load, save; model_cfg, params = load('model'); "
-    code += f"np.save('logits.npy', forward(model_cfg, params, np.asarray([{tokens.tolist()}]))); "
-    code += "save('saved', model_cfg, params)"
+    code = f"""
+import numpy as np
+from grpo_jax import forward, load, save
+
+model_cfg, params = load("model")
+np.save("logits.npy", forward(model_cfg, params, np.asarray([{tokens.tolist()}])))
+save("saved", model_cfg, params)
+"""
     run_copy(folder, "-c", code)
     logits, expected = np.load(folder / "logits.npy")[0], gemma_logits(config, tensors, tokens)
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert (folder / "saved/model.safetensors").read_bytes() == (folder / "model/model.safetensors").read_bytes()
+    saved, original = (load_file(folder / name / "model.safetensors") for name in ("saved", "model"))
+    assert saved.keys() == original.keys()
+    assert all((saved[name] == original[name]).all() for name in original)
 
 
 def test_the_optimizer_is_accepted_and_its_first_step_is_nadams(tmp_path):
     """After the first gradient g, Adam's step is sign(g); Nesterov momentum makes it (1 + b1 / (1 + b1)) sign(g)."""
     folder = copy_with(tmp_path / "copy", "nadam")
-    code = "import jax, numpy as np; from grpo_jax import config; from grpo_jax.learn.optimizer import make_optimizer; "
-    code += "raw = config.default(); raw.optim.name = 'nadam'; optimizer = make_optimizer(config.check(raw).optim); "
-    code += "params = {'kernel': jax.numpy.ones(3)}; grads = {'kernel': jax.numpy.asarray([0.1, -0.2, 0.3])}; "
-    code += "updates, _ = optimizer.update(grads, optimizer.init(params), params); np.save('u.npy', updates['kernel'])"
+    code = """
+import jax.numpy as jnp
+import numpy as np
+from grpo_jax import config
+from grpo_jax.learn.optimizer import make_optimizer
+
+raw = config.default()
+raw.optim.name = "nadam"
+optimizer = make_optimizer(config.check(raw).optim)
+params = {"head": {"kernel": jnp.ones((1, 3))}}
+grads = {"head": {"kernel": jnp.asarray([[0.1, -0.2, 0.3]])}}
+updates, _ = optimizer.update(grads, optimizer.init(params), params)
+np.save("updates.npy", updates["head"]["kernel"])
+"""
     run_copy(folder, "-c", code)
-    np.testing.assert_allclose(np.load(folder / "u.npy"), 1.5e-4 * (1 + 0.9 / 1.9) * np.asarray([-1, 1, -1]), rtol=1e-4)
+    expected = 1.5e-4 * (1 + 0.9 / 1.9) * np.asarray([[-1, 1, -1]])
+    np.testing.assert_allclose(np.load(folder / "updates.npy"), expected, rtol=1e-4)
