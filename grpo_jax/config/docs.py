@@ -4,6 +4,7 @@ python -m grpo_jax.config.docs > docs/config.md
 """
 
 import dataclasses
+import itertools
 import textwrap
 
 from grpo_jax.config.functions import suggest
@@ -73,17 +74,15 @@ def markdown() -> str:
     lines = [INTRO]
     for title, config_class in (("Training", Config), ("Pretraining", PretrainConfig)):
         lines += ["", f"## {title}"]
-        heading = None
-        for name, spec in key_specs(config_class).items():
-            section = name.rpartition(".")[0]
-            if section != heading:
-                heading = section
-                if section:
-                    lines += ["", f"### `{section}`", "", f"{type(getattr(config_class, section)).__doc__}"]
-                lines += ["", "| key | default | allowed | meaning |", "|---|---|---|---|"]
-            allowed, meaning = describe_key(name, spec)
-            star = " \\*" if spec.resumable else ""
-            lines.append(f"| `{name}`{star} | `{spec.default!r}` | {allowed} | {meaning} |")
+        specs = key_specs(config_class)
+        for section, names in itertools.groupby(specs, key=lambda name: name.rpartition(".")[0]):
+            if section:
+                lines += ["", f"### `{section}`", "", f"{type(getattr(config_class, section)).__doc__}"]
+            lines += ["", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+            for name in names:
+                allowed, meaning = describe_key(name, specs[name])
+                star = " \\*" if specs[name].resumable else ""
+                lines.append(f"| `{name}`{star} | `{specs[name].default!r}` | {allowed} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
