@@ -15,18 +15,8 @@ from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig
 from grpo_jax.model.layers import ACTIVATIONS
 from grpo_jax.model.rope import ROPE_SCALINGS, yarn_attention_factor
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "deepseek_v3",
-)
+GEMMAS = ("gemma2", "gemma3", "gemma3_text")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *GEMMAS, "deepseek_v3")
 
 # Sizes of lists and arrays that are built while a config is read. They are bounded so that a broken file cannot
 # exhaust the memory.
@@ -126,7 +116,7 @@ def translate_hf_config(hf, family: str, where: str, **fields) -> ModelConfig:
     def get(name: str, default=None):
         return getattr(hf, name, default)
 
-    gemma = family.startswith("gemma")
+    gemma = family in GEMMAS
     activation = hf.hidden_activation if gemma else hf.hidden_act
     biases = bool(get("attention_bias")) and family not in ("mistral", "mixtral", "qwen2")
     for ok, field, supported, value in (
