@@ -11,9 +11,10 @@ from grpo_jax.config import flags
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import EVALUATION_KEY, build_context, load_policy
+from grpo_jax.run.context import EVALUATION_KEY, build_context
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import evaluation_line
+from grpo_jax.run.policy import load_policy
 from grpo_jax.tasks.problem_file import read_problems
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
 from grpo_jax.text.prompt import encode_prompts

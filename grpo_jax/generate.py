@@ -11,8 +11,9 @@ from grpo_jax.config import flags
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import is_multiprocess
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import GENERATION_KEY, build_context, load_policy
+from grpo_jax.run.context import GENERATION_KEY, build_context
 from grpo_jax.run.generation import stream_completion
+from grpo_jax.run.policy import load_policy
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 

@@ -9,6 +9,7 @@ Modules, in reading order:
     console     reports on a run while it trains
     stages      the stages of a rollout, from prompts to experience
     evaluation  evaluates a policy on held-out problems
+    policy      loads the policy of a run for the entry points that read it
     generation  streams one completion of a policy
     export      writes a policy as a Hugging Face folder
     train       the training loop

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax.errors import UserError
 from grpo_jax.types import Experience, TrainState
 
 
@@ -104,47 +103,6 @@ def saved_steps(workdir: Path) -> list[int]:
 def newest_step(workdir: Path) -> int:
     """Returns the step of a run's newest checkpoint, or 0 if it has none."""
     return max(saved_steps(workdir), default=0)
-
-
-def choose_step(workdir: Path, step: int | None = None) -> int:
-    """Returns `step` if the run has a checkpoint of it, or the newest step if `step` is None.
-
-    Raises:
-        UserError: The run has no checkpoint yet, or none of that step.
-    """
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"The run must have saved a checkpoint; found none in {checkpoints_folder(workdir)}. Train first, or wait "
-            "for the first one."
-        )
-    if step is not None and step not in steps:
-        raise UserError(
-            f"--step must be one of the steps kept in {checkpoints_folder(workdir)} ({', '.join(map(str, steps))}); "
-            f"found {step}. Choose one of them, or leave --step out for the newest."
-        )
-    return steps[-1] if step is None else step
-
-
-def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) -> tuple[int, Any]:
-    """Restores the policy of a run onto the mesh.
-
-    Args:
-        workdir: The run.
-        shapes: The parameters as a tree of jax.ShapeDtypeStruct.
-        shardings: Their shardings.
-        step: The number of updates behind the policy; by default that of the newest checkpoint.
-
-    Returns:
-        (step, params): The step of the checkpoint and the parameters.
-
-    Raises:
-        UserError: The run has no checkpoint yet, or none of that step.
-    """
-    step = choose_step(workdir, step)
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = checkpoints_folder(workdir) / str(step) / "policy"
-        return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
 
 
 def save_reference(workdir: Path, params) -> None:

@@ -18,12 +18,11 @@ from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
-from grpo_jax.run.checkpoint import restore_policy
 from grpo_jax.tasks.streams import held_out_problems, problems_to_check
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.prompt import completion_eos_ids, encode_prompts
 from grpo_jax.text.stops import build_stop_table
-from grpo_jax.weights.model_io import load, open_model_tensors
+from grpo_jax.weights.model_io import open_model_tensors
 from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 
@@ -126,15 +125,3 @@ def check_prompt_lengths(cfg: Config, tokenizer, task: Task) -> None:
     """
     for problems in (problems_to_check(task, cfg.seed), held_out_problems(task, cfg.eval.questions)):
         encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)
-
-
-def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
-    """Loads the newest policy of a run onto the mesh, or with `base` the model that the run started from.
-
-    Returns:
-        (step, params): The number of updates behind the policy (0 for the base model), and its parameters.
-    """
-    if base:
-        return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]
-    shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
-    return restore_policy(workdir, shapes, tree_shardings(context.mesh, shapes))

@@ -10,7 +10,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.run.checkpoint import choose_step, restore_policy
+from grpo_jax.run.policy import choose_step, restore_policy
 from grpo_jax.weights.model_io import load, open_model_tensors, save
 from grpo_jax.weights.source import find_model, read_model_config
 

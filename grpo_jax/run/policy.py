@@ -1,0 +1,67 @@
+"""Loads the policy of a run for the entry points that read it: evaluation, generation and export."""
+
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from grpo_jax.config.schema import Config
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.run.checkpoint import abstract_arrays, checkpoints_folder, saved_steps
+from grpo_jax.run.context import RunContext
+from grpo_jax.weights.model_io import load
+
+
+def choose_step(workdir: Path, step: int | None = None) -> int:
+    """Returns `step` if the run has a checkpoint of it, or the newest step if `step` is None.
+
+    Raises:
+        UserError: The run has no checkpoint yet, or none of that step.
+    """
+    steps = saved_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"The run must have saved a checkpoint; found none in {checkpoints_folder(workdir)}. Train first, or wait "
+            "for the first one."
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"--step must be one of the steps kept in {checkpoints_folder(workdir)} ({', '.join(map(str, steps))}); "
+            f"found {step}. Choose one of them, or leave --step out for the newest."
+        )
+    return steps[-1] if step is None else step
+
+
+def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) -> tuple[int, Any]:
+    """Restores the policy of a run onto the mesh.
+
+    Args:
+        workdir: The run.
+        shapes: The parameters as a tree of jax.ShapeDtypeStruct.
+        shardings: Their shardings.
+        step: The number of updates behind the policy; by default that of the newest checkpoint.
+
+    Returns:
+        (step, params): The step of the checkpoint and the parameters.
+
+    Raises:
+        UserError: The run has no checkpoint yet, or none of that step.
+    """
+    step = choose_step(workdir, step)
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = checkpoints_folder(workdir) / str(step) / "policy"
+        return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
+
+
+def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
+    """Loads the newest policy of a run onto the mesh, or with `base` the model that the run started from.
+
+    Returns:
+        (step, params): The number of updates behind the policy (0 for the base model), and its parameters.
+    """
+    if base:
+        return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]
+    shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
+    return restore_policy(workdir, shapes, tree_shardings(context.mesh, shapes))
