@@ -18,8 +18,9 @@ from grpo_jax.config import (
     pretrain_default,
     write_config,
 )
-from grpo_jax.config.docs import explain, markdown
+from grpo_jax.config.docs import markdown
 from grpo_jax.config.flags import load_config, override_key
+from grpo_jax.config.help import explain
 from grpo_jax.config.keys import flatten, key_specs
 from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
 from grpo_jax.config.schema import PretrainConfig

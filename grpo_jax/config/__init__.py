@@ -7,7 +7,8 @@ Modules, in reading order:
     schema       all keys of both jobs, one frozen dataclass per section
     rules        checks a config before any device work and builds the frozen `Config`
     workdir      reads and writes a run's config.json, and decides which runs may be resumed
-    docs         renders the schema as `--help=SECTION` and docs/config.md
+    help         renders the schema for `--help` and `--help=SECTION`
+    docs         renders the schema as docs/config.md
     flags        parses the command line of every entry point
 
 A config file is written with ml_collections and starts from `default()`:

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config.docs import explain, list_topics
 from grpo_jax.config.functions import import_file
+from grpo_jax.config.help import explain, list_topics
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default

@@ -18,7 +18,6 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
     Raises:
         UserError: The workdir holds other files, or a run whose config differs in a key that is not `resumable`.
     """
-    workdir = Path(workdir)
     if (workdir / "config.json").is_file():
         before, now = flatten(read_config(workdir).to_dict()), flatten(dataclasses.asdict(cfg))
         for name in sorted(before.keys() ^ now.keys()):

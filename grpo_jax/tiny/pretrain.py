@@ -76,12 +76,10 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
         tokenizer_vocab_size=tokenizer.get_vocab_size(),
         eos_ids=(tokenizer.token_to_id(EOS_TOKEN),),
     )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.optim.lr, cfg.optim.warmup_steps, cfg.total_steps, cfg.optim.lr * 0.01
-    )
+    optim = cfg.optim
+    schedule = optax.warmup_cosine_decay_schedule(0.0, optim.lr, optim.warmup_steps, cfg.total_steps, optim.lr * 0.01)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(cfg.optim.grad_clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=cfg.optim.weight_decay),
+        optax.clip_by_global_norm(optim.grad_clip), optax.adamw(schedule, b2=0.98, weight_decay=optim.weight_decay)
     )
     params = init_params(model_cfg, jax.random.key(cfg.seed))
     opt_state = optimizer.init(params)
