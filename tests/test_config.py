@@ -237,7 +237,6 @@ NOT_NEGATIVE = (
     "eval.every_steps",
     "eval.temperature",
     "eval.top_k",
-    "log.samples",
     "rollout.slots",
 )
 
