@@ -30,13 +30,13 @@ FLAGS = """
     optim.b1=0.8 optim.b2=0.99 optim.weight_decay=0.1 optim.grad_clip=1.5 mesh.data=2 mesh.fsdp=2 mesh.tensor=2
     eval.questions=10 eval.temperature=0.7 eval.every_steps=1 checkpoint.every_steps=1 log.every_steps=1 log.samples=-1
 """.split()
-SKIPPED_STEP, KILLED_STEP, LAST_STEP = 2, 6, 8
+SKIPPED_STEP, STOPPED_STEP, LAST_STEP = 2, 6, 8
 
 
-def train_with_a_skip_and_a_kill(folder, monkeypatch):
+def train_with_a_skip_and_a_stop(folder, monkeypatch):
     """Trains for two rollouts of four updates, once through everything that may happen to a run.
 
-    The gradient of step 2 is not finite. The run is killed in step 7, has lost the checkpoint of step 6, and resumes with
+    The gradient of step 2 is not finite. The run stops after step 6, loses its last checkpoint, and resumes with
     checkpoint.keep=3.
 
     Returns:
@@ -57,9 +57,9 @@ def train_with_a_skip_and_a_kill(folder, monkeypatch):
         main([f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *keys])
 
     monkeypatch.setattr(grpo_jax.run.train, "take_rows", take_rows_with_nan)
-    train(f"total_steps={KILLED_STEP}", "checkpoint.keep=100")
+    train(f"total_steps={STOPPED_STEP}", "checkpoint.keep=100")
     shutil.copytree(workdir / "checkpoints", saved, copy_function=os.link)
-    shutil.rmtree(workdir / "checkpoints" / str(KILLED_STEP))
+    shutil.rmtree(workdir / "checkpoints" / str(STOPPED_STEP))
     train(f"total_steps={LAST_STEP}", "checkpoint.keep=3")
     kept = sorted(os.listdir(workdir / "checkpoints"))
     for step in set(os.listdir(saved)) - set(kept):
@@ -78,7 +78,7 @@ def work_out_again(workdir):
 
 def test_a_run_worked_out_again_from_its_files_agrees(tmp_path, monkeypatch):
     """It is one test, because a run takes long and each test worker would do it again."""
-    workdir, kept = train_with_a_skip_and_a_kill(tmp_path, monkeypatch)
+    workdir, kept = train_with_a_skip_and_a_stop(tmp_path, monkeypatch)
     assert kept == ["6", "7", "8", "reference"]
     comparisons, wrong = work_out_again(workdir), defaultdict(list)
     for line in comparisons:
