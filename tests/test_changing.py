@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import grpo_jax.learn.grpo
 from grpo_jax.types import PackedBatch
 from tests.tiny import experience, packed
 
@@ -165,8 +166,10 @@ def test_gspo_clips_one_ratio_for_each_completion(tmp_path):
 
 def test_the_entropy_bonus_raises_the_entropy_of_every_token(tmp_path):
     rows = OffPolicyRows()
-    _, gradient = rows.gradients(changed_page(tmp_path / "copy", "entropy_bonus"), argument=1)
+    total, gradient = rows.gradients(changed_page(tmp_path / "copy", "entropy_bonus"), argument=1)
     weights = rows.batch.mask / rows.batch.mask.sum(axis=1, keepdims=True) / len(gradient)
+    bonus = 0.01 * np.sum(weights * np.exp(rows.batch.ref_logps))
+    np.testing.assert_allclose(total, rows.gradients(grpo_jax.learn.grpo, argument=1)[0] - bonus, rtol=1e-5)
     np.testing.assert_allclose(gradient, -0.01 * weights, rtol=1e-5)
 
 
@@ -210,6 +213,16 @@ def test_the_commands_of_the_guide_train_with_a_part_and_a_task_of_ones_own(tmp_
         a, b = record["metadata"]["a"], record["metadata"]["b"]
         assert (record["question"], record["expected"]) == (f"What is {a} * {b}?", str(a * b))
         assert record["reward"] == pytest.approx(np.dot([record["rewards"][part] for part in parts], [1, 1, 0.1]))
+
+
+@pytest.mark.slow
+def test_gspo_clips_whole_completions_with_the_command_of_the_guide(tmp_path):
+    """Each of the four minibatches of a rollout is one completion, of which all tokens are clipped or none."""
+    (command,) = (command for command in COMMANDS if "gspo" in command)
+    flags = [word.removeprefix("--config.") for word in shlex.split(command) if word.startswith("--config.")]
+    rows = train_copy(copy_with(tmp_path / "copy", "gspo"), *flags, "optim.lr=0.001", "total_steps=4")[1:]
+    assert {round(row["policy/clip_frac"], 5) for row in rows} == {0, 1}
+    assert rows[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-4) and rows[-1]["policy/ratio_max"] != 1
 
 
 def test_brevity_prefers_the_shorter_of_two_correct_completions(tmp_path):
