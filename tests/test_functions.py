@@ -57,6 +57,12 @@ def test_a_file_is_imported_once_and_files_of_one_name_are_told_apart(tmp_path, 
     assert "f" not in sys.modules  # a private name, so that `import f` keeps its meaning
 
 
+def test_a_file_that_was_edited_is_imported_again(tmp_path):
+    path = tmp_path / "f.py"
+    assert resolve(f"{write(path, 'def f(): return 1')}:f")() == 1
+    assert resolve(f"{write(path, 'def f(): return 200')}:f")() == 200
+
+
 def test_a_file_may_define_dataclasses(tmp_path):
     """`dataclass` looks up the module of the class in sys.modules when annotations are strings."""
     text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"

@@ -81,8 +81,8 @@ def import_source(source: str, key: str) -> ModuleType:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Imports a Python file once: later calls return the same module."""
-    name = f"_grpo_jax_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    """Imports a Python file: later calls return the same module, unless the file has been edited."""
+    name = f"_grpo_jax_file_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None, path  # it ends in .py
