@@ -22,13 +22,15 @@ BASE = REPO / "grpo_jax" / "tiny" / "base"
 # The tiny base model solves the sums of three digits now and then, in 44 to 46 tokens, and never the others.
 SUMS = [(337, 304), (616, 235), (45, 6), (701, 971), (742, 660), (9, 9)]
 SUMS += [(384, 315), (169, 473), (7, 8), (691, 498), (787, 934), (12, 34)]
-# Everything that has a neutral value has another one. Evaluation asks the questions of training at its temperature.
+# Keys that could be left out have another value than would do the same. Slots are refilled, and an update has several
+# micro-batches. Evaluation asks the questions of training, at its temperature.
 FLAGS = """
-    task.name=jsonl rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7
-    reward.weights=1.0,0.5 train.minibatches=2 train.epochs=2 loss.kl_coef=0.5 loss.clip_low=0.1 loss.clip_high=0.3
-    optim.lr=2e-4 optim.schedule=linear optim.warmup_steps=3 optim.decay_steps=12 optim.end_lr_fraction=0.1
-    optim.b1=0.8 optim.b2=0.99 optim.weight_decay=0.1 optim.grad_clip=1.5 mesh.data=2 mesh.fsdp=2 mesh.tensor=2
-    eval.questions=10 eval.temperature=0.7 eval.every_steps=1 checkpoint.every_steps=1 log.every_steps=1 log.samples=-1
+    task.name=jsonl rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
+    reward.weights=1.0,0.5 train.minibatches=2 train.epochs=2 train.micro_tokens=128 train.chunk_tokens=64
+    loss.kl_coef=0.5 loss.clip_low=0.1 loss.clip_high=0.3 optim.lr=2e-4 optim.b1=0.8 optim.b2=0.99
+    optim.schedule=linear optim.warmup_steps=3 optim.decay_steps=12 optim.end_lr_fraction=0.1 optim.weight_decay=0.1
+    optim.grad_clip=1.5 eval.questions=10 eval.temperature=0.7 eval.every_steps=1 checkpoint.every_steps=1
+    log.every_steps=1 log.samples=-1 mesh.data=2 mesh.fsdp=2 mesh.tensor=2
 """.split()
 SKIPPED_STEP, STOPPED_STEP, LAST_STEP = 2, 6, 8
 
