@@ -1,4 +1,4 @@
-"""Evaluates the policy of a run on held-out problems: the parts of the reward and the mean length in tokens."""
+"""Evaluates the policy of a run on held-out problems: the mean of each reward part, and the mean length in tokens."""
 
 import json
 import os

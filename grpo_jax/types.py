@@ -71,8 +71,8 @@ class Experience:
     prompt_lengths: Int[np.ndarray, " N"]  # prompt length, which is also the column of the completion's first token
     mask: Bool[np.ndarray, "N S"]  # True on completion tokens, including the stopping token
     sampler_logps: Float[np.ndarray, "N S"]  # log pi_old, as computed by the sampler
-    ref_logps: Float[np.ndarray, "N S"]  # log pi_ref; zeros until it is scored, and if no reference is kept
-    advantages: Float[np.ndarray, " N"]  # one advantage per completion; zeros until they are computed
+    ref_logps: Float[np.ndarray, "N S"]  # log pi_ref; zeros until computed, and if no reference is kept
+    advantages: Float[np.ndarray, " N"]  # one advantage per completion; zeros until computed
     prompt_ids: Int[np.ndarray, " N"]  # sequences with equal ids share the same prompt
 
 
@@ -89,13 +89,13 @@ class PackedBatch:
     predict_from: Int[Array, "P W"]  # column of the hidden state that predicts this completion token
     flat_index: Int[Array, "P W"]  # n * S + t for token t of completion n of the batch; -1 on prompts and padding
     sequence: Int[Array, "P W"]  # n for a token of completion n of the batch; -1 on prompts and padding
-    group: Int[Array, "P W"]  # number of that completion's group in the batch, counted from 0; -1 likewise
+    group: Int[Array, "P W"]  # index of that completion's group in the batch; -1 on prompts and padding
     weights: Float[Array, "P W"]  # weight of the token in the loss (`grpo.token_weights`); 0 on prompts and padding
     sampler_logps: Float[Array, "P W"]  # log pi_old of completion tokens
     ref_logps: Float[Array, "P W"]  # log pi_ref of completion tokens
     advantages: Float[Array, "P W"]  # the completion's advantage, repeated for each of its tokens
     num_micro_batches: Int[Array, ""]  # micro-batches that hold a token; all later ones are padding
-    num_sequences: int = flax.struct.field(pytree_node=False)  # N, completions in the batch; known when compiling
+    num_sequences: int = flax.struct.field(pytree_node=False)  # N, completions in the batch; static under jit
 
 
 @flax.struct.dataclass

@@ -270,7 +270,10 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
         ),
         (dict(reward__weights="[1, 2, 3]"), "for each of the 2 reward.parts; found 3"),
         *(
-            (dict(reward__parts=f'["accuracy", "{name}"]'), f"distinct Python names other than .*, '{label}'. Rename")
+            (
+                dict(reward__parts=f'["accuracy", "{name}"]'),
+                f"distinct Python identifiers other than .*, '{label}'. Rename",
+            )
             for name, label in (
                 ("accuracy", "accuracy"),
                 ("my.py:accuracy", "accuracy"),

@@ -199,7 +199,7 @@ def test_an_unknown_part_is_refused_and_the_way_to_resume_is_named():
         resolve_parts(["accuracy", "formatt"])
     message = str(raised.value)
     assert "reward.parts must be 'accuracy', 'format', module:function or path/file.py:function; found" in message
-    assert "'formatt'. Did you mean 'format'? A run of grpo_jax.train with rewards=... is resumed by" in message
+    assert "'formatt'. Did you mean 'format'? To resume a run of grpo_jax.train with rewards=...," in message
 
 
 BLOCK_JAX = """

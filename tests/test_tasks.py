@@ -164,7 +164,7 @@ def test_an_unknown_task_is_refused_and_the_way_to_resume_a_list_is_named():
         UserError, match=r"task.name must be 'addition', 'jsonl', .*'adition'. Did you mean 'addition'\?$"
     ):
         resolve_task(TaskSection(name="adition"))
-    with pytest.raises(UserError, match=r"found 'python'. .* A run of grpo_jax.train with problems=... is resumed by"):
+    with pytest.raises(UserError, match=r"found 'python'. .* To resume a run of grpo_jax.train with problems=...,"):
         resolve_task(TaskSection(name="python"))
 
 
@@ -247,7 +247,7 @@ def test_what_a_task_returns_must_be_a_problem(returned, says):
     def task(index, *, seed, split):
         return Problem("q", "1") if index < 4 else returned
 
-    with pytest.raises(UserError, match=f"What the task 'task' returns for index 4 of split 'train' {says}"):
+    with pytest.raises(UserError, match=f"The value of task 'task' for index 4 of split 'train' {says}"):
         draw_problems(task, range(8), seed=0, split="train")
 
 

@@ -3,7 +3,7 @@
 Modules, in reading order:
 
     keys         declares a config key as a typed dataclass field
-    functions    finds the function that a config value names
+    functions    imports the function that a config value names
     schema       all keys of both jobs, one frozen dataclass per section
     rules        checks a config before any device work and builds the frozen `Config`
     workdir      reads and writes a run's config.json, and decides which runs may be resumed

@@ -1,4 +1,4 @@
-"""Finds the function that a config value names: one of ours, `module:function` or `path/file.py:function`."""
+"""Imports the function that a config value names: a built-in one, `module:function` or `path/file.py:function`."""
 
 import difflib
 import hashlib
@@ -16,32 +16,32 @@ from grpo_jax.errors import UserError
 
 
 def function_label(name: str) -> str:
-    """Returns what metrics and samples call a function: the part of its name after the colon, or a bare name itself."""
+    """Returns a function's label in metrics and samples: what follows the colon of its name, or all of a bare name."""
     return name.rpartition(":")[2]
 
 
-def resolve_function(name: str, key: str, ours: Mapping[str, Callable], hint: str = "") -> Callable[..., Any]:
+def resolve_function(name: str, key: str, built_in: Mapping[str, Callable], hint: str = "") -> Callable[..., Any]:
     """Returns the function that a config value names.
 
     Args:
-        name: The value: a name in `ours`, `module:function`, or `path/file.py:function`, where `~` stands for the home
-            directory and a relative path starts in the current directory.
+        name: The value: a name in `built_in`, `module:function`, or `path/file.py:function`, where `~` stands for the
+            home directory and a relative path starts in the current directory.
         key: The config key of the value, for errors.
-        ours: The functions that need no module, by name.
-        hint: What the error for an unknown name without a colon says besides.
+        built_in: The functions that need no module, by name.
+        hint: A sentence to add to the error for an unknown name without a colon.
 
     Raises:
         UserError: There is no such function, it cannot be called, or importing its module or file fails.
     """
-    if name in ours:
-        return ours[name]
+    if name in built_in:
+        return built_in[name]
     source, colon, function = name.rpartition(":")
     is_source = source.endswith(".py") or all(map(str.isidentifier, source.split(".")))
     if not (is_source and function.isidentifier()):
-        fix = suggest(name, ours) or "Correct the name."
+        fix = suggest(name, built_in) or "Correct the name."
         raise UserError(
-            f"{key} must be {', '.join(map(repr, ours))}, module:function or path/file.py:function; found {name!r}. "
-            + (fix if colon or not hint else f"{fix} {hint}")
+            f"{key} must be {', '.join(map(repr, built_in))}, module:function or path/file.py:function; found "
+            f"{name!r}. " + (fix if colon or not hint else f"{fix} {hint}")
         )
     module = import_source(source, key)
     value = getattr(module, function, None)
@@ -53,16 +53,16 @@ def resolve_function(name: str, key: str, ours: Mapping[str, Callable], hint: st
 
 
 def suggest(name: str, options: Iterable[str], form: str = "{!r}") -> str:
-    """Returns "Did you mean ...?" with the option that is closest to a name, written in a form; "" if none is close."""
+    """Returns "Did you mean ...?" with the option closest to `name`, formatted with `form`; "" if none is close."""
     close = difflib.get_close_matches(name, options, n=1)
     return f"Did you mean {form.format(close[0])}?" if close else ""
 
 
 def import_source(source: str, key: str) -> ModuleType:
-    """Imports a module by name, or a Python file once per path.
+    """Imports a module by name, or a Python file by path.
 
     Raises:
-        UserError: There is none, or importing it raises.
+        UserError: There is no such module or file, or importing it raises an exception.
     """
     is_file, path = source.endswith(".py"), Path(source).expanduser()
     if is_file and not path.is_file():
@@ -81,11 +81,11 @@ def import_source(source: str, key: str) -> ModuleType:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Imports a Python file: later calls return the same module, unless the file has been edited."""
+    """Imports a Python file. Later calls return the same module until the file is edited."""
     name = f"_grpo_jax_file_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None, path  # it ends in .py
+        assert spec is not None and spec.loader is not None, path  # every .py file has a loader
         sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up the module of their class
         try:
             spec.loader.exec_module(sys.modules[name])
@@ -96,7 +96,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns an exception's type and message, and the file and line where it was raised, as one line."""
+    """Describes an exception in one line: its type and message, and the file and line where it was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     message, file, line = str(error), frames[-1].filename, frames[-1].lineno
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():  # in a file that is being imported

@@ -1,4 +1,4 @@
-"""Renders the schema for the command line: the lists in `--help`, and the text of `--help=SECTION`."""
+"""Renders the schema for the command line: the list of sections in `--help`, and the text of `--help=SECTION`."""
 
 import dataclasses
 import textwrap

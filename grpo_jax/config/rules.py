@@ -13,7 +13,7 @@ from grpo_jax.errors import UserError
 
 C = TypeVar("C", Config, PretrainConfig)
 
-# Names that metrics use besides those of reward parts: reward/mean and eval/length_mean.
+# Labels that reward parts must not have, because of the metrics reward/mean and eval/length_mean.
 RESERVED_LABELS = ("mean", "length_mean")
 
 # Keys that users look for but that training cannot have, with the reason.
@@ -23,7 +23,7 @@ REFUSED = dict.fromkeys(
     "(eval.top_k, eval.top_p and eval.min_p may be set)",
 )
 
-# How NO_EFFECT writes the name of any function of the user's.
+# Stands for any function of the user's in NO_EFFECT.
 USERS_FUNCTION = "module:function"
 
 # Keys that nothing reads while another key has a certain value: (the other key, that value, the keys without effect).
@@ -71,7 +71,7 @@ def check_keys(raw: ConfigDict, config_class: type[C]) -> C:
 
 
 def with_floats(value: Any, default: Any) -> Any:
-    """Returns a value with its whole numbers as floats where the default is a float or a tuple of floats."""
+    """Converts integers to floats where the default is a float or a tuple of floats."""
     if type(value) is tuple and type(default) is tuple:
         return tuple(with_floats(element, default[0]) for element in value)
     return float(value) if type(value) is int and type(default) is float else value
@@ -132,12 +132,12 @@ def check_effects(cfg: Config) -> None:
 
 
 def as_switch(value: Any) -> Any:
-    """Returns the value of a key as `NO_EFFECT` writes it."""
+    """Returns the value of a key in the form that `NO_EFFECT` uses."""
     return USERS_FUNCTION if isinstance(value, str) and ":" in value else value
 
 
 def check_reward(cfg: Config) -> None:
-    """Checks that each part of the reward has a weight, and a name of its own in metrics and samples."""
+    """Checks that each reward part has a weight, and a label of its own."""
     parts, weights = cfg.reward.parts, cfg.reward.weights
     require(
         len(parts) == len(weights),
@@ -148,7 +148,7 @@ def check_reward(cfg: Config) -> None:
     require(
         len(set(labels)) == len(labels)
         and all(label.isidentifier() and label not in RESERVED_LABELS for label in labels),
-        "reward.parts must have names that metrics can use, which are distinct Python names other than "
+        "reward.parts must have names that metrics can use: distinct Python identifiers other than "
         f"{' and '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
     )
 

@@ -29,7 +29,7 @@ def are_stop_strings(strings: tuple) -> bool:
 
 
 def are_names(names: tuple) -> bool:
-    """Returns whether all elements are non-empty strings, and there is at least one."""
+    """Returns whether there is at least one element and all are non-empty strings."""
     return bool(names) and all(isinstance(name, str) and name for name in names)
 
 
@@ -66,7 +66,10 @@ class ModelSection:
 class TaskSection:
     """The problems to learn from."""
 
-    name: str = key("addition", "`addition`, `jsonl`, module:function or path/file.py:function")
+    name: str = key(
+        "addition",
+        "`addition` generates sums, `jsonl` reads a file; module:function or path/file.py:function is your own task",
+    )
     digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
     shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
     path: str = key("", "JSONL file of problems, one object per line with `question` and `answer`", path=True)
@@ -75,11 +78,11 @@ class TaskSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
-    """The parts of the reward."""
+    """The reward parts and their weights."""
 
     parts: tuple[str, ...] = key(
         ("accuracy", "format"),
-        "each is `accuracy`, `format`, module:function or path/file.py:function",
+        "reward parts; each is `accuracy`, `format`, module:function or path/file.py:function",
         check=(are_names, "at least one name"),
     )
     weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))

@@ -11,11 +11,12 @@ trained to maximize
 
 where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
 4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds. The
-log-ratios log rho and log(pi_ref / pi) are limited to [-20, 20], with gradient 0 beyond, so that no token can overflow.
+log-ratios log rho and log(pi_ref / pi) are limited to [-20, 20], with zero gradient outside, so that no token can
+overflow.
 
 The loss weights each token by w_it = 1 / (N |o_i|). Token weights are computed over the full batch before it is split
-or packed, so the gradient does not depend on how the batch is divided. Training runs the functions of this page:
-`token_weights` when a minibatch is packed, and `weighted_loss` on packed rows.
+or packed, so the gradient does not depend on how the batch is divided. Training calls the functions of this module:
+`advantages` on each rollout, `token_weights` when a minibatch is packed, and `weighted_loss` on packed rows.
 """
 
 from typing import NamedTuple
@@ -28,14 +29,14 @@ MAX_LOG_RATIO = 20.0  # in nats; exp(20) is 4.9e8, and float32 overflows at exp(
 
 
 class SampledTokens(NamedTuple):
-    """What the loss knows of each sampled token, in any arrangement, such as padded `[N, S]` or packed `[P, W]` rows.
+    """What the loss knows about each sampled token, in padded rows `[N, S]`, packed rows `[P, W]` or any other shape.
 
     All tokens of a completion are passed in one call. Those of a group may be spread over several micro-batches, whose
     losses are added. There are at most N groups.
 
     `sums = jax.ops.segment_sum(x.ravel(), tokens.sequence.ravel(), tokens.num_sequences)` sums x over each completion
-    and drops the tokens whose index is -1. `sums[tokens.sequence]` gives each token the sum of its completion. There
-    index -1 wraps around to the last completion, which does not matter, because these tokens have weight 0.
+    and drops the tokens whose index is -1. `sums[tokens.sequence]` gives each token the sum of its completion. In this
+    lookup, index -1 wraps around to the last completion, which is harmless because these tokens have weight 0.
     """
 
     old_logps: Float[Array, "*tokens"]  # log pi_old
@@ -43,7 +44,7 @@ class SampledTokens(NamedTuple):
     advantages: Float[Array, "*tokens"]  # the advantage of the token's completion
     weights: Float[Array, "*tokens"]  # the weight w_it; tokens of weight 0 do not count, whatever their other values
     sequence: Int[Array, "*tokens"]  # index of the token's completion in the batch, 0 to N - 1; -1 on other tokens
-    group: Int[Array, "*tokens"] | None  # index of its group in the batch, likewise; None if groups are not known
+    group: Int[Array, "*tokens"] | None  # index of its group in the batch; -1 on other tokens; None if unknown
     num_sequences: int  # N, of the whole batch
 
 
@@ -71,10 +72,10 @@ def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
 
 
 def inclusive_clip(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
-    """Limits x to [low, high], with gradient 1 within the limits and 0 beyond.
+    """Limits x to [low, high]. The gradient is 1 within the limits, which include low and high, and 0 outside.
 
-    The gradient at a limit is 1, where that of `jnp.clip` is 0.5: with a clip bound of 0, the ratio of every on-policy
-    token is at the limit. NaN stays NaN, in the gradient too.
+    At a limit, the gradient of `jnp.clip` is only 0.5. This matters because with a clip bound of 0, the ratio of every
+    on-policy token is at the limit. NaN stays NaN, in the gradient too.
     """
     return jnp.where((x < low) | (x > high), jnp.clip(x, low, high), x)
 
@@ -90,7 +91,7 @@ def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> 
 
     Returns:
         One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree. The log-ratio is
-        limited to +-MAX_LOG_RATIO, so it is at most 4.9e8, and has no gradient beyond.
+        limited to +-MAX_LOG_RATIO, so the estimate is at most 4.9e8, and its gradient is 0 outside these limits.
     """
     log_ratio = inclusive_clip(other_logps - logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.expm1(log_ratio) - log_ratio
@@ -131,15 +132,15 @@ def weighted_loss(
 
     Args:
         logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
-        entropies: The policy's entropy where it chose each token, in nats, which has a gradient too; None if unknown.
-        tokens: What else is known of the tokens.
+        entropies: Entropy of the policy at each token's position, in nats, also differentiable; None if unknown.
+        tokens: Everything else that is known about the tokens.
         clip_low: The ratio is clipped from below at 1 - clip_low.
         clip_high: The ratio is clipped from above at 1 + clip_high.
         kl_coef: Coefficient of the KL term.
 
     Returns:
-        The loss, -J, and a dict of metrics without gradient: `policy/kl_ref` only if `ref_logps` is given, and
-        `policy/entropy` only if `entropies` is. All metrics are weighted sums like the loss, except
+        The loss, -J, and a dict of metrics without gradient. `policy/kl_ref` is present only if `tokens.ref_logps` is
+        given, and `policy/entropy` only if `entropies` is. All metrics are weighted sums like the loss, except
         `policy/ratio_max`, which is a maximum.
 
     Raises:

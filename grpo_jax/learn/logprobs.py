@@ -210,8 +210,8 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
             if d_logps is not None:
                 d_logits += slice_columns(spec, d_logps, index)[..., None] * (is_target - probs)
             if d_entropies is not None:  # ids of probability 0 may have a log-prob of -inf
-                surprise = jnp.where(probs > 0, logps, 0.0) + slice_columns(spec, entropies, index)[..., None]
-                d_logits -= slice_columns(spec, d_entropies, index)[..., None] * probs * surprise
+                centered = jnp.where(probs > 0, logps, 0.0) + slice_columns(spec, entropies, index)[..., None]
+                d_logits -= slice_columns(spec, d_entropies, index)[..., None] * probs * centered
             (d_raw,) = logits_vjp(d_logits if skip is None else jnp.where(ids < skip, 0.0, d_logits))
             d_raw = d_raw.reshape(-1, width).astype(hidden.dtype)
             flat_t = jax.lax.optimization_barrier(flat.T)
@@ -259,7 +259,7 @@ def logprobs_from_hidden(
         chunk_tokens: Number of tokens per data shard that go through the head at a time.
 
     Returns:
-        Log-probs and entropies in nats, in float32. Both have a gradient.
+        Log-probs and entropies in nats, in float32. Both are differentiable.
     """
     mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
     rows, kernel_spec = row_spec(targets.shape[0]), P(None, None)

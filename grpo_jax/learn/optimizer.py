@@ -58,14 +58,14 @@ def make_schedule(optim: OptimSection) -> optax.Schedule:
 
 
 def muon_dimensions(path) -> MuonDimensionNumbers | None:
-    """Returns the matrix that Muon orthogonalizes.
+    """Returns which axes of a parameter form the matrix that Muon orthogonalizes.
 
     Args:
         path: The key path of the parameter.
 
     Returns:
         The input axes and the output axes of the matrix, or None if Adam updates the parameter. Axes are counted from
-        the back, because layers and experts are stacked in front and each of them is a matrix of its own.
+        the back, because layers and experts are stacked in front, and each of them has a matrix of its own.
     """
     row = row_for(path_name(path))
     axes = tuple(range(-len(row.inputs + row.outputs), 0))
@@ -120,7 +120,7 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def decay_mask(params):
-    """Returns a tree that is True where weights decay."""
+    """Returns a tree that is True for the parameters that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: row_for(path_name(path)).decay, params)
 
 

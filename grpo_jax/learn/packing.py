@@ -108,8 +108,8 @@ def pack_completions(
     Rows are dealt to data shards in turn, so that the first micro-batches are full and the last ones are empty.
 
     Args:
-        experience: The completions.
-        weights: The weight of each of their tokens in the loss.
+        experience: The completions to pack.
+        weights: The weight of each token in the loss.
         shape: The shape of the packed rows, from `packed_shape`.
         shards: Number of data shards.
 

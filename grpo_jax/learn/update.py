@@ -56,7 +56,7 @@ def minibatch_rows(prompt_ids: Int[np.ndarray, " N"], key, count: int) -> Int[np
     """Divides the sequences of a rollout into minibatches, for one epoch.
 
     Args:
-        prompt_ids: Sequences with equal ids are a group. Groups are shuffled; one may span two minibatches.
+        prompt_ids: Sequences with equal ids form a group. Groups are shuffled, and a group may span two minibatches.
         key: The random key of the epoch.
         count: Number of minibatches.
 
@@ -108,7 +108,7 @@ def max_micro_batches(batch: PackedBatch) -> int:
 def score_completions(
     model_cfg: ModelConfig, params, batch: PackedBatch, *, temperature: float, chunk_tokens: int
 ) -> Float[Array, "P W"]:
-    """Computes log-probs of packed completions with the function that the update computes them with.
+    """Computes the log-probs of packed completions with the same function as the update.
 
     Args:
         model_cfg: The architecture.

@@ -1,9 +1,9 @@
-"""The table of parameters: one row for each, with named axes; and where parameters live on the device mesh.
+"""The table of parameters, and their placement on the device mesh.
 
-A row says how a parameter is initialized, which axes it has and thereby how a mesh splits it, which tensors of a
-checkpoint hold it, whether weight decay applies to it, which matrix Muon orthogonalizes, and whether rollouts keep its
-dtype. Each user finds the row with `row_for`: a new parameter needs one new row, and a parameter without a row is an
-error everywhere.
+The table has one row for each parameter. The row names the parameter's axes, which determine how a mesh splits it, and
+states how it is initialized, which tensors of a checkpoint hold it, whether weight decay applies to it, whether Muon
+updates it, and whether rollouts keep its dtype. All code looks up rows with `row_for`: a new parameter needs one new
+row, and a parameter without a row is an error everywhere.
 """
 
 import logging
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 
 class ParameterRow(NamedTuple):
-    """What is known about a parameter. Within a layer, its axes are [*stacked, *inputs, *outputs]."""
+    """The facts about one parameter. Within a layer, its axes are [*stacked, *inputs, *outputs]."""
 
     path: str  # in the parameter tree; for a layer's parameter, the path within its layer stack
-    tensor: str  # Llama's name, or that of the family that has it, without prefix; {i} is the layer, {x} the expert
+    tensor: str  # name in Llama or in a family that has it, without prefix; {i} is the layer, {x} the expert
     inputs: tuple[str, ...]  # the axes that a matrix maps from; () for vectors
     outputs: tuple[str, ...]  # the axes that a matrix maps to, or the axes of a vector
     init: float | str = "fan_in"  # a constant, or normal with a variance of 1 / "fan_in" or 1 / "fan_out"
@@ -131,13 +131,13 @@ def row_for(path: str) -> ParameterRow:
 
 
 def module_param(module: nn.Module, name: str, *shape: int, offset: float = 0.0) -> jax.Array:
-    """Returns a parameter of a module like `module.param`, with the initializer of its row.
+    """Declares a parameter of a module, like `module.param`, with the initializer that its row states.
 
     Args:
-        module: The module. If it has no parent, its name is where its parameters lie in the tree.
+        module: The module. A module without a parent must have the name of its entry in the parameter tree.
         name: The name of the parameter within the module.
-        *shape: The shape of the parameter, float32.
-        offset: A constant that the module adds to the parameter. A constant initial value is lowered by it.
+        *shape: The shape of the parameter. Its dtype is float32.
+        offset: A constant that the module adds to the parameter. It is subtracted from a constant initial value.
     """
     row = row_for(f"{'/'.join(module.path) or module.name}/{name}")
 
@@ -152,9 +152,9 @@ def module_param(module: nn.Module, name: str, *shape: int, offset: float = 0.0)
 
 
 def param_spec(path: str, layout: Layout = "training") -> P:
-    """Returns the partition spec of a parameter's last dimensions, one for each named axis.
+    """Returns the partition spec of a parameter's last dimensions, which are its named axes.
 
-    A mesh axis splits the first of the axes that map to it. A parameter with a single axis is replicated.
+    If several axes map to the same mesh axis, only the first is split. A parameter with a single axis is replicated.
 
     Raises:
         ValueError: `PARAMETERS` has no row for the parameter.
@@ -187,7 +187,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, params, *, layout: Layout = "train
 
 
 def log_indivisible_axes(mesh: Mesh, params) -> None:
-    """Logs a warning for each named axis and size that `tree_shardings` does not split, with an example."""
+    """Logs a warning for each axis and size that the mesh does not divide, with a parameter as an example."""
     unsplit = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         row = row_for(path_name(path))

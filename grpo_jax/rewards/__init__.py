@@ -1,9 +1,9 @@
-"""Rule-based rewards: verifiers that read the text of completions, and the parts that a reward sums.
+"""Rule-based rewards: verifiers that read the text of completions, and the reward as a weighted sum of parts.
 
 Modules, in reading order:
 
     verify       accuracy and format of completions
-    parts        the parts of a reward, and their weighted sum
+    parts        reward parts and their weighted sum
 
 No module of this package imports JAX.
 """

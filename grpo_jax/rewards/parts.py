@@ -1,4 +1,4 @@
-"""The parts of a reward, and their weighted sum."""
+"""Reward parts and their weighted sum."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,31 +11,31 @@ from grpo_jax.errors import UserError
 from grpo_jax.rewards.verify import accuracy, format
 from grpo_jax.text.problem import Problem
 
-# A part grades N completions. It is called with the problem, the text and the length in tokens of each, and returns one
-# finite number for each.
+# A reward part grades N completions. It is called with the problem, the text and the length in tokens of each
+# completion, and returns one finite number for each.
 RewardPart = Callable[[list[Problem], list[str], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
 
 
 class Rewards(NamedTuple):
     """The rewards of N completions."""
 
-    parts: dict[str, Float[np.ndarray, " N"]]  # float32, by the label of the part, not yet weighted
+    parts: dict[str, Float[np.ndarray, " N"]]  # float32, by the label of the part, before weighting
     total: Float[np.ndarray, " N"]  # float32, the weighted sum of the parts
 
 
 def accuracy_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
-    """Returns the accuracy of N completions, float32[N]; see `grpo_jax.rewards.accuracy`."""
+    """Grades the accuracy of N completions, float32[N]; see `grpo_jax.rewards.accuracy`."""
     return accuracy(texts, [problem.answer for problem in problems])
 
 
 def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
-    """Returns the format of N completions, float32[N]; see `grpo_jax.rewards.format`."""
+    """Grades the format of N completions, float32[N]; see `grpo_jax.rewards.format`."""
     return format(texts)
 
 
 PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}
 
-RESUME_HINT = "A run of grpo_jax.train with rewards=... is resumed by calling it again with the same rewards."
+RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
 
 
 def resolve_parts(names: Sequence[str]) -> dict[str, RewardPart]:
@@ -57,7 +57,7 @@ def compute_rewards(
     """Grades N completions.
 
     Args:
-        parts: The parts of the reward by label.
+        parts: The reward parts by label.
         weights: One weight for each part.
         problems: The problem of each completion.
         texts: The text of each completion.
@@ -76,7 +76,7 @@ def compute_rewards(
 def grade_texts(
     label: str, part: RewardPart, problems: Sequence[Problem], texts: Sequence[str], lengths: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Returns what one part gives to N completions, float32[N].
+    """Grades N completions with one part, and returns float32[N].
 
     Raises:
         UserError: The part raises, or does not return N finite numbers.
@@ -93,6 +93,6 @@ def grade_texts(
         found = f"an array of shape {values.shape}" if values.ndim else kind
         raise UserError(f"{expected}; found {found}. Return an array of shape ({len(texts)},).")
     for index in np.flatnonzero(~np.isfinite(values)):
-        found = list(returned)[index]  # None and numbers beyond float32 as they are, not as NaN and infinity
+        found = list(returned)[index]  # as returned: in float32, None would be NaN and 1e39 infinity
         raise UserError(f"{expected}; found {found} at index {index}. Return a finite number there.")
     return values

@@ -311,7 +311,7 @@ def resize_cache(kv: KV, columns: int) -> KV:
 
     def resize(x, axis):
         padding = [(0, 0, 0)] * x.ndim
-        padding[axis] = (0, columns - x.shape[axis], 0)  # a negative padding cuts
+        padding[axis] = (0, columns - x.shape[axis], 0)  # negative padding truncates
         return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
     return KV(resize(kv.k, 4), resize(kv.v, 3))

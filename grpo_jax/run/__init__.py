@@ -5,7 +5,7 @@ Modules, in reading order:
     checkpoint  saves and restores a run with Orbax
     context     builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     state       everything that changes while a run trains, and where it comes from
-    metrics     metrics.jsonl, TensorBoard, samples/ and the texts of the console
+    metrics     metrics.jsonl, TensorBoard, samples/ and the lines of the console
     console     reports on a run while it trains
     stages      the stages of a rollout, from prompts to experience
     evaluation  evaluates a policy on held-out problems

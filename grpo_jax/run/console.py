@@ -27,7 +27,7 @@ def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
 
 
 def is_reported(cfg: Config, step: int) -> bool:
-    """Returns whether a step has a line on the console, and its rollout a file in samples/."""
+    """Returns whether the console has a line for a step, and samples/ a file for its rollout."""
     return step % cfg.log.every_steps == 0 or step in (1, cfg.total_steps)
 
 
@@ -41,14 +41,14 @@ def num_records(cfg: Config, first_step: int) -> int:
 
 
 class RunLog:
-    """Writes what a run has to say, on process 0 only."""
+    """Logs the metrics of a run and prints lines on the console, on process 0 only."""
 
     def __init__(self, cfg: Config, workdir: Path, step: int):
         """Opens the log of a run that starts (step 0) or resumes after `step`."""
         self.cfg, self.workdir = cfg, workdir
         self.metrics_log = MetricsLog(workdir, step or -1)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
-        self.step_end = time.monotonic()  # when the step before ended
+        self.step_end = time.monotonic()  # when the previous step ended
         self.bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=jax.process_index() != 0)
 
     def say(self, line: str) -> None:
@@ -57,7 +57,7 @@ class RunLog:
             self.bar.write(line)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs the metrics of a step, and prints them if the step is reported. Step 0 is no update."""
+        """Logs the metrics of a step, and prints them if the step is reported. Step 0 is not an update."""
         self.metrics_log.write(step, metrics)
         if step:
             self.last_metrics = {"step": step} | metrics

@@ -50,7 +50,7 @@ def build_context(
 
     Args:
         cfg: A checked config.
-        reward_parts: The parts of the reward by label, if completions will be graded.
+        reward_parts: The reward parts by label, if completions will be graded.
         training: Whether the optimizer state and the reference take memory besides the policy.
 
     Returns:
@@ -117,8 +117,7 @@ def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bo
 def check_prompt_lengths(cfg: Config, tokenizer, task: Task) -> None:
     """Checks that prompts fit in `rollout.max_prompt_tokens`, before training starts.
 
-    Every question of a file or a list is checked. A task that computes its problems never ends, so only its first
-    problems are.
+    All problems of a file or a list are checked. Any other task may be endless, so only its first problems are.
 
     Raises:
         UserError: A prompt is too long, or the task fails or holds out no problems.

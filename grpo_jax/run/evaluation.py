@@ -27,8 +27,8 @@ def evaluate(
         key: The random key. A completion depends on it and on the index of its problem only.
 
     Returns:
-        (metrics, records): The mean of each part of the reward (`eval/accuracy`, ...) and of the length
-        (`eval/length_mean`), and a record for samples/ of each problem.
+        (metrics, records): The mean of each reward part (`eval/accuracy`, ...) and of the length (`eval/length_mean`),
+        and one record per problem.
     """
     shards = num_data_shards(context.mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)

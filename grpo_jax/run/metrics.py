@@ -70,7 +70,7 @@ class MetricsLog:
 
 
 def as_json(value: Any) -> Any:
-    """Returns a value with non-finite floats as None, and the keys of dicts as strings, as JSON needs them."""
+    """Replaces non-finite floats with None, and converts the keys of dicts to strings, as JSON requires."""
     if isinstance(value, dict):
         return {str(name): as_json(element) for name, element in value.items()}
     if isinstance(value, list | tuple):
@@ -81,8 +81,8 @@ def as_json(value: Any) -> Any:
 def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
     """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line.
 
-    Each record gets the step as its first field. Non-finite floats become null. Other values that JSON cannot hold,
-    which may be in metadata, become strings.
+    Each record gets the step as its first field. Non-finite floats become null. Metadata may hold other values that
+    JSON cannot represent, which become strings.
     """
     if jax.process_index() != 0 or not records:
         return
@@ -112,7 +112,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
 
 
 def evaluation_scores(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns the mean of each part of the reward in an evaluation, by the part's label."""
+    """Returns the mean of each reward part in an evaluation, by label."""
     names = [name for name in metrics if name.startswith("eval/") and name != "eval/length_mean"]
     return {name.removeprefix("eval/"): metrics[name] for name in names}
 

@@ -42,7 +42,7 @@ def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts,
 
 
 def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
-    """Packs completions on the host, into rows of a shape that has room for `completions` of them."""
+    """Packs completions on the host, into rows whose shape has room for `completions` of them."""
     shards = num_data_shards(mesh)
     shape = packed_shape(
         completions,
@@ -52,23 +52,23 @@ def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> Pa
         cfg.train.micro_tokens,
         shards,
     )
-    # However few the completions are, programs are compiled for `completions` of them.
+    # num_sequences is static, so packing fewer completions must not change it: that would compile again.
     return pack_minibatch(experience, shape, shards).replace(num_sequences=completions)
 
 
 def start_scoring(
     cfg: Config, context: RunContext, params, experience: Experience
 ) -> Callable[[], Float[np.ndarray, "N S"]]:
-    """Starts to compute the log-probs of completions under any parameters.
+    """Starts computing the log-probs of completions under the given parameters.
 
     Args:
         cfg: The run's config.
         context: The run's context.
-        params: Parameters of the policy or of the reference; None for a reference that is not kept.
-        experience: The completions: all of a rollout or some of them. Only their tokens matter.
+        params: Parameters of the policy or of the reference; None if no reference is kept.
+        experience: All completions of a rollout or some of them. Only their tokens matter.
 
     Returns:
-        A function that waits for the log-probs and returns them; zeros without parameters.
+        A function that waits for the log-probs and returns them. If `params` is None, it returns zeros.
     """
     if params is None:
         return lambda: np.zeros_like(experience.sampler_logps)
@@ -107,9 +107,9 @@ def grade_completions(
 def plan_minibatches(
     cfg: Config, prompt_ids: Int[np.ndarray, " N"], root_key, rollout_index: int
 ) -> Int[np.ndarray, "updates rows"]:
-    """Returns the completions that each update of a rollout learns from. Each epoch shuffles the groups anew.
+    """Returns the indices of the completions that each update learns from. Each epoch shuffles the groups anew.
 
-    With one minibatch, every update learns from the whole rollout in its own order.
+    With a single minibatch there is no shuffle: every update learns from the whole rollout, in its original order.
     """
     count, epochs = cfg.train.minibatches, cfg.train.epochs
     if count == 1:
@@ -119,7 +119,7 @@ def plan_minibatches(
 
 
 def measure_rollout(rollout: Rollout, rewards: Rewards, seconds: float) -> dict[str, float]:
-    """Returns the reward/, rollout/ and groups/ metrics of a rollout, which took `seconds` to draw."""
+    """Returns the reward/, rollout/ and groups/ metrics of a rollout that took `seconds` to sample."""
     totals = rewards.total.reshape(rollout.lengths.shape)
     metrics = {
         "reward/mean": rewards.total.mean(),
@@ -135,7 +135,7 @@ def measure_rollout(rollout: Rollout, rewards: Rewards, seconds: float) -> dict[
 def sample_records(
     problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], rewards: Rewards, count: int
 ) -> list[dict]:
-    """Returns the records for samples/ of the first `count` completions of a rollout, as plain Python values.
+    """Returns the records of the first `count` completions of a rollout, as plain Python values.
 
     Args:
         problems: The B problems of the rollout.
@@ -178,7 +178,7 @@ def start_recording(
     plan: Int[np.ndarray, "updates rows"],
     first_step: int,
 ) -> Callable[[], list[dict]]:
-    """Starts to score the recorded completions with the policy that sampled them.
+    """Starts scoring the recorded completions with the policy that sampled them.
 
     Args:
         cfg: The run's config.
@@ -190,8 +190,8 @@ def start_recording(
         first_step: The step of the first of these updates.
 
     Returns:
-        A function that waits for the scores and returns the records with `policy_logps`, `ref_logps` if there is a
-        reference, `advantage`, and `update_steps`, the steps that learn from the completion.
+        A function that waits for the scores and returns the records with additional fields: `policy_logps`,
+        `ref_logps` if there is a reference, `advantage`, and `update_steps`, the steps that learn from the completion.
     """
     wait_for_logps = start_scoring(cfg, context, params, take_rows(experience, np.arange(len(records))))
 

@@ -22,10 +22,10 @@ class UpdateInFlight(NamedTuple):
     """An update that has been dispatched; the devices may still be computing it."""
 
     metrics: dict[str, jax.Array]  # on the devices
-    rollout_metrics: dict[str, float] | None  # of the rollout that this update is the first of; None for later ones
-    times: dict[str, float]  # the time/ metrics of the step that are known already
+    rollout_metrics: dict[str, float] | None  # of the rollout, if this is its first update; otherwise None
+    times: dict[str, float]  # the time/ metrics of the step that are already known
     start: float  # when the host began to pack the minibatch, by `time.monotonic`
-    end: float = 0.0  # when the devices had finished; 0: not known yet
+    end: float = 0.0  # when the devices finished; 0 while it is not known
 
 
 class RunState(NamedTuple):
@@ -33,15 +33,15 @@ class RunState(NamedTuple):
 
     step: int  # updates dispatched so far
     train: TrainState  # the policy and its optimizer, on the devices
-    experience: Experience | None  # the rollout that the next update learns from; None: the next step draws a new one
+    experience: Experience | None  # the rollout that the next update learns from; None if it must be sampled first
     rollout_metrics: dict[str, float]  # metrics of the current rollout, repeated on the line of each of its updates
     skipped_in_a_row: int  # skipped updates in a row, up to the last update whose metrics were fetched
-    failure: str  # why the run must stop; empty while it need not
+    failure: str  # why the run must stop; empty if it may continue
     flight: UpdateInFlight | None = None  # the last update, until its metrics are fetched; None in a checkpoint
 
 
 def wait_for_update(run: RunState) -> RunState:
-    """Blocks until the devices have finished the update in flight, if there is one, and notes when that was."""
+    """Blocks until the devices have finished the update in flight, if there is one, and stores the time."""
     if run.flight is None or run.flight.end:
         return run
     jax.block_until_ready(run.flight.metrics)
@@ -49,7 +49,7 @@ def wait_for_update(run: RunState) -> RunState:
 
 
 def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
-    """Returns why a run must stop after `step`, or an empty string if it need not."""
+    """Returns why a run must stop after `step`, or an empty string if it may continue."""
     if skipped_in_a_row < cfg.optim.max_skips:
         return ""
     last_change = step - skipped_in_a_row
@@ -92,7 +92,7 @@ def start_or_resume(
 
 
 def save_run(manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array) -> None:
-    """Starts to save a checkpoint of a run. The next update may donate its arrays right after the call."""
+    """Starts saving a checkpoint of a run. As soon as the call returns, the next update may donate the run's arrays."""
     meta = {
         "step": run.step,
         "key": jax.random.key_data(root_key).tolist(),

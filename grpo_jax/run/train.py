@@ -64,7 +64,7 @@ LOSS_NOTE = (
 
 
 class RunSetup(NamedTuple):
-    """What a run keeps from its first step to its last, besides its config and context."""
+    """What stays the same throughout a run, besides its config and context."""
 
     root_key: jax.Array  # every random key of the run is folded from it
     reference: Any  # parameters of the frozen reference; None if `loss.kl_coef` is 0
@@ -90,24 +90,24 @@ def train(
 ) -> dict[str, float]:
     """Trains to `total_steps`, resuming from the newest checkpoint of the workdir if it has one.
 
-    `python -m grpo_jax.main` calls this function.
+    `python -m grpo_jax.main` calls this function. Problems and rewards that are passed as Python objects are not stored
+    in the workdir: pass them again to resume the run.
 
     Args:
         cfg: A config as `grpo_jax.config.default()` returns it.
         workdir: The folder of the run, which must be new or that of an earlier run.
         problems: The problems to learn from instead of those that `cfg.task` names: a list, the path of a JSONL file,
             or a task, which is a function `f(index, *, seed, split) -> Problem`.
-        rewards: The parts of the reward by name, instead of those that `cfg.reward.parts` names. Each is a function
-            `f(problems, texts, lengths) -> float32[N]`. `cfg.reward.weights` weighs them in this order; if it is left
-            at its default, every weight is 1.
+        rewards: The reward parts by label, instead of those that `cfg.reward.parts` names. Each is a function
+            `f(problems, texts, lengths) -> float32[N]`. `cfg.reward.weights` holds their weights in this order; if it
+            has its default value, every weight is 1.
 
     Returns:
         The metrics of the last update, as on the last line of metrics.jsonl.
 
     Raises:
         UserError: The config, the model, a problem or a reward cannot be used, or gradients were not finite for
-            `optim.max_skips` updates in a row. Problems and rewards that are passed as Python objects are not recorded
-            in the workdir: pass them again to resume.
+            `optim.max_skips` updates in a row.
     """
     cfg = configs.check(name_python_inputs(cfg, problems, rewards))
     workdir = Path(workdir).expanduser()
@@ -137,7 +137,7 @@ def train(
 
 
 def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
-    """Returns the config of a run whose problems or rewards may be Python objects, with names for them.
+    """Returns a copy of a config in which names stand for problems and rewards that are Python objects.
 
     Raises:
         UserError: `rewards` is not a dict of functions.
@@ -206,7 +206,7 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
         run = finish_update(cfg, setup.log, run)
         save_run(setup.manager, run, setup.root_key)
     if run.flight is None:
-        setup.log.step_end = time.monotonic()  # the time of the next step does not include this
+        setup.log.step_end = time.monotonic()  # so that the time of the next step does not include this
     return run
 
 
@@ -239,7 +239,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
                 prompts = encode_prompts(context.tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
-                run = wait_for_update(run)  # sampling needs its parameters, and must not count its time
+                run = wait_for_update(run)  # so that the time of sampling does not include it
                 with timed(times, "time/rollout_s"):
                     key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
                     rollout = draw_completions(cfg, context, run.train.params, prompts, key)
@@ -263,7 +263,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             train_state, update_metrics = update(run.train, batch)
             if recording:
                 write_samples(workdir, "train", step, recording())
-            run = finish_update(cfg, log, run)  # of the step before, while the devices compute this one
+            run = finish_update(cfg, log, run)  # the previous update, while the devices compute this one
             experience = run.experience if step % updates_per_rollout else None
             flight = UpdateInFlight(update_metrics, rollout_metrics, times, start)
             run = run._replace(step=step, train=train_state, experience=experience, flight=flight)

@@ -2,8 +2,8 @@
 
 Modules, in reading order:
 
-    task           the interface: a function from an index to a problem
-    problem_list   the task that asks the problems of a list
+    task           the interface: a function from an index, a seed and a split to a problem
+    problem_list   a task whose problems are given as a list
     addition       the built-in task, sums of two numbers
     problem_file   problems from a file, one JSON object per line
     streams        the task that a config names, and the problems that a run takes from it

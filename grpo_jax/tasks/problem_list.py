@@ -1,4 +1,4 @@
-"""The task that asks the problems of a list."""
+"""A task whose problems are given as a list."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from grpo_jax.text.problem import Problem
 
 
 class ProblemList:
-    """A task of finitely many problems. Training asks all of them in each epoch, in a new order."""
+    """A task with finitely many problems. Training asks all of them in each epoch, in a new order."""
 
     def __init__(self, train: Sequence[Problem], held_out: Sequence[Problem]):
-        """Makes a task of training problems and held-out problems; neither may be empty."""
+        """Makes a task of training problems and held-out problems. Neither sequence may be empty."""
         self.train, self.held_out = train, held_out
 
     def __call__(self, index: int, *, seed: int, split: str) -> Problem:
@@ -23,6 +23,6 @@ class ProblemList:
 
 
 def hold_out_tenths(problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """Divides problems into (train, held_out): every tenth is held out."""
+    """Divides problems into (train, held_out), where every tenth problem is held out."""
     train = [problem for i, problem in enumerate(problems) if i % 10 != 9]
     return train, list(problems[9::10])

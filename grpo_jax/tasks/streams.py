@@ -1,4 +1,4 @@
-"""The task that a config names or that Python code passes, and the problems that a run takes from it."""
+"""Finds the task of a run, which a config names or Python code passes, and takes problems from it."""
 
 import logging
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ from grpo_jax.text.problem import Problem
 PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are checked before training
 
-RESUME_HINT = "A run of grpo_jax.train with problems=... is resumed by calling it again with the same problems."
+RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
 
 log = logging.getLogger(__name__)
 
 
 def resolve_task(task_cfg: TaskSection) -> Task:
-    """Returns the task that a config names: `addition`, `jsonl`, or the user's function, which is a task itself.
+    """Returns the task that a config names: `addition`, `jsonl`, or a function of the user's, which is itself a task.
 
     Raises:
         UserError: There is no such task, or its file of problems is malformed.
@@ -62,9 +62,9 @@ def make_task(problems: Any, task_cfg: TaskSection) -> Task:
 
 
 def list_task(problems: list[Problem] | tuple[Problem, ...]) -> ProblemList:
-    """Returns the task that asks the problems of a list and holds out every tenth.
+    """Returns a task that asks the problems of a list and holds out every tenth.
 
-    Of fewer than ten problems none is held out; evaluation then asks all of them.
+    If there are fewer than ten, none is held out, and evaluation asks all of them.
 
     Raises:
         UserError: The list is empty, or an element is not a problem.
@@ -80,10 +80,14 @@ def list_task(problems: list[Problem] | tuple[Problem, ...]) -> ProblemList:
 
 
 def check_problem(value: Any, name: str) -> Problem:
-    """Returns a value that is a problem with text; `name` says in errors which one it is.
+    """Returns `value` if it is a `Problem` whose question and answer are strings.
+
+    Args:
+        value: The value to check.
+        name: What error messages call the value.
 
     Raises:
-        UserError: It is not.
+        UserError: The value is something else.
     """
     if not isinstance(value, Problem):
         raise UserError(
@@ -98,10 +102,10 @@ def check_problem(value: Any, name: str) -> Problem:
 def draw_problems(task: Task, indices: Iterable[int], *, seed: int, split: str) -> list[Problem]:
     """Returns the problems of a task with the given indices.
 
-    If the split is "eval", they may be fewer: the held-out problems end where the task raises an IndexError.
+    If the split is "eval", there may be fewer: the held-out problems end where the task raises an IndexError.
 
     Raises:
-        UserError: The task raises, or returns something else than a problem with text.
+        UserError: The task raises another exception, or returns something that `check_problem` refuses.
     """
     name = getattr(task, "__name__", type(task).__name__)
     problems = []
@@ -115,7 +119,7 @@ def draw_problems(task: Task, indices: Iterable[int], *, seed: int, split: str) 
                 f"The task {name!r} must return a Problem for index {index}, seed {seed} and split {split!r}, but it "
                 f"raised {describe_error(error)}. Correct that function."
             ) from error
-        problems.append(check_problem(value, f"What the task {name!r} returns for index {index} of split {split!r}"))
+        problems.append(check_problem(value, f"The value of task {name!r} for index {index} of split {split!r}"))
     return problems
 
 

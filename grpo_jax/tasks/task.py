@@ -6,7 +6,7 @@ from grpo_jax.text.problem import Problem
 
 
 class Task(Protocol):
-    """A function from an index to a problem."""
+    """A function from an index, a seed and a split to a problem."""
 
     def __call__(self, index: int, *, seed: int, split: str) -> Problem:
         """Returns a problem, the same one on every host and after every resume for the same arguments.
@@ -17,6 +17,6 @@ class Task(Protocol):
             split: "train", or "eval" for held-out problems.
 
         Raises:
-            IndexError: The split is "eval", and there are only `index` held-out problems or fewer.
+            IndexError: The split is "eval", and there are no more than `index` held-out problems.
         """
         ...

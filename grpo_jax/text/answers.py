@@ -13,7 +13,7 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_RATIO = re.compile(r"()([^/]*)/([^/]*)")  # has no sign of its own
+_RATIO = re.compile(r"()([^/]*)/([^/]*)")  # () stands for the sign, which is part of the numerator
 
 
 def extract_answer(text: str) -> str | None:

@@ -170,7 +170,8 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
     Raises:
         UserError: A number is out of range, or sizes contradict each other; the message names the requirement.
     """
-    distinct = dataclasses.replace(model_cfg, layers=tuple(dict.fromkeys(model_cfg.layers)))  # there may be thousands
+    # A model may have thousands of equal layers.
+    distinct = dataclasses.replace(model_cfg, layers=tuple(dict.fromkeys(model_cfg.layers)))
     for path, value in jax.tree_util.tree_leaves_with_path(dataclasses.asdict(distinct)):
         if not isinstance(value, str) and not 0 <= value < 2**31:  # NaN is refused too
             name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,6 +1,6 @@
 """Maps parameters to the tensors of a Hugging Face checkpoint: their names, shapes and transposes.
 
-Loading and saving both follow the rows of `grpo_jax.model.parameters`, which have Llama's names; `FAMILY_NAMES` lists
+Loading and saving both follow the table in `grpo_jax.model.parameters`, which uses Llama's names; `FAMILY_NAMES` lists
 where a family differs.
 """
 
