@@ -26,7 +26,7 @@ NAMES = ["dr_grpo", "gspo", "entropy_bonus", "kl_in_reward", "brevity", "multipl
 DIFFS = re.findall(r"```diff\n(.*?)```", GUIDE, flags=re.S)
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)]
 MAX_DIFF_LINES = 30
-# All runs have these shapes, in which the completions of the tiny base model differ in length and reward.
+# All runs have these shapes, with which the tiny base model's completions differ in length and reward.
 SMALL = """rollout.prompts=2 rollout.samples=2 rollout.max_tokens=24 eval.questions=1 total_steps=1 log.every_steps=1
 log.samples=-1""".split()
 
@@ -36,11 +36,12 @@ def changed_lines(diff: str, sign: str) -> int:
 
 
 def copy_with(folder: Path, *names: str) -> Path:
-    """Copies what the diffs may change to a new folder and applies the diffs of these names there."""
+    """Copies the files that diffs may change to a new folder, and applies the named diffs there."""
     for source in ("grpo_jax", "configs"):
         shutil.copytree(REPO / source, folder / source)
     for name in names:
-        environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # apply here, not in a repository above
+        # Without this, git would apply the diff in a repository that contains the folder.
+        environ = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
         diff = DIFFS[NAMES.index(name)]
         done = subprocess.run(["git", "apply"], input=diff, cwd=folder, env=environ, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
@@ -68,13 +69,13 @@ def read_records(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def changed_page(folder: Path, name: str):
-    """Imports the page of mathematics as a diff changes it, under a name of its own."""
+def changed_grpo_module(folder: Path, name: str):
+    """Imports `grpo_jax.learn.grpo` with a diff applied, under a name of its own."""
     path = copy_with(folder, name) / "grpo_jax" / "learn" / "grpo.py"
-    spec = importlib.util.spec_from_file_location(f"page_with_{name}", path)
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
-    return page
+    spec = importlib.util.spec_from_file_location(f"grpo_with_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def import_function(path: Path, name: str):
@@ -101,7 +102,7 @@ def test_the_table_counts_the_files_and_lines_of_every_diff():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_diff_applies_to_the_repository(tmp_path, name):
-    """Each by itself: `git apply` refuses a diff whose context is not there."""
+    """Each diff is applied by itself: `git apply` refuses a diff whose context is missing."""
     copy_with(tmp_path / "copy", name)
 
 
@@ -113,7 +114,7 @@ def test_links_and_keys_of_the_guide_exist():
 
 
 class OffPolicyRows:
-    """A minibatch whose policy and old policy differ: as arrays [N, S], and packed into rows, with NaN between."""
+    """A minibatch whose policy and old policy differ, as arrays [N, S] and in packed rows with NaN in between."""
 
     def __init__(self):
         self.batch = experience(rows=8, sampled=9)
@@ -125,14 +126,14 @@ class OffPolicyRows:
         self.entropies = jnp.where(rows.flat_index >= 0, jnp.exp(rows.ref_logps), jnp.nan)
         self.rows = rows
 
-    def gradients(self, page, argument: int):
-        """Returns the loss and its gradient [N, S], added over the rows as over micro-batches."""
+    def gradients(self, grpo, argument: int):
+        """Returns the loss and its gradient [N, S], added up over rows as over micro-batches."""
 
         def loss(logps, entropies, row: PackedBatch):
-            tokens = page.SampledTokens(
+            tokens = grpo.SampledTokens(
                 row.sampler_logps, None, row.advantages, row.weights, row.sequence, row.group, self.rows.num_sequences
             )
-            return page.weighted_loss(logps, entropies, tokens, clip_low=0.05, clip_high=0.1, kl_coef=0.0)[0]
+            return grpo.weighted_loss(logps, entropies, tokens, clip_low=0.05, clip_high=0.1, kl_coef=0.0)[0]
 
         total, gradient = 0.0, np.zeros(self.batch.mask.size)
         for n in range(len(self.index)):
@@ -146,9 +147,9 @@ class OffPolicyRows:
 
 
 def test_gspo_clips_one_ratio_for_each_completion(tmp_path):
-    """Against the formula of the paper, one completion at a time, from rows that several completions share."""
+    """Packed rows, each shared by several completions, agree with the paper's formula for one completion at a time."""
     rows = OffPolicyRows()
-    total, gradient = rows.gradients(changed_page(tmp_path / "copy", "gspo"), argument=0)
+    total, gradient = rows.gradients(changed_grpo_module(tmp_path / "copy", "gspo"), argument=0)
     expected, expected_gradient, clipped = 0.0, np.zeros_like(gradient), 0
     for n, mask in enumerate(rows.batch.mask):
         length, A = mask.sum(), float(rows.batch.advantages[n])
@@ -166,7 +167,7 @@ def test_gspo_clips_one_ratio_for_each_completion(tmp_path):
 
 def test_the_entropy_bonus_raises_the_entropy_of_every_token(tmp_path):
     rows = OffPolicyRows()
-    total, gradient = rows.gradients(changed_page(tmp_path / "copy", "entropy_bonus"), argument=1)
+    total, gradient = rows.gradients(changed_grpo_module(tmp_path / "copy", "entropy_bonus"), argument=1)
     weights = rows.batch.mask / rows.batch.mask.sum(axis=1, keepdims=True) / len(gradient)
     bonus = 0.01 * np.sum(weights * np.exp(rows.batch.ref_logps))
     np.testing.assert_allclose(total, rows.gradients(grpo_jax.learn.grpo, argument=1)[0] - bonus, rtol=1e-5)
@@ -174,7 +175,7 @@ def test_the_entropy_bonus_raises_the_entropy_of_every_token(tmp_path):
 
 
 def test_dr_grpo_trains_without_standard_deviations_and_lengths(tmp_path):
-    """On-policy the ratio is 1, so the loss is minus the sum of the advantages of all tokens over N * 24."""
+    """On-policy the ratio is 1, so the loss is minus the sum of all tokens' advantages, divided by N * 24."""
     metrics = train_copy(copy_with(tmp_path / "copy", "dr_grpo"))[-1]
     records = read_records(tmp_path / "copy", "train-000001")
     rewards = np.asarray([record["reward"] for record in records]).reshape(2, 2)
@@ -186,7 +187,7 @@ def test_dr_grpo_trains_without_standard_deviations_and_lengths(tmp_path):
 
 
 def test_the_kl_term_in_the_reward_lowers_it(tmp_path):
-    """In step 2 the policy is no longer the reference. The loss itself has no KL term left."""
+    """In step 2 the policy differs from the reference. The loss itself has no KL term."""
     folder = copy_with(tmp_path / "copy", "kl_in_reward")
     metrics = train_copy(folder, "total_steps=2", "loss.kl_coef=0.5", "optim.lr=0.001")[-1]
     records = read_records(folder, "train-000002")
@@ -200,8 +201,8 @@ def test_the_kl_term_in_the_reward_lowers_it(tmp_path):
     assert metrics["policy/kl_ref"] > 1e-3 and abs(metrics["loss/total"]) < 1e-4
 
 
-def test_the_commands_of_the_guide_train_with_a_part_and_a_task_of_ones_own(tmp_path):
-    """One run has the flags of both commands."""
+def test_the_commands_of_the_guide_train_with_a_part_and_a_task_from_files(tmp_path):
+    """A single run uses the flags of both commands."""
     folder = copy_with(tmp_path / "copy", "brevity", "multiplication")
     words = [word for command in COMMANDS if ".py:" in command.split("r1zero.py")[1] for word in shlex.split(command)]
     flags = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
@@ -217,7 +218,7 @@ def test_the_commands_of_the_guide_train_with_a_part_and_a_task_of_ones_own(tmp_
 
 @pytest.mark.slow
 def test_gspo_clips_whole_completions_with_the_command_of_the_guide(tmp_path):
-    """Each of the four minibatches of a rollout is one completion, of which all tokens are clipped or none."""
+    """Each of the four minibatches of a rollout is one completion, so all of its tokens are clipped or none is."""
     (command,) = (command for command in COMMANDS if "gspo" in command)
     flags = [word.removeprefix("--config.") for word in shlex.split(command) if word.startswith("--config.")]
     rows = train_copy(copy_with(tmp_path / "copy", "gspo"), *flags, "optim.lr=0.001", "total_steps=4")[1:]
@@ -247,7 +248,7 @@ def test_the_splits_of_the_tasks_share_no_problem(tmp_path):
 
 
 def make_gemma(folder: Path) -> tuple[dict, dict]:
-    """Writes a random Gemma 1 model as its publisher does; returns its config and its tensors."""
+    """Writes a random Gemma 1 model in the published format; returns its config and its tensors."""
     sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, head_dim=12)
     config = {"model_type": "gemma", "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_act": "gelu"} | sizes
     draw = np.random.default_rng(0)
@@ -265,7 +266,7 @@ def make_gemma(folder: Path) -> tuple[dict, dict]:
 
 
 def gemma_logits(config: dict, tensors: dict, tokens: np.ndarray) -> np.ndarray:
-    """Computes Gemma 1 for one row of tokens, as transformers' modeling_gemma.py defines it."""
+    """Returns the logits of Gemma 1 for one row of tokens, as transformers' modeling_gemma.py defines them."""
     heads, width, length = config["num_attention_heads"], config["head_dim"], len(tokens)
 
     def norm(x, name):
@@ -297,7 +298,7 @@ def gemma_logits(config: dict, tensors: dict, tokens: np.ndarray) -> np.ndarray:
     return norm(x, "norm") @ tensors["embed_tokens.weight"].T
 
 
-def test_the_model_family_computes_what_its_definition_says(tmp_path):
+def test_the_model_family_agrees_with_its_definition(tmp_path):
     folder = copy_with(tmp_path / "copy", "gemma")
     config, tensors = make_gemma(folder / "model")
     tokens = np.random.default_rng(1).integers(0, 96, 20)
@@ -317,7 +318,7 @@ save("saved", model_cfg, params)
     assert all((saved[name] == original[name]).all() for name in original)
 
 
-def test_the_optimizer_is_accepted_and_its_first_step_is_nadams(tmp_path):
+def test_the_optimizer_is_accepted_and_takes_the_first_step_of_nadam(tmp_path):
     """After the first gradient g, Adam's step is sign(g); Nesterov momentum makes it (1 + b1 / (1 + b1)) sign(g)."""
     folder = copy_with(tmp_path / "copy", "nadam")
     code = """

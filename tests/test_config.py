@@ -454,7 +454,7 @@ def test_a_flag_takes_a_json_list_or_a_python_tuple(text):
 
 
 @pytest.mark.parametrize("text", ["accuracy", '"accuracy"', "5", "{}", "[", "(1", "[*x]", "", "f()", "{[]}"])
-def test_a_flag_that_is_no_list_is_refused(text):
+def test_a_flag_that_is_not_a_list_is_refused(text):
     with pytest.raises(UserError, match=r'must be a JSON list; found .* Write it like .\["accuracy", "format"\]'):
         override_key(default(), "reward.parts", text)
 

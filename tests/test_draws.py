@@ -60,8 +60,8 @@ def test_impossible_tokens_are_never_drawn():
     assert fits(np.bincount(tokens, minlength=100)[possible], np.full(66, 1 / 66))
 
 
-def test_changes_of_the_logits_below_half_the_margin_do_not_change_a_draw(monkeypatch):
-    """benchmarks/layouts.py tells by this margin whether rounding explains another token."""
+def test_changing_logits_by_less_than_half_the_margin_does_not_change_a_draw(monkeypatch):
+    """benchmarks/layouts.py uses this margin to tell whether rounding explains a different token."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     runner_up_margin = importlib.import_module("layouts").runner_up_margin
     keys = jax.random.split(jax.random.key(5), 200)

@@ -109,7 +109,7 @@ def test_the_correction_affects_the_choice_but_not_the_weights():
 
 
 class MixtureAlone(nn.Module):
-    """A layer that consists of a mixture of experts, whose parameters have the paths of a decoder layer's."""
+    """A layer with nothing but a mixture of experts, whose parameters have the same paths as in a decoder layer."""
 
     model_cfg: ModelConfig
 

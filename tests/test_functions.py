@@ -1,4 +1,4 @@
-"""Functions that a config names: one of ours, `module:function` or `path/file.py:function`; each mistake in a line."""
+"""Functions that a config names: built-in, `module:function` or `path/file.py:function`. Errors have one line."""
 
 import sys
 
@@ -20,14 +20,14 @@ def write(path, text) -> str:
 
 
 def refused(name, hint="") -> str:
-    """Returns the message with which a name is refused."""
+    """Returns the error message for a name that must be refused."""
     with pytest.raises(UserError) as raised:
         resolve(name, hint)
     assert "\n" not in str(raised.value) and "reward.parts" in str(raised.value)
     return str(raised.value)
 
 
-def test_a_bare_name_is_one_of_ours():
+def test_a_bare_name_is_a_built_in_function():
     assert resolve("accuracy") is len and resolve("format") is max
 
 
@@ -46,7 +46,7 @@ def test_a_function_is_found_in_a_file(tmp_path, monkeypatch):
     assert [resolve(f"{folder}a/b-c.py:short")() for folder in (f"{tmp_path}/", "~/", "./", "")] == [5] * 4
 
 
-def test_a_file_is_imported_once_and_files_of_one_name_are_told_apart(tmp_path, monkeypatch):
+def test_a_file_is_imported_once_and_files_with_the_same_name_are_distinct(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     write(tmp_path / "f.py", "calls = []\ndef first(): return calls\ndef second(): return calls")
@@ -54,7 +54,7 @@ def test_a_file_is_imported_once_and_files_of_one_name_are_told_apart(tmp_path, 
     resolve("f.py:first")().append(1)
     assert resolve(f"{tmp_path}/other/../f.py:second")() == [1]
     assert resolve("other/f.py:first")() == "other"
-    assert "f" not in sys.modules  # a private name, so that `import f` keeps its meaning
+    assert "f" not in sys.modules  # the module has a private name, so that `import f` keeps its meaning
 
 
 def test_a_file_that_was_edited_is_imported_again(tmp_path):
@@ -76,13 +76,13 @@ def test_the_label_is_the_name_of_the_function(name, label):
 
 
 @pytest.mark.parametrize("name", ["acuracy", "sums", "", ":", "os:", ":path", "dir/file:f", "f.py", "os:a.b", "os:a-b"])
-def test_a_name_of_none_of_the_three_forms_is_refused(name):
+def test_a_name_in_none_of_the_three_forms_is_refused(name):
     message = refused(name)
     says = f"must be 'accuracy', 'format', module:function or path/file.py:function; found {name!r}. "
     assert says in message and message.endswith("Did you mean 'accuracy'?" if name == "acuracy" else "name.")
 
 
-def test_a_hint_is_for_unknown_names_without_a_colon():
+def test_the_hint_is_added_only_for_unknown_names_without_a_colon():
     assert refused("acuracy", "Also read this.").endswith("Did you mean 'accuracy'? Also read this.")
     assert "Also read this" not in refused("os:", "Also read this.")
 
@@ -108,14 +108,14 @@ def test_a_missing_file_module_or_function_is_refused(tmp_path):
         ("raise ValueError('word ' * 1000)", "word ... ({file}:1)"),
     ],
 )
-def test_whatever_importing_a_file_raises_is_one_line_with_its_place(tmp_path, text, says):
+def test_an_exception_while_importing_a_file_is_reported_in_one_line_with_its_location(tmp_path, text, says):
     file = write(tmp_path / "f.py", text)
-    for _ in range(2):  # a file that failed is not taken as imported
+    for _ in range(2):  # a file that failed does not count as imported
         message = refused(f"{file}:f")
         assert says.format(file=file) in message and len(message) < 1000
 
 
-def test_a_module_that_lacks_a_library_is_told_from_a_missing_module(tmp_path, monkeypatch):
+def test_a_module_that_lacks_a_library_is_distinguished_from_a_missing_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     file = write(tmp_path / "module_that_lacks.py", "import no_such_library")
     assert f"importing it raised ModuleNotFoundError: No module named 'no_such_library' ({file}:1)" in refused(

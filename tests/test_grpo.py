@@ -163,7 +163,7 @@ def test_loss_and_gradient_match_an_independent_computation(denominator):
         np.testing.assert_allclose(grad[i, t], slope, rtol=1e-3, atol=1e-6)
 
 
-def test_inclusive_clip_passes_the_gradient_at_its_limits_and_not_beyond():
+def test_inclusive_clip_passes_the_gradient_at_its_limits_but_not_outside():
     x = jnp.asarray([-3.0, -1.0, 0.0, 2.0, 3.0, jnp.inf, jnp.nan])
     values, slopes = jax.vmap(jax.value_and_grad(lambda x: inclusive_clip(x, -1.0, 2.0)))(x)
     np.testing.assert_array_equal(values, [-1, -1, 0, 2, 2, 2, np.nan])
@@ -185,7 +185,7 @@ def test_a_ratio_beyond_the_limit_has_a_finite_loss_and_no_gradient(log_ratio, a
     assert metrics["policy/kl_ref"] <= np.exp(20)
 
 
-def test_nan_in_a_token_that_counts_is_not_hidden():
+def test_nan_in_a_token_with_weight_is_not_hidden():
     """If it were, a broken update would not be skipped."""
     clean = jnp.full((2, 3), -1.0)
 
@@ -203,7 +203,7 @@ def test_nan_in_a_token_that_counts_is_not_hidden():
 
 @pytest.mark.parametrize("junk", [500.0, -500.0, jnp.inf, -jnp.inf, jnp.nan])
 def test_masked_tokens_change_neither_loss_nor_gradient(junk):
-    """Whatever their values. The third completion has no token, so its advantage does not count either."""
+    """Their values may be anything. The third completion has no token, so its advantage has no effect either."""
     clean, mask = jnp.full((3, 3), -1.0), jnp.asarray([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
     dirty, opposite = (jnp.where(mask == 1, clean, x) for x in (junk, -junk))
 
@@ -220,7 +220,7 @@ def test_masked_tokens_change_neither_loss_nor_gradient(junk):
 
 
 def test_the_loss_knows_which_completion_a_token_belongs_to(monkeypatch):
-    """Index -1, of masked tokens, is dropped from sums by completion."""
+    """Masked tokens have index -1, which sums over completions drop."""
     seen = []
     monkeypatch.setattr(grpo_jax.learn.grpo, "weighted_loss", lambda logps, entropies, tokens, **_: seen.append(tokens))
     mask = jnp.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])

@@ -72,7 +72,7 @@ def test_a_run_that_starts_over_removes_the_lines_of_the_first_try(tmp_path):
 
 
 def read_events(path) -> list[Event]:
-    """Reads a file of TensorBoard events: of each record the length, a checksum, the event and a checksum."""
+    """Reads a file of TensorBoard events, each stored as its length, a checksum, the event and another checksum."""
     data, events = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -82,8 +82,8 @@ def read_events(path) -> list[Event]:
 
 
 @pytest.mark.parametrize(("resume_after", "next_step"), [(-1, 0), (3, 4)])
-def test_tensorboard_is_told_to_drop_the_steps_that_a_run_logs_again(tmp_path, resume_after, next_step):
-    """At the start of a session TensorBoard drops the events of earlier sessions from that step on."""
+def test_tensorboard_drops_the_steps_that_a_resumed_run_logs_again(tmp_path, resume_after, next_step):
+    """When a session starts at a step, TensorBoard drops the events of earlier sessions from that step on."""
     write_log(tmp_path, [(next_step, {"a/b": 0.5})], resume_after)
     (path,) = (tmp_path / "tensorboard").iterdir()
     events = read_events(path)
@@ -142,7 +142,7 @@ def test_samples_are_read_back_as_they_were_written(tmp_path, text):
     assert read_samples(tmp_path, "eval", 7) == [{"step": 7} | record for record in records]
 
 
-def test_samples_are_valid_json_whatever_the_metadata_holds(tmp_path):
+def test_samples_are_valid_json_whatever_metadata_holds(tmp_path):
     """NaN and Infinity are not JSON. A task's metadata may hold any object, and dicts with any keys."""
     metadata = {
         "nan": float("nan"),
@@ -180,7 +180,7 @@ def test_console_line_shows_what_to_watch():
     assert console_line(7, 60, metrics) == (
         "step  7/60  reward 1.23  accuracy 0.25  format 0.98  length  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
     )
-    del metrics["policy/kl_ref"], metrics["reward/format"]  # a run without a reference, and with other parts
+    del metrics["policy/kl_ref"], metrics["reward/format"]  # as in a run without a reference and with other parts
     assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
         "step  7/60  reward 1.23  accuracy 0.25  short -0.50  length  41.3  12,346 tokens/s  3.2 s"
     )

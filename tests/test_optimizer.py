@@ -220,7 +220,7 @@ def test_muon_orthogonalizes_each_matrix_of_a_stack():
     for path, (shape, _) in STACKS.items():
         scales = np.array([1, 50]).reshape(2, *[1] * (len(shape) - 1))
         grads[path] = (draw.standard_normal(shape) * scales).astype(np.float32)
-    # The paths of a flat tree's leaves read like those of a nested one.
+    # A flat tree whose keys are paths looks up the same rows as a nested tree.
     (_, after), _ = run_updates(
         OptimSection(name="muon", lr=1.0, grad_clip=1e9), jax.tree.map(jnp.zeros_like, grads), grads
     )

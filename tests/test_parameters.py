@@ -1,4 +1,4 @@
-"""The table of parameters: it has every leaf of every family, all users follow it, and an unknown leaf is an error."""
+"""The table of parameters: it covers every family, all code follows it, and a parameter without a row is an error."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -31,7 +31,7 @@ from grpo_jax.weights.source import read_model_config
 from tests.tiny import CONFIG
 
 GOLDEN = Path(__file__).parent / "golden"
-# Together these have every parameter; the sizes of a model differ.
+# Together these two models have every parameter. The sizes within each are distinct.
 DENSE = replace(
     CONFIG,
     family="gemma3",
@@ -66,7 +66,7 @@ def by_path(tree) -> dict:
 
 
 def sizes_by_axis(c: ModelConfig) -> dict[str, set[int]]:
-    """Returns the sizes that a model's axes have, by name."""
+    """Returns the sizes of a model's axes by name."""
     sizes = {
         "vocab": {c.vocab_size},
         "embed": {c.hidden_size},
@@ -103,7 +103,7 @@ def test_every_row_and_axis_is_used():
 
 
 def unknown_leaf() -> dict:
-    """Returns the parameters of a model with one that has no row."""
+    """Returns the parameters of a model, and one more that has no row."""
     params, kernel = shapes(DENSE), jax.ShapeDtypeStruct((2, 4, 4), "float32")
     return params | {"layers": (params["layers"][0] | {"conv": {"kernel": kernel}},)}
 
@@ -113,7 +113,7 @@ def init_unknown_leaf(params):
 
 
 def parameter_tensors_of(model_cfg, params):
-    """Returns the tensors of a model whose parameters are `params`."""
+    """Returns the checkpoint tensors of a model whose parameters are `params`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_names, "param_shapes", lambda _: params)
         return tensor_names.parameter_tensors(model_cfg, "model.")

@@ -53,7 +53,7 @@ config.default = short_default
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Makes a folder with what the commands refer to: configs, problems, a reward part, a model folder and a run."""
+    """Makes a folder with what the commands use: configs, problems, a reward part, a model folder and a run."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPO / "configs", folder / "configs")
     shutil.copytree(REPO / "launch", folder / "launch")
@@ -99,7 +99,7 @@ def test_readme_python_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(blocks) == 3
     environ = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
-    code = "\n".join([SHORT_CONFIG, *(f"exec({block!r}, {{}})" for block in blocks)])  # each with its own names
+    code = "\n".join([SHORT_CONFIG, *(f"exec({block!r}, {{}})" for block in blocks)])  # each in its own namespace
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs/doubles/metrics.jsonl").read_text().splitlines()]

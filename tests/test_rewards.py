@@ -1,4 +1,4 @@
-"""Accuracy and format of hand-written completions, the parts of a reward, and grading in processes without JAX."""
+"""Accuracy and format of hand-written completions, reward parts, and grading in processes without JAX."""
 
 import json
 import os
@@ -76,13 +76,13 @@ def test_accuracy_and_format_are_independent(text, expected, parts):
 
 
 @pytest.mark.parametrize("answers", [[], ["2"], ["2", "2", "2"]])
-def test_as_many_answers_as_texts_are_required(answers):
+def test_accuracy_requires_one_answer_per_text(answers):
     with pytest.raises(ValueError):
         accuracy([WELL_FORMED, WELL_FORMED], answers)
 
 
 def grade(parts, weights=None, texts=("a", "bb", "cccc")):
-    """Grades texts of which each is as many tokens long as it has characters."""
+    """Grades texts whose length in tokens is their number of characters."""
     problems = [Problem(f"q{i}", "2", {"i": i}) for i in range(len(texts))]
     return compute_rewards(parts, weights or [1.0] * len(parts), problems, texts, np.array([len(x) for x in texts]))
 
@@ -110,7 +110,7 @@ def test_a_part_gets_the_problem_the_text_and_the_length_of_each_completion():
     assert grade({"part": part}).total.tolist() == [11, 122, 244]
 
 
-def test_a_part_of_a_file_is_called_by_its_function(tmp_path):
+def test_a_part_from_a_file_is_labeled_with_its_function_name(tmp_path):
     (tmp_path / "my.py").write_text("def short(problems, texts, lengths): return -1.0 * lengths")
     parts = resolve_parts(["accuracy", f"{tmp_path}/my.py:short"])
     assert list(parts) == ["accuracy", "short"] and parts["accuracy"] is accuracy_part
@@ -177,7 +177,7 @@ def test_a_part_must_return_one_finite_number_per_text(returned, found):
     assert found in message and "\n" not in message and len(message) < 400
 
 
-def test_what_a_part_raises_is_named_with_its_place():
+def test_an_exception_in_a_part_is_reported_with_its_location():
     def failing(problems, texts, lengths):
         return [json.loads(text)["score"] / 0 for text in texts]
 
@@ -193,8 +193,8 @@ def test_what_a_part_raises_is_named_with_its_place():
         grade({"part": lambda: 5})
 
 
-def test_an_unknown_part_is_refused_and_the_way_to_resume_is_named():
-    """A run of grpo_jax.train records the names of its Python functions, which no other command can find."""
+def test_the_error_for_an_unknown_part_says_how_to_resume():
+    """A run of grpo_jax.train stores only the names of its Python functions, so other commands cannot find them."""
     with pytest.raises(UserError) as raised:
         resolve_parts(["accuracy", "formatt"])
     message = str(raised.value)

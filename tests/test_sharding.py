@@ -108,7 +108,7 @@ def test_a_sharded_table_has_the_embeddings_and_gradient_of_a_whole_one(sizes, r
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-def test_a_look_up_gathers_the_ids_of_its_fsdp_group_and_no_embeddings():
+def test_an_embedding_lookup_gathers_ids_over_fsdp_but_no_embeddings():
     """XLA's own partitioning of `table[tokens]` gathers the embeddings of all rows on this mesh."""
     mesh = make_mesh(2, 2, 2)
 

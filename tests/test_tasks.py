@@ -105,8 +105,8 @@ def test_an_epoch_of_a_file_visits_each_training_problem_once(tmp_path):
     assert epochs[0] != epochs[1] != epochs[2] != sorted(training)
 
 
-def test_the_order_of_a_file_stays_as_it_was(tmp_path):
-    """A run that is resumed with another version of the package must ask the same problems. 8 are of its 2nd epoch."""
+def test_the_order_of_a_file_is_the_same_in_every_version(tmp_path):
+    """A run resumed with another version of the package must ask the same problems. The last 8 are in the 2nd epoch."""
     task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
     assert questions(task, range(8), seed=3) == ["q4", "q18", "q17", "q7", "q5", "q3", "q1", "q13"]
     assert questions(task, range(18, 26), seed=3) == ["q15", "q1", "q16", "q7", "q14", "q11", "q17", "q4"]
@@ -152,14 +152,14 @@ def test_the_task_follows_the_config(tmp_path):
     assert questions(resolve_task(check(cfg).task), range(1), split="eval") == ["held"]
 
 
-def test_a_config_may_name_a_task_of_the_user(tmp_path):
+def test_a_config_may_name_a_function_of_the_user_as_its_task(tmp_path):
     cfg = default()
     (tmp_path / "my.py").write_text("def primes(index, *, seed, split): return index, seed, split")
     cfg.task.name = f"{tmp_path}/my.py:primes"
     assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == (3, 5, "eval")
 
 
-def test_an_unknown_task_is_refused_and_the_way_to_resume_a_list_is_named():
+def test_the_error_for_an_unknown_task_says_how_to_resume_a_run_on_a_list():
     with pytest.raises(
         UserError, match=r"task.name must be 'addition', 'jsonl', .*'adition'. Did you mean 'addition'\?$"
     ):
@@ -194,7 +194,7 @@ def test_every_tenth_problem_of_a_long_list_is_held_out(caplog):
     assert not caplog.records
 
 
-def test_a_short_list_is_used_for_evaluation_too_and_says_so(caplog):
+def test_a_short_list_is_also_used_for_evaluation_with_a_warning(caplog):
     task = make_task(listed(9), TaskSection())
     everything = {f"q{i}" for i in range(9)}
     assert set(questions(task, range(9))) == {p.question for p in held_out_problems(task, 256)} == everything
@@ -251,7 +251,7 @@ def test_what_a_task_returns_must_be_a_problem(returned, says):
         draw_problems(task, range(8), seed=0, split="train")
 
 
-def test_what_a_task_raises_is_named_with_its_place():
+def test_an_exception_in_a_task_is_reported_with_its_location():
     def task(index, *, seed, split):
         return Problem("q", str(1 // (index - 2)))
 
@@ -263,7 +263,7 @@ def test_what_a_task_raises_is_named_with_its_place():
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
-def test_all_problems_of_a_list_are_checked_and_the_first_of_an_endless_task():
+def test_prompts_of_a_whole_list_and_of_the_start_of_an_endless_task_are_checked():
     assert problems_to_check(ProblemList(listed(3), listed(1)), 0) == [*listed(3), *listed(1)]
     assert problems_to_check(addition_task(3), 7) == addition(range(CHECKED_PROBLEMS), seed=7)
 

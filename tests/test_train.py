@@ -127,7 +127,7 @@ def test_the_reference_is_the_base_model(finished_run):
 
 
 def table_rows(section: str) -> list[list[str]]:
-    """Returns the rows of the table in a section of docs/metrics.md, without its head, as cells of text."""
+    """Returns the rows of the table in a section of docs/metrics.md as lists of cells, without the header."""
     lines = METRICS_PAGE.split(f"## {section}\n")[1].split("\n## ")[0].splitlines()
     return [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
 
@@ -185,7 +185,7 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
 
 
 def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fetched(tmp_path, monkeypatch):
-    """Only where a checkpoint or an evaluation needs the metrics of a step at once are they fetched before."""
+    """The metrics of a step are fetched earlier only if a checkpoint or an evaluation needs them."""
     make_update, finish_update, events = grpo_jax.run.train.make_update, grpo_jax.run.train.finish_update, []
 
     def record_updates(*args):
@@ -212,7 +212,7 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
 
 
 def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypatch):
-    """The metrics that show the second skipped update come after the third one has been dispatched."""
+    """The metrics that show the second skipped update arrive after the third update has been dispatched."""
     take_rows = grpo_jax.run.train.take_rows
 
     def take_rows_with_nan(*args):
@@ -289,12 +289,12 @@ def test_python_inputs_that_cannot_be_used_are_refused_before_a_workdir_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_a_reward_part_breaks_off_can_be_resumed(tmp_path):
+def test_a_run_that_a_reward_part_stopped_can_be_resumed(tmp_path):
     calls = []
 
     def fragile(problems, texts, lengths):
         calls.append(len(texts))
-        return [0.5] * (len(texts) - (len(calls) == 3))  # the call for the second rollout; the first is the evaluation
+        return [0.5] * (len(texts) - (len(calls) == 3))  # fails on the second rollout; call 1 is the evaluation
 
     cfg = small_config()
     cfg.checkpoint.every_steps = 1

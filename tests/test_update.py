@@ -150,7 +150,7 @@ def test_empty_micro_batches_are_not_run():
     assert_same(GRADIENTS(params(), poisoned), GRADIENTS(params(), batch))
 
 
-def test_the_update_uses_the_token_weights_of_the_page(monkeypatch):
+def test_the_update_uses_token_weights_from_grpo(monkeypatch):
     """With twice the weights, the gradient is twice as large."""
     grads, metrics = GRADIENTS(params(), packed(experience()))
     assert grpo_jax.learn.update.token_weights is grpo_jax.learn.grpo.token_weights
@@ -169,7 +169,7 @@ def sequence_loss(logps, entropies, tokens, *, clip_low, clip_high, kl_coef):
         ]
         return (sums[0] / jnp.maximum(sums[1], 1))[tokens.sequence]
 
-    # The 9 counts wherever index -1 is not dropped.
+    # The 9 has an effect if index -1 is not dropped.
     log_ratio = jnp.where(tokens.sequence < 0, 9.0, logps - tokens.old_logps)
     ratio = jnp.exp(mean_by_sequence(log_ratio))
     A = tokens.advantages * (1 + tokens.group)
@@ -206,7 +206,7 @@ def sequence_loss_gradient():
     "micro_tokens, sizes", [(16, (1, 2, 4)), *(pytest.param(x, None, marks=SLOW) for x in (16, 1000))]
 )
 def test_a_loss_with_sequence_ratios_does_not_depend_on_packing(micro_tokens, sizes, monkeypatch):
-    """The page's loss is replaced: rows, micro-batches and devices hold whole completions, whose tokens it can find."""
+    """The test replaces `weighted_loss`, which finds all tokens of a completion in one row, micro-batch and device."""
     monkeypatch.setattr(grpo_jax.learn.update, "weighted_loss", sequence_loss)
     mesh = make_mesh(*sizes) if sizes else None
     with jax.set_mesh(mesh) if sizes else nullcontext():
@@ -217,7 +217,7 @@ def test_a_loss_with_sequence_ratios_does_not_depend_on_packing(micro_tokens, si
 
 
 def test_a_token_that_overflows_its_ratios_does_not_make_the_gradient_nan():
-    """Its log-ratios are beyond 20, where they have no gradient: the others' gradient is as if it had weight 0."""
+    """Its log-ratios are beyond 20 and have no gradient. The other tokens have the gradient as if its weight were 0."""
     batch = experience()
     for sign in (1, -1):
         logps = batch.sampler_logps.copy(), batch.ref_logps.copy()
@@ -230,7 +230,7 @@ def test_a_token_that_overflows_its_ratios_does_not_make_the_gradient_nan():
         assert_same((grads, {}), (GRADIENTS(params(), left_out)[0], {}))
 
 
-def test_metrics_appear_where_they_are_known():
+def test_kl_and_entropy_are_logged_only_if_they_are_computed():
     def names(kl_coef, entropy):
         options = dict(temperature=TEMPERATURE, loss=LossSection(kl_coef=kl_coef), entropy=entropy)
         run = partial(minibatch_gradients, CONFIG, **options)
@@ -413,7 +413,7 @@ HEAD_TEMPERATURE = 0.7
 
 
 def score_full_logits(model_cfg, weights, hidden, targets):
-    """Returns log-probs and entropies by log-softmax of full logits, for JAX to differentiate."""
+    """Returns log-probs and entropies from a log-softmax of the full logits, which JAX differentiates by itself."""
     logits = temperature_logits(model_cfg, head_matmul(model_cfg, weights, hidden), HEAD_TEMPERATURE)
     logps = jax.nn.log_softmax(logits)
     finite_logps = jnp.where(jnp.isfinite(logps), logps, 0.0)
@@ -422,7 +422,7 @@ def score_full_logits(model_cfg, weights, hidden, targets):
 
 
 def scores_and_gradients(score, weights, hidden, counts, used):
-    """Returns the scores of the first `counts` columns, and the gradient of a weighted sum of those in `used`."""
+    """Returns the scores of the first `counts` columns, and the gradient of a weighted sum of the scores in `used`."""
     coefficients = jax.random.normal(jax.random.key(2), (2, *hidden.shape[:2]))
 
     def total(weights, hidden):
@@ -495,7 +495,7 @@ def test_gradients_of_scores_agree_on_eight_devices(sizes, tied, used, monkeypat
         np.testing.assert_allclose(have, want, atol=2e-5)
 
 
-def test_the_gradient_of_entropies_costs_nothing_where_the_loss_does_not_use_them():
+def test_the_gradient_of_entropies_costs_nothing_if_the_loss_does_not_use_them():
     hidden, targets = jnp.ones((2, 11, 32)), jnp.ones((2, 11), jnp.int32)
 
     def flops(used):

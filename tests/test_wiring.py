@@ -1,6 +1,6 @@
-"""A real run, worked out again from its own files by `tests/outside`, which shares no code with the package.
+"""A real run is recomputed from its own files by `tests/outside`, which shares no code with the package.
 
-It shows that every config key, random key and number reaches the place it is meant for. Units are tested elsewhere.
+This shows that every config key, random key and number reaches the place it is meant for. Units are tested elsewhere.
 """
 
 import json
@@ -19,11 +19,11 @@ from grpo_jax.run.context import EVALUATION_KEY, GENERATION_KEY, SAMPLING_KEY, S
 
 REPO = Path(__file__).parent.parent
 BASE = REPO / "grpo_jax" / "tiny" / "base"
-# The tiny base model solves the sums of three digits now and then, in 44 to 46 tokens, and never the others.
+# The tiny base model sometimes solves the sums of three-digit numbers, in 44 to 46 tokens, and never the others.
 SUMS = [(337, 304), (616, 235), (45, 6), (701, 971), (742, 660), (9, 9)]
 SUMS += [(384, 315), (169, 473), (7, 8), (691, 498), (787, 934), (12, 34)]
-# Keys that could be left out have another value than would do the same. Slots are refilled, and an update has several
-# micro-batches. Evaluation asks the questions of training, at its temperature.
+# No key has a value with which ignoring the key would go unnoticed, such as a weight of 1. Slots are refilled, and an
+# update has several micro-batches. Evaluation asks the questions of training, at the temperature of training.
 FLAGS = """
     task.name=jsonl rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
     reward.weights=1.0,0.5 train.minibatches=2 train.epochs=2 train.micro_tokens=128 train.chunk_tokens=64
@@ -36,7 +36,7 @@ SKIPPED_STEP, STOPPED_STEP, LAST_STEP = 2, 6, 8
 
 
 def train_with_a_skip_and_a_stop(folder, monkeypatch):
-    """Trains for two rollouts of four updates, once through everything that may happen to a run.
+    """Trains for two rollouts of four updates, with a skipped update, a lost checkpoint and a resume.
 
     The gradient of step 2 is not finite. The run stops after step 6, loses its last checkpoint, and resumes with
     checkpoint.keep=3.
@@ -69,7 +69,7 @@ def train_with_a_skip_and_a_stop(folder, monkeypatch):
     return workdir, kept
 
 
-def work_out_again(workdir):
+def recompute_run(workdir):
     """Returns the comparisons that `tests.outside.run` prints."""
     environ = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-m", "tests.outside.run", str(workdir), str(BASE)]
@@ -78,11 +78,11 @@ def work_out_again(workdir):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_run_worked_out_again_from_its_files_agrees(tmp_path, monkeypatch):
-    """It is one test, because a run takes long and each test worker would do it again."""
+def test_a_run_agrees_with_its_recomputation_from_its_files(tmp_path, monkeypatch):
+    """This is a single test, because a run takes long and every test worker would repeat it."""
     workdir, kept = train_with_a_skip_and_a_stop(tmp_path, monkeypatch)
     assert kept == ["6", "7", "8", "reference"]
-    comparisons, wrong = work_out_again(workdir), defaultdict(list)
+    comparisons, wrong = recompute_run(workdir), defaultdict(list)
     for line in comparisons:
         if not line["difference"] <= line["tolerance"]:
             wrong[line["topic"]].append(json.dumps(line))
@@ -91,7 +91,7 @@ def test_a_run_worked_out_again_from_its_files_agrees(tmp_path, monkeypatch):
     topics = {line["topic"] for line in comparisons}
     assert topics == {"rollouts", "log-probs", "minibatches", "updates", "evaluations", "draws", "logs"}
 
-    # No check held trivially: some completions were truncated and some were not, and so on.
+    # No check passed trivially: some completions were truncated and some were not, and so on.
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
     assert [row["step"] for row in rows if row["optim/skipped"]] == [SKIPPED_STEP]
     for name in ("rollout/truncated_frac", "groups/zero_variance_frac", "reward/accuracy", "reward/format"):
@@ -103,5 +103,5 @@ def test_a_run_worked_out_again_from_its_files_agrees(tmp_path, monkeypatch):
 
 
 def test_no_two_uses_of_the_random_key_share_a_constant():
-    """Samples that reuse the keys of an evaluation are seen in a run; a shuffle that reuses those of samples is not."""
+    """The run above shows when samples reuse evaluation keys, but not when a shuffle reuses the keys of samples."""
     assert len({SAMPLING_KEY, EVALUATION_KEY, SHUFFLING_KEY, GENERATION_KEY}) == 4

@@ -28,9 +28,9 @@ def read_checkpoint(path):
 
 
 def read_events(folder):
-    """Maps (tag, step) to the values that TensorBoard shows: a restart hides what came before it for its steps."""
+    """Maps (tag, step) to the values that TensorBoard shows: a restart hides earlier events from its first step on."""
     shown = {}
-    for path in sorted(folder.iterdir()):  # named by the time of their creation
+    for path in sorted(folder.iterdir()):  # their names begin with the time of creation
         data, start = path.read_bytes(), 0
         while start < len(data):
             (size,) = struct.unpack_from("<Q", data, start)  # a record: size, checksum, event, checksum

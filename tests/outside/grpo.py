@@ -26,7 +26,7 @@ def accuracy(text, expected):
 
 
 def well_formed(text):
-    """Returns 1 if a text is a thought and an answer and nothing else, with each tag once, otherwise 0."""
+    """Returns 1 if a text is a thought, an answer and nothing else, with each tag once, otherwise 0."""
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     shape = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
     return float(once and re.fullmatch(shape, text, re.DOTALL) is not None)
@@ -43,7 +43,7 @@ def score(model_cfg, num_ids, temperature, weights, rows):
     """Computes the log-probs and entropies `[N, S]` of completions at a temperature; 0 after their ends.
 
     `rows["tokens"]` `[N, L]` holds prompts and completions, `rows["columns"]` `[N, S]` where the completion's tokens
-    are, and `rows["mask"]` `[N, S]` which of them exist. Ids from `num_ids` on stand for no token.
+    are, and `rows["mask"]` `[N, S]` which of them exist. Ids from `num_ids` on are padding of the vocabulary.
     """
     logits = jax.vmap(partial(model.logits, model_cfg, weights))(rows["tokens"])
     before = jnp.take_along_axis(logits, rows["columns"][..., None] - 1, axis=1)
@@ -56,7 +56,7 @@ def score(model_cfg, num_ids, temperature, weights, rows):
 
 
 def loss(loss_cfg, logps, entropies, old_logps, ref_logps, advantages, mask):
-    """Computes the loss of a minibatch and its metrics, with the share of tokens that each bound clips."""
+    """Computes the loss of a minibatch and its metrics, including the fraction of tokens that each bound clips."""
     weights = mask / mask.sum(axis=1, keepdims=True) / len(mask)
     A, low, high = advantages[:, None], 1 - loss_cfg["clip_low"], 1 + loss_cfg["clip_high"]
     ratio, ref_ratio = jnp.exp(logps - old_logps), jnp.exp(ref_logps - logps)
@@ -87,7 +87,7 @@ def global_norm(grads):
 
 
 def adamw_moments(optim, mu, nu, grads):
-    """Returns the moments after a gradient, which is first scaled down to the norm `grad_clip` if it is larger."""
+    """Updates Adam's moments with a gradient, which is first clipped to the global norm `grad_clip`."""
     scale = min(1, optim["grad_clip"] / global_norm(grads))
     mu = {name: optim["b1"] * mu[name] + (1 - optim["b1"]) * scale * g for name, g in grads.items()}
     nu = {name: optim["b2"] * nu[name] + (1 - optim["b2"]) * (scale * g) ** 2 for name, g in grads.items()}
@@ -95,7 +95,7 @@ def adamw_moments(optim, mu, nu, grads):
 
 
 def adamw_change(optim, weights, mu, nu, number):
-    """Returns what update `number` adds to the weights. Norms do not decay."""
+    """Returns what update `number` adds to the weights. Weight decay does not apply to norms."""
     change = {}
     for name, x in weights.items():
         step = mu[name] / (1 - optim["b1"] ** number) / (np.sqrt(nu[name] / (1 - optim["b2"] ** number)) + 1e-8)

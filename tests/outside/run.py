@@ -1,4 +1,4 @@
-"""Works a GRPO run out again in float64, from its own files and its base model, without any code of `grpo_jax`.
+"""Recomputes a GRPO run in float64 from its own files and its base model, without any code of `grpo_jax`.
 
     JAX_ENABLE_X64=1 python -m tests.outside.run WORKDIR BASE
 
@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tests.outside import grpo, model
 from tests.outside.files import read_checkpoint, read_events, read_jsonl, read_samples
 
-# The run computes in float32. These functions in float32 are off by up to 7e-5 nats in a log-prob (of a rare token) and
-# by 3e-5 of the largest entry in a gradient. What rounding does not touch must be equal.
+# The run computes in float32. In float32, the functions of this folder are off by up to 7e-5 nats in a log-prob (of a
+# rare token) and by 3e-5 of the largest entry in a gradient. Values without rounding errors must be equal.
 LOGP = 3e-4  # nats; also for metrics, which are means of functions of log-probs
 GRAD = 3e-4  # of the largest entry of a tensor
 
@@ -33,9 +33,10 @@ def compare(topic, step, quantity, found, expected, tolerance=None):
         topic: What the quantity belongs to.
         step: The step.
         quantity: Its name.
-        found: In the files, a number or an array of numbers; without a tolerance anything that JSON can hold.
-        expected: What this module finds.
-        tolerance: The largest difference that is fine; NaN is never fine. None: they must be equal.
+        found: The value in the files: a number or an array of numbers, or anything that JSON can hold if there is no
+            tolerance.
+        expected: The value that this module computes.
+        tolerance: The largest allowed difference; NaN is never allowed. If it is None, the values must be equal.
     """
     line = dict(topic=topic, step=step, quantity=quantity)
     if tolerance is None:
@@ -75,7 +76,7 @@ class Run:
         return grpo.loss(self.cfg["loss"], logps, entropies, old_logps, ref_logps, advantages, rows["mask"])
 
     def arrange(self, records):
-        """Returns prompts and completions as arrays, of the same width for all records of the run."""
+        """Returns the prompts and completions of records as arrays, whose width is the same for the whole run."""
         max_tokens = self.cfg["rollout"]["max_tokens"]
         tokens = np.zeros((len(records), self.cfg["rollout"]["max_prompt_tokens"] + max_tokens), int)
         prompts = [self.tokenizer.encode(record["prompt"]).ids for record in records]
@@ -95,7 +96,7 @@ class Run:
         return np.concatenate(found)
 
     def recorded(self, name, records):
-        """Returns a list of each record as an array `[N, S]`, 0 after the ends."""
+        """Returns a field that holds one number per token, as an array `[N, S]` that is 0 after the ends."""
         lists = np.zeros((len(records), self.cfg["rollout"]["max_tokens"]))
         for row, record in zip(lists, records, strict=True):
             row[: len(record[name])] = record[name]
@@ -103,7 +104,7 @@ class Run:
 
 
 def check_completions(run, topic, step, records):
-    """Checks what follows from prompts and tokens: texts, lengths, ends, expected answers and rewards."""
+    """Checks the fields that follow from prompts and tokens: texts, lengths, ends, expected answers and rewards."""
     max_tokens, (stop,) = run.cfg["rollout"]["max_tokens"], run.cfg["rollout"]["stop_strings"]
     weights = dict(zip(run.cfg["reward"]["parts"], run.cfg["reward"]["weights"], strict=True))
     for record in records:
@@ -185,7 +186,7 @@ def check_update(run, step, number, moments, minibatch):
     """Checks an update from the policy before it; returns the moments after it.
 
     Args:
-        number: How many updates were not skipped, this one included.
+        number: The number of updates so far that were not skipped, including this one.
         moments: Both moments before the update.
         minibatch: The arguments of `Run.loss`, except for the weights.
     """
@@ -206,8 +207,8 @@ def check_update(run, step, number, moments, minibatch):
         for kind, found, expected in zip(("mu", "nu"), run.moments[step], moments, strict=True):
             scale = np.max(np.abs(expected[name]))
             compare("updates", step, f"{kind} of {name}", found[name] / scale, expected[name] / scale, GRAD)
-        # From the checkpoint's moments: where a gradient is all rounding, so is the sign of Adam's step. The tolerance
-        # is mostly the rounding of the new parameter.
+        # The change is computed from the checkpoint's moments, because where a gradient is only rounding error, so is
+        # the sign of Adam's step. The tolerance is mostly the rounding error of the new parameter.
         scale, rounding = np.max(np.abs(change[name])), 2**-24 * np.max(np.abs(after[name]))
         found = (after[name] - before[name]) / scale
         compare("updates", step, f"change of {name}", found, change[name] / scale, 3e-5 + rounding / scale)
@@ -302,7 +303,7 @@ def check_logs(run):
 
 
 def main():
-    """Compares everything."""
+    """Runs all checks on the run and the base model that the command line names."""
     workdir, base = map(Path, sys.argv[1:])
     run = Run(workdir, base)
     for check in (check_training, check_evaluations, check_draws, check_logs):
