@@ -1,7 +1,7 @@
 """Packing, checked by code that reads the packed arrays without knowing how they were made."""
 
 import jax
-import jax.numpy as jnp
+import jax.extend
 import numpy as np
 import pytest
 
@@ -99,6 +99,18 @@ def test_packed_arrays_match_their_documentation(seed):
     jax.tree.map(np.testing.assert_array_equal, pack_completions(batch, weights, shape, shards), packed)
 
 
+def test_packing_uses_no_operation_of_jax(monkeypatch):
+    """The devices would run it after the update in flight, and packing would have to wait for both."""
+
+    def refuse(primitive, *args, **params):
+        raise AssertionError(primitive)
+
+    batch, shape = experience(), packed_shape(8, 2, 5, 6, 40, 2)
+    expected = pack_minibatch(batch, shape, 2)
+    monkeypatch.setattr(jax.extend.core.Primitive, "bind", refuse)
+    jax.tree.map(np.testing.assert_array_equal, pack_minibatch(batch, shape, 2), expected)
+
+
 def test_minibatches_are_packed_as_separate_batches():
     """12 completions come from 3 or 4 of 8 groups. Weights are those of 12, and each token is in one minibatch."""
     whole = experience(36, 6, 7, samples=5).replace(advantages=np.arange(36, dtype=np.float32))
@@ -106,7 +118,7 @@ def test_minibatches_are_packed_as_separate_batches():
     for rows in minibatch_rows(whole.prompt_ids, jax.random.key(3), 3):
         part = take_rows(whole, rows)
         packed = pack_minibatch(part, packed_shape(12, 5, 6, 7, 40, 2), 2)
-        assert_packed(part, np.asarray(token_weights(jnp.asarray(part.mask))), packed, 2)
+        assert_packed(part, token_weights(part.mask), packed, 2)
         packed_advantages += packed.advantages[packed.flat_index >= 0].tolist()
     assert sorted(packed_advantages) == np.repeat(np.arange(36), whole.mask.sum(axis=1)).tolist()
 

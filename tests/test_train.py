@@ -185,8 +185,16 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
 
 
 def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fetched(tmp_path, monkeypatch):
-    """The metrics of a step are fetched earlier only if a checkpoint or an evaluation needs them."""
+    """The metrics of a step are fetched earlier only if a checkpoint or an evaluation needs them.
+
+    The minibatches of a rollout are planned once, because the devices draw their order.
+    """
     make_update, finish_update, events = grpo_jax.run.train.make_update, grpo_jax.run.train.finish_update, []
+    plan_minibatches = grpo_jax.run.train.plan_minibatches
+
+    def record_plans(*args):
+        events.append("plan")
+        return plan_minibatches(*args)
 
     def record_updates(*args):
         update = make_update(*args)
@@ -204,10 +212,11 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
 
     monkeypatch.setattr(grpo_jax.run.train, "make_update", record_updates)
     monkeypatch.setattr(grpo_jax.run.train, "finish_update", record_metrics)
+    monkeypatch.setattr(grpo_jax.run.train, "plan_minibatches", record_plans)
     train(tmp_path / "run", [*FINISHED_RUN, "--config.eval.every_steps=0"])
     assert events == [
-        *("update 1", "update 2", "metrics 1", "update 3", "metrics 2", "metrics 3"),
-        *("update 4", "update 5", "metrics 4", "metrics 5"),
+        *("plan", "update 1", "update 2", "metrics 1", "update 3", "metrics 2", "metrics 3"),
+        *("update 4", "plan", "update 5", "metrics 4", "metrics 5"),
     ]
 
 

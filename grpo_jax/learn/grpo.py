@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 MAX_LOG_RATIO = 20.0  # in nats; exp(20) is 4.9e8, and float32 overflows at exp(88.8)
@@ -98,9 +99,12 @@ def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> 
 
 
 def token_weights(
-    mask: Num[Array, "N S"] | Bool[Array, "N S"], denominator: float | Float[Array, ""] | None = None
-) -> Float[Array, "N S"]:
+    mask: Num[np.ndarray | Array, "N S"] | Bool[np.ndarray | Array, "N S"], denominator: float | None = None
+) -> Float[np.ndarray | Array, "N S"]:
     """Computes the weight of each token in the loss, w_it = 1 / (denominator * |o_i|).
+
+    Packing passes a NumPy array while an update may be in flight, for which operations of JAX would wait. Operators and
+    methods such as `sum` work on the arrays of both.
 
     Args:
         mask: 1 on the tokens of each completion, 0 elsewhere.
@@ -112,11 +116,11 @@ def token_weights(
     Raises:
         ValueError: `mask` does not have two axes.
     """
-    mask = jnp.asarray(mask, jnp.float32)
     if mask.ndim != 2:
         raise ValueError(f"mask must have shape [N, S]; found {mask.shape}. Pass one row per completion.")
-    lengths = jnp.sum(mask, axis=1, keepdims=True)
-    return mask / jnp.maximum(lengths, 1.0) / (mask.shape[0] if denominator is None else denominator)
+    mask = mask.astype(jnp.float32)
+    lengths = mask.sum(axis=1, keepdims=True)
+    return mask / lengths.clip(1) / (mask.shape[0] if denominator is None else denominator)
 
 
 def weighted_loss(
@@ -216,7 +220,7 @@ def grpo_loss(
         old_logps,
         ref_logps,
         jnp.broadcast_to(advantages[:, None], logps.shape),
-        token_weights(mask, denominator),
+        token_weights(jnp.asarray(mask), denominator),
         sequence=jnp.where(jnp.asarray(mask) != 0, jnp.arange(len(logps))[:, None], -1),
         group=None,
         num_sequences=len(logps),

@@ -82,8 +82,7 @@ def pack_minibatch(experience: Experience, shape: PackedShape, shards: int) -> P
         shape: The shape of the packed rows, from `packed_shape`.
         shards: Number of data shards.
     """
-    weights = np.asarray(token_weights(jnp.asarray(experience.mask)))
-    return pack_completions(experience, weights, shape, shards)
+    return pack_completions(experience, np.asarray(token_weights(experience.mask)), shape, shards)
 
 
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:

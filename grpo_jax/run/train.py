@@ -231,7 +231,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
         if run.step == 0:
             log.write(0, evaluate_step(cfg, context, setup, run))
             log.say(LOSS_NOTE)
-        log.step_end = time.monotonic()
+        plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
             step, (rollout_index, update_index) = run.step + 1, divmod(run.step, updates_per_rollout)
             times, rollout_metrics, recording = dict.fromkeys(ROLLOUT_TIMES, 0.0), None, None
@@ -254,7 +254,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 rollout_metrics = measure_rollout(rollout, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
-            plan = plan_minibatches(cfg, run.experience.prompt_ids, root_key, rollout_index)
+            if plan is None or update_index == 0:  # drawn on the devices, so not while an update is in flight
+                plan = plan_minibatches(cfg, run.experience.prompt_ids, root_key, rollout_index)
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, plan.shape[1]))
             if rollout_metrics and num_records(cfg, step):
