@@ -542,6 +542,12 @@ def test_a_multiprocess_run_is_recognized_by_its_environment(environ, several):
     assert processes.is_multiprocess(environ) == several
 
 
+def test_processes_that_are_connected_are_not_connected_again(monkeypatch):
+    """A Python process may call `grpo_jax.train` twice; JAX refuses to initialize again."""
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    processes.join_processes({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "two"})
+
+
 def test_incomplete_process_variables_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")

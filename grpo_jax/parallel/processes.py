@@ -26,14 +26,14 @@ def is_multiprocess(environ: Mapping[str, str]) -> bool:
 
 
 def join_processes(environ: Mapping[str, str]) -> None:
-    """Connects to the other processes of a multi-process run; does nothing in a single-process run.
+    """Connects to the other processes of a multi-process run; does nothing if there are none or they are connected.
 
     JAX detects from the cluster what the environment variables leave out.
 
     Raises:
         UserError: The environment variables are incomplete or not numbers.
     """
-    if not is_multiprocess(environ):
+    if not is_multiprocess(environ) or jax.distributed.is_initialized():
         return
     # The preemption service would keep SIGTERM from ending the processes, and nothing here handles preemption.
     jax.config.update("jax_enable_preemption_service", False)
