@@ -143,12 +143,13 @@ def test_samples_are_read_back_as_they_were_written(tmp_path, text):
 
 
 def test_samples_are_valid_json_whatever_metadata_holds(tmp_path):
-    """NaN and Infinity are not JSON. A task's metadata may hold any object, and dicts with any keys."""
+    """NaN and infinity are not JSON, and a lone surrogate is not UTF-8. Metadata may hold any object, with any keys."""
     metadata = {
         "nan": float("nan"),
         "deep": [(1, -float("inf")), {"x": np.float64("inf")}],
         "path": Path("a"),
         (1, 2): 3,
+        "surrogate": "\ud800",
     }
     write_samples(tmp_path, "train", 1, [{"metadata": metadata, "reward": np.float32(0.5), "n": 3, "ok": True}])
 
@@ -157,7 +158,8 @@ def test_samples_are_valid_json_whatever_metadata_holds(tmp_path):
 
     (line,) = (tmp_path / "samples" / "train-000001.jsonl").read_text().splitlines()
     record = json.loads(line, parse_constant=refuse)
-    assert record["metadata"] == {"nan": None, "deep": [[1, None], {"x": None}], "path": "a", "(1, 2)": 3}
+    expected = {"nan": None, "deep": [[1, None], {"x": None}], "path": "a", "(1, 2)": 3, "surrogate": "\ud800"}
+    assert record["metadata"] == expected
     assert record["n"] == 3 and record["ok"] is True
 
 

@@ -90,7 +90,8 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
     text = "".join(
         json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) + "\n" for record in records
     )
-    (workdir / "samples" / f"{kind}-{step:06d}.jsonl").write_text(text, encoding="utf-8")
+    path = workdir / "samples" / f"{kind}-{step:06d}.jsonl"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # writes a lone surrogate as JSON's escape
 
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
