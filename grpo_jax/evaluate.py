@@ -15,6 +15,7 @@ from grpo_jax.run.context import EVALUATION_KEY, build_context
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import evaluation_line
 from grpo_jax.run.policy import load_policy
+from grpo_jax.run.stages import fold_in_all
 from grpo_jax.tasks.problem_file import read_problems
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
 from grpo_jax.text.prompt import encode_prompts
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     with jax.set_mesh(context.mesh):
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), EVALUATION_KEY), step)
+        key = fold_in_all(jax.random.key(cfg.seed), EVALUATION_KEY, step)  # that of the run's own evaluation
         metrics, _ = evaluate(cfg, context, placed, problems, key)
     if options.json and jax.process_index() == 0:
         print(json.dumps({"step": step, "questions": len(problems)} | metrics))
