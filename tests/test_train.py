@@ -7,18 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 import grpo_jax.evaluate
 import grpo_jax.run.stages
 import grpo_jax.run.train
 from grpo_jax.config import default
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
+from grpo_jax.run.state import RunState, UpdateInFlight
+from grpo_jax.run.train import finish_update
 from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
@@ -220,6 +225,22 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
     ]
 
 
+def test_the_metrics_of_an_update_are_fetched_without_a_collective(monkeypatch):
+    """In a run of several processes, the devices would run a collective only after the next update."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("collective")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", refuse)
+    written = []
+    log = SimpleNamespace(step_end=1.0, write=lambda step, metrics: written.append((step, metrics)))
+    flight = UpdateInFlight({"optim/skipped": jax.numpy.zeros(())}, None, {}, start=2.0, end=5.0)
+    run = finish_update(Config(), log, RunState(7, None, None, {"reward/mean": 0.5}, 0, "", flight))
+    times = {"time/update_s": 3.0, "time/step_s": 4.0}
+    assert written == [(7, {"optim/skipped": 0.0, "reward/mean": 0.5} | times)] and run.flight is None
+
+
 def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypatch):
     """The metrics that show the second skipped update arrive after the third update has been dispatched."""
     take_rows = grpo_jax.run.train.take_rows
@@ -277,7 +298,7 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     assert again == metrics  # nothing is left to do
     with pytest.raises(UserError, match=r"started with reward\.parts=\('brevity',\) and cannot be resumed"):
         grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS)
-    with pytest.raises(UserError, match=r"resumed by calling it again with the same rewards"):
+    with pytest.raises(UserError, match="call it again with the same rewards"):
         grpo_jax.evaluate.main([f"--workdir={tmp_path / 'run'}"])
 
 
@@ -285,6 +306,7 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     "inputs, message",
     [
         ({"rewards": [len]}, r"rewards must be a dict of functions by name; found \[<built-in function len>\]"),
+        ({"rewards": {}}, "rewards must be a dict of functions by name; found {}"),
         ({"rewards": {"short": 1}}, "rewards must be a dict of functions by name"),
         ({"rewards": {"mean": len}}, "reward.parts must have names that metrics can use"),
         ({"problems": 3}, "problems must be a list of Problem"),

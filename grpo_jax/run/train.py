@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
-from grpo_jax.parallel.mesh import gather_to_host, shard_rows
+from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, join_processes
 from grpo_jax.rewards.parts import RewardPart, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
@@ -67,7 +67,6 @@ class RunSetup(NamedTuple):
     """What stays the same throughout a run, besides its config and context."""
 
     root_key: jax.Array  # every random key of the run is folded from it
-    reference: Any  # parameters of the frozen reference; None if `loss.kl_coef` is 0
     held_out: list[Problem]
     manager: ocp.CheckpointManager
     log: RunLog
@@ -142,7 +141,7 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
     Raises:
         UserError: `rewards` is not a dict of functions.
     """
-    if rewards is not None and not (isinstance(rewards, dict) and all(map(callable, rewards.values()))):
+    if rewards is not None and not (rewards and isinstance(rewards, dict) and all(map(callable, rewards.values()))):
         raise UserError(f"rewards must be a dict of functions by name; found {rewards!r:.60}. Pass one.")
     raw = raw.copy_and_resolve_references()
     if isinstance(problems, str | Path):
@@ -182,7 +181,8 @@ def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[st
     if run.flight is None:
         return run
     flight = wait_for_update(run).flight
-    metrics = {name: float(value) for name, value in gather_to_host(flight.metrics).items()}
+    # Every process has them all, so they need no collective, which the devices would run after the next update.
+    metrics = {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
     rollout_metrics = run.rollout_metrics
     if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
         rollout_metrics = flight.rollout_metrics | {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
@@ -226,7 +226,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
     ):
         run, root_key, reference = start_or_resume(cfg, context, manager, workdir)
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
-        setup = RunSetup(root_key, reference, held_out_problems(task, cfg.eval.questions), manager, log)
+        setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log)
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
             log.write(0, evaluate_step(cfg, context, setup, run))
