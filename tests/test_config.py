@@ -281,7 +281,7 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
                 ("m:length_mean", "length_mean"),
                 ("m:f-g", "f-g"),
                 ("m:", ""),
-                ("a b", "a b"),
+                ("f.py:a b", "a b"),
             )
         ),
         (dict(task__name="jsonl"), "task.path must be a JSONL file.*found none. Set --config.task.path=FILE.jsonl"),
@@ -377,6 +377,10 @@ IDLE = [
     ("task.shots", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
     ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='my.py:primes'"),
     ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='~/my.py:primes'"),
+    ("task.digits", "2", {"task.name": "addition"}, "task.name='python'"),
+    ("task.shots", "2", {"task.name": "addition"}, "task.name='python'"),
+    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='python'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='python'"),
     ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
     (
         "optim.end_lr_fraction",

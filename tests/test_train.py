@@ -296,9 +296,13 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     assert metrics["step"] == 3 and [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1, 2, 3]
     again = grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
     assert again == metrics  # nothing is left to do
-    with pytest.raises(UserError, match=r"started with reward\.parts=\('brevity',\) and cannot be resumed"):
+    with pytest.raises(
+        UserError, match=r"reward\.parts=\('brevity',\) and cannot .*, or the same problems and rewards if"
+    ):
         grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS)
-    with pytest.raises(UserError, match="call it again with the same rewards"):
+    with pytest.raises(
+        UserError, match=r"To resume a run of grpo_jax\.train with rewards=\.\.\., call it again with the same rewards"
+    ):
         grpo_jax.evaluate.main([f"--workdir={tmp_path / 'run'}"])
 
 
@@ -306,8 +310,9 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     "inputs, message",
     [
         ({"rewards": [len]}, r"rewards must be a dict of functions by name; found \[<built-in function len>\]"),
-        ({"rewards": {}}, "rewards must be a dict of functions by name; found {}"),
         ({"rewards": {"short": 1}}, "rewards must be a dict of functions by name"),
+        ({"rewards": {}}, "rewards must be a dict of functions by name; found {}"),
+        ({"cfg": {"seed": 1}}, r"cfg must be a config like config.default\(\); found \{'seed': 1\}"),
         ({"rewards": {"mean": len}}, "reward.parts must have names that metrics can use"),
         ({"problems": 3}, "problems must be a list of Problem"),
         ({"problems": ["What is 1 + 1?"]}, r"problems\[0\] must be a grpo_jax.tasks.Problem; found 'What is 1 \+ 1\?'"),
@@ -316,8 +321,19 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
 )
 def test_python_inputs_that_cannot_be_used_are_refused_before_a_workdir_is_made(tmp_path, inputs, message):
     with pytest.raises(UserError, match=message):
-        grpo_jax.train(small_config(), workdir=tmp_path / "run", **inputs)
+        grpo_jax.train(inputs.pop("cfg", small_config()), workdir=tmp_path / "run", **inputs)
     assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_python_inputs_replace_are_refused_where_they_are_set(tmp_path):
+    cfg = small_config()
+    cfg.reward.parts = ("format", "accuracy")
+    with pytest.raises(UserError, match=r"reward\.parts has no effect with rewards"):
+        grpo_jax.train(cfg, workdir=tmp_path / "run", rewards={"short": len})
+    cfg = small_config()
+    cfg.task.digits = 2
+    with pytest.raises(UserError, match=r"task\.digits=2 has no effect while task\.name=.python."):
+        grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS)
 
 
 def test_a_run_that_a_reward_part_stopped_can_be_resumed(tmp_path):

@@ -47,7 +47,9 @@ def resolve_function(name: str, key: str, built_in: Mapping[str, Callable], hint
     value = getattr(module, function, None)
     if not callable(value):
         found = "none" if value is None else f"{function} of type {type(value).__name__}"
-        fix = suggest(function, [other for other in vars(module) if not other.startswith("_")]) or "Define it there."
+        fix = (
+            suggest(function, [other for other, value in vars(module).items() if callable(value)]) or "Define it there."
+        )
         raise UserError(f"{key}={name} must name a function in {source}; found {found}. {fix}")
     return value
 
@@ -96,9 +98,9 @@ def import_file(path: Path) -> ModuleType:
 
 
 def describe_error(error: BaseException) -> str:
-    """Describes an exception in one line: its type and message, and the file and line where it was raised."""
+    """Describes an exception in one line: its type and message, and where it was raised, unless that is our call."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    message, file, line = str(error), frames[-1].filename, frames[-1].lineno
+    message, place = str(error), f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():  # in a file that is being imported
-        message, file, line = error.msg, str(error.filename), error.lineno
-    return f"{textwrap.shorten(f'{type(error).__name__}: {message}', 300, placeholder=' ...')} ({file}:{line})"
+        message, place = error.msg, f" ({error.filename}:{error.lineno})"
+    return textwrap.shorten(f"{type(error).__name__}: {message}", 300, placeholder=" ...") + place

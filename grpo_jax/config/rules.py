@@ -31,6 +31,7 @@ NO_EFFECT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("task.name", "addition", ("task.path", "task.eval_path")),
     ("task.name", "jsonl", ("task.digits", "task.shots")),
     ("task.name", USERS_FUNCTION, ("task.digits", "task.shots", "task.path", "task.eval_path")),
+    ("task.name", "python", ("task.digits", "task.shots", "task.path", "task.eval_path")),
     ("optim.schedule", "constant", ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.mu_dtype")),
     ("eval.temperature", 0, ("eval.top_k", "eval.top_p", "eval.min_p")),
@@ -145,9 +146,11 @@ def check_reward(cfg: Config) -> None:
         f"{format_as_flag('reward.weights', (1.0,) * len(parts))} or other weights.",
     )
     labels = [function_label(name) for name in parts]
+    functions = [label for name, label in zip(parts, labels, strict=True) if ":" in name]
     require(
         len(set(labels)) == len(labels)
-        and all(label.isidentifier() and label not in RESERVED_LABELS for label in labels),
+        and not set(labels) & set(RESERVED_LABELS)
+        and all(label.isidentifier() for label in functions),
         "reward.parts must have names that metrics can use: distinct Python identifiers other than "
         f"{' and '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
     )

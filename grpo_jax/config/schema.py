@@ -105,7 +105,11 @@ class RolloutSection:
 class TrainSection:
     """How a rollout is divided into updates and micro-batches."""
 
-    minibatches: int = key(1, "number of minibatches per rollout; each is one update", at_least=1)
+    minibatches: int = key(
+        1,
+        "minibatches per rollout, one update each; each epoch shuffles the groups, and a cut may split one",
+        at_least=1,
+    )
     epochs: int = key(1, "number of passes over a rollout", at_least=1)
     micro_tokens: int = key(1024, "tokens per micro-batch and data shard, or one sequence", at_least=1, resumable=True)
     chunk_tokens: int = key(512, "tokens whose logits are computed at a time", at_least=1, resumable=True)

@@ -28,9 +28,12 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
             )
         for name, spec in key_specs(Config).items():
             if before[name] != now[name] and not spec.resumable:
+                fix = format_as_flag(name, before[name])
+                if name in ("task.name", "reward.parts", "reward.weights"):
+                    fix += ", or the same problems and rewards if grpo_jax.train was called with some"
                 raise UserError(
                     f"The run in {workdir} was started with {name}={before[name]!r} and cannot be resumed with "
-                    f"{name}={now[name]!r}. Choose another --workdir, or pass {format_as_flag(name, before[name])}."
+                    f"{name}={now[name]!r}. Choose another --workdir, or pass {fix}."
                 )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(

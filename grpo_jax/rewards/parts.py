@@ -35,7 +35,7 @@ def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarr
 
 PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}
 
-RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
+PARTS_RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
 
 
 def resolve_parts(names: Sequence[str]) -> dict[str, RewardPart]:
@@ -44,7 +44,7 @@ def resolve_parts(names: Sequence[str]) -> dict[str, RewardPart]:
     Raises:
         UserError: A name is not one of `PARTS` and no function can be imported for it.
     """
-    return {function_label(name): resolve_function(name, "reward.parts", PARTS, RESUME_HINT) for name in names}
+    return {function_label(name): resolve_function(name, "reward.parts", PARTS, PARTS_RESUME_HINT) for name in names}
 
 
 def compute_rewards(

@@ -139,10 +139,17 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
     """Returns a copy of a config in which names stand for problems and rewards that are Python objects.
 
     Raises:
-        UserError: `rewards` is not a dict of functions.
+        UserError: `raw` is not a config, `rewards` is not a dict of functions, or they replace parts that `raw` names.
     """
-    if rewards is not None and not (rewards and isinstance(rewards, dict) and all(map(callable, rewards.values()))):
+    default = configs.default()
+    if not isinstance(raw, type(default)):
+        raise UserError(f"cfg must be a config like config.default(); found {raw!r:.60}. Pass one.")
+    if rewards is not None and not (isinstance(rewards, dict) and rewards and all(map(callable, rewards.values()))):
         raise UserError(f"rewards must be a dict of functions by name; found {rewards!r:.60}. Pass one.")
+    if rewards and raw.reward.parts not in (default.reward.parts, tuple(rewards)):
+        raise UserError(
+            f"reward.parts has no effect with rewards=...; found {raw.reward.parts}. Leave out one of them."
+        )
     raw = raw.copy_and_resolve_references()
     if isinstance(problems, str | Path):
         raw.task.name, raw.task.path = "jsonl", str(problems)
@@ -150,7 +157,7 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
         raw.task.name = PYTHON_TASK
     if rewards:
         raw.reward.parts = tuple(rewards)
-        if raw.reward.weights == configs.default().reward.weights:
+        if raw.reward.weights == default.reward.weights:
             raw.reward.weights = (1.0,) * len(rewards)
     return raw
 

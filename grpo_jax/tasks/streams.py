@@ -17,7 +17,7 @@ from grpo_jax.text.problem import Problem
 PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are checked before training
 
-RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
+TASK_RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def resolve_task(task_cfg: TaskSection) -> Task:
         return addition_task(task_cfg.digits, task_cfg.shots)
     if task_cfg.name == "jsonl":
         return file_task(task_cfg.path, task_cfg.eval_path)
-    hint = RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
+    hint = TASK_RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
     return resolve_function(task_cfg.name, "task.name", {"addition": addition_task, "jsonl": file_task}, hint)
 
 
