@@ -343,12 +343,17 @@ def test_a_run_that_a_reward_part_stopped_can_be_resumed(tmp_path):
         calls.append(len(texts))
         return [0.5] * (len(texts) - (len(calls) == 3))  # fails on the second rollout; call 1 is the evaluation
 
-    cfg = small_config()
-    cfg.checkpoint.every_steps = 1
+    def task(index, *, seed, split):
+        asked.add((split, seed))
+        return PROBLEMS[index % len(PROBLEMS)]
+
+    cfg, asked = small_config(), set()
+    cfg.seed, cfg.checkpoint.every_steps = 7, 1
     with pytest.raises(UserError, match="'fragile' must return 16 finite numbers"):
-        grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"fragile": fragile})
+        grpo_jax.train(cfg, workdir=tmp_path / "run", problems=task, rewards={"fragile": fragile})
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1]
-    metrics = grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"fragile": fragile})
+    metrics = grpo_jax.train(cfg, workdir=tmp_path / "run", problems=task, rewards={"fragile": fragile})
+    assert asked == {("train", 7), ("eval", 0)}
     assert metrics["step"] == 2 and metrics["groups/zero_variance_frac"] == 1
 
 
