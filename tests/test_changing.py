@@ -186,6 +186,7 @@ def test_dr_grpo_trains_without_standard_deviations_and_lengths(tmp_path):
     np.testing.assert_allclose(metrics["loss/total"], -np.mean(advantages * lengths) / 24, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_term_in_the_reward_lowers_it(tmp_path):
     """In step 2 the policy differs from the reference. The loss itself has no KL term."""
     folder = copy_with(tmp_path / "copy", "kl_in_reward")
