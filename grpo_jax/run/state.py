@@ -55,8 +55,8 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
     last_change = step - skipped_in_a_row
     return (
         f"Gradients were not finite for {skipped_in_a_row} updates in a row (steps {last_change + 1} to {step}), so "
-        f"the policy has not changed since step {last_change}. Look at metrics.jsonl and samples/, then start again in "
-        "a new --workdir with a lower optim.lr."
+        f"they did not change the policy of step {last_change}. Look at metrics.jsonl and samples/, then start again "
+        "in a new --workdir with a lower optim.lr."
     )
 
 
