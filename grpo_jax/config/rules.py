@@ -26,12 +26,14 @@ REFUSED = dict.fromkeys(
 # Stands for any function of the user's in NO_EFFECT.
 USERS_FUNCTION = "module:function"
 
+PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
+
 # Keys that nothing reads while another key has a certain value: (the other key, that value, the keys without effect).
 NO_EFFECT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("task.name", "addition", ("task.path", "task.eval_path")),
     ("task.name", "jsonl", ("task.digits", "task.shots")),
     ("task.name", USERS_FUNCTION, ("task.digits", "task.shots", "task.path", "task.eval_path")),
-    ("task.name", "python", ("task.digits", "task.shots", "task.path", "task.eval_path")),
+    ("task.name", PYTHON_TASK, ("task.digits", "task.shots", "task.path", "task.eval_path")),
     ("optim.schedule", "constant", ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.mu_dtype")),
     ("eval.temperature", 0, ("eval.top_k", "eval.top_p", "eval.min_p")),

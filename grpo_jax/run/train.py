@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
+from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.grpo import advantages
@@ -50,7 +51,7 @@ from grpo_jax.run.state import (
     start_or_resume,
     wait_for_update,
 )
-from grpo_jax.tasks.streams import PYTHON_TASK, draw_problems, held_out_problems, make_task
+from grpo_jax.tasks.streams import draw_problems, held_out_problems, make_task
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config.functions import describe_error, resolve_function
+from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import TaskSection
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.addition import addition_task
@@ -14,7 +15,6 @@ from grpo_jax.tasks.problem_list import ProblemList, hold_out_tenths
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
-PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are checked before training
 
 TASK_RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
