@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config.functions import function_label
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
-from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.config.schema import Config, LossSection, PretrainConfig
 from grpo_jax.errors import UserError
 
 C = TypeVar("C", Config, PretrainConfig)
 
-# Labels that reward parts must not have, because of the metrics reward/mean and eval/length_mean.
-RESERVED_LABELS = ("mean", "length_mean")
+# Labels that reward parts must not have, because of the metrics reward/mean, reward/kl and eval/length_mean, and
+# because rollout.overlong=soft adds a part of its own.
+RESERVED_LABELS = ("mean", "length_mean", "kl", "overlong")
 
 # Keys that users look for but that training cannot have, with the reason.
 REFUSED = dict.fromkeys(
@@ -35,9 +36,23 @@ NO_EFFECT: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("task.name", USERS_FUNCTION, ("task.digits", "task.shots", "task.path", "task.eval_path")),
     ("task.name", PYTHON_TASK, ("task.digits", "task.shots", "task.path", "task.eval_path")),
     ("optim.schedule", "constant", ("optim.decay_steps", "optim.end_lr_fraction")),
-    ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.mu_dtype")),
+    ("optim.name", "adafactor", ("optim.b1", "optim.b2", "optim.eps", "optim.mu_dtype")),
+    ("optim.name", "lion", ("optim.eps",)),
     ("eval.temperature", 0, ("eval.top_k", "eval.top_p", "eval.min_p")),
-    ("loss.kl_coef", 0, ("model.reference_dtype",)),
+    ("advantage.std", "none", ("advantage.ddof", "advantage.eps")),
+    ("loss.ratio", "token", ("loss.clip_difference",)),
+    ("loss.ratio", "sequence", ("loss.clip_difference",)),
+    ("loss.ratio", "sequence_token", ("loss.clip_difference",)),
+    ("loss.ratio", "detached", ("loss.clip_low", "loss.clip_difference")),
+    ("loss.ratio", "difference", ("loss.clip_low", "loss.clip_high")),
+    ("loss.aggregate", "sequence", ("loss.constant_length",)),
+    ("loss.aggregate", "token", ("loss.constant_length",)),
+    ("loss.aggregate", "prompt", ("loss.constant_length",)),
+    (
+        "loss.kl_coef",
+        0,
+        ("model.reference_dtype", "loss.kl", "loss.kl_corrected", "loss.kl_in", "reference.every_updates"),
+    ),
 )
 
 
@@ -109,6 +124,7 @@ def check(raw: ConfigDict) -> Config:
         "task.path must be a JSONL file while task.name='jsonl'; found none. Set --config.task.path=FILE.jsonl.",
     )
     check_reward(cfg)
+    check_loss(cfg.loss)
     check_optimizer(cfg)
     sequences, minibatches = cfg.rollout.prompts * cfg.rollout.samples, cfg.train.minibatches
     require(
@@ -155,6 +171,38 @@ def check_reward(cfg: Config) -> None:
         and all(label.isidentifier() for label in functions),
         "reward.parts must have names that metrics can use: distinct Python identifiers other than "
         f"{' and '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
+    )
+
+    reads_cache = cfg.rollout.overlong == "soft" or "length" in parts
+    cache, longest = cfg.rollout.overlong_cache, cfg.rollout.max_tokens
+    require(
+        0 < cache <= longest if reads_cache else cache == 0,
+        f"rollout.overlong_cache must be 1 to rollout.max_tokens={longest} with rollout.overlong=soft or the reward "
+        f"part 'length', and 0 otherwise; found {cache}. Change one of them.",
+    )
+    require(
+        "language" in parts or cfg.reward.language == "en",
+        f"reward.language={cfg.reward.language!r} has no effect without the part 'language' in reward.parts. Add it, "
+        "or pass --config.reward.language=en to restore the default.",
+    )
+
+
+def check_loss(loss: LossSection) -> None:
+    """Checks that the settings of the loss go together."""
+    require(
+        loss.clip_dual == 0 or loss.ratio not in ("detached", "difference"),
+        f"loss.clip_dual must be 0 with loss.ratio={loss.ratio}, whose objective has no such bound; found "
+        f"{loss.clip_dual}. Set --config.loss.clip_dual=0 or another loss.ratio.",
+    )
+    require(
+        loss.constant_length > 0 or loss.aggregate != "constant",
+        "loss.constant_length must be at least 1 with loss.aggregate=constant; found 0. Set it, for example to "
+        "rollout.max_tokens.",
+    )
+    require(
+        loss.kl_in == "loss" or not loss.kl_corrected,
+        "loss.kl_corrected must be False with loss.kl_in=reward, because a reward is no function of the policy; found "
+        "True. Set --config.loss.kl_corrected=False or --config.loss.kl_in=loss.",
     )
 
 

@@ -16,6 +16,10 @@ from grpo_jax.config.keys import Resumable, key
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
+RATIOS = ("token", "sequence", "sequence_token", "detached", "difference")
+AGGREGATES = ("sequence", "token", "prompt", "constant")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LANGUAGES = ("ar", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "pt", "ru", "th", "vi", "zh")
 
 
 def is_axis_size(size: int) -> bool:
@@ -82,10 +86,11 @@ class RewardSection:
 
     parts: tuple[str, ...] = key(
         ("accuracy", "format"),
-        "reward parts; each is `accuracy`, `format`, module:function or path/file.py:function",
+        "reward parts; each is `accuracy`, `format`, `language`, `length`, module:function or path/file.py:function",
         check=(are_names, "at least one name"),
     )
     weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))
+    language: str = key("en", "language that the part `language` rewards, told by its script", choices=LANGUAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,13 @@ class RolloutSection:
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)
     stop_strings: tuple[str, ...] = key(("</answer>",), "strings that end a completion, like EOS", check=STOP_STRINGS)
+    overlong: str = key(
+        "keep",
+        "truncated completions: `keep` their reward, give them a reward of `zero`, `mask` them out of the loss, or "
+        "`soft`, which subtracts up to 1 from the reward over the last overlong_cache tokens",
+        choices=("keep", "zero", "mask", "soft"),
+    )
+    overlong_cache: int = key(0, "tokens before max_tokens over which `soft` and `length` fall to -1", at_least=0)
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
 
 
@@ -123,12 +135,67 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSection:
-    """The GRPO loss."""
+class GroupsSection:
+    """The groups of completions that updates learn from."""
 
+    equal: str = key("keep", "groups of equal rewards: `keep`, or `drop` from sums and means", choices=("keep", "drop"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSection:
+    """The advantage: (reward - mean) / (std + eps)."""
+
+    mean: str = key(
+        "group",
+        "the mean that is subtracted: of the `group`, of the whole rollout (`batch`), or of the rest of the group",
+        choices=("group", "batch", "leave_one_out"),
+    )
+    std: str = key(
+        "group",
+        "the standard deviation of rewards to divide by: of the `group`, of the whole rollout (`batch`), or `none`",
+        choices=("group", "batch", "none"),
+    )
+    ddof: int = key(0, "the standard deviation divides by the count minus ddof", at_least=0, at_most=1)
+    eps: float = key(0.0, "added to the standard deviation", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """The policy loss, its KL penalty and its entropy bonus."""
+
+    ratio: str = key(
+        "token",
+        "what weighs an advantage: the ratio of each `token` (GRPO), of the `sequence` (GSPO) or `sequence_token`; "
+        "`detached` from the gradient (CISPO); or unclipped, without tokens beyond a `difference` (DPPO)",
+        choices=RATIOS,
+    )
+    clip_low: float = key(0.2, "an offset: the ratio is clipped to at least 1 - clip_low", at_least=0)
+    clip_high: float = key(0.2, "an offset: the ratio is clipped to at most 1 + clip_high", at_least=0)
+    clip_dual: float = key(
+        0.0,
+        "a ratio: where the advantage is negative, the objective is at least clip_dual times it; 0 for no such bound",
+        check=(lambda ratio: ratio == 0 or ratio > 1, "0 or more than 1"),
+    )
+    clip_difference: float = key(0.2, "a probability: the bound on pi - pi_old of `difference`", at_least=0, at_most=1)
+    aggregate: str = key(
+        "sequence",
+        "the loss is the mean over each `sequence` and then over sequences, the mean over every `token`, the mean over "
+        "the tokens of each `prompt` and then over prompts, or a sum divided by a `constant` per sequence",
+        choices=AGGREGATES,
+    )
+    constant_length: int = key(0, "number of tokens that `constant` divides by", at_least=0)
     kl_coef: float = key(0.001, "beta, the weight of the KL penalty; at 0 no reference model is kept", at_least=0)
-    clip_low: float = key(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0)
-    clip_high: float = key(0.2, "see clip_low", at_least=0)
+    kl: str = key("k3", "estimator of the KL divergence from the reference", choices=KL_ESTIMATORS)
+    kl_corrected: bool = key(False, "whether the estimator is multiplied by the ratio of each token")
+    kl_in: str = key("loss", "whether the penalty is part of the `loss` or of the `reward`", choices=("loss", "reward"))
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSection:
+    """The reference model of the KL penalty."""
+
+    every_updates: int = key(0, "updates after which the policy replaces the reference; 0 for never", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +210,7 @@ class OptimSection:
     end_lr_fraction: float = key(0.0, "fraction of optim.lr that is left after the decay", at_least=0, at_most=1)
     b1: float = key(0.9, "decay of the first moment; in Lion, its weight in the step", at_least=0, below=1)
     b2: float = key(0.999, "decay of the second moment; in Lion, of the only moment", at_least=0, below=1)
+    eps: float = key(1e-8, "epsilon of Adam, added to the root of the second moment", more_than=0)
     mu_dtype: str = key("float32", "dtype of the moment that averages gradients", choices=DTYPES)
     weight_decay: float = key(0.0, "an update subtracts lr * weight_decay times the parameter", at_least=0)
     grad_clip: float = key(1.0, "largest global norm of a gradient; larger ones are scaled down to it", more_than=0)
@@ -199,8 +267,11 @@ class Config:
     task: TaskSection = TaskSection()
     reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
+    groups: GroupsSection = GroupsSection()
+    advantage: AdvantageSection = AdvantageSection()
     train: TrainSection = TrainSection()
     loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
     optim: OptimSection = OptimSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
