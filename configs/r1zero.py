@@ -2,11 +2,31 @@
 
     python -m grpo_jax.main --config=configs/r1zero.py[:PRESET] --workdir=runs/r1zero
 
+Paper: DeepSeek-AI, "DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement Learning", arXiv
+2501.12948, version 2, section 2.1.
+
+    loss = -1/N sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i) - kl_coef k3 ]
+    A_i  = (r_i - mean(r)) / sigma(r)
+
+Published, and set by `deepseek-v3`:
+
+    optim.lr                    3e-6
+    loss.kl_coef, loss.kl       0.001, k3
+    loss.clip_low, clip_high    10, stated for the first reinforcement-learning stage of R1, not for R1-Zero
+    rollout                     512 prompts x 16 completions, 32,768 tokens, temperature 1
+    train.minibatches           16, of 512 completions each; one epoch
+    reference.every_updates     400
+    total_steps                 10,400
+    reward                      accuracy + format
+
+Not published: ours are Adam's betas (0.9 and 0.95), no weight decay, no warm-up, a gradient clip of 1, and a standard
+deviation that divides by G.
+
 Without a preset, or with `tiny`, this trains the tiny base model that comes with the package. `smollm2` trains a real
 model offline. All other presets name a model on the Hugging Face hub; pass --config.model.path=FOLDER to read it from a
 folder instead. They take their problems from questions.jsonl (one JSON object per line with `question` and `answer`;
---config.task.path=FILE names another file) and follow the published settings of R1-Zero as far as the size of the model
-allows: a KL coefficient of 0.001, temperature 1, 16 completions per prompt and no warm-up.
+--config.task.path=FILE names another file). Those of other models than DeepSeek-V3 follow the published settings as far
+as the size of the model allows: a KL coefficient of 0.001, temperature 1, 16 completions per prompt and no warm-up.
 
 "State" is what training keeps in memory per parameter: the policy, its gradient and AdamW's two moments in float32 and
 the reference in bfloat16, 18 bytes in total. Activations come on top: only the input of each layer is kept, for
@@ -16,10 +36,8 @@ If memory is short, lower train.micro_tokens and the lengths in `rollout`, or us
 starting points.
 """
 
-import difflib
-
 from grpo_jax import config
-from grpo_jax.errors import UserError
+from grpo_jax.config.presets import choose_preset, hub_model
 
 
 def tiny():
@@ -55,33 +73,6 @@ def smollm2():
     return cfg
 
 
-def hub_model(
-    path: str,
-    *,
-    prompts: int = 32,
-    samples: int = 16,
-    max_tokens: int,
-    lr: float,
-    minibatches: int = 1,
-    steps: int = 1000,
-    fsdp: int = -1,
-    tensor: int = 1,
-    expert: int = 1,
-):
-    """Returns the config that the presets for models on the hub share."""
-    cfg = config.default()
-    cfg.model.path, cfg.model.compute_dtype, cfg.model.reference_dtype = path, "bfloat16", "bfloat16"
-    cfg.task.name, cfg.task.path = "jsonl", "questions.jsonl"
-    cfg.rollout.prompts, cfg.rollout.samples = prompts, samples
-    cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens = 512, max_tokens
-    cfg.train.minibatches, cfg.train.micro_tokens = minibatches, 4096
-    cfg.optim.lr, cfg.total_steps = lr, steps
-    cfg.optim.b2 = 0.95  # usual in the pretraining of large models; recovers from a spike sooner than 0.999
-    cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert = 1, fsdp, tensor, expert
-    cfg.eval.every_steps = cfg.checkpoint.every_steps = 50
-    return cfg
-
-
 def qwen25_05b():
     """Qwen2.5-0.5B: 9 GB of state.
 
@@ -89,7 +80,7 @@ def qwen25_05b():
 
     On 1 device of 80 GB (H100), or 4 of 16 GB (TPU v5e-4).
     """
-    return hub_model("Qwen/Qwen2.5-0.5B", max_tokens=1024, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen2.5-0.5B", max_tokens=1024, lr=1e-6)
 
 
 def qwen25_15b():
@@ -99,7 +90,7 @@ def qwen25_15b():
 
     On 4 devices of 32 GB or more (4 x H100, TPU v6e-4).
     """
-    return hub_model("Qwen/Qwen2.5-1.5B", max_tokens=1024, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen2.5-1.5B", max_tokens=1024, lr=1e-6)
 
 
 def qwen25_3b():
@@ -109,7 +100,7 @@ def qwen25_3b():
 
     On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
     """
-    return hub_model("Qwen/Qwen2.5-3B", max_tokens=2048, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen2.5-3B", max_tokens=2048, lr=1e-6)
 
 
 def qwen25_7b():
@@ -119,7 +110,7 @@ def qwen25_7b():
 
     On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
     """
-    return hub_model("Qwen/Qwen2.5-7B", max_tokens=4096, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen2.5-7B", max_tokens=4096, lr=1e-6)
 
 
 def qwen25_32b():
@@ -129,7 +120,7 @@ def qwen25_32b():
 
     On 64 devices of 80 GB or more (64 x H100, TPU v5p-128). R1-Zero-Qwen-32B allowed 32,768 tokens per completion.
     """
-    return hub_model("Qwen/Qwen2.5-32B", max_tokens=8192, lr=2e-6, tensor=4)
+    return hub_model(config.default(), "Qwen/Qwen2.5-32B", max_tokens=8192, lr=2e-6, tensor=4)
 
 
 def qwen3_17b():
@@ -139,7 +130,7 @@ def qwen3_17b():
 
     On 4 devices of 32 GB or more (4 x H100, TPU v6e-4).
     """
-    return hub_model("Qwen/Qwen3-1.7B-Base", max_tokens=2048, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen3-1.7B-Base", max_tokens=2048, lr=1e-6)
 
 
 def qwen3_8b():
@@ -149,7 +140,7 @@ def qwen3_8b():
 
     On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
     """
-    return hub_model("Qwen/Qwen3-8B-Base", max_tokens=4096, lr=1e-6)
+    return hub_model(config.default(), "Qwen/Qwen3-8B-Base", max_tokens=4096, lr=1e-6)
 
 
 def qwen3_30b_a3b():
@@ -159,7 +150,7 @@ def qwen3_30b_a3b():
 
     On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): the experts are split 8 ways, and their matrices too.
     """
-    return hub_model("Qwen/Qwen3-30B-A3B-Base", max_tokens=4096, lr=1e-6, expert=8)
+    return hub_model(config.default(), "Qwen/Qwen3-30B-A3B-Base", max_tokens=4096, lr=1e-6, expert=8)
 
 
 def llama32_3b():
@@ -169,7 +160,7 @@ def llama32_3b():
 
     On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
     """
-    return hub_model("meta-llama/Llama-3.2-3B", max_tokens=2048, lr=1e-6)
+    return hub_model(config.default(), "meta-llama/Llama-3.2-3B", max_tokens=2048, lr=1e-6)
 
 
 def llama31_8b():
@@ -179,7 +170,7 @@ def llama31_8b():
 
     On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
     """
-    return hub_model("meta-llama/Llama-3.1-8B", max_tokens=4096, lr=1e-6)
+    return hub_model(config.default(), "meta-llama/Llama-3.1-8B", max_tokens=4096, lr=1e-6)
 
 
 def gemma3_4b():
@@ -189,21 +180,33 @@ def gemma3_4b():
 
     On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
     """
-    return hub_model("google/gemma-3-4b-pt", max_tokens=2048, lr=1e-6)
+    return hub_model(config.default(), "google/gemma-3-4b-pt", max_tokens=2048, lr=1e-6)
 
 
 def deepseek_v3():
-    """DeepSeek-V3-Base, from which R1-Zero was trained, with its published rates and batch: 12.1 TB of state.
+    """DeepSeek-V3-Base with all settings of R1-Zero that are published and can be set: 12.1 TB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:deepseek-v3 --workdir=/runs/r1zero
 
     On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): the experts are split 16 ways, and all matrices
-    32 ways. A rollout of 512 prompts x 16 completions feeds 16 updates of 512 completions each. R1-Zero allowed 32,768
-    tokens per completion, and 65,536 after update 8,200.
+    32 ways. A rollout of 512 prompts x 16 completions feeds 16 updates of 512 completions each, and every 400 updates
+    the policy replaces the reference. The clip of 10 is stated for the first reinforcement-learning stage of R1; it
+    limits the ratio to [-9, 11], so there is no lower bound. R1-Zero allowed 65,536 tokens per completion after update
+    8,200, which is a change of rollout.max_tokens in the middle of a run and cannot be set.
     """
-    return hub_model(
-        "deepseek-ai/DeepSeek-V3-Base", prompts=512, max_tokens=32768, lr=3e-6, minibatches=16, steps=10400, expert=16
+    cfg = hub_model(
+        config.default(),
+        "deepseek-ai/DeepSeek-V3-Base",
+        prompts=512,
+        max_tokens=32768,
+        lr=3e-6,
+        minibatches=16,
+        steps=10400,
+        expert=16,
     )
+    cfg.loss.clip_low = cfg.loss.clip_high = 10.0
+    cfg.reference.every_updates = 400
+    return cfg
 
 
 PRESETS = {
@@ -225,15 +228,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "tiny"):
-    """Returns the config of a preset.
-
-    Raises:
-        UserError: There is no such preset.
-    """
-    if preset not in PRESETS:
-        close = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "Choose one of them."
-        raise UserError(
-            f"The preset of configs/r1zero.py must be one of {', '.join(PRESETS)}; found {preset!r}. {hint}"
-        )
-    return PRESETS[preset]()
+    """Returns the config of a preset; raises a UserError if there is no such preset."""
+    return choose_preset(PRESETS, preset, "configs/r1zero.py")

@@ -1,4 +1,4 @@
-"""The presets of configs/r1zero.py."""
+"""The presets of configs/r1zero.py, and the memory and devices that the presets of all recipes name."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,9 @@ from grpo_jax.parallel.mesh import MESH_AXES
 from grpo_jax.rollout.memory import bytes_per_device
 from grpo_jax.weights.families import model_config_from_hf
 
-FILE = Path(__file__).parent.parent / "configs" / "r1zero.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILE = CONFIGS / "r1zero.py"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "pretrain_tiny")
 NAMES = (
     "tiny",
     "smollm2",
@@ -37,23 +39,36 @@ NAMES = (
 )
 
 
-def module():
+def presets_of(recipe: str) -> dict:
+    """Returns the functions that build the presets of a config file, by name."""
     from importlib.util import module_from_spec, spec_from_file_location
 
-    spec = spec_from_file_location("r1zero", FILE)
+    spec = spec_from_file_location(recipe, CONFIGS / f"{recipe}.py")
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)
-    return loaded
+    return loaded.PRESETS
+
+
+PRESETS = {recipe: presets_of(recipe) for recipe in RECIPES}
+EVERY_PRESET = [(recipe, name) for recipe in RECIPES for name in PRESETS[recipe]]
+HUB_PRESETS = [(recipe, name) for recipe, name in EVERY_PRESET if name not in ("tiny", "smollm2")]
+
+
+def checked(recipe: str, name: str) -> Config:
+    """Returns the checked config of a preset."""
+    return check(load_config(f"{CONFIGS / recipe}.py:{name}"))
 
 
 def test_all_presets_exist():
-    assert tuple(module().PRESETS) == NAMES
+    assert tuple(PRESETS["r1zero"]) == NAMES
+    assert len(RECIPES) == 11
+    assert [recipe for recipe in RECIPES if len(PRESETS[recipe]) < 2 or next(iter(PRESETS[recipe])) != "tiny"] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_fits_the_devices_that_it_names(name):
-    config = check(load_config(f"{FILE}:{name}"))
-    text = module().PRESETS[name].__doc__
+@pytest.mark.parametrize(("recipe", "name"), EVERY_PRESET)
+def test_a_preset_fits_the_devices_that_it_names(recipe, name):
+    config = checked(recipe, name)
+    text = PRESETS[recipe][name].__doc__
     devices = [int(number) for number in re.findall(r"(?:On|or) (\d+) (?:device|of)", text)]
     assert devices
     for count in devices:
@@ -78,11 +93,17 @@ ARCHITECTURES = {
     "llama3.1-8b": "llama 128256 4096 14336 32 32 8 untied",
     "gemma3-4b": "gemma3_text 262208 2560 10240 34 8 4 tied",
     "deepseek-v3": "deepseek_v3 129280 7168 18432 61 128 128 untied",
+    "deepseek-math-7b": "llama 102400 4096 11008 30 32 32 untied",
+    "qwen2.5-math-7b": "qwen2 152064 3584 18944 28 28 4 untied",
+    "deepseek-r1-distill-qwen-1.5b": "qwen2 151936 1536 8960 28 12 2 untied",
+    "mistral-small-24b": "mistral 131072 5120 32768 40 32 8 untied",
+    "llama-7b": "llama 32000 4096 11008 32 32 32 untied",
 }
 FURTHER_FIELDS = {
     "qwen3": {"head_dim": 128},
     "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
     "gemma3_text": {"head_dim": 256},
+    "mistral": {"head_dim": 128},
     "deepseek_v3": {
         "moe_intermediate_size": 2048,
         "n_routed_experts": 256,
@@ -114,7 +135,7 @@ def state_bytes(cfg: Config, params: dict, sizes: tuple[int, ...]) -> int:
     """Returns the bytes per device of policy, gradient, optimizer state and reference on a mesh of these sizes.
 
     Args:
-        cfg: the preset's config.
+        cfg: the preset's config; without a KL penalty there is no reference.
         params: shapes of the policy's parameters.
         sizes: sizes of the mesh axes.
     """
@@ -126,16 +147,16 @@ def state_bytes(cfg: Config, params: dict, sizes: tuple[int, ...]) -> int:
     return (
         2 * bytes_per_device(params, shardings.params)
         + bytes_per_device(moments, shardings.opt_state)
-        + bytes_per_device(reference, shardings.params)
+        + (bytes_per_device(reference, shardings.params) if cfg.loss.kl_coef else 0)
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(name):
+@pytest.mark.parametrize(("recipe", "name"), HUB_PRESETS)
+def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(recipe, name):
     """At most two thirds of a device's memory, which leaves the rest for activations and the KV cache."""
-    cfg = check(load_config(f"{FILE}:{name}"))
+    cfg = checked(recipe, name)
     params = param_shapes(model_of(name), cfg.model.param_dtype)
-    text = module().PRESETS[name].__doc__
+    text = PRESETS[recipe][name].__doc__
     stated, unit = re.search(r"([\d.]+) (GB|TB) of state", text).groups()
     total = state_bytes(cfg, params, (1, 1, 1, 1))
     assert total == pytest.approx(float(stated) * {"GB": 1e9, "TB": 1e12}[unit], rel=0.03)
@@ -147,23 +168,22 @@ def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(name):
         assert state_bytes(cfg, params, sizes) < int(memory) * 1e9 * 2 / 3
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_says_how_it_is_run(name):
-    text = module().PRESETS[name].__doc__
-    assert (f"r1zero.py:{name} " in text or f"make {name}" in text) if name != "tiny" else "r1zero.py --workdir" in text
-    real = name not in ("tiny", "smollm2")
-    assert check(load_config(f"{FILE}:{name}")).model.compute_dtype == ("bfloat16" if real else "float32")
+@pytest.mark.parametrize(("recipe", "name"), EVERY_PRESET)
+def test_a_preset_says_how_it_is_run(recipe, name):
+    text = PRESETS[recipe][name].__doc__
+    spec = f"configs/{recipe}.py" if name == "tiny" else f"configs/{recipe}.py:{name}"
+    assert f"python -m grpo_jax.main --config={spec} --workdir=" in text or f"make {name}" in text
+    real = (recipe, name) in HUB_PRESETS
+    assert checked(recipe, name).model.compute_dtype == ("bfloat16" if real else "float32")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_sets_no_key_without_effect(name):
-    """The check refuses keys without effect, so the presets pass it."""
-    config = load_config(f"{FILE}:{name}")
-    assert check(config).model.path == config.model.path
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_default_preset_is_tiny(recipe):
+    assert load_config(f"{CONFIGS / recipe}.py").to_dict() == load_config(f"{CONFIGS / recipe}.py:tiny").to_dict()
 
 
-def test_the_default_preset_is_tiny():
-    assert load_config(str(FILE)).to_dict() == load_config(f"{FILE}:tiny").to_dict() == default().to_dict()
+def test_the_tiny_preset_of_r1zero_is_the_default_config():
+    assert load_config(str(FILE)).to_dict() == default().to_dict()
 
 
 def test_an_unknown_preset_is_refused():

@@ -1,0 +1,84 @@
+"""CISPO: the ratio is bounded and detached from the gradient, so that every token keeps one.
+
+    python -m grpo_jax.main --config=configs/cispo.py[:PRESET] --workdir=runs/cispo
+
+Paper: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arXiv 2506.13585, section
+3.1.
+
+    loss = -1/(sum_i |o_i|) sum_i sum_t sg(min(rho, 1 + clip_high)) A_i log pi        for a group; then their mean
+    A_i  = (r_i - mean(r)) / sigma(r)
+
+Published, in section 3:
+
+    loss.ratio                  detached
+    loss.aggregate              prompt
+    loss.kl_coef                0
+    groups.equal                drop, then refill, as DAPO does
+    optim.b1, b2, eps           0.9, 0.95, 1e-15
+    model.logit_dtype           float32, which is the default
+
+Not published: ours are loss.clip_high (0.28: the weight is at most 1.28), the learning rate (1e-6), the batch (512 x
+16), the number of updates per rollout (16), the lengths (2,048 + 20,480 tokens), weight decay (0), warm-up (none), the
+gradient clip (1), the number of updates (8,000) and the reward of the run on Qwen2.5-32B (accuracy).
+
+What differs: there is no lower bound, because the paper disables its own. Code bases read the bound differently: an
+epsilon of 5 means a largest weight of 5 in TRL and of 6 here, where clip_high is an offset. MiniMax-M1 itself has an
+attention that this package does not load, so the preset is the model on which the paper compares CISPO with DAPO.
+Groups are dropped and not refilled. The paper also stops a completion after 3,000 tokens in a row with a probability
+above 0.99, which we do not.
+"""
+
+from grpo_jax import config
+from grpo_jax.config.presets import choose_preset, hub_model
+
+
+def cispo(cfg):
+    """Sets what the recipe prescribes for any model."""
+    cfg.loss.ratio, cfg.loss.clip_high = "detached", 0.28
+    cfg.loss.aggregate = "prompt"
+    cfg.loss.kl_coef = 0.0
+    cfg.groups.equal = "drop"
+    cfg.optim.b1, cfg.optim.b2, cfg.optim.eps = 0.9, 0.95, 1e-15
+    cfg.reward.parts, cfg.reward.weights = ("accuracy",), (1.0,)
+    return cfg
+
+
+def tiny():
+    """The tiny base model of the package.
+
+    python -m grpo_jax.main --config=configs/cispo.py --workdir=runs/cispo
+
+    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    """
+    cfg = cispo(config.default())
+    cfg.train.minibatches, cfg.total_steps = 4, 160
+    return cfg
+
+
+def qwen25_32b():
+    """Qwen2.5-32B, on which the paper compares CISPO with GRPO and DAPO: 524 GB of state.
+
+    python -m grpo_jax.main --config=configs/cispo.py:qwen2.5-32b --workdir=runs/cispo-qwen2.5-32b
+
+    On 128 devices of 80 GB or more (128 x H100, TPU v5p-256).
+    """
+    return hub_model(
+        cispo(config.default()),
+        "Qwen/Qwen2.5-32B",
+        prompts=512,
+        samples=16,
+        max_prompt_tokens=2048,
+        max_tokens=20480,
+        lr=1e-6,
+        minibatches=16,
+        steps=8000,
+        tensor=4,
+    )
+
+
+PRESETS = {"tiny": tiny, "qwen2.5-32b": qwen25_32b}
+
+
+def get_config(preset: str = "tiny"):
+    """Returns the config of a preset; raises a UserError if there is no such preset."""
+    return choose_preset(PRESETS, preset, "configs/cispo.py")

@@ -1,0 +1,95 @@
+"""DAPO: a higher upper clip, the mean over all tokens, a penalty for overlong completions, no groups of equal rewards.
+
+    python -m grpo_jax.main --config=configs/dapo.py[:PRESET] --workdir=runs/dapo
+
+Paper: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476. Script: verl,
+recipe/dapo/run_dapo_qwen2.5_32b.sh (today in verl-recipe, dapo/).
+
+    loss = -1/(sum_i |o_i|) sum_i sum_t min(rho A_i, clip(rho, 1 - 0.2, 1 + 0.28) A_i)        equation 8
+    A_i  = (r_i - mean(r)) / sigma(r)
+    r_i  = 1 if the answer is correct, else -1, plus R_len
+    R_len falls from 0 to -1 over the last C of L tokens                                      equation 13
+
+Published, in section 4.1 unless noted:
+
+    loss.clip_low, clip_high    0.2, 0.28
+    loss.clip_dual              10 (script)
+    loss.aggregate              token
+    loss.kl_coef                0 (section 2.3)
+    groups.equal                drop, then refill (section 3.2)
+    rollout                     512 prompts x 16 completions, 2,048 + 20,480 tokens, temperature 1
+    rollout.overlong            soft, C = rollout.overlong_cache = 4,096
+    train.minibatches           16, of 512 completions each
+    optim.lr, optim.schedule    1e-6, constant
+    optim.warmup_steps          20 rollouts, 320 updates (the script has 10 rollouts)
+    optim.weight_decay          0.1 (script)
+    optim.grad_clip             1 (script)
+    eval                        temperature 1, top-p 0.7
+
+Not published: ours are Adam's betas (0.9 and 0.95) and the number of updates (8,000).
+
+What differs: DAPO samples until 512 groups have both correct and wrong answers (dynamic sampling). We drop the other
+groups of a rollout and do not refill, so that updates have fewer completions; refilling does not exist yet. The reward
+of -1 or 1 is written as 2 times the accuracy, which differs by a constant that the group's mean removes. The script
+divides by the standard deviation with G - 1; the paper and we divide by the one with G.
+"""
+
+from grpo_jax import config
+from grpo_jax.config.presets import choose_preset, hub_model
+
+
+def dapo(cfg):
+    """Sets what the recipe prescribes for any model, except rollout.overlong_cache."""
+    cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.clip_dual = 0.2, 0.28, 10.0
+    cfg.loss.aggregate = "token"
+    cfg.loss.kl_coef = 0.0
+    cfg.groups.equal = "drop"
+    cfg.rollout.overlong = "soft"
+    cfg.reward.parts, cfg.reward.weights = ("accuracy",), (2.0,)
+    return cfg
+
+
+def tiny():
+    """The tiny base model of the package.
+
+    python -m grpo_jax.main --config=configs/dapo.py --workdir=runs/dapo
+
+    On 1 device: two CPU cores, minutes. Four updates per rollout. The last 8 of 56 tokens cost reward (ours).
+    """
+    cfg = dapo(config.default())
+    cfg.train.minibatches, cfg.total_steps = 4, 160
+    cfg.rollout.overlong_cache = 8
+    return cfg
+
+
+def qwen25_32b():
+    """Qwen2.5-32B, the model of the paper: 524 GB of state.
+
+    python -m grpo_jax.main --config=configs/dapo.py:qwen2.5-32b --workdir=runs/dapo-qwen2.5-32b
+
+    On 128 devices of 80 GB or more (128 x H100, TPU v5p-256). The script uses 128 GPUs.
+    """
+    cfg = hub_model(
+        dapo(config.default()),
+        "Qwen/Qwen2.5-32B",
+        prompts=512,
+        samples=16,
+        max_prompt_tokens=2048,
+        max_tokens=20480,
+        lr=1e-6,
+        minibatches=16,
+        steps=8000,
+        tensor=4,
+    )
+    cfg.rollout.overlong_cache = 4096
+    cfg.optim.warmup_steps, cfg.optim.weight_decay, cfg.optim.grad_clip = 20 * 16, 0.1, 1.0
+    cfg.eval.temperature, cfg.eval.top_p = 1.0, 0.7
+    return cfg
+
+
+PRESETS = {"tiny": tiny, "qwen2.5-32b": qwen25_32b}
+
+
+def get_config(preset: str = "tiny"):
+    """Returns the config of a preset; raises a UserError if there is no such preset."""
+    return choose_preset(PRESETS, preset, "configs/dapo.py")

@@ -1,0 +1,70 @@
+"""GRPO as DeepSeekMath introduced it: standardized advantages, a KL penalty in the loss, one update per rollout.
+
+    python -m grpo_jax.main --config=configs/deepseekmath.py[:PRESET] --workdir=runs/deepseekmath
+
+Paper: Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", arXiv
+2402.03300, equations 3 and 4.
+
+    loss = -1/N sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i) - 0.04 k3 ]
+    A_i  = (r_i - mean(r)) / sigma(r)
+
+Published, in section 4.2:
+
+    loss.kl_coef, loss.kl       0.04, k3
+    rollout.samples             64
+    rollout.max_tokens          1,024 ("the max length")
+    optim.lr                    1e-6
+    train.minibatches, .epochs  1, 1: one update per rollout
+    batch                       1,024, of questions or of completions: not published; ours: completions, 16 x 64
+
+Not published: ours are the clip (0.2, which one update per rollout never reaches), Adam's betas (0.9 and 0.95), weight
+decay (0), warm-up (none), the gradient clip (1) and the number of updates (1,000).
+
+What differs: the paper's reward is a trained reward model and its questions follow supervised fine-tuning; ours are
+rule-based rewards. Its iterative variant, which retrains the reward model and replaces the reference by the policy, is
+not reproduced, nor is process supervision.
+"""
+
+from grpo_jax import config
+from grpo_jax.config.presets import choose_preset, hub_model
+
+
+def deepseekmath(cfg):
+    """Sets what the recipe prescribes for any model: the KL coefficient. The rest of GRPO is the default."""
+    cfg.loss.kl_coef = 0.04
+    return cfg
+
+
+def tiny():
+    """The tiny base model of the package.
+
+    python -m grpo_jax.main --config=configs/deepseekmath.py --workdir=runs/deepseekmath
+
+    On 1 device: two CPU cores, minutes. One update per rollout, as in the paper.
+    """
+    return deepseekmath(config.default())
+
+
+def deepseek_math_7b():
+    """DeepSeekMath-Instruct-7B, the model of the paper: 124 GB of state.
+
+    python -m grpo_jax.main --config=configs/deepseekmath.py:deepseek-math-7b --workdir=runs/deepseek-math-7b
+
+    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
+    """
+    return hub_model(
+        deepseekmath(config.default()),
+        "deepseek-ai/deepseek-math-7b-instruct",
+        prompts=16,
+        samples=64,
+        max_tokens=1024,
+        lr=1e-6,
+    )
+
+
+PRESETS = {"tiny": tiny, "deepseek-math-7b": deepseek_math_7b}
+
+
+def get_config(preset: str = "tiny"):
+    """Returns the config of a preset; raises a UserError if there is no such preset."""
+    return choose_preset(PRESETS, preset, "configs/deepseekmath.py")

@@ -1,0 +1,74 @@
+"""What config files share: choosing a preset by name, and the settings that do not depend on the recipe."""
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from grpo_jax.errors import UserError
+
+
+def choose_preset(presets: Mapping[str, Callable[[], ConfigDict]], name: str, file: str) -> ConfigDict:
+    """Returns the config of the preset `name`.
+
+    Args:
+        presets: The functions that build the presets, by name.
+        name: What follows the colon in --config=FILE.py:PRESET.
+        file: The config file, for the error.
+
+    Raises:
+        UserError: There is no such preset.
+    """
+    if name not in presets:
+        close = difflib.get_close_matches(name, presets, n=1)
+        hint = f"Did you mean {close[0]}?" if close else "Choose one of them."
+        raise UserError(f"The preset of {file} must be one of {', '.join(presets)}; found {name!r}. {hint}")
+    return presets[name]()
+
+
+def hub_model(
+    cfg: ConfigDict,
+    path: str,
+    *,
+    prompts: int = 32,
+    samples: int = 16,
+    max_prompt_tokens: int = 512,
+    max_tokens: int,
+    lr: float,
+    minibatches: int = 1,
+    steps: int = 1000,
+    fsdp: int = -1,
+    tensor: int = 1,
+    expert: int = 1,
+) -> ConfigDict:
+    """Sets the keys that presets for models on the Hugging Face hub have in common, and returns `cfg`.
+
+    Apply the recipe to `cfg` first: the dtype of the reference is set only if loss.kl_coef keeps one. Change whatever
+    differs from these settings afterwards.
+
+    Args:
+        cfg: The config to change.
+        path: The hub id of the base model.
+        prompts: Number of prompts per rollout.
+        samples: Number of completions per prompt.
+        max_prompt_tokens: Longest prompt in tokens.
+        max_tokens: Longest completion in tokens.
+        lr: Learning rate.
+        minibatches: Updates per rollout.
+        steps: Number of updates.
+        fsdp: Size of that mesh axis; -1 for the devices that the other axes leave.
+        tensor: Size of that mesh axis.
+        expert: Size of that mesh axis.
+    """
+    cfg.model.path, cfg.model.compute_dtype = path, "bfloat16"
+    if cfg.loss.kl_coef:
+        cfg.model.reference_dtype = "bfloat16"
+    cfg.task.name, cfg.task.path = "jsonl", "questions.jsonl"
+    cfg.rollout.prompts, cfg.rollout.samples = prompts, samples
+    cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens = max_prompt_tokens, max_tokens
+    cfg.train.minibatches, cfg.train.micro_tokens = minibatches, 4096
+    cfg.optim.lr, cfg.total_steps = lr, steps
+    cfg.optim.b2 = 0.95  # usual in the pretraining of large models; recovers from a spike sooner than 0.999
+    cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert = 1, fsdp, tensor, expert
+    cfg.eval.every_steps = cfg.checkpoint.every_steps = 50
+    return cfg
