@@ -16,11 +16,11 @@ Published (appendix C, for TL;DR summaries, as TRL's index of papers quotes it):
     train.minibatches           2
     optim.lr                    1e-6
 
-Not published: ours are the lengths (512 + 1,024 tokens), Adam's betas (0.9 and 0.95), weight decay (0), warm-up (none),
-the gradient clip (1) and the number of updates (1,000).
+Not published: ours are loss.clip_high (0.2), the lengths (512 + 1,024 tokens), Adam's betas (0.9 and 0.95), weight
+decay (0), warm-up (none), the gradient clip (1) and the number of updates (1,000).
 
 What differs: the paper has no ratio. A loss with loss.ratio=detached has the same gradient while the policy is the one
-that sampled; in later updates its weight is the ratio, at most 1 + loss.clip_high = 1.2 (ours). log pi(o_i) is a sum
+that sampled; in later updates its weight is the ratio of each token, at most 1 + loss.clip_high. log pi(o_i) is a sum
 over tokens; we divide it by the constant rollout.max_tokens, which only scales the gradient. The paper's reward is a
 model of human preferences, and its policies were fine-tuned before; ours has rule-based rewards.
 """
