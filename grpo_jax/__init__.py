@@ -9,7 +9,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grpo_jax.learn.grpo import advantages, grpo_loss
+    from grpo_jax.learn.advantages import advantages
+    from grpo_jax.learn.grpo import grpo_loss
     from grpo_jax.model.decoder import forward
     from grpo_jax.rollout.sampler import sample
     from grpo_jax.run.train import train
@@ -22,7 +23,7 @@ __all__ = ["advantages", "forward", "grpo_loss", "load", "sample", "save", "trai
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 PUBLIC_MODULES = {
-    "advantages": "grpo_jax.learn.grpo",
+    "advantages": "grpo_jax.learn.advantages",
     "grpo_loss": "grpo_jax.learn.grpo",
     "forward": "grpo_jax.model.decoder",
     "sample": "grpo_jax.rollout.sampler",

@@ -74,6 +74,7 @@ class Experience:
     ref_logps: Float[np.ndarray, "N S"]  # log pi_ref; zeros until computed, and if no reference is kept
     advantages: Float[np.ndarray, " N"]  # one advantage per completion; zeros until computed
     prompt_ids: Int[np.ndarray, " N"]  # sequences with equal ids share the same prompt
+    kept: Bool[np.ndarray, " N"]  # False for completions that no update learns from
 
 
 @flax.struct.dataclass
@@ -102,7 +103,8 @@ class PackedBatch:
 class TrainState:
     """Everything that an update replaces."""
 
-    step: Int[Array, ""]  # number of updates so far, including skipped ones
+    step: Int[Array, ""]  # number of updates so far, including those that changed nothing
     params: Any  # parameters of the policy
     opt_state: Any  # state of the optax optimizer
     skipped: Int[Array, ""]  # number of updates skipped because the gradient was not finite
+    is_reference: Bool[Array, ""]  # whether the parameters are still those of the reference

@@ -188,9 +188,9 @@ def run(tmp_path):
     _, params = load("tiny")
     for step in (3, 7):
         marked = params | {"embed": {"embedding": jnp.full_like(params["embed"]["embedding"], step)}}
-        state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0))
+        state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0), jnp.bool_(False))
         manager = checkpoint.open_checkpoint_manager(tmp_path / "run", 2)
-        checkpoint.save_checkpoint(manager, state, {"step": step}, None)
+        checkpoint.save_checkpoint(manager, state, {"step": step}, None, None)
         manager.close()
     return tmp_path / "run"
 

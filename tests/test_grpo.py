@@ -10,7 +10,8 @@ import pytest
 
 import grpo_jax.learn.grpo
 from grpo_jax import advantages, grpo_loss
-from grpo_jax.learn.grpo import SampledTokens, inclusive_clip, k3, token_weights, weighted_loss
+from grpo_jax.config.schema import LossSection
+from grpo_jax.learn.grpo import SampledTokens, estimate_kl, inclusive_clip, token_weights, weighted_loss
 
 
 def test_advantages_of_a_hand_made_group():
@@ -106,10 +107,10 @@ def test_clip_bounds_are_one_minus_low_and_one_plus_high():
 
 def test_k3_is_zero_at_equality_and_positive_elsewhere():
     logps = jnp.linspace(-5.0, 0.0, 11)
-    assert (k3(logps, logps) == 0).all()
-    assert (k3(logps, logps[::-1])[jnp.arange(11) != 5] > 0).all()
+    assert (estimate_kl(logps, logps) == 0).all()
+    assert (estimate_kl(logps, logps[::-1])[jnp.arange(11) != 5] > 0).all()
     # pi_ref / pi = 2: 2 - log 2 - 1.
-    np.testing.assert_allclose(k3(jnp.asarray(-3.0), jnp.asarray(-3.0 + np.log(2))), 1 - np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(estimate_kl(jnp.asarray(-3.0), jnp.asarray(-3.0 + np.log(2))), 1 - np.log(2), rtol=1e-6)
 
 
 def test_k3_estimates_the_kl_divergence_and_its_gradient():
@@ -120,8 +121,8 @@ def test_k3_estimates_the_kl_divergence_and_its_gradient():
     theta, ref_theta = jax.random.normal(jax.random.key(0), (2, 6))
     logps, ref_logps = jax.nn.log_softmax(theta), jax.nn.log_softmax(ref_theta)
     kl = jnp.sum(jnp.exp(logps) * (logps - ref_logps))
-    np.testing.assert_allclose(jnp.sum(jnp.exp(logps) * k3(logps, ref_logps)), kl, rtol=1e-5)
-    k3_grad = jax.grad(lambda t: jnp.sum(jnp.exp(logps) * k3(jax.nn.log_softmax(t), ref_logps)))(theta)
+    np.testing.assert_allclose(jnp.sum(jnp.exp(logps) * estimate_kl(logps, ref_logps)), kl, rtol=1e-5)
+    k3_grad = jax.grad(lambda t: jnp.sum(jnp.exp(logps) * estimate_kl(jax.nn.log_softmax(t), ref_logps)))(theta)
     reverse_kl_grad = jax.grad(lambda t: jnp.sum(jnp.exp(ref_logps) * (ref_logps - jax.nn.log_softmax(t))))(theta)
     np.testing.assert_allclose(k3_grad, reverse_kl_grad, atol=1e-6)
 
@@ -222,7 +223,10 @@ def test_masked_tokens_change_neither_loss_nor_gradient(junk):
 def test_the_loss_knows_which_completion_a_token_belongs_to(monkeypatch):
     """Masked tokens have index -1, which sums over completions drop."""
     seen = []
-    monkeypatch.setattr(grpo_jax.learn.grpo, "weighted_loss", lambda logps, entropies, tokens, **_: seen.append(tokens))
+    monkeypatch.setattr(
+        grpo_jax.learn.grpo, "weighted_loss", lambda logps, entropies, tokens, loss: (0, seen.append(tokens))
+    )
+    monkeypatch.setattr(grpo_jax.learn.grpo, "finish_metrics", lambda sums: sums)
     mask = jnp.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
     unwrap(grpo_loss)(jnp.zeros((4, 3)), jnp.zeros((4, 3)), None, jnp.ones(4), mask, kl_coef=0)
     (tokens,) = seen
@@ -242,9 +246,8 @@ def test_missing_reference_and_mismatched_shapes_are_errors():
         grpo_loss(one, one, None, jnp.zeros(1), jnp.ones((1, 1)))
     with pytest.raises(ValueError, match=r"logps and mask must have one shape \[N, S\]"):
         unwrap(grpo_loss)(one, one, one, jnp.zeros(1), jnp.ones((1, 2)))
-    bounds = dict(clip_low=0.2, clip_high=0.2, kl_coef=0.1)
     tokens = SampledTokens(jnp.zeros((1, 2)), one, one, one, one, None, 1)
     with pytest.raises(ValueError, match=r"must have one shape; found \[\(1, 1\), \(1, 2\), \(1, 1\)"):
-        unwrap(weighted_loss)(one, None, tokens, **bounds)
+        unwrap(weighted_loss)(one, None, tokens, LossSection())
     with pytest.raises(ValueError, match=r"mask must have shape \[N, S\]"):
         unwrap(token_weights)(jnp.ones((1, 2, 3)))

@@ -5,6 +5,7 @@ import jax.extend
 import numpy as np
 import pytest
 
+from grpo_jax.config.schema import LossSection
 from grpo_jax.learn.grpo import token_weights
 from grpo_jax.learn.packing import PackedShape, assign_rows, pack_completions, packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, take_micro_batch, take_rows
@@ -106,9 +107,9 @@ def test_packing_uses_no_operation_of_jax(monkeypatch):
         raise AssertionError(primitive)
 
     batch, shape = experience(), packed_shape(8, 2, 5, 6, 40, 2)
-    expected = pack_minibatch(batch, shape, 2)
+    expected = pack_minibatch(batch, LossSection(), shape, 2)
     monkeypatch.setattr(jax.extend.core.Primitive, "bind", refuse)
-    jax.tree.map(np.testing.assert_array_equal, pack_minibatch(batch, shape, 2), expected)
+    jax.tree.map(np.testing.assert_array_equal, pack_minibatch(batch, LossSection(), shape, 2), expected)
 
 
 def test_minibatches_are_packed_as_separate_batches():
@@ -117,7 +118,7 @@ def test_minibatches_are_packed_as_separate_batches():
     packed_advantages = []
     for rows in minibatch_rows(whole.prompt_ids, jax.random.key(3), 3):
         part = take_rows(whole, rows)
-        packed = pack_minibatch(part, packed_shape(12, 5, 6, 7, 40, 2), 2)
+        packed = pack_minibatch(part, LossSection(), packed_shape(12, 5, 6, 7, 40, 2), 2)
         assert_packed(part, token_weights(part.mask), packed, 2)
         packed_advantages += packed.advantages[packed.flat_index >= 0].tolist()
     assert sorted(packed_advantages) == np.repeat(np.arange(36), whole.mask.sum(axis=1)).tolist()
@@ -125,7 +126,7 @@ def test_minibatches_are_packed_as_separate_batches():
 
 def test_micro_batch_is_one_row_of_every_shard():
     batch = experience(20, 5, 6, samples=2)
-    packed = pack_minibatch(batch, PackedShape(16, 16), 4)
+    packed = pack_minibatch(batch, LossSection(), PackedShape(16, 16), 4)
     rows = assign_rows(batch.prompt_ids, batch.prompt_lengths, batch.mask.sum(axis=1), 16)
     assert packed.num_micro_batches == -(-len(rows) // 4) == 2 and len(rows) % 4
     with jax.set_mesh(make_mesh(1, 4, 2)):
@@ -273,17 +274,17 @@ def test_rows_have_little_padding_and_few_prompt_copies(sequences, padding, repe
 def test_completions_that_do_not_fit_are_an_error():
     batch = experience(8, 5, 6)
     shape = packed_shape(8, 2, 5, 6, 1, 1)
-    needed = pack_minibatch(batch, shape, 1).num_micro_batches
-    assert pack_minibatch(batch, PackedShape(int(needed), shape.width), 1).num_micro_batches == needed
+    needed = pack_minibatch(batch, LossSection(), shape, 1).num_micro_batches
+    assert pack_minibatch(batch, LossSection(), PackedShape(int(needed), shape.width), 1).num_micro_batches == needed
     with pytest.raises(
         ValueError, match=f"fit in {needed - 1} packed rows of {shape.width} tokens; found that it needs {needed}"
     ):
-        pack_minibatch(batch, PackedShape(int(needed) - 1, shape.width), 1)
+        pack_minibatch(batch, LossSection(), PackedShape(int(needed) - 1, shape.width), 1)
 
 
 def test_unpacking_returns_values_by_completion():
     batch = experience(9, 5, 6, samples=3)
-    packed = pack_minibatch(batch, packed_shape(9, 3, 5, 6, 30, 2), 2)
+    packed = pack_minibatch(batch, LossSection(), packed_shape(9, 3, 5, 6, 30, 2), 2)
     values = np.random.default_rng(0).random(packed.flat_index.shape).astype(np.float32)
     unpacked = unpack_completions(values, packed.flat_index, batch.mask.shape)
     assert unpacked.dtype == np.float32

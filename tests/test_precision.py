@@ -109,7 +109,7 @@ def test_parameters_and_reference_keep_their_dtypes(tmp_path):
     assert read_config(tmp_path).model.param_dtype == "bfloat16"
     shapes = param_shapes(read_model_config(find_model("tiny")), "bfloat16")
     shardings = tree_shardings(make_mesh(8), shapes)
-    reference = restore_reference(tmp_path, shapes, shardings)
+    reference = restore_reference(tmp_path, 0, shapes, shardings)
     _, policy = restore_policy(tmp_path, shapes, shardings)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((policy, reference))} == {"bfloat16"}
     changed = jax.tree.map(lambda new, old: (new != old).any(), policy, reference)

@@ -154,13 +154,13 @@ def test_the_update_uses_token_weights_from_grpo(monkeypatch):
     """With twice the weights, the gradient is twice as large."""
     grads, metrics = GRADIENTS(params(), packed(experience()))
     assert grpo_jax.learn.update.token_weights is grpo_jax.learn.grpo.token_weights
-    monkeypatch.setattr(grpo_jax.learn.update, "token_weights", lambda mask: 2 * token_weights(mask))
+    monkeypatch.setattr(grpo_jax.learn.update, "token_weights", lambda *args: 2 * token_weights(*args))
     doubled, doubled_metrics = GRADIENTS(params(), packed(experience()))
     jax.tree.map(np.testing.assert_array_equal, doubled, jax.tree.map(lambda x: 2 * x, grads))
     assert doubled_metrics["loss/total"] == 2 * metrics["loss/total"]
 
 
-def sequence_loss(logps, entropies, tokens, *, clip_low, clip_high, kl_coef):
+def sequence_loss(logps, entropies, tokens, loss):
     """Clips one ratio per completion, the geometric mean of its tokens' ratios, and favors later groups."""
 
     def mean_by_sequence(x):
@@ -173,9 +173,10 @@ def sequence_loss(logps, entropies, tokens, *, clip_low, clip_high, kl_coef):
     log_ratio = jnp.where(tokens.sequence < 0, 9.0, logps - tokens.old_logps)
     ratio = jnp.exp(mean_by_sequence(log_ratio))
     A = tokens.advantages * (1 + tokens.group)
-    objective = jnp.minimum(ratio * A, inclusive_clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+    objective = jnp.minimum(ratio * A, inclusive_clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high) * A)
     largest = jnp.max(ratio, where=tokens.weights > 0, initial=0.0)
-    return -jnp.sum(tokens.weights * objective), {"policy/ratio_max": largest}
+    counts = dict.fromkeys(("tokens/weight", "tokens/count", "tokens/ratio", "tokens/ratio_squared"), jnp.float32(1))
+    return -jnp.sum(tokens.weights * objective), {"policy/ratio_max": largest} | counts
 
 
 @cache
@@ -197,9 +198,10 @@ def sequence_loss_gradient():
     def loss(params):
         by_column = jnp.take_along_axis(plain_logps(params, jnp.asarray(batch.tokens)), columns[..., None] - 1, axis=1)
         logps = jnp.take_along_axis(by_column, targets[..., None], axis=2)[..., 0]
-        return sequence_loss(logps, None, tokens, clip_low=LOSS.clip_low, clip_high=LOSS.clip_high, kl_coef=0)
+        return sequence_loss(logps, None, tokens, LOSS)
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params())
+    grads, sums = jax.jit(jax.grad(loss, has_aux=True))(params())
+    return grads, {"policy/ratio_max": sums["policy/ratio_max"]}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_gradients_agree_on_one_and_eight_devices(sizes):
 @cache
 def sgd_update(sizes):
     """Returns a mesh, a function that makes a train state, and the jitted update, which takes SGD steps of rate 1."""
-    mesh, optimizer = make_mesh(*sizes), optax.sgd(1.0)
+    mesh, optimizer = make_mesh(*sizes), optax.identity()
     shardings = tree_shardings(mesh, params())
 
     def new_state():

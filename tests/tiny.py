@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.config.schema import LossSection
 from grpo_jax.learn.packing import PackedShape, packed_shape
 from grpo_jax.learn.update import pack_minibatch
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
@@ -60,6 +61,7 @@ def experience(rows=8, prompt=5, sampled=6, seed=0, model_cfg=CONFIG, samples=2)
         ref_logps=(logps + 0.3 * draw.standard_normal(logps.shape)).astype(np.float32),
         advantages=draw.standard_normal(rows).astype(np.float32),
         prompt_ids=7 + group,
+        kept=np.ones(rows, bool),
     )
 
 
@@ -67,14 +69,16 @@ def packed(batch: Experience, micro_tokens=1000, shards=1) -> PackedBatch:
     """Packs a batch into rows of about `micro_tokens` tokens, or of one sequence if it is longer."""
     longest = batch.tokens.shape[1] - batch.mask.shape[1], batch.mask.shape[1]
     shape = packed_shape(len(batch.advantages), 1, *longest, micro_tokens, shards)
-    return jax.tree.map(jnp.asarray, pack_minibatch(batch, shape, shards))
+    return jax.tree.map(jnp.asarray, pack_minibatch(batch, LossSection(), shape, shards))
 
 
 def padded(batch: Experience) -> PackedBatch:
     """Puts every completion into its own row, after its own copy of the prompt; shaped like `packed(batch, 1)`."""
     single = batch.replace(prompt_ids=np.arange(len(batch.advantages)))
     width = -(-batch.tokens.shape[1] // 8) * 8
-    return jax.tree.map(jnp.asarray, pack_minibatch(single, PackedShape(len(batch.advantages), width), 1))
+    return jax.tree.map(
+        jnp.asarray, pack_minibatch(single, LossSection(), PackedShape(len(batch.advantages), width), 1)
+    )
 
 
 def all_gather_shapes(hlo: str) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ def phrase(part: dataclasses.Field) -> str:
 def describe_key(name: str, spec: KeySpec) -> tuple[str, str]:
     """Returns a key's type and allowed values, and its meaning followed by when it has no effect."""
     allowed = spec.allowed if spec.choices else ", ".join(filter(None, (type(spec.default).__name__, spec.allowed)))
-    idle = " or ".join(f"{switch}={off}" for switch, off, names in NO_EFFECT if name in names)
+    idle = " or ".join(f"{switch}={off}" for switch, offs, names in NO_EFFECT for off in offs if name in names)
     return allowed, spec.meaning + (f"; no effect while {idle}" if idle else "")
 
 

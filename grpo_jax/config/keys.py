@@ -102,6 +102,13 @@ def key_specs(config_class: type) -> dict[str, KeySpec]:
     return specs
 
 
+def require_choices(section: Any) -> None:
+    """Raises a ValueError if a key of a section that was made without a check has none of its listed values."""
+    for name, spec in key_specs(type(section)).items():
+        if spec.choices and getattr(section, name) not in spec.choices:
+            raise ValueError(f"{name} must be {spec.allowed}; found {getattr(section, name)!r}. Choose one of them.")
+
+
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     """Returns nested dicts as one dict with dotted names: `{"loss": {"kl_coef": 0}}` becomes `{"loss.kl_coef": 0}`."""
     flat: dict[str, Any] = {}

@@ -16,6 +16,10 @@ from grpo_jax.config.keys import Resumable, key
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
+OVERLONG = ("keep", "zero", "mask", "soft")
+EQUAL_GROUPS = ("keep", "drop")
+MEANS = ("group", "batch", "leave_one_out")
+STDS = ("group", "batch", "none")
 RATIOS = ("token", "sequence", "sequence_token", "detached", "difference")
 AGGREGATES = ("sequence", "token", "prompt", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -42,6 +46,7 @@ def are_finite(numbers: tuple) -> bool:
     return all(type(number) is float and math.isfinite(number) for number in numbers)
 
 
+DUAL_CLIP = (lambda ratio: ratio == 0 or ratio > 1, "0 or more than 1")
 AXIS_SIZE = (is_axis_size, "at least 1, or -1 for the devices that the other axes leave")
 GROUP_OF_TWO = "a completion's advantage is relative to the rest of its group"
 NOT_GREEDY = "greedy completions of a prompt are identical and teach nothing (eval.temperature may be 0)"
@@ -105,11 +110,10 @@ class RolloutSection:
     stop_strings: tuple[str, ...] = key(("</answer>",), "strings that end a completion, like EOS", check=STOP_STRINGS)
     overlong: str = key(
         "keep",
-        "truncated completions: `keep` their reward, give them a reward of `zero`, `mask` them out of the loss, or "
-        "`soft`, which subtracts up to 1 from the reward over the last overlong_cache tokens",
-        choices=("keep", "zero", "mask", "soft"),
+        "truncated completions: `keep`, reward of `zero`, `mask` from the loss, `soft` penalty",
+        choices=OVERLONG,
     )
-    overlong_cache: int = key(0, "tokens before max_tokens over which `soft` and `length` fall to -1", at_least=0)
+    overlong_cache: int = key(0, "last tokens, over which `soft` and the part `length` fall to -1", at_least=0)
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
 
 
@@ -138,57 +142,39 @@ class TrainSection:
 class GroupsSection:
     """The groups of completions that updates learn from."""
 
-    equal: str = key("keep", "groups of equal rewards: `keep`, or `drop` from sums and means", choices=("keep", "drop"))
+    equal: str = key("keep", "groups of equal rewards: `keep`, or `drop` from sums and means", choices=EQUAL_GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSection:
-    """The advantage: (reward - mean) / (std + eps)."""
+    """The advantage, (reward - mean) / (std + eps); docs/algorithms.md has the equations."""
 
-    mean: str = key(
-        "group",
-        "the mean that is subtracted: of the `group`, of the whole rollout (`batch`), or of the rest of the group",
-        choices=("group", "batch", "leave_one_out"),
-    )
-    std: str = key(
-        "group",
-        "the standard deviation of rewards to divide by: of the `group`, of the whole rollout (`batch`), or `none`",
-        choices=("group", "batch", "none"),
-    )
-    ddof: int = key(0, "the standard deviation divides by the count minus ddof", at_least=0, at_most=1)
-    eps: float = key(0.0, "added to the standard deviation", at_least=0)
+    mean: str = key("group", "mean of the `group`, the rollout (`batch`) or the rest of the group", choices=MEANS)
+    std: str = key("group", "std of the rewards of the `group` or the rollout (`batch`), or `none`", choices=STDS)
+    ddof: int = key(0, "the std divides by the number of rewards minus ddof", at_least=0, at_most=1)
+    eps: float = key(0.0, "added to the std", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
-    """The policy loss, its KL penalty and its entropy bonus."""
+    """The policy loss, its KL penalty and its entropy bonus; docs/algorithms.md has the equations."""
 
     ratio: str = key(
-        "token",
-        "what weighs an advantage: the ratio of each `token` (GRPO), of the `sequence` (GSPO) or `sequence_token`; "
-        "`detached` from the gradient (CISPO); or unclipped, without tokens beyond a `difference` (DPPO)",
-        choices=RATIOS,
+        "token", "GRPO's `token`, GSPO's `sequence*`, CISPO's `detached`, DPPO's `difference`", choices=RATIOS
     )
     clip_low: float = key(0.2, "an offset: the ratio is clipped to at least 1 - clip_low", at_least=0)
     clip_high: float = key(0.2, "an offset: the ratio is clipped to at most 1 + clip_high", at_least=0)
-    clip_dual: float = key(
-        0.0,
-        "a ratio: where the advantage is negative, the objective is at least clip_dual times it; 0 for no such bound",
-        check=(lambda ratio: ratio == 0 or ratio > 1, "0 or more than 1"),
-    )
-    clip_difference: float = key(0.2, "a probability: the bound on pi - pi_old of `difference`", at_least=0, at_most=1)
+    clip_dual: float = key(0.0, "a ratio: bounds the objective of negative advantages; 0 for no bound", check=DUAL_CLIP)
+    clip_difference: float = key(0.2, "a probability: the bound of `difference` on pi - pi_old", at_least=0, at_most=1)
     aggregate: str = key(
-        "sequence",
-        "the loss is the mean over each `sequence` and then over sequences, the mean over every `token`, the mean over "
-        "the tokens of each `prompt` and then over prompts, or a sum divided by a `constant` per sequence",
-        choices=AGGREGATES,
+        "sequence", "mean over tokens: by `sequence` or `prompt` first, of all, or sum / `constant`", choices=AGGREGATES
     )
-    constant_length: int = key(0, "number of tokens that `constant` divides by", at_least=0)
+    constant_length: int = key(0, "number of tokens that `constant` divides each sequence by", at_least=0)
     kl_coef: float = key(0.001, "beta, the weight of the KL penalty; at 0 no reference model is kept", at_least=0)
     kl: str = key("k3", "estimator of the KL divergence from the reference", choices=KL_ESTIMATORS)
     kl_corrected: bool = key(False, "whether the estimator is multiplied by the ratio of each token")
-    kl_in: str = key("loss", "whether the penalty is part of the `loss` or of the `reward`", choices=("loss", "reward"))
-    entropy_coef: float = key(0.0, "weight of the entropy bonus", at_least=0)
+    kl_in: str = key("loss", "whether the penalty is part of the `loss` or the `reward`", choices=("loss", "reward"))
+    entropy_coef: float = key(0.0, "weight of the entropy bonus; log.entropy is then on", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

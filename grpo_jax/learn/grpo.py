@@ -1,22 +1,22 @@
-"""The mathematics of GRPO: group-relative advantages, the k3 KL estimator and the clipped surrogate loss.
+"""The GRPO loss and its published variants.
 
-For each question the old policy samples a group of G completions o_1 ... o_G with rewards r_1 ... r_G. The policy is
-trained to maximize
+For each question the old policy samples a group of G completions o_1 ... o_G with advantages A_1 ... A_G (see
+`grpo_jax.learn.advantages`). By default the policy is trained to maximize
 
     J = 1/N sum_i 1/|o_i| sum_t [ min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) - kl_coef * k3_it ]
 
     rho_it = pi(o_it) / pi_old(o_it)                     probability ratio of token t of completion i
-    A_i    = (r_i - mean(r)) / std(r)                    advantage within the group
     k3_it  = pi_ref / pi - log(pi_ref / pi) - 1          estimate of KL(pi || pi_ref)
 
 where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
 4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds. The
-log-ratios log rho and log(pi_ref / pi) are limited to [-20, 20], with zero gradient outside, so that no token can
-overflow.
+settings of the config's `loss` section replace its terms one by one: `surrogate` has the objective of each ratio,
+`estimate_kl` the KL estimators, and `token_weights` the means. docs/algorithms.md lists their equations and sources.
 
-The loss weights each token by w_it = 1 / (N |o_i|). Token weights are computed over the full batch before it is split
-or packed, so the gradient does not depend on how the batch is divided. Training calls the functions of this module:
-`advantages` on each rollout, `token_weights` when a minibatch is packed, and `weighted_loss` on packed rows.
+Log-ratios, log rho and log(pi_ref / pi), are limited to [-20, 20], with zero gradient outside, so that no token can
+overflow. Token weights are computed over the full batch before it is split or packed, so the gradient does not depend
+on how the batch is divided. Training calls the functions of this module: `token_weights` when a minibatch is packed,
+and `weighted_loss` on packed rows.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from grpo_jax.config.keys import require_choices
+from grpo_jax.config.schema import LossSection
+
 MAX_LOG_RATIO = 20.0  # in nats; exp(20) is 4.9e8, and float32 overflows at exp(88.8)
+
+# Metrics that are means over tokens, with the token weights of the loss.
+TOKEN_MEANS = ("policy/clip_frac", "policy/kl_ref", "policy/entropy", "policy/kl_sampler", "policy/logp_gap/mean")
 
 
 class SampledTokens(NamedTuple):
@@ -43,33 +49,10 @@ class SampledTokens(NamedTuple):
     old_logps: Float[Array, "*tokens"]  # log pi_old
     ref_logps: Float[Array, "*tokens"] | None  # log pi_ref; None to leave out the KL term
     advantages: Float[Array, "*tokens"]  # the advantage of the token's completion
-    weights: Float[Array, "*tokens"]  # the weight w_it; tokens of weight 0 do not count, whatever their other values
+    weights: Float[Array, "*tokens"]  # the token's weight; tokens of weight 0 do not count, whatever their other values
     sequence: Int[Array, "*tokens"]  # index of the token's completion in the batch, 0 to N - 1; -1 on other tokens
     group: Int[Array, "*tokens"] | None  # index of its group in the batch; -1 on other tokens; None if unknown
     num_sequences: int  # N, of the whole batch
-
-
-def advantages(rewards: Num[Array, "B G"]) -> Float[Array, "B G"]:
-    """Computes group-relative advantages, A = (r - mean(r)) / std(r) (DeepSeekMath, section 4.1.2).
-
-    Args:
-        rewards: One reward per completion; each row is a group.
-
-    Returns:
-        Advantages in float32. `std` is the population standard deviation, which divides by G. The advantages of a
-        group whose rewards are all equal are 0.
-
-    Raises:
-        ValueError: `rewards` does not have two axes.
-    """
-    rewards = jnp.asarray(rewards, jnp.float32)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must have shape [B, G]; found {rewards.shape}. Reshape them to one row per group.")
-    centered = rewards - jnp.mean(rewards, axis=1, keepdims=True)
-    std = jnp.sqrt(jnp.mean(jnp.square(centered), axis=1, keepdims=True))
-    # Compare the rewards rather than test for std == 0: the mean of equal numbers may differ from them by rounding.
-    all_equal = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
-    return jnp.where(all_equal, 0.0, centered / jnp.where(all_equal, 1.0, std))
 
 
 def inclusive_clip(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
@@ -81,34 +64,52 @@ def inclusive_clip(x: Float[Array, "*shape"], low: float, high: float) -> Float[
     return jnp.where((x < low) | (x > high), jnp.clip(x, low, high), x)
 
 
-def k3(logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-    """Estimates KL(pi || other) from tokens sampled from pi (DeepSeekMath, equation 4).
+def limit_log_ratio(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Limits a log-ratio to +-MAX_LOG_RATIO, with gradient 0 outside."""
+    return inclusive_clip(x, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
-    This is the estimator that Schulman calls k3 (http://joschu.net/blog/kl-approx.html).
+
+def estimate_kl(
+    logps: Float[Array, "*tokens"], other_logps: Float[Array, "*tokens"], kind: str = "k3"
+) -> Float[Array, "*tokens"]:
+    """Estimates KL(pi || other) from tokens sampled from pi.
+
+    With q = log other - log pi, the estimators are k1 = -q, k2 = q^2 / 2 and k3 = exp(q) - q - 1
+    (http://joschu.net/blog/kl-approx.html). k3 is the one of DeepSeekMath, equation 4.
 
     Args:
         logps: Log-probs of the tokens under pi.
         other_logps: Their log-probs under the other distribution.
+        kind: "k1", "k2" or "k3".
 
     Returns:
-        One estimate per token, in nats. It is never negative, and 0 where the two log-probs agree. The log-ratio is
-        limited to +-MAX_LOG_RATIO, so the estimate is at most 4.9e8, and its gradient is 0 outside these limits.
+        One estimate per token, in nats, 0 where the two log-probs agree. k2 and k3 are never negative. q is limited to
+        +-MAX_LOG_RATIO, so k3 is at most 4.9e8, and gradients are 0 outside these limits.
     """
-    log_ratio = inclusive_clip(other_logps - logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return jnp.expm1(log_ratio) - log_ratio
+    q = limit_log_ratio(other_logps - logps)
+    return {"k1": -q, "k2": jnp.square(q) / 2, "k3": jnp.expm1(q) - q}[kind]
 
 
 def token_weights(
-    mask: Num[np.ndarray | Array, "N S"] | Bool[np.ndarray | Array, "N S"], denominator: float | None = None
+    mask: Num[np.ndarray | Array, "N S"] | Bool[np.ndarray | Array, "N S"],
+    denominator: float | None = None,
+    aggregate: str = "sequence",
+    constant_length: float | None = None,
+    groups: Int[np.ndarray | Array, " N"] | None = None,
 ) -> Float[np.ndarray | Array, "N S"]:
-    """Computes the weight of each token in the loss, w_it = 1 / (denominator * |o_i|).
+    """Computes the weight of each token in the loss, which turns its sum over tokens into a mean.
 
-    Packing passes a NumPy array while an update may be in flight, for which operations of JAX would wait. Operators and
+    Packing passes NumPy arrays while an update may be in flight, for which operations of JAX would wait. Operators and
     methods such as `sum` work on the arrays of both.
 
     Args:
         mask: 1 on the tokens of each completion, 0 elsewhere.
-        denominator: The number that the sum over completions is divided by; N by default.
+        denominator: What replaces the outer denominator: N, or the number of all tokens or of groups.
+        aggregate: "sequence" for 1 / (N |o_i|), the mean over completions of means over their tokens; "token" for 1 /
+            (number of all tokens); "prompt" for the mean over groups of means over the tokens of a group; "constant"
+            for 1 / (N * constant_length).
+        constant_length: The constant, in tokens.
+        groups: The group of each completion, for "prompt"; equal numbers form a group.
 
     Returns:
         Weights in float32, 0 where `mask` is 0.
@@ -119,33 +120,84 @@ def token_weights(
     if mask.ndim != 2:
         raise ValueError(f"mask must have shape [N, S]; found {mask.shape}. Pass one row per completion.")
     mask = mask.astype(jnp.float32)
-    lengths = mask.sum(axis=1, keepdims=True)
-    return mask / lengths.clip(1) / (mask.shape[0] if denominator is None else denominator)
+    inner, outer = mask.sum(axis=1, keepdims=True), mask.shape[0]
+    if aggregate == "token":
+        inner, outer = inner * 0 + 1, mask.sum().clip(1)
+    elif aggregate == "prompt":
+        same_group = (groups[:, None] == groups[None, :]).astype(jnp.float32)
+        inner, outer = same_group @ inner, (1 / same_group.sum(axis=1)).sum()
+    elif aggregate == "constant":
+        inner = inner * 0 + constant_length
+    return mask / inner.clip(1) / (outer if denominator is None else denominator)
+
+
+def completion_means(x: Float[Array, "*tokens"], tokens: SampledTokens) -> Float[Array, "*tokens"]:
+    """Gives each token the mean of x over the counted tokens of its completion; x must be 0 on all others."""
+    counted = (tokens.weights != 0).astype(x.dtype)
+    index, count = tokens.sequence.ravel(), tokens.num_sequences
+    sums, lengths = (jax.ops.segment_sum(values.ravel(), index, count) for values in (x, counted))
+    return (sums / jnp.maximum(lengths, 1))[tokens.sequence]
+
+
+def surrogate(
+    logps: Float[Array, "*tokens"],
+    old_logps: Float[Array, "*tokens"],
+    A: Float[Array, "*tokens"],
+    tokens: SampledTokens,
+    loss: LossSection,
+) -> tuple[Float[Array, "*tokens"], Bool[Array, "*tokens"]]:
+    """Computes the objective of each token, without KL and entropy, for each value of `loss.ratio`.
+
+    Args:
+        logps: Log-probs under the policy; 0, like the next two arrays, where the weight is 0.
+        old_logps: Log-probs under pi_old.
+        A: Advantages.
+        tokens: Everything else that is known about the tokens.
+        loss: A config's `loss` section.
+
+    Returns:
+        The objective, and which tokens are cut: clipped, bounded or left out.
+    """
+    log_ratio, low, high = limit_log_ratio(logps - old_logps), 1 - loss.clip_low, 1 + loss.clip_high
+    ratio = jnp.exp(log_ratio)
+    if loss.ratio == "detached":  # CISPO, arXiv 2506.13585, equations 4 and 5
+        return jax.lax.stop_gradient(jnp.minimum(ratio, high)) * A * logps, ratio > high
+    if loss.ratio == "difference":  # DPPO, arXiv 2602.04879
+        difference = jnp.exp(logps) - jnp.exp(old_logps)
+        is_cut = ((A > 0) & (difference > loss.clip_difference)) | ((A < 0) & (difference < -loss.clip_difference))
+        return jnp.where(is_cut, 0.0, ratio * A), is_cut
+    if loss.ratio == "sequence":  # GSPO, arXiv 2507.18071, equation 7
+        ratio = jnp.exp(completion_means(log_ratio, tokens))
+    elif loss.ratio == "sequence_token":  # its token-level form, equation 14
+        mean = jax.lax.stop_gradient(completion_means(log_ratio, tokens))
+        ratio = jnp.exp(mean + logps - jax.lax.stop_gradient(logps))
+    clipped_ratio = inclusive_clip(ratio, low, high)
+    objective, is_cut = jnp.minimum(ratio * A, clipped_ratio * A), clipped_ratio * A < ratio * A
+    if loss.clip_dual:  # dual clip, arXiv 1912.09729, equation 8
+        bound = loss.clip_dual * A
+        is_cut |= (A < 0) & (objective < bound)
+        objective = jnp.where(A < 0, jnp.maximum(objective, bound), objective)
+    return objective, is_cut
 
 
 def weighted_loss(
     logps: Float[Array, "*tokens"],
     entropies: Float[Array, "*tokens"] | None,
     tokens: SampledTokens,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
+    loss: LossSection,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Computes the GRPO loss as a weighted sum over tokens in any arrangement, such as padded or packed rows.
+    """Computes the loss as a weighted sum over tokens in any arrangement, such as padded or packed rows.
 
     Args:
         logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
         entropies: Entropy of the policy at each token's position, in nats, also differentiable; None if unknown.
         tokens: Everything else that is known about the tokens.
-        clip_low: The ratio is clipped from below at 1 - clip_low.
-        clip_high: The ratio is clipped from above at 1 + clip_high.
-        kl_coef: Coefficient of the KL term.
+        loss: A config's `loss` section.
 
     Returns:
-        The loss, -J, and a dict of metrics without gradient. `policy/kl_ref` is present only if `tokens.ref_logps` is
-        given, and `policy/entropy` only if `entropies` is. All metrics are weighted sums like the loss, except
-        `policy/ratio_max`, which is a maximum.
+        The loss, -J, and a dict of sums without gradient. If a batch is split, add up the sums of its parts
+        (`policy/ratio_max` is a maximum); `finish_metrics` turns them into metrics. `policy/kl_ref` is present only if
+        `tokens.ref_logps` is given, and `policy/entropy` only if `entropies` is.
 
     Raises:
         ValueError: The arrays do not all have the same shape.
@@ -157,23 +209,60 @@ def weighted_loss(
     def counted(x):  # tokens of weight 0 get 0 before exp, which could otherwise overflow and make 0 * inf = NaN
         return jnp.where(tokens.weights != 0, x, 0.0)
 
+    def total(x):
+        return jnp.sum(tokens.weights * x)
+
     logps, A = counted(logps), counted(tokens.advantages)
     old_logps = jax.lax.stop_gradient(counted(tokens.old_logps))
-    ratio = jnp.exp(inclusive_clip(logps - old_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    clipped_ratio = inclusive_clip(ratio, 1 - clip_low, 1 + clip_high)
-    objective = jnp.minimum(ratio * A, clipped_ratio * A)
-    metrics = {
-        "policy/clip_frac": jnp.sum(tokens.weights * (clipped_ratio * A < ratio * A)),
+    ratio = jnp.exp(limit_log_ratio(logps - old_logps))
+    objective, is_cut = surrogate(logps, old_logps, A, tokens, loss)
+    sums = {
+        "policy/clip_frac": total(is_cut),
         "policy/ratio_max": jnp.max(ratio),
+        "tokens/weight": total(1.0),
+        "tokens/count": jnp.sum(counted(1.0)),
+        "tokens/ratio": jnp.sum(counted(ratio)),
+        "tokens/ratio_squared": jnp.sum(counted(jnp.square(ratio))),
     }
     if tokens.ref_logps is not None:
-        kl = k3(logps, counted(tokens.ref_logps))
-        objective = objective - kl_coef * kl
-        metrics["policy/kl_ref"] = jnp.sum(tokens.weights * kl)
+        ref_logps = counted(tokens.ref_logps)
+        sums["policy/kl_ref"] = total(estimate_kl(logps, ref_logps))
+        if loss.kl_in == "loss":
+            kl = estimate_kl(logps, ref_logps, loss.kl)
+            objective -= loss.kl_coef * (ratio * kl if loss.kl_corrected else kl)
     if entropies is not None:
-        metrics["policy/entropy"] = jnp.sum(tokens.weights * counted(entropies))
-    loss = -jnp.sum(tokens.weights * objective)
-    return loss, jax.lax.stop_gradient({"loss/total": loss} | metrics)
+        objective += loss.entropy_coef * counted(entropies) if loss.entropy_coef else 0.0
+        sums["policy/entropy"] = total(counted(entropies))
+    value = -total(objective)
+    return value, jax.lax.stop_gradient({"loss/total": value} | sums)
+
+
+def finish_metrics(sums: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """Turns the sums of `weighted_loss` over a whole batch into metrics.
+
+    Token means are divided by the sum of the token weights. `policy/ess_frac` is the effective sample size of the
+    ratios, (sum rho)^2 / sum rho^2, as a fraction of the number of tokens.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny  # without any token, the metrics are 0
+    metrics = {name: value for name, value in sums.items() if not name.startswith("tokens/")}
+    means = {name: metrics[name] / jnp.maximum(sums["tokens/weight"], tiny) for name in TOKEN_MEANS if name in metrics}
+    squares = jnp.maximum(sums["tokens/count"] * sums["tokens/ratio_squared"], tiny)
+    return metrics | means | {"policy/ess_frac": jnp.square(sums["tokens/ratio"]) / squares}
+
+
+def check_settings(loss: LossSection, ref_logps, constant_length, groups) -> None:
+    """Raises a ValueError if a name is unknown, two settings conflict, or an argument of `grpo_loss` is missing."""
+    require_choices(loss)
+    if loss.clip_dual and loss.ratio in ("detached", "difference"):
+        raise ValueError(f"clip_dual must be None with ratio={loss.ratio!r}; found {loss.clip_dual}. Leave it out.")
+    if loss.aggregate == "constant" and not constant_length:
+        raise ValueError(
+            "constant_length must be given with aggregate='constant'; found none. Pass a length in tokens."
+        )
+    if loss.aggregate == "prompt" and groups is None:
+        raise ValueError("groups must be given with aggregate='prompt'; found None. Pass one number per completion.")
+    if ref_logps is None and loss.kl_coef:
+        raise ValueError(f"ref_logps must be given, because kl_coef is {loss.kl_coef}; found None. Or pass kl_coef=0.")
 
 
 def grpo_loss(
@@ -185,7 +274,15 @@ def grpo_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    clip_dual: float | None = None,
     kl_coef: float = 0.001,
+    kl: str = "k3",
+    kl_corrected: bool = False,
+    ratio: str = "token",
+    clip_difference: float = 0.2,
+    aggregate: str = "sequence",
+    constant_length: float | None = None,
+    groups: Int[Array, " N"] | None = None,
     denominator: float | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the GRPO loss of N completions (see the top of this module) and its metrics.
@@ -196,33 +293,53 @@ def grpo_loss(
         ref_logps: Their log-probs under pi_ref; may be None if `kl_coef` is 0.
         advantages: One advantage per completion.
         mask: 1 on completion tokens, including the stopping token, and 0 elsewhere.
-        clip_low: The ratio is clipped from below at 1 - clip_low.
-        clip_high: The ratio is clipped from above at 1 + clip_high.
+        clip_low: An offset: the ratio is clipped from below at 1 - clip_low.
+        clip_high: An offset: the ratio is clipped from above at 1 + clip_high.
+        clip_dual: A ratio: where the advantage is negative, the objective is at least clip_dual times the advantage.
         kl_coef: Coefficient of the KL term.
-        denominator: The number that the sum over completions is divided by; N by default. If these completions are only
-            part of a batch, pass the N of the whole batch.
+        kl: Its estimator, "k1", "k2" or "k3".
+        kl_corrected: Whether the estimator is multiplied by rho.
+        ratio: "token", "sequence", "sequence_token", "detached" or "difference" (see `surrogate`).
+        clip_difference: A probability: the bound on pi - pi_old of "difference".
+        aggregate: "sequence", "token", "prompt" or "constant" (see `token_weights`).
+        constant_length: Number of tokens that "constant" divides by.
+        groups: The group of each completion, for "prompt"; equal numbers form a group.
+        denominator: What the outer sum is divided by instead of N, or of the number of all tokens or groups. If these
+            completions are only part of a batch, pass that of the whole batch.
 
     Returns:
-        The loss and a dict of scalar metrics (see `weighted_loss`).
+        The loss and a dict of scalar metrics (see `finish_metrics`).
 
     Raises:
-        ValueError: `ref_logps` is None although `kl_coef` is not 0, or the shapes do not match.
+        ValueError: A name is unknown, two settings conflict, an argument is missing, or the shapes do not match.
     """
-    if ref_logps is None and kl_coef:
-        raise ValueError(f"ref_logps must be given, because kl_coef is {kl_coef}; found None. Pass it or kl_coef=0.")
+    loss = LossSection(
+        ratio=ratio,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        clip_dual=clip_dual or 0.0,
+        clip_difference=clip_difference,
+        aggregate=aggregate,
+        kl_coef=kl_coef,
+        kl=kl,
+        kl_corrected=kl_corrected,
+    )
+    check_settings(loss, ref_logps, constant_length, groups)
     logps, old_logps, advantages = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(advantages)
     if logps.ndim != 2 or jnp.shape(mask) != logps.shape or advantages.shape != logps.shape[:1]:
         raise ValueError(
             "logps and mask must have one shape [N, S], and advantages must have shape [N]; found "
             f"{logps.shape}, {jnp.shape(mask)} and {advantages.shape}. Pass one row and one advantage per completion."
         )
+    mask, groups = jnp.asarray(mask), None if groups is None else jnp.asarray(groups)
     tokens = SampledTokens(
-        old_logps,
-        ref_logps,
-        jnp.broadcast_to(advantages[:, None], logps.shape),
-        token_weights(jnp.asarray(mask), denominator),
-        sequence=jnp.where(jnp.asarray(mask) != 0, jnp.arange(len(logps))[:, None], -1),
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        advantages=jnp.broadcast_to(advantages[:, None], logps.shape),
+        weights=token_weights(mask, denominator, aggregate, constant_length, groups),
+        sequence=jnp.where(mask != 0, jnp.arange(len(logps))[:, None], -1),
         group=None,
         num_sequences=len(logps),
     )
-    return weighted_loss(logps, None, tokens, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef)
+    value, sums = weighted_loss(logps, None, tokens, loss)
+    return value, finish_metrics(sums)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from grpo_jax.config.schema import OptimSection
@@ -72,7 +72,7 @@ def muon_dimensions(path) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(axes[: len(row.inputs)], axes[len(row.inputs) :]) if row.muon else None
 
 
-def muon(b1: float, b2: float, mu_dtype: str) -> optax.GradientTransformation:
+def muon(b1: float, b2: float, eps: float, mu_dtype: str) -> optax.GradientTransformation:
     """Builds Muon for the matrices of the layers, and Adam for all other parameters.
 
     `optax.contrib.muon` is not used: its Adam takes Nesterov steps, and it cannot mask that part's weight decay.
@@ -90,7 +90,7 @@ def muon(b1: float, b2: float, mu_dtype: str) -> optax.GradientTransformation:
 
     orthogonalized = scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=dimensions)
     rescaled = optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(rescale, updates))
-    rules = {"muon": optax.chain(orthogonalized, rescaled), "adam": optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)}
+    rules = {"muon": optax.chain(orthogonalized, rescaled), "adam": optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)}
     return optax.partition(rules, labels)
 
 
@@ -104,18 +104,20 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-    """Builds the optimizer of a config's `optim` section: the update rule `name` between the steps shown at the top."""
+    """Builds the optimizer of a config's `optim` section, which does all of the steps shown at the top but the last.
+
+    `apply_gradients` multiplies by the learning rate, because the schedule moves on even if an update has no signal.
+    """
     rules = {
-        "adamw": lambda: optax.scale_by_adam(optim.b1, optim.b2, mu_dtype=optim.mu_dtype),
+        "adamw": lambda: optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype),
         "adafactor": adafactor,
         "lion": lambda: optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=optim.mu_dtype),
-        "muon": lambda: muon(optim.b1, optim.b2, optim.mu_dtype),
+        "muon": lambda: muon(optim.b1, optim.b2, optim.eps, optim.mu_dtype),
     }
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip),
         rules[optim.name](),
         optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(make_schedule(optim)),
     )
 
 
@@ -133,40 +135,50 @@ def to_float32(tree):
 
 
 def apply_gradients(
-    state: TrainState, grads, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    state: TrainState,
+    grads,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    has_signal: Bool[Array, ""] | bool = True,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Performs one update, or skips it if the norm of the gradient is not finite.
+    """Performs one update, unless the norm of the gradient is not finite or there is nothing to learn.
 
-    A skipped update changes only `step` and `skipped`. `optax.apply_if_finite` is not used: after too many skips in a
-    row it applies the bad update, and it does not notice a finite gradient whose norm overflows.
+    Such an update changes neither the parameters nor the optimizer's state. The schedule of the learning rate counts
+    updates without a signal, but not skipped ones, whose gradient is not finite. `optax.apply_if_finite` is not used:
+    after too many skips in a row it applies the bad update, and it does not notice a finite gradient whose norm
+    overflows.
 
     Args:
         state: The state before the update.
         grads: Gradients, a tree like the parameters in any float dtype.
         optimizer: The optimizer, from `make_optimizer`.
-        schedule: The learning-rate schedule of `optimizer`, for the metric.
+        schedule: The learning-rate schedule.
+        has_signal: Whether there is anything to learn. If not, the gradient is 0 up to rounding.
 
     Returns:
-        The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` (1 or 0) and
-        `optim/lr`.
+        The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` and
+        `optim/no_signal` (1 or 0) and `optim/lr`.
     """
     grads = to_float32(grads)
-    norm = optax.tree.norm(grads)
+    norm, lr = optax.tree.norm(grads), schedule(state.step - state.skipped)
     finite = jnp.isfinite(norm)
-    metrics = {"optim/grad_norm": norm, "optim/skipped": 1.0 - finite, "optim/lr": schedule(state.step - state.skipped)}
+    is_applied = finite & has_signal
+    metrics = {"optim/skipped": 1.0 - finite, "optim/no_signal": 1.0 * (finite ^ is_applied)}
     updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.params))
+    params = optax.apply_updates(state.params, jax.tree.map(lambda x: -lr * x, updates))
 
-    def keep_if_finite(new_tree, old_tree):
+    def keep_if_applied(new_tree, old_tree):
         # One select per leaf rather than a single lax.cond: XLA fuses it into the update, which then reuses the memory
         # of the donated state.
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_tree, old_tree)
+        return jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), new_tree, old_tree)
 
     return TrainState(
         step=state.step + 1,
-        params=keep_if_finite(optax.apply_updates(state.params, updates), state.params),
-        opt_state=keep_if_finite(opt_state, state.opt_state),
+        params=keep_if_applied(params, state.params),
+        opt_state=keep_if_applied(opt_state, state.opt_state),
         skipped=state.skipped + ~finite,
-    ), metrics
+        is_reference=state.is_reference & ~is_applied,
+    ), metrics | {"optim/grad_norm": norm, "optim/lr": lr}
 
 
 def moment_spec(kind: str, shape: tuple[int, ...], param_shape: tuple[int, ...], param_spec: P) -> P:
@@ -212,14 +224,13 @@ def train_state_shardings(mesh: Mesh | AbstractMesh, params, optimizer: optax.Gr
         return replicated  # a counter, or Muon's coefficients
 
     opt_state = jax.tree_util.tree_map_with_path(moment_sharding, train_state_shapes(params, optimizer).opt_state)
-    return TrainState(step=replicated, params=shardings, opt_state=opt_state, skipped=replicated)
+    return TrainState(replicated, shardings, opt_state, skipped=replicated, is_reference=replicated)
 
 
 def new_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first update."""
-    return TrainState(
-        step=jnp.int32(0), params=params, opt_state=optimizer.init(to_float32(params)), skipped=jnp.int32(0)
-    )
+    opt_state = optimizer.init(to_float32(params))
+    return TrainState(jnp.int32(0), params, opt_state, skipped=jnp.int32(0), is_reference=jnp.bool_(True))
 
 
 def train_state_shapes(params, optimizer: optax.GradientTransformation) -> TrainState:

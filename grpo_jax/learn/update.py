@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.config.schema import Config, LossSection
-from grpo_jax.learn.grpo import SampledTokens, k3, token_weights, weighted_loss
+from grpo_jax.learn.grpo import SampledTokens, estimate_kl, finish_metrics, token_weights, weighted_loss
 from grpo_jax.learn.logprobs import DEFAULT_CHUNK_TOKENS, packed_logprobs
 from grpo_jax.learn.optimizer import apply_gradients, make_schedule, train_state_shardings
 from grpo_jax.learn.packing import PackedShape, pack_completions
@@ -27,8 +27,8 @@ MAX_REDUCED_METRICS = ("policy/ratio_max", "policy/logp_gap/max")  # reduced wit
 def make_experience(prompts: Prompts, rollout: Rollout) -> Experience:
     """Assembles the per-sequence training data of a rollout from host arrays.
 
-    The advantages and the log-probs under the reference are zeros. Fill them in with
-    `experience.replace(advantages=..., ref_logps=...)`, in either order.
+    The advantages and the log-probs under the reference are zeros, and all completions are kept. Fill in what is known
+    later with `experience.replace(advantages=..., ref_logps=..., kept=...)`, in any order.
 
     Args:
         prompts: The prompts of the rollout.
@@ -48,12 +48,13 @@ def make_experience(prompts: Prompts, rollout: Rollout) -> Experience:
         sampler_logps=rows["logps"],
         ref_logps=np.zeros_like(rows["logps"]),
         advantages=np.zeros(len(prompt_lengths), np.float32),
+        kept=np.ones(len(prompt_lengths), bool),
         prompt_ids=rows["prompt_ids"],
     )
 
 
-def minibatch_rows(prompt_ids: Int[np.ndarray, " N"], key, count: int) -> Int[np.ndarray, "{count} _"]:
-    """Divides the sequences of a rollout into minibatches, for one epoch.
+def minibatch_rows(prompt_ids: Int[np.ndarray, " N"], key, count: int) -> list[Int[np.ndarray, " _"]]:
+    """Divides the sequences of a rollout into minibatches of equal size, or sizes that differ by 1, for one epoch.
 
     Args:
         prompt_ids: Sequences with equal ids form a group. Groups are shuffled, and a group may span two minibatches.
@@ -61,12 +62,11 @@ def minibatch_rows(prompt_ids: Int[np.ndarray, " N"], key, count: int) -> Int[np
         count: Number of minibatches.
 
     Returns:
-        The indices of the N // count sequences of each minibatch.
+        The indices of the sequences of each minibatch.
     """
     ids, group = np.unique(prompt_ids, return_inverse=True)
     rank = np.asarray(jax.random.permutation(key, len(ids)))[group]
-    size = len(rank) // count
-    return np.argsort(rank, kind="stable")[: count * size].reshape(count, size)
+    return np.array_split(np.argsort(rank, kind="stable"), count)
 
 
 def take_rows(experience: Experience, rows: Int[np.ndarray, " _"]) -> Experience:
@@ -74,15 +74,19 @@ def take_rows(experience: Experience, rows: Int[np.ndarray, " _"]) -> Experience
     return jax.tree.map(lambda x: np.asarray(x)[rows], experience)
 
 
-def pack_minibatch(experience: Experience, shape: PackedShape, shards: int) -> PackedBatch:
+def pack_minibatch(experience: Experience, loss: LossSection, shape: PackedShape, shards: int) -> PackedBatch:
     """Packs a minibatch on the host, with the token weights of the whole minibatch.
 
     Args:
-        experience: The minibatch of one update, or completions to score.
+        experience: The minibatch of one update, or completions to score. It may be empty.
+        loss: A config's `loss` section, which says what the loss is a mean of.
         shape: The shape of the packed rows, from `packed_shape`.
         shards: Number of data shards.
     """
-    return pack_completions(experience, np.asarray(token_weights(experience.mask)), shape, shards)
+    if not len(experience.mask):  # packing needs a completion: one without any token
+        experience = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), experience)
+    weights = token_weights(experience.mask, None, loss.aggregate, loss.constant_length, experience.prompt_ids)
+    return pack_completions(experience, np.asarray(weights), shape, shards)
 
 
 def take_micro_batch(batch: PackedBatch, index) -> PackedBatch:
@@ -145,9 +149,9 @@ def loss_and_metrics(
     entropy: bool,
     chunk_tokens: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Computes the GRPO loss of some packed rows and its metrics.
+    """Computes the loss of some packed rows and the sums from which `finish_metrics` makes metrics.
 
-    Over the micro-batches of a batch, the loss and the metrics add up, except those in `MAX_REDUCED_METRICS`. See
+    Over the micro-batches of a batch, the loss and the sums add up, except for the maxima in `MAX_REDUCED_METRICS`. See
     `minibatch_gradients` for the arguments.
     """
     logps, entropies = packed_logprobs(model_cfg, params, rows, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
@@ -160,21 +164,14 @@ def loss_and_metrics(
         group=rows.group,
         num_sequences=rows.num_sequences,
     )
-    loss_value, metrics = weighted_loss(
-        logps,
-        entropies if entropy else None,
-        tokens,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        kl_coef=loss.kl_coef,
-    )
+    loss_value, sums = weighted_loss(logps, entropies if entropy else None, tokens, loss)
     logp_gap = jnp.where(rows.weights != 0, jnp.abs(logps - rows.sampler_logps), 0.0)
-    metrics |= {
-        "policy/kl_sampler": jnp.sum(rows.weights * k3(rows.sampler_logps, logps)),
+    sums |= {
+        "policy/kl_sampler": jnp.sum(rows.weights * estimate_kl(rows.sampler_logps, logps)),
         "policy/logp_gap/mean": jnp.sum(rows.weights * logp_gap),
         "policy/logp_gap/max": logp_gap.max(),
     }
-    return loss_value, jax.lax.stop_gradient(metrics)
+    return loss_value, jax.lax.stop_gradient(sums)
 
 
 def minibatch_gradients(
@@ -198,7 +195,7 @@ def minibatch_gradients(
         batch: Packed rows of the minibatch.
         temperature: Sampling temperature.
         loss: A config's `loss` section.
-        entropy: Whether to compute `policy/entropy`.
+        entropy: Whether to compute `policy/entropy`, which an entropy bonus needs.
         chunk_tokens: Number of tokens per data shard that have logits at a time.
 
     Returns:
@@ -207,23 +204,25 @@ def minibatch_gradients(
     options = dict(temperature=temperature, loss=loss, entropy=entropy, chunk_tokens=chunk_tokens)
     grad = jax.grad(partial(loss_and_metrics, model_cfg, **options), has_aux=True)
     if max_micro_batches(batch) == 1:
-        return grad(params, batch)
-    metric_shapes = jax.eval_shape(grad, params, take_micro_batch(batch, 0))[1]
+        grads, sums = grad(params, batch)
+        return grads, finish_metrics(sums)
+    sum_shapes = jax.eval_shape(grad, params, take_micro_batch(batch, 0))[1]
 
     def accumulate(index, totals):
-        total_grads, total_metrics = totals
-        grads, metrics = grad(params, take_micro_batch(batch, index))
-        largest = {name: jnp.maximum(total_metrics[name], metrics[name]) for name in MAX_REDUCED_METRICS}
+        total_grads, total_sums = totals
+        grads, sums = grad(params, take_micro_batch(batch, index))
+        largest = {name: jnp.maximum(total_sums[name], sums[name]) for name in MAX_REDUCED_METRICS}
         return (
             jax.tree.map(lambda total, g: total + g.astype(total.dtype), total_grads, grads),
-            jax.tree.map(jnp.add, total_metrics, metrics) | largest,
+            jax.tree.map(jnp.add, total_sums, sums) | largest,
         )
 
     zeros = (
         jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),  # sharded like the parameters
-        jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metric_shapes),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sum_shapes),
     )
-    return jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, zeros)
+    grads, sums = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, zeros)
+    return grads, finish_metrics(sums)
 
 
 def make_update(
@@ -248,11 +247,15 @@ def make_update(
             batch,
             temperature=cfg.rollout.temperature,
             loss=cfg.loss,
-            entropy=cfg.log.entropy,
+            entropy=cfg.log.entropy or cfg.loss.entropy_coef > 0,
             chunk_tokens=cfg.train.chunk_tokens,
         )
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        state, optimizer_metrics = apply_gradients(state, grads, optimizer, schedule)
+        # Without a signal the gradient is rounding error, from which Adam would make steps of full size.
+        has_signal = jnp.any(batch.advantages != 0) | (cfg.loss.entropy_coef > 0)
+        if cfg.loss.kl_coef and cfg.loss.kl_in == "loss":
+            has_signal |= ~state.is_reference
+        state, optimizer_metrics = apply_gradients(state, grads, optimizer, schedule, has_signal)
         return state, metrics | optimizer_metrics
 
     replicated = NamedSharding(mesh, P())

@@ -1,11 +1,12 @@
 """Saves and restores a run with Orbax.
 
-    WORKDIR/checkpoints/reference      the frozen reference, written once
+    WORKDIR/checkpoints/reference      the reference with which the run begins, written once
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
                             /meta      step (which also fixes the position in the problem stream), random key, number
                                        of skipped updates, metrics of the current rollout
                             /experience  the current rollout, if some of its updates are still to come
+                            /reference   the reference, once the policy has replaced it
 
 Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
 """
@@ -41,21 +42,26 @@ def open_checkpoint_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    items = ("policy", "optimizer", "meta", "experience")
+    items = ("policy", "optimizer", "meta", "experience", "reference")
     return ocp.CheckpointManager(checkpoints_folder(workdir), options=options, item_names=items)
 
 
 def save_checkpoint(
-    manager: ocp.CheckpointManager, state: TrainState, meta: dict, experience: Experience | None
+    manager: ocp.CheckpointManager, state: TrainState, meta: dict, experience: Experience | None, reference: Any
 ) -> None:
-    """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call."""
+    """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call.
+
+    `experience` and `reference` are None where there is nothing to save.
+    """
     items = {
         "policy": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave(state.opt_state),
-        "meta": ocp.args.JsonSave(meta | {"skipped": int(state.skipped)}),
+        "meta": ocp.args.JsonSave(meta | {"skipped": int(state.skipped), "is_reference": bool(state.is_reference)}),
     }
     if experience is not None:
         items["experience"] = ocp.args.StandardSave(vars(experience))
+    if reference is not None:
+        items["reference"] = ocp.args.StandardSave(reference)
     manager.save(meta["step"], args=ocp.args.Composite(**items))
 
 
@@ -89,6 +95,7 @@ def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, shard
         params=restored["policy"],
         opt_state=restored["optimizer"],
         skipped=jax.device_put(np.int32(restored["meta"]["skipped"]), shardings.skipped),
+        is_reference=jax.device_put(np.bool_(restored["meta"]["is_reference"]), shardings.is_reference),
     )
     experience = Experience(**jax.tree.map(np.asarray, dict(restored["experience"]))) if has_experience else None
     return RestoredRun(state, restored["meta"], experience)
@@ -111,7 +118,10 @@ def save_reference(workdir: Path, params) -> None:
         checkpointer.save(checkpoints_folder(workdir) / "reference", params, force=True)
 
 
-def restore_reference(workdir: Path, shapes, shardings):
-    """Restores the frozen reference of a run onto the mesh."""
+def restore_reference(workdir: Path, step: int, shapes, shardings):
+    """Restores the reference of a run at a checkpoint onto the mesh: the checkpoint's own, or the run's first one."""
+    folder = checkpoints_folder(workdir)
+    replaced = folder / str(step) / "reference"
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(checkpoints_folder(workdir) / "reference", abstract_arrays(shapes, shardings))
+        path = replaced if replaced.exists() else folder / "reference"
+        return checkpointer.restore(path, abstract_arrays(shapes, shardings))

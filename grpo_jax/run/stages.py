@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from grpo_jax.config.schema import Config
+from grpo_jax.learn.advantages import advantages
+from grpo_jax.learn.grpo import estimate_kl
 from grpo_jax.learn.packing import packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, score_completions, take_rows
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
@@ -53,7 +56,7 @@ def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> Pa
         shards,
     )
     # num_sequences is static, so packing fewer completions must not change it: that would compile again.
-    return pack_minibatch(experience, shape, shards).replace(num_sequences=completions)
+    return pack_minibatch(experience, cfg.loss, shape, shards).replace(num_sequences=completions)
 
 
 def start_scoring(
@@ -104,31 +107,62 @@ def grade_completions(
     return texts, compute_rewards(context.reward_parts, cfg.reward.weights, repeated, texts, lengths)
 
 
-def plan_minibatches(
-    cfg: Config, prompt_ids: Int[np.ndarray, " N"], root_key, rollout_index: int
-) -> Int[np.ndarray, "updates rows"]:
+def are_equal(rewards: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, " B"]:
+    """Returns which groups have the same reward for all of their completions."""
+    return (rewards == rewards[:, :1]).all(axis=1)
+
+
+def completion_kl(cfg: Config, experience: Experience) -> Float[np.ndarray, " N"]:
+    """Estimates the KL divergence of the sampling policy from the reference, summed over each completion, in nats."""
+    kl = np.asarray(estimate_kl(jnp.asarray(experience.sampler_logps), jnp.asarray(experience.ref_logps), cfg.loss.kl))
+    return np.sum(kl * experience.mask, axis=1)
+
+
+def add_advantages(cfg: Config, experience: Experience, rollout: Rollout, rewards: Rewards) -> Experience:
+    """Fills in the advantages of a rollout's completions, and which of them updates learn from.
+
+    With `loss.kl_in=reward`, the KL penalty is subtracted from the rewards first.
+    """
+    shape = rollout.lengths.shape
+    kept = np.ones(shape, bool)
+    if cfg.groups.equal == "drop":
+        kept &= ~are_equal(rewards.total.reshape(shape))[:, None]
+    if cfg.rollout.overlong == "mask":
+        kept &= ~rollout.truncated
+    scores = jnp.asarray(rewards.total)
+    if cfg.loss.kl_in == "reward":
+        scores = scores - cfg.loss.kl_coef * completion_kl(cfg, experience)
+    statistics = dict(mean=cfg.advantage.mean, std=cfg.advantage.std, ddof=cfg.advantage.ddof, eps=cfg.advantage.eps)
+    values = advantages(scores.reshape(shape), **statistics)
+    return experience.replace(advantages=np.asarray(values).ravel(), kept=kept.ravel())
+
+
+def plan_minibatches(cfg: Config, experience: Experience, root_key, rollout_index: int) -> list[Int[np.ndarray, " _"]]:
     """Returns the indices of the completions that each update learns from. Each epoch shuffles the groups anew.
 
     With a single minibatch there is no shuffle: every update learns from the whole rollout, in its original order.
     """
-    count, epochs = cfg.train.minibatches, cfg.train.epochs
+    count, epochs, kept = cfg.train.minibatches, cfg.train.epochs, np.flatnonzero(experience.kept)
     if count == 1:
-        return np.tile(np.arange(len(prompt_ids)), (epochs, 1))
+        return [kept] * epochs
     keys = [fold_in_all(root_key, SHUFFLING_KEY, rollout_index, epoch) for epoch in range(epochs)]
-    return np.concatenate([minibatch_rows(prompt_ids, key, count) for key in keys])
+    return [kept[rows] for key in keys for rows in minibatch_rows(experience.prompt_ids[kept], key, count)]
 
 
-def measure_rollout(rollout: Rollout, rewards: Rewards, seconds: float) -> dict[str, float]:
+def measure_rollout(
+    cfg: Config, experience: Experience, rollout: Rollout, rewards: Rewards, seconds: float
+) -> dict[str, float]:
     """Returns the reward/, rollout/ and groups/ metrics of a rollout that took `seconds` to sample."""
-    totals = rewards.total.reshape(rollout.lengths.shape)
     metrics = {
         "reward/mean": rewards.total.mean(),
         **{f"reward/{name}": values.mean() for name, values in rewards.parts.items()},
         "rollout/length_mean": rollout.lengths.mean(),
         "rollout/truncated_frac": rollout.truncated.mean(),
         "rollout/tokens_per_s": rollout.lengths.sum() / seconds,
-        "groups/zero_variance_frac": (totals == totals[:, :1]).all(axis=1).mean(),
+        "groups/zero_variance_frac": are_equal(rewards.total.reshape(rollout.lengths.shape)).mean(),
     }
+    if cfg.loss.kl_in == "reward":
+        metrics["reward/kl"] = completion_kl(cfg, experience).mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -175,7 +209,7 @@ def start_recording(
     params,
     experience: Experience,
     records: list[dict],
-    plan: Int[np.ndarray, "updates rows"],
+    plan: Sequence[Int[np.ndarray, " _"]],
     first_step: int,
 ) -> Callable[[], list[dict]]:
     """Starts scoring the recorded completions with the policy that sampled them.

@@ -1,11 +1,13 @@
 """The state of a run: everything that changes while it trains, where it comes from and how it is saved."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config.schema import Config
@@ -33,6 +35,7 @@ class RunState(NamedTuple):
 
     step: int  # updates dispatched so far
     train: TrainState  # the policy and its optimizer, on the devices
+    reference: Any  # the parameters of the reference, on the devices; None if `loss.kl_coef` is 0
     experience: Experience | None  # the rollout that the next update learns from; None if it must be sampled first
     rollout_metrics: dict[str, float]  # metrics of the current rollout, repeated on the line of each of its updates
     skipped_in_a_row: int  # skipped updates in a row, up to the last update whose metrics were fetched
@@ -62,12 +65,11 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
 
 def start_or_resume(
     cfg: Config, context: RunContext, manager: ocp.CheckpointManager, workdir: Path
-) -> tuple[RunState, jax.Array, Any]:
+) -> tuple[RunState, jax.Array]:
     """Restores the newest checkpoint of a run, or starts a new run from the base model.
 
     Returns:
-        (run, root_key, reference): The state, the key that every random key of the run is folded from, and the
-        parameters of the frozen reference, which is None if `loss.kl_coef` is 0.
+        (run, root_key): The state, and the key that every random key of the run is folded from.
     """
     mesh, optimizer = context.mesh, make_optimizer(cfg.optim)
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
@@ -76,22 +78,41 @@ def start_or_resume(
     )
     reference = None
     if restored:
+        step, rollout_metrics, skipped = (restored.meta[name] for name in ("step", "rollout", "skipped_in_a_row"))
         if cfg.loss.kl_coef:
             shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
-            reference = checkpoint.restore_reference(workdir, shapes, tree_shardings(mesh, shapes))
-        step, rollout_metrics, skipped = (restored.meta[name] for name in ("step", "rollout", "skipped_in_a_row"))
+            reference = checkpoint.restore_reference(workdir, step, shapes, tree_shardings(mesh, shapes))
         failure = describe_failure(cfg, skipped, step)
-        run = RunState(step, restored.state, restored.experience, rollout_metrics, skipped, failure)
-        return run, jax.random.wrap_key_data(jnp.asarray(restored.meta["key"], jnp.uint32)), reference
+        run = RunState(step, restored.state, reference, restored.experience, rollout_metrics, skipped, failure)
+        return run, jax.random.wrap_key_data(jnp.asarray(restored.meta["key"], jnp.uint32))
     _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
     if cfg.loss.kl_coef:
         reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
         checkpoint.save_reference(workdir, reference)
-    run = RunState(0, init_train_state(mesh, params, optimizer), None, {}, 0, "")
-    return run, jax.random.key(cfg.seed), reference
+    run = RunState(0, init_train_state(mesh, params, optimizer), reference, None, {}, 0, "")
+    return run, jax.random.key(cfg.seed)
 
 
-def save_run(manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array) -> None:
+@partial(jax.jit, donate_argnums=0, keep_unused=True)
+def replace_params(old, new):
+    """Returns a copy of `new` in the dtypes of `old`, which is donated."""
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
+
+
+def replace_reference(cfg: Config, run: RunState) -> RunState:
+    """Makes the policy the reference if `reference.every_updates` says that this is due after `run.step`.
+
+    Log-probs under the former reference stay in use until the updates of the current rollout are done.
+    """
+    every = cfg.reference.every_updates
+    if not every or run.step % every:
+        return run
+    is_reference = jax.device_put(np.bool_(run.experience is None), run.train.is_reference.sharding)
+    reference = replace_params(run.reference, run.train.params)
+    return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
+
+
+def save_run(cfg: Config, manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array) -> None:
     """Starts saving a checkpoint of a run. As soon as the call returns, the next update may donate the run's arrays."""
     meta = {
         "step": run.step,
@@ -99,4 +120,6 @@ def save_run(manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array)
         "rollout": run.rollout_metrics,
         "skipped_in_a_row": run.skipped_in_a_row,
     }
-    checkpoint.save_checkpoint(manager, run.train, meta, run.experience)
+    is_replaced = 0 < cfg.reference.every_updates <= run.step
+    reference = run.reference if is_replaced else None
+    checkpoint.save_checkpoint(manager, run.train, meta, run.experience, reference)

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
 from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
-from grpo_jax.learn.grpo import advantages
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
 from grpo_jax.parallel.mesh import shard_rows
@@ -33,6 +30,7 @@ from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext, build
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import before_and_after, evaluation_line, read_metrics, write_samples
 from grpo_jax.run.stages import (
+    add_advantages,
     draw_completions,
     fold_in_all,
     grade_completions,
@@ -47,6 +45,7 @@ from grpo_jax.run.state import (
     RunState,
     UpdateInFlight,
     describe_failure,
+    replace_reference,
     save_run,
     start_or_resume,
     wait_for_update,
@@ -212,7 +211,7 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
         run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
     if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
         run = finish_update(cfg, setup.log, run)
-        save_run(setup.manager, run, setup.root_key)
+        save_run(cfg, setup.manager, run, setup.root_key)
     if run.flight is None:
         setup.log.step_end = time.monotonic()  # so that the time of the next step does not include this
     return run
@@ -228,11 +227,12 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
         UserError: Gradients were not finite for `optim.max_skips` updates in a row.
     """
     mesh, updates_per_rollout = context.mesh, cfg.train.minibatches * cfg.train.epochs
+    completions = cfg.rollout.prompts * cfg.rollout.samples
     with (
         closing(open_checkpoint_manager(workdir, cfg.checkpoint.keep)) as manager,
         closing(RunLog(cfg, workdir, newest_step(workdir))) as log,
     ):
-        run, root_key, reference = start_or_resume(cfg, context, manager, workdir)
+        run, root_key = start_or_resume(cfg, context, manager, workdir)
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
         setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log)
         log.say(describe_run(cfg, context, run))
@@ -252,20 +252,19 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                     key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
                     rollout = draw_completions(cfg, context, run.train.params, prompts, key)
                 experience = make_experience(prompts, rollout)
-                wait_for_ref_logps = start_scoring(cfg, context, reference, experience)
+                wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
                 with timed(times, "time/reward_s"):  # the host grades while the devices score
                     texts, rewards = grade_completions(cfg, context, problems, rollout)
                 with timed(times, "time/score_s"):
                     experience = experience.replace(ref_logps=wait_for_ref_logps())
-                group_advantages = np.asarray(advantages(jnp.asarray(rewards.total.reshape(rollout.lengths.shape))))
-                experience = experience.replace(advantages=group_advantages.ravel())
-                rollout_metrics = measure_rollout(rollout, rewards, times["time/rollout_s"])
+                experience = add_advantages(cfg, experience, rollout, rewards)
+                rollout_metrics = measure_rollout(cfg, experience, rollout, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
             if plan is None or update_index == 0:  # drawn on the devices, so not while an update is in flight
-                plan = plan_minibatches(cfg, run.experience.prompt_ids, root_key, rollout_index)
+                plan = plan_minibatches(cfg, run.experience, root_key, rollout_index)
             minibatch = take_rows(run.experience, plan[update_index])
-            batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, plan.shape[1]))
+            batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
             if rollout_metrics and num_records(cfg, step):
                 records = sample_records(problems, rollout, texts, rewards, num_records(cfg, step))
                 recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
@@ -276,6 +275,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             experience = run.experience if step % updates_per_rollout else None
             flight = UpdateInFlight(update_metrics, rollout_metrics, times, start)
             run = run._replace(step=step, train=train_state, experience=experience, flight=flight)
+            run = replace_reference(cfg, run)
             run = evaluate_and_save(cfg, context, setup, run)
     if run.failure:
         raise UserError(run.failure)

@@ -1,0 +1,56 @@
+"""Advantages: how much better the reward of a completion is than that of the others.
+
+For rewards r of B groups of G completions, the advantage of a completion is
+
+    A = (r - mean) / (std + eps)
+
+GRPO takes the mean and the standard deviation of the completion's group (DeepSeekMath, arXiv 2402.03300, section
+4.1.2). Dr. GRPO does not divide (arXiv 2503.20783, section 3.2). RLOO subtracts the mean of the other G - 1 completions
+and does not divide either (arXiv 2402.14740, section 2.2).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from grpo_jax.config.keys import require_choices
+from grpo_jax.config.schema import AdvantageSection
+
+
+def advantages(
+    rewards: Num[Array, "B G"], *, mean: str = "group", std: str = "group", ddof: int = 0, eps: float = 0.0
+) -> Float[Array, "B G"]:
+    """Computes advantages, A = (r - mean) / (std + eps).
+
+    Args:
+        rewards: One reward per completion; each row is a group.
+        mean: What is subtracted: the mean of the "group", of the whole "batch", or "leave_one_out", the mean of the
+            other completions of the group.
+        std: What is divided by: the standard deviation of the rewards of the "group" or the whole "batch", or "none".
+        ddof: The standard deviation divides by the number of rewards minus `ddof`.
+        eps: Added to the standard deviation.
+
+    Returns:
+        Advantages in float32. They are 0 for a group whose rewards are all equal, unless the mean is that of the batch,
+        and wherever std + eps is 0.
+
+    Raises:
+        ValueError: `rewards` does not have two axes, or `mean` or `std` has another name.
+    """
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must have shape [B, G]; found {rewards.shape}. Reshape them to one row per group.")
+    require_choices(AdvantageSection(mean=mean, std=std))
+    centered = rewards - jnp.mean(rewards, axis=None if mean == "batch" else 1, keepdims=True)
+    if mean == "leave_one_out":
+        centered = centered * (rewards.shape[1] / max(rewards.shape[1] - 1, 1))
+    # Compare the rewards rather than test for std == 0: the mean of equal numbers may differ from them by rounding.
+    equal_group = jnp.ptp(rewards, axis=1, keepdims=True) == 0
+    if mean != "batch":
+        centered = jnp.where(equal_group, 0.0, centered)
+    if std == "none":
+        return centered
+    axis, count = (None, rewards.size) if std == "batch" else (1, rewards.shape[1])
+    variance = jnp.var(rewards, axis=axis, keepdims=True) * (count / max(count - ddof, 1))
+    is_zero = equal_group if std == "group" else jnp.ptp(rewards) == 0
+    scale = jnp.where(is_zero, 0.0, jnp.sqrt(variance)) + eps
+    return jnp.where(scale == 0, 0.0, centered / jnp.where(scale == 0, 1.0, scale))
