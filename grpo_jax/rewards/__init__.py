@@ -3,12 +3,15 @@
 Modules, in reading order:
 
     verify       accuracy and format of completions
+    script       the language of completions, told by its script
+    length       the penalty of overlong completions
     parts        reward parts and their weighted sum
 
 No module of this package imports JAX.
 """
 
 from grpo_jax.rewards.parts import accuracy_part, format_part
+from grpo_jax.rewards.script import language
 from grpo_jax.rewards.verify import accuracy, format
 
-__all__ = ["accuracy", "accuracy_part", "format", "format_part"]
+__all__ = ["accuracy", "accuracy_part", "format", "format_part", "language"]
