@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, raw, workdir = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
-    reward_parts = resolve_parts(cfg.reward.parts)
+    reward_parts = resolve_parts(cfg)
     join_processes(os.environ)
     context = build_context(cfg, reward_parts=reward_parts)
     configs.check_model(cfg, context.model_cfg)

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax import config
 from grpo_jax.errors import UserError
 from grpo_jax.rewards import accuracy, accuracy_part, format
-from grpo_jax.rewards.parts import PARTS, compute_rewards, resolve_parts
+from grpo_jax.rewards.length import overlong_penalty
+from grpo_jax.rewards.parts import PARTS, Rewards, compute_rewards, resolve_parts, shape_overlong
 from grpo_jax.rewards.verify import is_well_formed
 from grpo_jax.tasks import Problem
 
@@ -87,9 +89,17 @@ def grade(parts, weights=None, texts=("a", "bb", "cccc")):
     return compute_rewards(parts, weights or [1.0] * len(parts), problems, texts, np.array([len(x) for x in texts]))
 
 
+def resolve(*parts, language="en", max_tokens=56, cache=0):
+    """Resolves reward parts with the settings that they read."""
+    raw = config.default()
+    raw.reward.parts, raw.reward.weights, raw.reward.language = parts, (1.0,) * len(parts), language
+    raw.rollout.max_tokens, raw.rollout.overlong_cache = max_tokens, cache
+    return resolve_parts(config.check(raw))
+
+
 def test_rewards_are_float32_per_completion_and_total_is_their_weighted_sum():
     texts = [WELL_FORMED, "<answer> 2 </answer>", "<think></think><answer>5</answer>", "nothing"]
-    rewards = grade(resolve_parts(["format", "accuracy"]), [0.5, 2.0], texts)
+    rewards = grade(resolve("format", "accuracy"), [0.5, 2.0], texts)
     assert list(rewards.parts) == ["format", "accuracy"]  # in the order of the config
     np.testing.assert_array_equal(rewards.parts["accuracy"], [1, 1, 0, 0])
     np.testing.assert_array_equal(rewards.parts["format"], [1, 0, 1, 0])
@@ -112,9 +122,85 @@ def test_a_part_gets_the_problem_the_text_and_the_length_of_each_completion():
 
 def test_a_part_from_a_file_is_labeled_with_its_function_name(tmp_path):
     (tmp_path / "my.py").write_text("def short(problems, texts, lengths): return -1.0 * lengths")
-    parts = resolve_parts(["accuracy", f"{tmp_path}/my.py:short"])
+    parts = resolve("accuracy", f"{tmp_path}/my.py:short")
     assert list(parts) == ["accuracy", "short"] and parts["accuracy"] is accuracy_part
     assert grade(parts, [1, 0.5]).total.tolist() == [-0.5, -1, -2]
+
+
+@pytest.mark.parametrize("target, fractions", [("en", [1, 0.5, 0]), ("ru", [0, 0.5, 1])])
+def test_the_language_part_reads_its_language_from_the_config(target, fractions):
+    rewards = grade(resolve("accuracy", "language", language=target), texts=("one", "two два", "<think> три"))
+    assert rewards.parts["language"].tolist() == fractions
+
+
+@pytest.mark.parametrize(
+    "max_tokens, cache, penalties",
+    [
+        (5, 4, [0, -0.25, -0.75]),  # falls after 1 token
+        (5, 1, [0, 0, 0]),  # the longest has 4
+        (4, 2, [0, 0, -1]),
+        (3, 2, [0, -0.5, -1]),
+    ],
+)
+def test_the_length_part_reads_the_limit_and_the_cache_from_the_config(max_tokens, cache, penalties):
+    rewards = grade(resolve("length", max_tokens=max_tokens, cache=cache), [0.1])  # of 1, 2 and 4 tokens
+    assert list(rewards.parts) == ["length"] and rewards.parts["length"].tolist() == penalties
+    np.testing.assert_array_equal(rewards.total, np.float32(0.1) * np.float32(penalties))
+
+
+@pytest.mark.parametrize(
+    "length, penalty",
+    [
+        (0, 0),
+        (16383, 0),
+        (16384, 0),  # L - C
+        (16385, -1 / 4096),
+        (18432, -0.5),
+        (20479, -4095 / 4096),
+        (20480, -1),  # L
+        (20481, -1),
+        (10**9, -1),
+    ],
+)
+def test_the_overlong_penalty_falls_linearly_over_the_cache(length, penalty):
+    (returned,) = returns = overlong_penalty(np.array([length], np.int32), 20480, 4096)
+    assert returned == penalty and returns.dtype == np.float32  # all of these are exact in float32
+    assert not np.signbit(returned) or penalty < 0  # no -0.0 in samples
+
+
+def test_the_whole_length_may_be_the_cache():
+    lengths = np.array([0, 1, 2, 3, 4, 5], np.uint32)  # unsigned lengths do not wrap
+    assert overlong_penalty(lengths, 4, 4).tolist() == [0, -0.25, -0.5, -0.75, -1, -1]
+
+
+def shaped(overlong):
+    """Shapes the rewards of completions of 2, 6, 7, 8 and 8 tokens, where 4 tokens of 8 are the cache."""
+    parts = {"accuracy": np.array([1, 1, 0, 1, 0], np.float32)}
+    rewards = Rewards(parts, np.array([2, 2, -0.5, 2, -3], np.float32))
+    # The fourth stops with its last token. The last one is truncated.
+    truncated, lengths = np.array([False, False, False, False, True]), np.array([2, 6, 7, 8, 8], np.int32)
+    result = shape_overlong(rewards, overlong, truncated, lengths, 8, 4)
+    assert rewards.total.tolist() == [2, 2, -0.5, 2, -3] and list(rewards.parts) == ["accuracy"]  # not changed in place
+    assert result.total.dtype == np.float32 and result.parts["accuracy"] is parts["accuracy"]
+    return result
+
+
+def test_overlong_zero_sets_the_total_of_truncated_completions_to_0():
+    rewards = shaped("zero")
+    assert rewards.total.tolist() == [2, 2, -0.5, 2, 0] and list(rewards.parts) == ["accuracy"]
+
+
+def test_overlong_soft_adds_the_penalty_to_the_total_and_to_the_parts():
+    rewards = shaped("soft")
+    assert list(rewards.parts) == ["accuracy", "overlong"] and rewards.parts["overlong"].dtype == np.float32
+    assert rewards.parts["overlong"].tolist() == [0, -0.5, -0.75, -1, -1]
+    assert rewards.total.tolist() == [2, 1.5, -1.25, 1, -4]
+
+
+@pytest.mark.parametrize("overlong", ["keep", "mask"])
+def test_overlong_keep_and_mask_leave_rewards_as_they_are(overlong):
+    rewards = shaped(overlong)
+    assert rewards.total.tolist() == [2, 2, -0.5, 2, -3] and list(rewards.parts) == ["accuracy"]
 
 
 def test_a_part_cannot_change_what_the_next_one_sees():
@@ -198,9 +284,10 @@ def test_an_exception_in_a_part_is_reported_with_its_location():
 def test_the_error_for_an_unknown_part_says_how_to_resume():
     """A run of grpo_jax.train stores only the names of its Python functions, so other commands cannot find them."""
     with pytest.raises(UserError) as raised:
-        resolve_parts(["accuracy", "formatt"])
+        resolve("accuracy", "formatt")
     message = str(raised.value)
-    assert "reward.parts must be 'accuracy', 'format', module:function or path/file.py:function; found" in message
+    names = "'accuracy', 'format', 'language', 'length'"
+    assert f"reward.parts must be {names}, module:function or path/file.py:function; found" in message
     assert "'formatt'. Did you mean 'format'? To resume a run of grpo_jax.train with rewards=...," in message
 
 
@@ -217,8 +304,10 @@ sys.meta_path.insert(0, Blocker())
 
 GRADE_AND_READ = """
 import importlib, pkgutil, sys
+import numpy as np
 import grpo_jax
-from grpo_jax.rewards import accuracy, format
+from grpo_jax.rewards import accuracy, format, language
+from grpo_jax.rewards.parts import compute_rewards, resolve_parts, shape_overlong
 from grpo_jax.tasks import read_problems
 
 for package in ("text", "tasks", "rewards"):
@@ -230,8 +319,15 @@ for package in ("text", "tasks", "rewards"):
 assert grpo_jax.tasks.addition.addition_task(3)(0, seed=0, split="train").answer.isdigit()
 assert "User: 1 + 1?. Assistant:" in grpo_jax.text.prompt.format_prompt(problem.question)
 assert grpo_jax.text.stops.build_stop_table(3, (1,)).tolist() == [[0, -1, 0]]
-text = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
-assert accuracy([text], [problem.answer]).tolist() == format([text]).tolist() == [1.0]
+text = "<think> so 1 + 1 = 2 </think> <answer> 2 </answer>"
+assert accuracy([text], [problem.answer]).tolist() == format([text]).tolist() == language([text]).tolist() == [1.0]
+raw = grpo_jax.config.default()
+raw.reward.parts, raw.reward.weights = ("accuracy", "format", "language", "length"), (1.0, 1.0, 1.0, 1.0)
+raw.rollout.overlong_cache = 8
+parts, lengths = resolve_parts(grpo_jax.config.check(raw)), np.array([52])
+rewards = compute_rewards(parts, raw.reward.weights, [problem], [text], lengths)
+assert rewards.total.tolist() == [2.5]
+assert shape_overlong(rewards, "soft", lengths > 56, lengths, 56, 8).total.tolist() == [2.0]
 loaded = {"jax", "jaxlib", "grain", "flax", "transformers"} & set(sys.modules)
 assert not loaded, loaded
 """

@@ -7,7 +7,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from grpo_jax.config.functions import describe_error, function_label, resolve_function
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
+from grpo_jax.rewards.length import overlong_penalty
+from grpo_jax.rewards.script import language
 from grpo_jax.rewards.verify import accuracy, format
 from grpo_jax.text.problem import Problem
 
@@ -33,18 +36,23 @@ def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarr
     return format(texts)
 
 
-PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}
+PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}  # those that need no setting
 
 PARTS_RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
 
 
-def resolve_parts(names: Sequence[str]) -> dict[str, RewardPart]:
+def resolve_parts(cfg: Config) -> dict[str, RewardPart]:
     """Returns the parts that `reward.parts` names, by label and in the same order.
 
     Raises:
-        UserError: A name is not one of `PARTS` and no function can be imported for it.
+        UserError: A name is not that of a built-in part and no function can be imported for it.
     """
-    return {function_label(name): resolve_function(name, "reward.parts", PARTS, PARTS_RESUME_HINT) for name in names}
+    names, limit, cache = cfg.reward.parts, cfg.rollout.max_tokens, cfg.rollout.overlong_cache
+    parts: dict[str, RewardPart] = PARTS | {
+        "language": lambda problems, texts, lengths: language(texts, cfg.reward.language),
+        "length": lambda problems, texts, lengths: overlong_penalty(lengths, limit, cache),
+    }
+    return {function_label(name): resolve_function(name, "reward.parts", parts, PARTS_RESUME_HINT) for name in names}
 
 
 def compute_rewards(
@@ -96,3 +104,25 @@ def grade_texts(
         found = list(returned)[index]  # as returned: in float32, None would be NaN and 1e39 infinity
         raise UserError(f"{expected}; found {found} at index {index}. Return a finite number there.")
     return values
+
+
+def shape_overlong(
+    rewards: Rewards, overlong: str, truncated: np.ndarray, lengths: np.ndarray, limit: int, cache: int
+) -> Rewards:
+    """Changes the rewards of completions that are too long, as `rollout.overlong` says.
+
+    Args:
+        rewards: The rewards of N completions.
+        overlong: "zero" sets the total of truncated completions to 0. "soft" adds `overlong_penalty` to the total of
+            all, and to the parts as "overlong". "keep" and "mask" change nothing.
+        truncated: Whether each completion reached the limit without a stop, bool [N].
+        lengths: The length of each completion in tokens, int [N].
+        limit: The longest length in tokens (`rollout.max_tokens`).
+        cache: The number of tokens over which the penalty falls (`rollout.overlong_cache`).
+    """
+    if overlong == "zero":
+        return rewards._replace(total=np.where(truncated, np.float32(0), rewards.total))
+    if overlong == "soft":
+        penalty = overlong_penalty(lengths, limit, cache)
+        return Rewards(rewards.parts | {"overlong": penalty}, rewards.total + penalty)
+    return rewards

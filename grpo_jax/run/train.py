@@ -112,7 +112,7 @@ def train(
     workdir = Path(workdir).expanduser()
     configs.check_workdir(workdir, cfg)
     task = make_task(problems, cfg.task)
-    reward_parts = dict(rewards) if rewards else resolve_parts(cfg.reward.parts)
+    reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
     join_processes(os.environ)
     context = build_context(cfg, reward_parts=reward_parts, training=True)
     configs.check_model(cfg, context.model_cfg)
