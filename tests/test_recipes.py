@@ -289,5 +289,60 @@ def test_every_key_in_a_docstring_exists(recipe):
 
 @pytest.mark.parametrize("recipe", ARXIV)
 def test_an_unknown_preset_is_refused_with_the_list(recipe):
-    with pytest.raises(UserError, match=rf"preset of configs/{recipe}.py must be one of tiny, .*found 'tinny'.*Did you mean tiny"):
+    with pytest.raises(
+        UserError, match=rf"preset of configs/{recipe}.py must be one of tiny, .*found 'tinny'.*Did you mean tiny"
+    ):
         load_config(f"{REPO}/configs/{recipe}.py:tinny")
+
+
+def tables() -> list[list[list[str]]]:
+    """Returns the tables of recipes in docs/algorithms.md: rows of cells, the header first, without the ruler."""
+    blocks = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.M)
+    rows = [
+        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()] for block in blocks
+    ]
+    return [[table[0], *table[2:]] for table in rows if table[0][0] == "recipe"]
+
+
+def parse_cell(cell: str, default_value):
+    """Returns a cell as a value of the type of the key's default."""
+    if isinstance(default_value, tuple):
+        return tuple(type(default_value[0])(part) for part in cell.split(", "))
+    return type(default_value)(cell)
+
+
+# Keys that depend on the size of the model or the length of its prompts.
+OF_THE_MODEL = {"rollout.max_prompt_tokens", "train.micro_tokens", "optim.b2"}
+
+
+def test_the_tables_of_the_page_show_the_full_presets():
+    """Each key that a recipe sets has a column, and a cell is empty exactly where a recipe has the default."""
+    defaults, shown = flatten(default().to_dict()), set()
+    recipes = {name.split(":")[0]: load(*name.split(":")) for name in PUBLISHED}
+    for header, first, *rows in tables():
+        keys = [cell.strip("`") for cell in header[1:]]
+        shown |= set(keys)
+        assert first == ["default", *first[1:]]
+        assert [parse_cell(cell, defaults[key]) for key, cell in zip(keys, first[1:], strict=True)] == [
+            defaults[key] for key in keys
+        ]
+        links = [re.fullmatch(r"\[(\w+)\]\(\.\./configs/(\w+)\.py\)", row[0]).groups() for row in rows]
+        assert links == [(recipe, recipe) for recipe in recipes]
+        for (recipe, _), row in zip(links, rows, strict=True):
+            found = {key: parse_cell(cell, defaults[key]) for key, cell in zip(keys, row[1:], strict=True) if cell}
+            expected = {key: recipes[recipe][key] for key in keys if recipes[recipe][key] != defaults[key]}
+            assert (recipe, found) == (recipe, expected)
+    sections = ("advantage", "groups", "loss", "reference", "reward", "rollout", "train", "optim")
+    changed = {key for values in recipes.values() for key in values if values[key] != defaults[key]}
+    assert {key for key in changed if key.split(".")[0] in sections} - OF_THE_MODEL == shown
+
+
+def test_keys_and_links_of_the_page_exist():
+    keys = flatten(default().to_dict())
+    named = set(re.findall(rf"`((?:{'|'.join(default().to_dict())})\.[a-z_0-9]+)(?:=\w+)?`", PAGE))
+    assert len(named) > 25 and named <= keys.keys()
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in PAGE.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) <= headings
+    assert [path for path in re.findall(r"\]\(([\w./]+)\)", PAGE) if not (REPO / "docs" / path).exists()] == []
+    read = {"loss", "advantage", "groups", "reference"}
+    assert {key for key in keys if key.split(".")[0] in read} <= named
