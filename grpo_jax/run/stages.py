@@ -13,7 +13,7 @@ from grpo_jax.learn.grpo import estimate_kl
 from grpo_jax.learn.packing import packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, score_completions, take_rows
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
-from grpo_jax.rewards.parts import Rewards, compute_rewards
+from grpo_jax.rewards.parts import Rewards, compute_rewards, shape_overlong
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
 from grpo_jax.text.problem import Problem, Prompts
@@ -104,7 +104,9 @@ def grade_completions(
     rows = rollout.tokens.reshape(len(lengths), -1)
     texts = decode_completions(context.tokenizer, rows, lengths, context.stop_ids, cfg.rollout.stop_strings)
     repeated = [problem for problem in problems for _ in range(samples)]
-    return texts, compute_rewards(context.reward_parts, cfg.reward.weights, repeated, texts, lengths)
+    rewards = compute_rewards(context.reward_parts, cfg.reward.weights, repeated, texts, lengths)
+    limit, cache = cfg.rollout.max_tokens, cfg.rollout.overlong_cache
+    return texts, shape_overlong(rewards, cfg.rollout.overlong, rollout.truncated.ravel(), lengths, limit, cache)
 
 
 def are_equal(rewards: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, " B"]:
