@@ -8,7 +8,6 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import model_config_from_hf
-from grpo_jax.weights.gguf_file import read_gguf_config
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
 REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
@@ -123,6 +122,8 @@ def read_json_object(path: Path) -> dict:
 def read_hf_config(source: Path) -> dict:
     """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
     if source.suffix == ".gguf":
+        from grpo_jax.weights.gguf_file import read_gguf_config  # no other kind of model needs the module
+
         return read_gguf_config(source)
     return read_json_object(source / "config.json")
 

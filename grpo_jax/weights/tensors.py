@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
-from grpo_jax.weights.gguf_file import read_gguf_tensors
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -178,6 +177,8 @@ def open_gguf_tensors(path: Path, hf_config: dict) -> dict[str, StoredTensor]:
     Raises:
         UserError: The file cannot be read, or has a tensor that its architecture does not have.
     """
+    from grpo_jax.weights.gguf_file import read_gguf_tensors  # no other kind of model needs the module
+
     dtype = np.dtype(SAFETENSORS_DTYPES["F32" if hf_config["dtype"] == "float32" else "BF16"])
     return {
         name: StoredTensor(tuple(tensor.shape), dtype, lambda index, tensor=tensor: tensor.read()[index])

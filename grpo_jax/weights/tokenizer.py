@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from grpo_jax.errors import UserError
-from grpo_jax.weights.gguf_file import read_gguf_header
 
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
@@ -56,8 +55,11 @@ def read_gguf_tokenizer(path: Path):
     Raises:
         UserError: The file is not a readable GGUF file, or has no tokenizer of a kind that `transformers` converts.
     """
-    header = read_gguf_header(path)
     from transformers import PreTrainedTokenizerFast
+
+    from grpo_jax.weights.gguf_file import read_gguf_header  # no other kind of model needs the module
+
+    header = read_gguf_header(path)
 
     try:
         from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
