@@ -290,23 +290,17 @@ def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[st
         UserError: The divisors are different.
     """
     divisors = header.tensors["rope_freqs.weight"].read()
-    rope = {
-        "rope_type": "llama3",
-        "factor": float(divisors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    scaling = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     # How often each rotary pair turns within the original context length.
     turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)
     keep = np.clip((turns - 1) / (4 - 1), 0, 1)
-    expected = 1 / (keep + (1 - keep) / rope["factor"])
+    expected = 1 / (keep + (1 - keep) / scaling["factor"])
     if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, expected, rtol=1e-3):
         raise UserError(
             f"rope_freqs.weight in {header.path} must be that of Llama 3.1, {expected.round(3).tolist()}; "
             f"found {divisors.round(3).tolist()}. Choose another model."
         )
-    return rope
+    return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": 8192}
 
 
 def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTensor]:

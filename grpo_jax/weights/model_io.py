@@ -268,30 +268,22 @@ def write_safetensors(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     Raises:
         UserError: The folder holds other safetensors, which would be loaded together with the new ones.
     """
-    shards, room = [[]], MAX_SHARD_BYTES
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append([])
-            room = MAX_SHARD_BYTES
-        shards[-1].append(name)
-        room -= tensor.nbytes
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    files = files if len(files) > 1 else ["model.safetensors"]
-    stale = {path.name for path in folder.glob("*.safetensors")} - set(files)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    options = dict(filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_BYTES)
+    split = split_state_dict_into_shards_factory(tensors, get_storage_size=lambda tensor: tensor.nbytes, **options)
+    stale = {path.name for path in folder.glob("*.safetensors")} - split.filename_to_tensors.keys()
     if stale:
         raise UserError(f"{folder} must not hold another model; found {min(stale)}. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
-    for file, names in zip(files, shards, strict=True):
+    for file, names in split.filename_to_tensors.items():
         values = {name: tensors[name].read_all() for name in names}
         if jax.process_index() == 0:
             save_file(values, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # the library makes it readable by its owner only
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1 and jax.process_index() == 0:
-        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        index = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(index + "\n")
+    if split.is_sharded and jax.process_index() == 0:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def llama_hf_config(model_cfg: ModelConfig) -> dict:
