@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import math
 
+NO_WINDOW = 2**30  # a sliding window that excludes no key
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:

@@ -15,18 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.model.architecture import LayerConfig, ModelConfig
+from grpo_jax.model.architecture import NO_WINDOW, LayerConfig, ModelConfig
 from grpo_jax.model.blockwise import BLOCK_SIZE, blockwise_attention, plan_blocks
 from grpo_jax.model.kernels import cudnn_attention, cudnn_supports, make_splash_masks, splash_attention, splash_supports
 from grpo_jax.model.layers import Projection, RMSNorm, make_norm
-from grpo_jax.model.mask import (
-    NO_WINDOW,
-    attention_mask,
-    attention_scores,
-    plain_attention,
-    single_sequence,
-    weighted_values,
-)
+from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
 from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
@@ -68,12 +61,8 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
     widths = model_cfg.head_dim, model_cfg.head_dim  # of keys and values
     if latent := model_cfg.latent:
         widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
-    supported = {
-        "plain": True,
-        "blocks": True,
-        "splash": splash_supports(length),
-        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap),
-    }
+    supported = {"plain": True, "blocks": True, "splash": splash_supports(length)}
+    supported["cudnn"] = length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap)
     if supported.get(wanted):
         return wanted
     return "blocks" if length > 2 * BLOCK_SIZE else "plain"

@@ -121,11 +121,6 @@ def cudnn_attention(
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "N L H E"]:
     """Computes `plain_attention` with cuDNN's flash attention, or in XLA, where the scores are held in memory."""
-    return jax.nn.dot_product_attention(
-        q,
-        jnp.moveaxis(keys, -1, 1),
-        jnp.swapaxes(values, 1, 2),
-        mask=mask[:, None],
-        scale=1 / divisor,
-        implementation=implementation,
-    )
+    keys, values = jnp.moveaxis(keys, -1, 1), jnp.swapaxes(values, 1, 2)
+    options = dict(mask=mask[:, None], scale=1 / divisor, implementation=implementation)
+    return jax.nn.dot_product_attention(q, keys, values, **options)

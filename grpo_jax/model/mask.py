@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.model.architecture import NO_WINDOW
 from grpo_jax.types import Segments
-
-NO_WINDOW = 2**30  # a window that excludes no key
 
 
 def single_sequence(position: Int[Array, "N L"], real: Bool[Array, "N L"] | None = None) -> Segments:
