@@ -50,10 +50,7 @@ def packed_shape(
 
 
 def assign_rows(
-    prompt_ids: Int[np.ndarray, " N"],
-    prompt_lengths: Int[np.ndarray, " N"],
-    completion_lengths: Int[np.ndarray, " N"],
-    width: int,
+    prompt_ids: Int[np.ndarray, " N"], prompt_lengths: Int[np.ndarray, " N"], lengths: Int[np.ndarray, " N"], width: int
 ) -> list[list[list[int]]]:
     """Assigns completions to rows by best-fit decreasing bin packing.
 
@@ -65,22 +62,22 @@ def assign_rows(
     Args:
         prompt_ids: Completions with equal ids share the same prompt.
         prompt_lengths: Length of each completion's prompt.
-        completion_lengths: Length of each completion.
+        lengths: Length of each completion.
         width: Tokens per row.
 
     Returns:
         Rows as lists of groups, each of which is a list of completion indices. The tokens of a row, including one copy
         of the prompt per group, number at most `width`.
     """
-    order = np.lexsort((-completion_lengths, prompt_ids))
+    order = np.lexsort((-lengths, prompt_ids))
     groups = np.split(order, np.flatnonzero(np.diff(prompt_ids[order])) + 1)
 
     rows, free = [], np.zeros(0, np.int64)
-    for group in sorted(groups, key=lambda g: prompt_lengths[g[0]] + completion_lengths[g].sum(), reverse=True):
-        prompt_length, remaining = prompt_lengths[group[0]], completion_lengths[group].sum()
+    for group in sorted(groups, key=lambda g: prompt_lengths[g[0]] + lengths[g].sum(), reverse=True):
+        prompt_length, remaining = prompt_lengths[group[0]], lengths[group].sum()
         placed = {}  # row -> completions of this group in that row
         for n in group.tolist():
-            length = completion_lengths[n]
+            length = lengths[n]
             row = min((row for row in placed if free[row] >= length), key=lambda row: free[row], default=-1)
             if row < 0:
                 fits_rest = np.flatnonzero(free >= prompt_length + remaining)
