@@ -69,10 +69,8 @@ def bytes_per_device(shapes, shardings) -> int:
 
 def kv_bytes_per_token(model_cfg: ModelConfig, tensor: int = 1) -> int:
     """Returns the bytes of one token's keys and values in all layers, with heads split over `tensor` devices."""
-    token = jnp.zeros((1, 1), jnp.int32)
-    _, kv = jax.eval_shape(
-        lambda params: hidden_states(model_cfg, params, token, single_sequence(token)), param_shapes(model_cfg)
-    )
+    token, shapes = jnp.zeros((1, 1), jnp.int32), param_shapes(model_cfg)
+    _, kv = jax.eval_shape(lambda params: hidden_states(model_cfg, params, token, single_sequence(token)), shapes)
     # Heads that `tensor` does not divide are replicated.
     return sum(x.size * x.dtype.itemsize // (tensor if x.shape[2] % tensor == 0 else 1) for x in jax.tree.leaves(kv))
 

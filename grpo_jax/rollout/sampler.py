@@ -35,13 +35,8 @@ def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
     def group(x):
         return x[: count * samples].reshape(count, samples, *x.shape[1:])
 
-    return Rollout(
-        tokens=group(state.tokens),
-        logps=group(state.logps),
-        lengths=group(state.lengths),
-        truncated=group(state.stopped) == 0,
-        prompt_ids=jnp.asarray(prompts.ids),
-    )
+    tokens, logps, lengths, stopped = (group(x) for x in (state.tokens, state.logps, state.lengths, state.stopped))
+    return Rollout(tokens, logps, lengths, truncated=stopped == 0, prompt_ids=jnp.asarray(prompts.ids))
 
 
 def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
@@ -85,26 +80,18 @@ def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: 
 
 
 def start_rollout(
-    model_cfg: ModelConfig,
-    params,
-    prompts: Prompts,
-    key,
-    limits: Int[np.ndarray, "B G"],
-    *,
-    slots: int,
-    columns: int,
-    max_tokens: int,
+    model_cfg: ModelConfig, params, prompts: Prompts, key, limits: Int[np.ndarray, "B G"], *, slots: int, **sizes: int
 ) -> tuple[DecodeState, RolloutQueue]:
     """Divides the sequences among the data shards of the current mesh, prefills and fills the slots.
 
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
-    maximum number of tokens of each completion, and 0 `slots` means one per sequence.
+    maximum number of tokens of each completion, and 0 `slots` means one per sequence. `sizes` are the number of
+    `columns` of the cache and `max_tokens`.
     """
     shards = num_data_shards()
     prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
     slots = min(-(-slots // shards) * shards or len(limits), len(limits))
-    sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
-    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, **sizes)
+    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, slots=slots, **sizes)
 
 
 def generate_rollout(
@@ -282,16 +269,6 @@ def sample(
     stop_table = build_stop_table(model_cfg.vocab_size, [int(i) for i in stop_ids], stop_strings, tokenizer)
     if len(params["layers"]) < model_cfg.num_layers:
         params = place_for_rollout(model_cfg, params)
-    return generate_rollout(
-        model_cfg,
-        params,
-        padded,
-        key,
-        samples=samples,
-        max_tokens=int(limits.max()),
-        temperature=temperature,
-        stop_table=stop_table,
-        slots=slots,
-        limits=limits,
-        filter=filter,
-    )
+    sampling = dict(temperature=temperature, stop_table=stop_table, filter=filter)
+    sizes = dict(samples=samples, max_tokens=int(limits.max()), limits=limits, slots=slots)
+    return generate_rollout(model_cfg, params, padded, key, **sampling, **sizes)

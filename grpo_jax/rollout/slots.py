@@ -77,9 +77,7 @@ def per_shard(function, *args):
         return function(*args)
     leaves, tree = jax.tree_util.tree_flatten_with_path(args)
     names = [path_name(path) for path, _ in leaves]
-    specs = tuple(
-        P() if name.endswith("longest") else P(None, ROW_AXES) if "kv" in name else P(ROW_AXES) for name in names
-    )
+    specs = tuple(P() if "longest" in name else P(None, ROW_AXES) if "kv" in name else P(ROW_AXES) for name in names)
 
     def apply_to_shard(*leaves):
         return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
@@ -157,27 +155,23 @@ def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
 
 
 def append_tokens(
-    state: DecodeState,
-    queue: RolloutQueue,
-    token: Int[Array, " M"],
-    logp: Float[Array, " M"],
-    stop_state: Int[Array, " M"],
+    state: DecodeState, queue: RolloutQueue, token: Int[Array, " M"], logp: Float[Array, " M"], stops: Int[Array, " M"]
 ) -> DecodeState:
     """Appends a shard's sampled tokens to their completions and frees the slots of completions that have ended.
 
-    `stop_state` is the state in the stop table after the sampled token.
+    `stops` holds the states in the stop table after the sampled tokens.
     """
     active = state.sequence >= 0
     row = jnp.where(active, state.sequence, len(queue.limits))  # idle slots write past the end, which drops the write
     num_sampled = state.num_sampled + 1
-    stopped = stop_state == STOPPED
+    stopped = stops == STOPPED
     done = stopped | (num_sampled >= queue.limits[jnp.maximum(state.sequence, 0)])
     return state.replace(
         sequence=jnp.where(active & ~done, state.sequence, -1),
         last_token=token,
         position=state.position + 1,
         num_sampled=num_sampled,
-        stop_state=jnp.maximum(stop_state, 0),
+        stop_state=jnp.maximum(stops, 0),
         tokens=state.tokens.at[row, state.num_sampled].set(token, mode="drop"),
         logps=state.logps.at[row, state.num_sampled].set(logp, mode="drop"),
         lengths=state.lengths.at[row].set(num_sampled, mode="drop"),
@@ -219,9 +213,8 @@ def init_decode(
         max_tokens: Number of columns S of the completions.
     """
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
-    prompts, prompt_index, limits, keys = jax.tree.map(
-        lambda x: constrain(x, ROW_AXES), (prompts, prompt_index, limits, keys)
-    )
+    by_row = prompts, prompt_index, limits, keys
+    prompts, prompt_index, limits, keys = jax.tree.map(lambda x: constrain(x, ROW_AXES), by_row)
     prompt_kv = prefill_prompts(model_cfg, params, prompts)
     queue = RolloutQueue(prompts, prompt_kv, prompt_index, limits, keys)
 
@@ -298,8 +291,8 @@ def decode_tokens(
         logits = temperature_logits(model_cfg, product, 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(per_shard(slot_keys, state.sequence, queue), state.num_sampled)
         token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, None), greedy, filter)
-        stop_state = stop_table[state.stop_state, token].astype(jnp.int32)
-        state = per_shard(append_tokens, state.replace(kv_cache=kv_cache), queue, token, logp, stop_state)
+        stops = stop_table[state.stop_state, token].astype(jnp.int32)
+        state = per_shard(append_tokens, state.replace(kv_cache=kv_cache), queue, token, logp, stops)
         return update_longest(per_shard(refill_slots, state, queue)), steps + 1
 
     return jax.lax.while_loop(keep_decoding, decode_step, (state, jnp.int32(0)))[0]

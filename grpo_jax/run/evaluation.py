@@ -32,25 +32,17 @@ def evaluate(
     """
     shards = num_data_shards(context.mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
+    sampling = dict(max_tokens=cfg.rollout.max_tokens, temperature=cfg.eval.temperature, stop_table=context.stop_table)
+    filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
     records = []
     for start in range(0, len(problems), batch_size):
         batch = list(problems[start : start + batch_size])
         # A short last batch is filled up so that it has the compiled shape; the copies give no records.
         padded = batch + batch[-1:] * (batch_size - len(batch))
         prompt_ids = range(start, start + batch_size)
-        rollout = gather_to_host(
-            generate_rollout(
-                context.model_cfg,
-                params,
-                encode_prompts(context.tokenizer, padded, prompt_ids, cfg.rollout.max_prompt_tokens),
-                key,
-                samples=1,
-                max_tokens=cfg.rollout.max_tokens,
-                temperature=cfg.eval.temperature,
-                stop_table=context.stop_table,
-                filter=TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p),
-            )
-        )
+        prompts = encode_prompts(context.tokenizer, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
+        rollout = generate_rollout(context.model_cfg, params, prompts, key, samples=1, filter=filter, **sampling)
+        rollout = gather_to_host(rollout)
         texts, rewards = grade_completions(cfg, context, padded, rollout)
         records += sample_records(padded, rollout, texts, rewards, count=len(batch))
     means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in context.reward_parts}
