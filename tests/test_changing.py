@@ -17,12 +17,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import grpo_jax.learn.grpo
+from grpo_jax.config.schema import LossSection
 from grpo_jax.types import PackedBatch
 from tests.tiny import experience, packed
 
 REPO = Path(__file__).parent.parent
 GUIDE = (REPO / "docs" / "changing.md").read_text(encoding="utf-8")
-NAMES = ["dr_grpo", "gspo", "entropy_bonus", "kl_in_reward", "brevity", "multiplication", "capitals", "gemma", "nadam"]
+NAMES = ["maxrl", "mask", "penalty", "trainer_logps", "brevity", "multiplication", "capitals", "gemma", "nadam"]
 DIFFS = re.findall(r"```diff\n(.*?)```", GUIDE, flags=re.S)
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)]
 MAX_DIFF_LINES = 30
@@ -69,20 +70,13 @@ def read_records(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def changed_grpo_module(folder: Path, name: str):
-    """Imports `grpo_jax.learn.grpo` with a diff applied, under a name of its own."""
-    path = copy_with(folder, name) / "grpo_jax" / "learn" / "grpo.py"
-    spec = importlib.util.spec_from_file_location(f"grpo_with_{name}", path)
-    module = importlib.util.module_from_spec(spec)
+def import_module(path: Path):
+    """Imports a file of a copy, under a name that no other module has."""
+    name = "copied_" + re.sub(r"\W", "_", str(path))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-def import_function(path: Path, name: str):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
 
 
 def test_every_diff_is_short_and_has_a_name():
@@ -117,98 +111,93 @@ class OffPolicyRows:
     """A minibatch whose policy and old policy differ, as arrays [N, S] and in packed rows with NaN in between."""
 
     def __init__(self):
-        self.batch = experience(rows=8, sampled=9)
+        batch = experience(rows=8, sampled=9)
+        self.batch = batch.replace(advantages=batch.advantages * np.tile([1, -1], 4).astype(np.float32))
         rows = packed(self.batch, micro_tokens=40)
-        assert len(rows.tokens) > 2  # several micro-batches
-        self.index = np.asarray(rows.flat_index)
+        self.rows = rows.replace(weights=rows.weights / 2)  # so that they do not sum to 1, as with a constant length
+        assert len(self.rows.tokens) > 2  # several micro-batches
+        self.index = np.asarray(self.rows.flat_index)
         # `ref_logps` of the random experience are off-policy log-probs; here they play the policy.
-        self.logps = jnp.where(rows.flat_index >= 0, rows.ref_logps, jnp.nan)
-        self.entropies = jnp.where(rows.flat_index >= 0, jnp.exp(rows.ref_logps), jnp.nan)
-        self.rows = rows
+        self.logps = jnp.where(self.rows.flat_index >= 0, self.rows.ref_logps, jnp.nan)
+        self.log_ratio = np.where(self.batch.mask, self.batch.ref_logps - self.batch.sampler_logps, 0.0)
+        self.lengths = self.batch.mask.sum(axis=1)
+        self.weights = self.batch.mask / self.lengths[:, None] / len(self.lengths) / 2
 
-    def gradients(self, grpo, argument: int):
-        """Returns the loss and its gradient [N, S], added up over rows as over micro-batches."""
+    def gradients(self, grpo, loss):
+        """Returns the loss, its gradient [N, S] and the metrics, added up over rows as over micro-batches."""
 
-        def loss(logps, entropies, row: PackedBatch):
+        def loss_and_sums(logps, row: PackedBatch):
             tokens = grpo.SampledTokens(
-                row.sampler_logps, None, row.advantages, row.weights, row.sequence, row.group, self.rows.num_sequences
+                row.sampler_logps,
+                row.sampler_logps + 0.1,
+                row.advantages,
+                row.weights,
+                row.sequence,
+                row.group,
+                self.rows.num_sequences,
             )
-            return grpo.weighted_loss(logps, entropies, tokens, clip_low=0.05, clip_high=0.1, kl_coef=0.0)[0]
+            return grpo.weighted_loss(logps, None, tokens, loss)
 
-        total, gradient = 0.0, np.zeros(self.batch.mask.size)
+        total, gradient, sums = 0.0, np.zeros(self.batch.mask.size), []
         for n in range(len(self.index)):
             row = jax.tree.map(lambda x, n=n: x[n : n + 1], self.rows.replace(num_micro_batches=jnp.zeros(1)))
-            at_row = self.logps[n : n + 1], self.entropies[n : n + 1]
-            value, d_row = jax.value_and_grad(loss, argument)(*at_row, row)
+            (value, row_sums), d_row = jax.value_and_grad(loss_and_sums, has_aux=True)(self.logps[n : n + 1], row)
             total += value
+            sums.append(row_sums)
             assert (np.asarray(d_row)[0, self.index[n] < 0] == 0).all()
             gradient[self.index[n][self.index[n] >= 0]] = np.asarray(d_row)[0, self.index[n] >= 0]
-        return total, gradient.reshape(self.batch.mask.shape)
+        metrics = grpo.finish_metrics(jax.tree.map(lambda *x: sum(x), *sums))
+        return total, gradient.reshape(self.batch.mask.shape), metrics
 
 
-def test_gspo_clips_one_ratio_for_each_completion(tmp_path):
-    """Packed rows, each shared by several completions, agree with the paper's formula for one completion at a time."""
+def test_a_mask_takes_the_objective_but_not_the_kl_term_from_off_policy_completions(tmp_path):
+    """Of the masked completions, only the KL term's gradient 0.5 (1 - e^q) is left, q = log pi_ref - log pi."""
+    rows, folder = OffPolicyRows(), copy_with(tmp_path / "copy", "mask")
+    grpo, schema = (import_module(folder / "grpo_jax" / name) for name in ("learn/grpo.py", "config/schema.py"))
+    settings = dict(kl_coef=0.5, clip_low=9.0, clip_high=9.0)  # wide enough never to clip
+    distances = -rows.log_ratio.sum(axis=1) / rows.lengths
+    is_masked = (rows.batch.advantages < 0) & (distances > 0.02)
+    # The limit matters on both sides, and so does the sign of the advantage.
+    assert 0 < is_masked.sum() < (rows.batch.advantages < 0).sum() and is_masked.sum() < (distances > 0.02).sum()
+    loss = schema.LossSection(**settings, off_policy_limit=0.02)
+    total, gradient, metrics = rows.gradients(grpo, loss)
+    objective = np.where(is_masked, 0.0, rows.batch.advantages)[:, None] * np.exp(rows.log_ratio)
+    q = 0.1 - rows.log_ratio  # the reference is 0.1 above the old policy
+    expected = rows.weights * (-objective + 0.5 * (1 - np.exp(q)))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(total, np.sum(rows.weights * (-objective + 0.5 * (np.exp(q) - q - 1))), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/off_policy_frac"], is_masked.mean(), rtol=1e-5)
+    without_limit, _, metrics = rows.gradients(grpo, schema.LossSection(**settings))
+    np.testing.assert_allclose(without_limit, rows.gradients(grpo_jax.learn.grpo, LossSection(**settings))[0])
+    assert metrics["policy/off_policy_frac"] == 0
+
+
+def test_the_penalty_pulls_every_token_back_to_the_old_policy(tmp_path):
     rows = OffPolicyRows()
-    total, gradient = rows.gradients(changed_grpo_module(tmp_path / "copy", "gspo"), argument=0)
-    expected, expected_gradient, clipped = 0.0, np.zeros_like(gradient), 0
-    for n, mask in enumerate(rows.batch.mask):
-        length, A = mask.sum(), float(rows.batch.advantages[n])
-        ratio = np.exp(np.mean((rows.batch.ref_logps[n] - rows.batch.sampler_logps[n])[mask]))
-        clipped_ratio = np.clip(ratio, 0.95, 1.1)
-        expected -= min(ratio * A, clipped_ratio * A) / len(gradient)
-        if ratio * A <= clipped_ratio * A:
-            expected_gradient[n, mask] = -ratio * A / length / len(gradient)
-        else:
-            clipped += 1
-    assert 0 < clipped < len(gradient)
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-8)
+    grpo = import_module(copy_with(tmp_path / "copy", "penalty") / "grpo_jax/learn/grpo.py")
+    loss = LossSection(kl_coef=0.0, clip_low=0.05, clip_high=0.1)
+    total, gradient, _ = rows.gradients(grpo, loss)
+    plain_total, plain_gradient, metrics = rows.gradients(grpo_jax.learn.grpo, loss)
+    assert metrics["policy/clip_frac"] > 0
+    np.testing.assert_allclose(total - plain_total, np.sum(rows.weights * 1e-3 * rows.log_ratio**2), rtol=1e-3)
+    np.testing.assert_allclose(gradient - plain_gradient, rows.weights * 2e-3 * rows.log_ratio, rtol=1e-3, atol=1e-8)
 
 
-def test_the_entropy_bonus_raises_the_entropy_of_every_token(tmp_path):
-    rows = OffPolicyRows()
-    total, gradient = rows.gradients(changed_grpo_module(tmp_path / "copy", "entropy_bonus"), argument=1)
-    weights = rows.batch.mask / rows.batch.mask.sum(axis=1, keepdims=True) / len(gradient)
-    bonus = 0.01 * np.sum(weights * np.exp(rows.batch.ref_logps))
-    np.testing.assert_allclose(total, rows.gradients(grpo_jax.learn.grpo, argument=1)[0] - bonus, rtol=1e-5)
-    np.testing.assert_allclose(gradient, -0.01 * weights, rtol=1e-5)
+@pytest.fixture(scope="module")
+def changed_run(tmp_path_factory):
+    """A run with the flags of all commands of the guide, and with all diffs of the loss and from files applied."""
+    changes = ("maxrl", "mask", "penalty", "trainer_logps", "brevity", "multiplication")
+    folder = copy_with(tmp_path_factory.mktemp("changed") / "copy", *changes)
+    words = [word for command in COMMANDS for word in shlex.split(command)]
+    flags = {word.split("=")[0]: word for word in words if word.startswith("--config.")}  # the last one of each key
+    assert len(flags) == 6
+    settings = [flag.removeprefix("--config.") for flag in flags.values()]
+    metrics = train_copy(folder, *settings, "loss.kl_coef=0", "train.minibatches=1", "model.compute_dtype=bfloat16")
+    return folder, metrics
 
 
-def test_dr_grpo_trains_without_standard_deviations_and_lengths(tmp_path):
-    """On-policy the ratio is 1, so the loss is minus the sum of all tokens' advantages, divided by N * 24."""
-    metrics = train_copy(copy_with(tmp_path / "copy", "dr_grpo"))[-1]
-    records = read_records(tmp_path / "copy", "train-000001")
-    rewards = np.asarray([record["reward"] for record in records]).reshape(2, 2)
-    assert np.unique(rewards - rewards.mean(axis=1, keepdims=True)).tolist() == [-0.5, 0.5]  # the std is 0.5, too
-    advantages = np.asarray([record["advantage"] for record in records])
-    np.testing.assert_array_equal(advantages, (rewards - rewards.mean(axis=1, keepdims=True)).ravel())
-    lengths = np.asarray([record["length"] for record in records])
-    np.testing.assert_allclose(metrics["loss/total"], -np.mean(advantages * lengths) / 24, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_kl_term_in_the_reward_lowers_it(tmp_path):
-    """In step 2 the policy differs from the reference. The loss itself has no KL term."""
-    folder = copy_with(tmp_path / "copy", "kl_in_reward")
-    metrics = train_copy(folder, "total_steps=2", "loss.kl_coef=0.5", "optim.lr=0.001")[-1]
-    records = read_records(folder, "train-000002")
-    kl = np.asarray([np.sum(np.subtract(record["logps"], record["ref_logps"])) for record in records])
-    assert np.abs(kl).max() > 0.1
-    np.testing.assert_allclose([record["rewards"]["kl"] for record in records], -kl, rtol=1e-4, atol=1e-5)
-    rewards = [record["rewards"]["accuracy"] + record["rewards"]["format"] for record in records] - 0.5 * kl
-    np.testing.assert_allclose([record["reward"] for record in records], rewards, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["reward/mean"], rewards.mean(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["reward/kl"], -kl.mean(), rtol=1e-4)
-    assert metrics["policy/kl_ref"] > 1e-3 and abs(metrics["loss/total"]) < 1e-4
-
-
-def test_the_commands_of_the_guide_train_with_a_part_and_a_task_from_files(tmp_path):
-    """A single run uses the flags of both commands."""
-    folder = copy_with(tmp_path / "copy", "brevity", "multiplication")
-    words = [word for command in COMMANDS if ".py:" in command.split("r1zero.py")[1] for word in shlex.split(command)]
-    flags = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
-    assert len(flags) == 3
-    metrics = train_copy(folder, *flags, "loss.kl_coef=0")
+def test_the_commands_of_the_guide_train_with_a_part_and_a_task_from_files(changed_run):
+    folder, metrics = changed_run
     parts = ("accuracy", "format", "brevity")
     assert {f"reward/{part}" for part in parts} <= metrics[1].keys() and "eval/brevity" in metrics[0]
     for record in [*read_records(folder, "train-000001"), *read_records(folder, "eval-000000")]:
@@ -217,20 +206,19 @@ def test_the_commands_of_the_guide_train_with_a_part_and_a_task_from_files(tmp_p
         assert record["reward"] == pytest.approx(np.dot([record["rewards"][part] for part in parts], [1, 1, 0.1]))
 
 
-@pytest.mark.slow
-def test_gspo_clips_whole_completions_with_the_command_of_the_guide(tmp_path):
-    """Each of the four minibatches of a rollout is one completion, so all of its tokens are clipped or none is."""
-    (command,) = (command for command in COMMANDS if "gspo" in command)
-    flags = [word.removeprefix("--config.") for word in shlex.split(command) if word.startswith("--config.")]
-    rows = train_copy(copy_with(tmp_path / "copy", "gspo"), *flags, "optim.lr=0.001", "total_steps=4")[1:]
-    assert {round(row["policy/clip_frac"], 5) for row in rows} == {0, 1}
-    assert rows[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-4) and rows[-1]["policy/ratio_max"] != 1
+def test_ratios_to_the_log_probs_of_the_trainer_are_1(changed_run):
+    """The sampler's log-probs differ from them by rounding, as the records show."""
+    folder, metrics = changed_run
+    records = read_records(folder, "train-000001")
+    gaps = [np.abs(np.subtract(record["logps"], record["policy_logps"])).max() for record in records]
+    print(max(gaps), metrics[1]["policy/logp_gap/max"], metrics[1]["policy/ratio_max"])
+    assert metrics[1]["policy/logp_gap/max"] < max(gaps) / 4
 
 
 def test_brevity_prefers_the_shorter_of_two_correct_completions(tmp_path):
     from grpo_jax.tasks import Problem
 
-    brevity = import_function(copy_with(tmp_path / "copy", "brevity") / "length.py", "brevity")
+    brevity = import_module(copy_with(tmp_path / "copy", "brevity") / "length.py").brevity
     texts = ["<answer>4</answer>"] * 3 + ["<answer>5</answer>"]
     rewards = brevity([Problem("2 + 2?", "4")] * 4, texts, np.asarray([16, 32, 70, 16]))
     np.testing.assert_allclose(rewards, [0.75, 0.5, 0, 0])
@@ -240,7 +228,7 @@ def test_the_splits_of_the_tasks_share_no_problem(tmp_path):
     from grpo_jax.tasks.streams import draw_problems
 
     for name, held_out_count in (("multiplication", 64), ("capitals", 2)):
-        task = import_function(copy_with(tmp_path / name, name) / f"{name}.py", name)
+        task = getattr(import_module(copy_with(tmp_path / name, name) / f"{name}.py"), name)
         problems = {split: draw_problems(task, range(64), seed=3, split=split) for split in ("train", "eval")}
         assert problems["train"] == draw_problems(task, range(64), seed=3, split="train")
         assert [len(problems["train"]), len(problems["eval"])] == [64, held_out_count]
@@ -319,6 +307,21 @@ save("saved", model_cfg, params)
     assert all((saved[name] == original[name]).all() for name in original)
 
 
+def test_maxrl_divides_by_the_mean_reward_of_the_group(tmp_path):
+    """One of four correct: (1 - 1/4) / (1/4) = 3 and -1. Three of four: 1/3 and -1. None or all: 0."""
+    folder = copy_with(tmp_path / "copy", "maxrl")
+    code = """
+import numpy as np
+from grpo_jax import advantages
+
+rewards = np.asarray([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+np.save("advantages.npy", advantages(rewards, std="mean"))
+"""
+    run_copy(folder, "-c", code)
+    expected = [[3, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(np.load(folder / "advantages.npy"), expected, rtol=1e-6)
+
+
 def test_the_optimizer_is_accepted_and_takes_the_first_step_of_nadam(tmp_path):
     """After the first gradient g, Adam's step is sign(g); Nesterov momentum makes it (1 + b1 / (1 + b1)) sign(g)."""
     folder = copy_with(tmp_path / "copy", "nadam")
@@ -337,5 +340,5 @@ updates, _ = optimizer.update(grads, optimizer.init(params), params)
 np.save("updates.npy", updates["head"]["kernel"])
 """
     run_copy(folder, "-c", code)
-    expected = 1.5e-4 * (1 + 0.9 / 1.9) * np.asarray([[-1, 1, -1]])
+    expected = (1 + 0.9 / 1.9) * np.asarray([[1, -1, 1]])  # before the learning rate
     np.testing.assert_allclose(np.load(folder / "updates.npy"), expected, rtol=1e-4)
