@@ -177,6 +177,7 @@ def test_console_line_shows_what_to_watch():
         "policy/kl_ref": 0.01239,
         "rollout/tokens_per_s": 12345.6,
         "time/step_s": 3.21,
+        "optim/no_signal": 0.0,
         "loss/total": 5.5,  # not shown: it is about 0 by design
     }
     assert console_line(7, 60, metrics) == (
@@ -186,6 +187,7 @@ def test_console_line_shows_what_to_watch():
     assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
         "step  7/60  reward 1.23  accuracy 0.25  short -0.50  length  41.3  12,346 tokens/s  3.2 s"
     )
+    assert console_line(7, 60, metrics | {"optim/no_signal": 1.0}).endswith("  3.2 s  no signal")
 
 
 def test_evaluation_line_shows_every_part():

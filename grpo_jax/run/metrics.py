@@ -109,6 +109,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     shown += [f"length {metrics['rollout/length_mean']:5.1f}"]
     shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
     shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
+    shown += ["no signal"] if metrics["optim/no_signal"] else []
     return f"step {step:>{len(str(total_steps))}}/{total_steps}  " + "  ".join(shown)
 
 
