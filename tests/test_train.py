@@ -236,7 +236,7 @@ def test_the_metrics_of_an_update_are_fetched_without_a_collective(monkeypatch):
     written = []
     log = SimpleNamespace(step_end=1.0, write=lambda step, metrics: written.append((step, metrics)))
     flight = UpdateInFlight({"optim/skipped": jax.numpy.zeros(())}, None, {}, start=2.0, end=5.0)
-    run = finish_update(Config(), log, RunState(7, None, None, {"reward/mean": 0.5}, 0, "", flight))
+    run = finish_update(Config(), log, RunState(7, None, None, None, {"reward/mean": 0.5}, 0, "", flight))
     times = {"time/update_s": 3.0, "time/step_s": 4.0}
     assert written == [(7, {"optim/skipped": 0.0, "reward/mean": 0.5} | times)] and run.flight is None
 
@@ -288,7 +288,8 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     problem, text, length = seen[-1]
     assert problem in PROBLEMS and isinstance(text, str) and 1 <= length <= 14
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["reward"] == {"parts": ["brevity"], "weights": [1.0]} and config["task"]["name"] == "python"
+    assert config["reward"] == {"parts": ["brevity"], "weights": [1.0], "language": "en"}
+    assert config["task"]["name"] == "python"
 
     longer = small_config()
     longer.total_steps = 3

@@ -30,8 +30,8 @@ def advantages(
         eps: Added to the standard deviation.
 
     Returns:
-        Advantages in float32. They are 0 for a group whose rewards are all equal, unless the mean is that of the batch,
-        and wherever std + eps is 0.
+        Advantages in float32. They are 0 for a group (with the mean of the batch: for a batch) whose rewards are all
+        equal, and wherever std + eps is 0.
 
     Raises:
         ValueError: `rewards` does not have two axes, or `mean` or `std` has another name.
@@ -44,13 +44,11 @@ def advantages(
     if mean == "leave_one_out":
         centered = centered * (rewards.shape[1] / max(rewards.shape[1] - 1, 1))
     # Compare the rewards rather than test for std == 0: the mean of equal numbers may differ from them by rounding.
-    equal_group = jnp.ptp(rewards, axis=1, keepdims=True) == 0
-    if mean != "batch":
-        centered = jnp.where(equal_group, 0.0, centered)
+    equal_group, equal_batch = jnp.ptp(rewards, axis=1, keepdims=True) == 0, jnp.ptp(rewards) == 0
+    centered = jnp.where(equal_batch if mean == "batch" else equal_group, 0.0, centered)
     if std == "none":
         return centered
     axis, count = (None, rewards.size) if std == "batch" else (1, rewards.shape[1])
     variance = jnp.var(rewards, axis=axis, keepdims=True) * (count / max(count - ddof, 1))
-    is_zero = equal_group if std == "group" else jnp.ptp(rewards) == 0
-    scale = jnp.where(is_zero, 0.0, jnp.sqrt(variance)) + eps
+    scale = jnp.where(equal_group if std == "group" else equal_batch, 0.0, jnp.sqrt(variance)) + eps
     return jnp.where(scale == 0, 0.0, centered / jnp.where(scale == 0, 1.0, scale))

@@ -83,7 +83,7 @@ def assign_rows(
                 fits_rest = np.flatnonzero(free >= prompt_length + remaining)
                 if len(fits_rest):
                     row = int(fits_rest[np.argmin(free[fits_rest])])
-                elif free.max(initial=0) >= prompt_length + length:
+                elif free.max(initial=-1) >= prompt_length + length:
                     row = int(np.argmax(free))
                 else:
                     row, free = len(rows), np.append(free, width)

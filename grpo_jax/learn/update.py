@@ -255,6 +255,7 @@ def make_update(
         has_signal = jnp.any(batch.advantages != 0) | (cfg.loss.entropy_coef > 0)
         if cfg.loss.kl_coef and cfg.loss.kl_in == "loss":
             has_signal |= ~state.is_reference
+        has_signal &= jnp.any(batch.weights != 0)  # no completion is left: momentum must not move the parameters
         state, optimizer_metrics = apply_gradients(state, grads, optimizer, schedule, has_signal)
         return state, metrics | optimizer_metrics
 

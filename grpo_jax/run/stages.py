@@ -47,9 +47,11 @@ def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts,
 def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
     """Packs completions on the host, into rows whose shape has room for `completions` of them."""
     shards = num_data_shards(mesh)
+    # Where completions are left out, a minibatch may hold parts of more groups than if all groups were complete.
+    are_complete = cfg.groups.equal == "keep" and cfg.rollout.overlong != "mask"
     shape = packed_shape(
         completions,
-        cfg.rollout.samples,
+        cfg.rollout.samples if are_complete else 1,
         cfg.rollout.max_prompt_tokens,
         cfg.rollout.max_tokens,
         cfg.train.micro_tokens,

@@ -256,7 +256,10 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 with timed(times, "time/reward_s"):  # the host grades while the devices score
                     texts, rewards = grade_completions(cfg, context, problems, rollout)
                 with timed(times, "time/score_s"):
-                    experience = experience.replace(ref_logps=wait_for_ref_logps())
+                    ref_logps = wait_for_ref_logps()
+                if cfg.loss.kl_in == "reward" and run.train.is_reference:
+                    ref_logps = experience.sampler_logps  # a KL of exactly 0; dividing by the std amplifies rounding
+                experience = experience.replace(ref_logps=ref_logps)
                 experience = add_advantages(cfg, experience, rollout, rewards)
                 rollout_metrics = measure_rollout(cfg, experience, rollout, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
