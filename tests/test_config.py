@@ -21,9 +21,9 @@ from grpo_jax.config import (
 from grpo_jax.config.docs import markdown
 from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.help import explain
-from grpo_jax.config.keys import flatten, key_specs
+from grpo_jax.config.keys import flatten, key_specs, require_choices
 from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
-from grpo_jax.config.schema import PretrainConfig
+from grpo_jax.config.schema import AdvantageSection, LossSection, PretrainConfig
 from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
@@ -224,6 +224,7 @@ POSITIVE = (
     "eval.questions",
     "log.every_steps",
     "task.digits",
+    "optim.eps",
 )
 NOT_NEGATIVE = (
     "seed",
@@ -238,6 +239,10 @@ NOT_NEGATIVE = (
     "eval.temperature",
     "eval.top_k",
     "rollout.slots",
+    "advantage.ddof",
+    "advantage.eps",
+    "loss.entropy_coef",
+    "reference.every_updates",
 )
 
 
@@ -249,6 +254,9 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
         check(config)
     override_key(config, key, str(smallest))
     check(config)
+
+
+LENGTH_PART = dict(reward__parts='["accuracy", "length"]')
 
 
 @pytest.mark.parametrize(
@@ -279,6 +287,8 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
                 ("my.py:accuracy", "accuracy"),
                 ("m:mean", "mean"),
                 ("m:length_mean", "length_mean"),
+                ("m:kl", "kl"),  # the metric reward/kl is the penalty of loss.kl_in=reward
+                ("f.py:overlong", "overlong"),  # and reward/overlong that of rollout.overlong=soft
                 ("m:f-g", "f-g"),
                 ("m:", ""),
                 ("f.py:a b", "a b"),
@@ -327,6 +337,43 @@ def test_sizes_are_positive_and_counts_are_not_negative(key, smallest):
             "model.attention must be 'auto', 'plain', 'blocks', 'splash' or 'cudnn'; found",
         ),
         (dict(model__reference_dtype="int8"), "model.reference_dtype must be 'float32' or 'bfloat16'; found 'int8'"),
+        *(
+            (dict(loss__clip_dual=value), f"loss.clip_dual must be 0 or more than 1; found {value}. Set")
+            for value in (-1.0, 0.5, 1.0)
+        ),
+        (dict(advantage__ddof=2), "advantage.ddof must be at least 0 and at most 1; found 2"),
+        (dict(loss__clip_difference=1.5), "loss.clip_difference must be at least 0 and at most 1; found 1.5"),
+        (
+            dict(loss__aggregate="constant"),
+            "loss.constant_length must be at least 1 with loss.aggregate=constant; found 0. Set it, for example to "
+            "rollout.max_tokens",
+        ),
+        *(
+            (
+                dict(rollout__overlong_cache=cache) | values,
+                "rollout.overlong_cache must be 1 to rollout.max_tokens=64 with rollout.overlong=soft or the reward "
+                f"part 'length', and 0 otherwise; found {cache}. Change one of them",
+            )
+            for cache, values in (
+                (0, dict(rollout__overlong="soft")),
+                (65, dict(rollout__overlong="soft")),
+                (0, LENGTH_PART),
+                (65, LENGTH_PART),
+                (8, {}),
+                (8, dict(rollout__overlong="zero")),
+                (8, dict(rollout__overlong="mask")),
+            )
+        ),
+        (
+            dict(reward__language="zh"),
+            "reward.language='zh' has no effect without the part 'language' in reward.parts. Add it, or pass "
+            "--config.reward.language=en",
+        ),
+        (dict(reward__language="tlh"), "reward.language must be 'ar', .*'vi' or 'zh'; found 'tlh'"),
+        (
+            dict(reward__parts='["accuracy", "my.py:language"]', reward__language="zh"),
+            "reward.language='zh' has no effect",
+        ),
         (dict(mesh__fsdp=0), "mesh.fsdp must be at least 1, or -1 for the devices that the other axes leave; found 0"),
         (dict(seed=2**32), "seed must be "),  # JAX drops the upper bits: the same keys as with seed 0
         (dict(seed=10**30), "seed must be "),
@@ -360,6 +407,16 @@ def test_a_wrong_value_or_combination_is_refused(values, says):
         dict(task__name="jsonl", task__path="q.jsonl"),
         dict(task__name="my.py:task"),
         dict(reward__parts='["m:accuracy"]', reward__weights="[-0.5]"),
+        dict(loss__clip_dual=1.001),
+        dict(loss__clip_dual=0),
+        dict(advantage__ddof=1),
+        dict(loss__aggregate="constant", loss__constant_length=1),
+        dict(loss__clip_difference=0, loss__ratio="difference"),
+        *(dict(rollout__overlong="soft", rollout__overlong_cache=cache) for cache in (1, 64)),
+        *(dict(**LENGTH_PART, rollout__overlong_cache=cache) for cache in (1, 64)),
+        dict(**LENGTH_PART, rollout__overlong="soft", rollout__overlong_cache=8),
+        dict(reward__parts='["accuracy", "language"]', reward__language="zh"),
+        dict(reward__parts='["accuracy", "language"]'),
         dict(seed=2**32 - 1),
     ],
 )
@@ -396,10 +453,47 @@ IDLE = [
     ("optim.b1", "0.8", {"optim.name": "lion"}, "optim.name='adafactor'"),
     ("optim.b2", "0.95", {"optim.name": "lion"}, "optim.name='adafactor'"),
     ("optim.mu_dtype", "bfloat16", {"optim.name": "lion", "optim.b2": "0.99"}, "optim.name='adafactor'"),
+    *(
+        ("optim.eps", "1e-15", {"optim.name": name}, f"optim.name={off!r}")
+        for name in ("adamw", "muon")
+        for off in ("adafactor", "lion")
+    ),
     ("eval.top_k", "5", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
     ("eval.top_p", "0.9", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
     ("eval.min_p", "0.1", {"eval.temperature": "0.1"}, "eval.temperature=0.0"),
-    ("model.reference_dtype", "bfloat16", {"loss.kl_coef": "0.1"}, "loss.kl_coef=0.0"),
+    ("advantage.ddof", "1", {"advantage.std": "batch"}, "advantage.std='none'"),
+    ("advantage.eps", "1e-4", {"advantage.std": "group"}, "advantage.std='none'"),
+    *(
+        ("loss.clip_difference", "0.1", {"loss.ratio": "difference"}, f"loss.ratio={off!r}")
+        for off in ("token", "sequence", "sequence_token", "detached")
+    ),
+    *(
+        ("loss.clip_low", "0.1", {"loss.ratio": "sequence"}, f"loss.ratio={off!r}")
+        for off in ("detached", "difference")
+    ),
+    *(
+        ("loss.clip_dual", "3.0", {"loss.ratio": "sequence_token"}, f"loss.ratio={off!r}")
+        for off in ("detached", "difference")
+    ),
+    *(
+        ("loss.clip_high", "0.28", {"loss.ratio": on}, "loss.ratio='difference'")
+        for on in ("token", "sequence", "sequence_token", "detached")
+    ),
+    *(
+        ("loss.constant_length", "64", {"loss.aggregate": "constant"}, f"loss.aggregate={off!r}")
+        for off in ("sequence", "token", "prompt")
+    ),
+    *(
+        (key, value, {"loss.kl_coef": "0.1"}, "loss.kl_coef=0.0")
+        for key, value in (
+            ("model.reference_dtype", "bfloat16"),
+            ("reference.every_updates", "400"),
+            ("loss.kl", "k2"),
+            ("loss.kl_corrected", "true"),
+            ("loss.kl_in", "reward"),
+        )
+    ),
+    ("loss.kl_corrected", "true", {"loss.kl_in": "loss"}, "loss.kl_in='reward'"),
 ]
 
 
@@ -426,7 +520,47 @@ def test_a_key_that_another_switches_off_is_refused(key, value, others, switch):
 def test_every_pair_of_the_table_has_a_case():
     cases = ((key, *switch.replace("'", "").split("=")) for key, _, _, switch in IDLE)
     named = {(key, switch, USERS_FUNCTION if ":" in off else off.removesuffix(".0")) for key, switch, off in cases}
-    assert named == {(key, switch, str(off)) for switch, off, keys in NO_EFFECT for key in keys}
+    assert named == {(key, switch, str(off)) for switch, offs, keys in NO_EFFECT for off in offs for key in keys}
+
+
+# Values of keys that choose between methods, each of which has effects of its own elsewhere.
+SWITCHES = [
+    (key, value)
+    for key, spec in key_specs(Config).items()
+    if key.partition(".")[0] in ("groups", "advantage", "loss") or key == "rollout.overlong"
+    for value in spec.choices
+]
+NEEDED_BY = {
+    ("loss.aggregate", "constant"): {"loss.constant_length": "64"},
+    ("rollout.overlong", "soft"): {"rollout.overlong_cache": "8"},
+}
+
+
+@pytest.mark.parametrize("key, value", SWITCHES)
+def test_every_method_can_be_chosen_from_the_default_config(key, value):
+    config = default()
+    for name, text in ({key: value} | NEEDED_BY.get((key, value), {})).items():
+        override_key(config, name, text)
+    section, _, name = key.partition(".")
+    assert getattr(getattr(check(config), section), name) == value
+    override_key(config, key, "other")
+    with pytest.raises(UserError, match=rf"{key} must be '{key_specs(Config)[key].choices[0]}'.*; found 'other'. Set"):
+        check(config)
+
+
+def test_names_outside_of_a_section_are_checked_without_a_config():
+    """The public functions `advantages` and `grpo_loss` take names as arguments, which no config has checked."""
+    require_choices(LossSection(ratio="difference", aggregate="constant", kl="k1", kl_in="reward"))
+    require_choices(AdvantageSection(mean="leave_one_out", std="none", ddof=7))
+    for section, says in (
+        (LossSection(ratio="gspo"), "^ratio must be 'token', .* or 'difference'; found 'gspo'. Choose one of them.$"),
+        (LossSection(aggregate="mean"), "^aggregate must be 'sequence', .* or 'constant'; found 'mean'"),
+        (LossSection(kl="k4"), "^kl must be 'k1', 'k2' or 'k3'; found 'k4'"),
+        (AdvantageSection(mean="rloo"), "^mean must be 'group', 'batch' or 'leave_one_out'; found 'rloo'"),
+        (AdvantageSection(std="None"), "^std must be 'group', 'batch' or 'none'; found 'None'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            require_choices(section)
 
 
 def test_one_error_names_every_flag_that_resets_a_key_without_effect():

@@ -181,6 +181,44 @@ def test_any_batch_fits_in_its_packed_shape(kind):
             assert sum(prompts[group[0]] + lengths[group].sum() for group in row) <= shape.width
 
 
+@pytest.mark.parametrize("kept", ["whole groups", "any"])
+def test_minibatches_of_the_completions_that_are_kept_fit_in_the_shape_of_whole_ones(kept, monkeypatch):
+    """Groups or completions are left out of a rollout, and the rest is divided; sizes then differ by at most 1.
+
+    A minibatch can have more prompts than one of whole groups: 7 singles and part of a group, say, of 2 groups of 4.
+    """
+    draw, more_prompts, cut_at_both_ends, empty = np.random.default_rng(0), 0, 0, 0
+    monkeypatch.setattr(jax.random, "permutation", lambda key, count: draw.permutation(count))  # compiles nothing
+    for _ in range(400):
+        prompts, samples, shards = int(draw.integers(1, 9)), int(draw.integers(2, 7)), int(draw.choice([1, 1, 2, 8]))
+        completions = prompts * samples
+        count = int(draw.choice([x for x in range(2, completions + 1) if completions % x == 0]))
+        longest_prompt, longest_completion, micro_tokens = (int(2 ** draw.uniform(0, high)) for high in (7, 5, 13))
+        ids = np.repeat(np.arange(prompts), samples)
+        chance = draw.random()
+        is_kept = (draw.random(prompts) < chance)[ids] if kept == "whole groups" else draw.random(len(ids)) < chance
+        ids = ids[is_kept]
+        minibatches = minibatch_rows(ids, None, count)
+        sizes = [len(rows) for rows in minibatches]
+        assert len(sizes) == count and sum(sizes) == len(ids) and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= completions // count
+        limits = completions // count, samples, longest_prompt, longest_completion, micro_tokens, shards
+        shape = packed_shape(*limits, whole_groups=False)
+        assert shape.width == packed_shape(*limits).width
+        for rows in minibatches:
+            if not len(rows):
+                empty += 1
+                continue
+            members = ids[rows]
+            lengths = np.full(len(rows), longest_completion)
+            packed = assign_rows(members, np.full(len(rows), longest_prompt), lengths, shape.width)
+            assert len(packed) <= shape.rows
+            more_prompts += len(packed) > packed_shape(*limits).rows
+            partial = [np.sum(members == group) < np.sum(ids == group) for group in members[[0, -1]]]
+            cut_at_both_ends += all(partial) and members[0] != members[-1]
+    assert more_prompts and cut_at_both_ends and empty
+
+
 @pytest.mark.parametrize("longest_prompt, longest_completion", [(1, 30), (31, 1), (9, 22), (300, 700)])
 def test_packed_shape_is_no_larger_than_the_longest_sequences_need(longest_prompt, longest_completion):
     """Checked where each completion has its own prompt."""
@@ -280,6 +318,21 @@ def test_completions_that_do_not_fit_are_an_error():
         ValueError, match=f"fit in {needed - 1} packed rows of {shape.width} tokens; found that it needs {needed}"
     ):
         pack_minibatch(batch, LossSection(), PackedShape(int(needed) - 1, shape.width), 1)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "prompt", "constant"])
+def test_a_minibatch_without_completions_is_packed_into_rows_without_tokens(aggregate):
+    loss, shape = LossSection(aggregate=aggregate, constant_length=6), packed_shape(8, 2, 5, 6, 30, 2)
+    empty = take_rows(experience(), np.arange(0))
+    packed = pack_minibatch(empty, loss, shape, 2)
+    full = pack_minibatch(experience(), loss, shape, 2)
+    for x, other in zip(jax.tree.leaves(packed), jax.tree.leaves(full), strict=True):
+        assert x.shape == other.shape and x.dtype == other.dtype  # so that the update does not compile again
+    for x in (packed.tokens, *packed.segments, packed.weights, packed.sampler_logps, packed.ref_logps):
+        assert not x.any()
+    for x in (packed.flat_index, packed.sequence, packed.group):
+        assert (x == -1).all()
+    assert not packed.advantages.any()
 
 
 def test_unpacking_returns_values_by_completion():
