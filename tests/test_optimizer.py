@@ -287,6 +287,91 @@ def test_update_with_a_non_finite_gradient_is_skipped(name, bad):
         np.testing.assert_array_equal(have, want)
 
 
+def trace(state):
+    """Returns every array that an update without a signal must leave as it is."""
+    return jax.tree.leaves((state.params, state.opt_state))
+
+
+@pytest.mark.parametrize("name", ADAMW_FIRST)
+def test_update_without_a_signal_changes_nothing_but_the_schedule(name):
+    """A gradient of 5e-10, the rounding error of one that is 0, would become steps of full size under Adam.
+
+    With momentum and weight decay, even a gradient of exactly 0 would change the parameters. The schedule warms up over
+    8 updates, of which the second and the third have no signal: the fourth has a learning rate of 0.08 * 4 / 8.
+    """
+    optim = OptimSection(name=name, lr=0.08, warmup_steps=8, weight_decay=0.1)
+    optimizer, update = compiled(optim)
+    states, rates = [new_train_state(small(), optimizer)], []
+    rounding, zero = optax.tree.scale(5e-10, small(3)), jax.tree.map(jnp.zeros_like, small())
+    for grads, has_signal in ((small(1), True), (rounding, False), (zero, False), (small(2), True)):
+        state, metrics = update(states[-1], grads, has_signal=jnp.bool_(has_signal))
+        states.append(state)
+        rates.append(float(metrics["optim/lr"]))
+        assert (metrics["optim/no_signal"], metrics["optim/skipped"]) == (not has_signal, 0)
+    np.testing.assert_allclose(rates, [0.01, 0.02, 0.03, 0.04], rtol=1e-6)
+    assert [(int(state.step), int(state.skipped)) for state in states] == [(n, 0) for n in range(5)]
+    for state in states[2:4]:
+        for have, want in zip(trace(state), trace(states[1]), strict=True):
+            np.testing.assert_array_equal(have, want)
+    # The last update is the second one of moments and bias correction, at the learning rate of the fourth.
+    expected = update(states[1].replace(step=jnp.int32(3)), small(2), has_signal=jnp.bool_(True))[0]
+    for have, want in zip(trace(states[4]), trace(expected), strict=True):
+        np.testing.assert_array_equal(have, want)
+    moved = states[4].params, states[3].params
+    assert all(np.any(have != want) for have, want in zip(*map(kernel_and_bias, moved), strict=True))
+
+
+def test_a_non_finite_gradient_counts_as_skipped_whether_or_not_there_is_a_signal():
+    """The schedule repeats the learning rate of a skipped update, and not of one without a signal."""
+    _, update = compiled(OptimSection(lr=0.08, warmup_steps=8))
+    state, broken, rates = run_updates(OptimSection(lr=0.08, warmup_steps=8), small())[0][0], small(1), []
+    broken = jax.tree.map(lambda x: x.at[0, 3].set(jnp.inf), broken)
+    for grads, has_signal, no_signal, skipped in (
+        (broken, False, 0, 1),
+        (small(1), False, 1, 0),
+        (broken, True, 0, 1),
+        (small(1), True, 0, 0),
+    ):
+        state, metrics = update(state, grads, has_signal=jnp.bool_(has_signal))
+        assert (metrics["optim/no_signal"], metrics["optim/skipped"]) == (no_signal, skipped)
+        rates.append(float(metrics["optim/lr"]))
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.02, 0.02], rtol=1e-6)
+    assert (state.step, state.skipped) == (4, 2)
+
+
+def test_the_policy_is_the_reference_until_an_update_is_applied():
+    """Updates that are left out for either reason keep it so."""
+    _, update = compiled(OptimSection())
+    state = new_train_state(small(), compiled(OptimSection())[0])
+    broken, flags = jax.tree.map(lambda x: x * jnp.nan, small(1)), [bool(state.is_reference)]
+    for grads, has_signal in ((small(1), False), (broken, True), (small(1), True), (small(1), False), (broken, True)):
+        state, _ = update(state, grads, has_signal=jnp.bool_(has_signal))
+        flags.append(bool(state.is_reference))
+    assert flags == [True, True, True, False, False, False]
+    state, _ = update(state.replace(is_reference=jnp.bool_(True)), small(1), has_signal=jnp.bool_(False))
+    assert state.is_reference  # of a reference that was replaced by the policy
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_eps_is_added_to_the_root_of_the_second_moment(name):
+    """The first step of Adam is -lr * g / (|g| + eps): for g = 3 and eps = 1 that is 3/4 of lr.
+
+    Inside of the root, eps would make it 3 / sqrt(10) of lr. Muon uses Adam for the bias.
+    """
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 3.0), small())
+    for eps, fraction in ((1.0, 3 / 4), (6.0, 1 / 3), (1e-15, 1.0)):
+        optim = OptimSection(name=name, lr=0.5, eps=eps, grad_clip=1e9)
+        (before, after), _ = run_updates(optim, jax.tree.map(jnp.zeros_like, small()), grads)
+        kernel, bias = step_taken(after, before)
+        np.testing.assert_allclose(bias, -0.5 * fraction, rtol=1e-4)
+        if name == "adamw":
+            np.testing.assert_allclose(kernel, -0.5 * fraction, rtol=1e-4)
+    # A gradient that is 1,000 times smaller is at eps = 1e-2 no step of full size: 3e-3 / (3e-3 + 1e-2).
+    optim = OptimSection(name=name, lr=0.5, eps=1e-2)
+    (before, after), _ = run_updates(optim, small(), optax.tree.scale(1e-3, grads))
+    np.testing.assert_allclose(step_taken(after, before)[1], -0.5 * 0.003 / 0.013, rtol=1e-4)
+
+
 def test_learning_rate_metric_is_the_one_that_was_applied():
     """Each entry of a Lion step is the learning rate."""
     optim = OptimSection(name="lion", lr=0.5, schedule="linear", decay_steps=5)
