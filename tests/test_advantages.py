@@ -115,9 +115,9 @@ def test_all_combinations_match_an_independent_computation():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3)])
-@pytest.mark.parametrize("value", [0.0, 0.5, -1e6])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
 def test_rewards_that_are_all_equal_give_exactly_0_in_all_combinations(shape, value):
-    """Single completions have no standard deviation with ddof=1."""
+    """Single completions have no standard deviation with ddof=1. Noise of 7e-9 would be a step of the optimizer."""
     for settings, result in zip(SETTINGS, all_settings(np.full(shape, value, np.float32)), strict=True):
         assert (np.asarray(result) == 0).all(), settings
 
