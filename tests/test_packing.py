@@ -5,12 +5,13 @@ import jax.extend
 import numpy as np
 import pytest
 
-from grpo_jax.config.schema import LossSection
+from grpo_jax.config.schema import Config, GroupsSection, LossSection, RolloutSection, TrainSection
 from grpo_jax.learn.grpo import token_weights
 from grpo_jax.learn.packing import PackedShape, assign_rows, pack_completions, packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, take_micro_batch, take_rows
 from grpo_jax.model.mask import attention_mask
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.run.stages import pack_rows, plan_minibatches
 from grpo_jax.types import Segments
 from tests.tiny import experience
 
@@ -182,10 +183,10 @@ def test_any_batch_fits_in_its_packed_shape(kind):
 
 
 @pytest.mark.parametrize("kept", ["whole groups", "any"])
-def test_minibatches_of_the_completions_that_are_kept_fit_in_the_shape_of_whole_ones(kept, monkeypatch):
+def test_minibatches_of_the_completions_that_are_kept_fit_in_a_shape_for_single_ones(kept, monkeypatch):
     """Groups or completions are left out of a rollout, and the rest is divided; sizes then differ by at most 1.
 
-    A minibatch can have more prompts than one of whole groups: 7 singles and part of a group, say, of 2 groups of 4.
+    A minibatch can have more prompts than one of complete groups, at most one for each completion.
     """
     draw, more_prompts, cut_at_both_ends, empty = np.random.default_rng(0), 0, 0, 0
     monkeypatch.setattr(jax.random, "permutation", lambda key, count: draw.permutation(count))  # compiles nothing
@@ -202,21 +203,44 @@ def test_minibatches_of_the_completions_that_are_kept_fit_in_the_shape_of_whole_
         sizes = [len(rows) for rows in minibatches]
         assert len(sizes) == count and sum(sizes) == len(ids) and max(sizes) - min(sizes) <= 1
         assert max(sizes) <= completions // count
-        limits = completions // count, samples, longest_prompt, longest_completion, micro_tokens, shards
-        shape = packed_shape(*limits, whole_groups=False)
-        assert shape.width == packed_shape(*limits).width
+        limits = longest_prompt, longest_completion, micro_tokens, shards
+        shape, complete = (packed_shape(completions // count, size, *limits) for size in (1, samples))
         for rows in minibatches:
             if not len(rows):
                 empty += 1
                 continue
             members = ids[rows]
-            lengths = np.full(len(rows), longest_completion)
-            packed = assign_rows(members, np.full(len(rows), longest_prompt), lengths, shape.width)
-            assert len(packed) <= shape.rows
-            more_prompts += len(packed) > packed_shape(*limits).rows
+            lengths = np.full(len(rows), longest_prompt), np.full(len(rows), longest_completion)
+            assert len(assign_rows(members, *lengths, shape.width)) <= shape.rows
+            more_prompts += len(assign_rows(members, *lengths, complete.width)) > complete.rows
             partial = [np.sum(members == group) < np.sum(ids == group) for group in members[[0, -1]]]
             cut_at_both_ends += all(partial) and members[0] != members[-1]
     assert more_prompts and cut_at_both_ends and empty
+
+
+@pytest.mark.parametrize("thinned_by", ["groups.equal=drop", "rollout.overlong=mask"])
+def test_a_run_packs_minibatches_that_have_more_prompts_than_complete_groups(thinned_by):
+    """A row for 2 groups of 4 has 2 * 60 + 8 * 5 = 160 tokens; a minibatch of 3 prompts needs 3 * 60 at least.
+
+    Of 4 groups, 3 keep a single completion: in any order, one of two minibatches has 3 prompts or more. Of 6 groups, 5
+    are kept whole: the second of three minibatches has the last one of a group, a whole group, and two of another.
+    """
+    masks = thinned_by == "rollout.overlong=mask"
+    kept = np.asarray([1, 0, 0, 0] * 3 + [1] * 4 if masks else [1] * 20 + [0] * 4, bool)
+    batch = experience(len(kept), 60, 5, samples=4).replace(kept=kept)
+    batch = batch.replace(prompt_lengths=np.full(len(kept), 60), mask=np.ones((len(kept), 5), bool))
+    sizes = dict(prompts=len(kept) // 4, samples=4, max_prompt_tokens=60, max_tokens=5)
+    cfg = Config(
+        rollout=RolloutSection(**sizes, overlong="mask" if masks else "keep"),
+        groups=GroupsSection(equal="keep" if masks else "drop"),
+        train=TrainSection(minibatches=2 if masks else 3, micro_tokens=1000),
+    )
+    assert packed_shape(8, 4, 60, 5, 1000, 1) == (1, 160)
+    mesh, plan = make_mesh(devices=jax.devices()[:1]), plan_minibatches(cfg, batch, jax.random.key(0), 0)
+    assert sorted(np.concatenate(plan)) == np.flatnonzero(kept).tolist()
+    assert max(len(np.unique(batch.prompt_ids[part])) for part in plan) > 2
+    rows = [pack_rows(cfg, mesh, take_rows(batch, part), 8) for part in plan]
+    assert len({x.tokens.shape for x in rows}) == 1 and {x.num_sequences for x in rows} == {8}  # compiled once
 
 
 @pytest.mark.parametrize("longest_prompt, longest_completion", [(1, 30), (31, 1), (9, 22), (300, 700)])

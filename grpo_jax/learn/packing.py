@@ -21,25 +21,17 @@ class PackedShape(NamedTuple):
 
 
 def packed_shape(
-    completions: int,
-    samples: int,
-    longest_prompt: int,
-    longest_completion: int,
-    micro_tokens: int,
-    shards: int,
-    whole_groups: bool = True,
+    completions: int, samples: int, longest_prompt: int, longest_completion: int, micro_tokens: int, shards: int
 ) -> PackedShape:
     """Chooses a shape for packed rows of about `micro_tokens` tokens that divides the largest batch evenly.
 
     Args:
-        completions: Number of completions in the largest batch, N.
-        samples: Completions per prompt, G.
+        completions: Number of completions in the batch, N.
+        samples: Completions per prompt, G. All groups are complete, except possibly the first and the last.
         longest_prompt: Maximum prompt length.
         longest_completion: Maximum completion length.
         micro_tokens: Micro-batch size in tokens per data shard. Rows are longer if one sequence needs more.
         shards: Number of data shards.
-        whole_groups: Whether all groups of a batch are complete, except possibly the first and the last. If not, a
-            batch may hold fewer completions of more groups, whose prompts can take more tokens.
 
     Returns:
         A shape in which any batch within these limits fits.
@@ -53,7 +45,7 @@ def packed_shape(
     multiple = 128 if width > 256 else 8  # accelerator kernels need widths that are multiples of 128
     width = -(-width // multiple) * multiple
     # Every row but the last holds at least width // longest completions; otherwise the next one would have fit.
-    rows = 1 if whole_groups and max_tokens <= width else -(-completions // (width // longest))
+    rows = 1 if max_tokens <= width else -(-completions // (width // longest))
     return PackedShape(-(-rows // shards) * shards, width)
 
 
