@@ -439,13 +439,19 @@ def test_fractions_of_tokens_have_the_weights_of_the_loss_and_a_sum_of_one(aggre
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_nan_in_a_counted_token_is_not_hidden_by_any_ratio(ratio):
     """A comparison with NaN is false, so a token could be left out of the sum, and a broken update not be skipped."""
-    nan = np.full((2, 3), -1.0)
+    clean, nan = np.full((2, 3), -1.0), np.full((2, 3), -1.0)
     nan[0, 1] = np.nan
-    for i in range(4):
-        arrays = [np.full((2, 3), -1.0)] * 3 + [np.asarray([1.0, -1.0])]
-        arrays[i] = nan if i < 3 else nan[0, :2]
-        value, grad, _ = value_grad_metrics(*arrays, np.ones((2, 3)), ratio=ratio, kl="k2", kl_corrected=True)
-        assert np.isnan(value) and np.isnan(grad).any(), i
+    settings = dict(ratio=ratio, kl="k2", kl_corrected=True)
+    for logps, old_logps, ref_logps, advantages in (
+        (nan, clean, None, clean[:, 0]),  # without a KL term, in which NaN would show as well
+        (clean, nan, None, clean[:, 0]),
+        (clean, clean, nan, clean[:, 0]),
+        (clean, clean, None, nan[0, :2]),
+    ):
+        kl_coef = 0 if ref_logps is None else 0.1
+        arrays = logps, old_logps, ref_logps, advantages, np.ones((2, 3))
+        value, grad, _ = value_grad_metrics(*arrays, kl_coef=kl_coef, **settings)
+        assert np.isnan(value) and np.isnan(grad).any()
 
 
 # --- All combinations -------------------------------------------------------------------------------------------------
