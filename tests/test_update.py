@@ -5,8 +5,9 @@ packed rows, `[1, 88]` (`packed(batch)`) and `[8, 16]` (`packed(batch, 16)` and 
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import combinations, product
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,13 @@ from grpo_jax.config.schema import Config, LossSection, OptimSection, RolloutSec
 from grpo_jax.learn.grpo import SampledTokens, inclusive_clip, token_weights
 from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
-from grpo_jax.learn.packing import unpack_completions
+from grpo_jax.learn.packing import packed_shape, unpack_completions
 from grpo_jax.learn.update import (
     make_experience,
     make_update,
     minibatch_gradients,
     minibatch_rows,
+    pack_minibatch,
     score_completions,
     take_rows,
 )
@@ -34,6 +36,7 @@ from grpo_jax.model.decoder import head_matmul, temperature_logits
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh, num_data_shards, shard_rows
 from grpo_jax.rollout.sampler import pad_prompts
+from tests.outside import losses
 from tests.tiny import CONFIG, experience, packed, padded, params
 
 SLOW = pytest.mark.slow
@@ -48,10 +51,10 @@ CFG = Config(
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [12], [13, 14]]  # with 2 completions of up to 6 tokens: the shape [1, 88]
 
 
-def gradients_of(model_cfg):
+def gradients_of(model_cfg, loss=LOSS):
     """Returns a jitted function (params, batch) -> (gradients, metrics)."""
     return jax.jit(
-        lambda params, batch: minibatch_gradients(model_cfg, params, batch, temperature=TEMPERATURE, loss=LOSS)
+        lambda params, batch: minibatch_gradients(model_cfg, params, batch, temperature=TEMPERATURE, loss=loss)
     )
 
 
@@ -321,6 +324,213 @@ def test_first_step_gradient_is_the_policy_gradient():
         np.testing.assert_allclose(have, want, atol=1e-6)
     np.testing.assert_allclose(metrics["policy/ratio_max"], 1, rtol=1e-6)
     assert metrics["policy/clip_frac"] == 0 and abs(metrics["policy/kl_sampler"]) < 1e-9
+
+
+# (ratio, aggregate, KL estimator, corrected, dual clip, entropy coefficient): all pairs of values of the first five.
+SETTINGS = [
+    ("token", "sequence", "k1", False, 0.0, 0.0),
+    ("token", "token", "k2", False, 0.0, 0.02),
+    ("token", "prompt", "k3", False, 0.0, 0.0),
+    ("token", "constant", "k1", True, 1.5, 0.0),
+    ("sequence", "sequence", "k2", False, 0.0, 0.0),
+    ("sequence", "token", "k3", False, 1.5, 0.0),
+    ("sequence", "prompt", "k1", True, 1.5, 0.0),
+    ("sequence", "constant", "k2", False, 0.0, 0.02),
+    ("sequence_token", "sequence", "k3", True, 1.5, 0.02),
+    ("sequence_token", "token", "k1", True, 0.0, 0.0),
+    ("sequence_token", "prompt", "k2", False, 1.5, 0.0),
+    ("sequence_token", "constant", "k3", False, 1.5, 0.0),
+    ("detached", "sequence", "k1", False, 0.0, 0.0),
+    ("detached", "token", "k2", True, 0.0, 0.0),
+    ("detached", "prompt", "k3", True, 0.0, 0.02),
+    ("detached", "constant", "k1", False, 0.0, 0.0),
+    ("difference", "sequence", "k2", True, 0.0, 0.0),
+    ("difference", "token", "k3", True, 0.0, 0.0),
+    ("difference", "prompt", "k1", False, 0.0, 0.02),
+    ("difference", "constant", "k2", False, 0.0, 0.0),
+]
+FAST = [("sequence", "prompt", "k1", True, 1.5, 0.0), ("token", "token", "k2", False, 0.0, 0.02)]
+
+
+def test_the_settings_have_every_pair_of_values():
+    values = [sorted({setting[place] for setting in SETTINGS}) for place in range(5)]
+    assert list(map(len, values)) == [5, 4, 3, 2, 2]
+    has_dual_clip = ("token", "sequence", "sequence_token")
+    allowed = [setting for setting in product(*values) if not setting[4] or setting[0] in has_dual_clip]
+
+    def pairs(settings):
+        return {pair for setting in settings for pair in combinations(enumerate(setting[:5]), 2)}
+
+    assert pairs(SETTINGS) == pairs(allowed)
+
+
+@cache
+def off_policy():
+    """Returns 12 completions of 3 prompts whose ratios are on both sides of every bound, for both signs of advantage.
+
+    The log-probs of the sampler differ by completion and by token from those of the policy, a few of them by far.
+    """
+    batch, draw = experience(12, samples=4, seed=13), np.random.default_rng(0)
+    logps, shape = exact_scores(batch)[0], batch.mask.shape
+    distance = 0.3 * draw.standard_normal((shape[0], 1)) + 0.4 * draw.standard_normal(shape)
+    distance[[0, 3, 5], [0, 0, 0]] = [3.2, -2.5, 3.0]
+    distance[2, 0] = -25.0  # beyond the limit of a log-ratio
+    ref_logps = logps + 0.5 * draw.standard_normal(shape)
+    ref_logps[6, 0] -= 21.0
+    advantages = np.asarray([1.3, -0.4, 0.2, -1.1, 0.7, -0.9, 1.6, -0.5, -1.4, 0.3, 0.9, -0.6], np.float32)
+    return batch.replace(
+        sampler_logps=np.minimum(logps + distance, -0.1).astype(np.float32),
+        ref_logps=ref_logps.astype(np.float32),
+        advantages=advantages,
+    )
+
+
+@jax.jit
+def pull_back(params, batch, logps_slope, entropies_slope):
+    """Returns the gradient in the parameters, given that in log-probs and entropies `[N, S]`, from full logits."""
+
+    def scores(params):
+        columns = batch.prompt_lengths[:, None] + jnp.arange(batch.mask.shape[1])
+        distributions = jnp.take_along_axis(plain_logps(params, batch.tokens), columns[..., None] - 1, axis=1)
+        targets = jnp.take_along_axis(batch.tokens, columns, axis=1)
+        logps = jnp.take_along_axis(distributions, targets[..., None], axis=-1)[..., 0]
+        return logps, -jnp.sum(jnp.exp(distributions) * distributions, axis=-1)
+
+    scores, pull = jax.vjp(scores, params)
+    return pull((logps_slope, entropies_slope))[0], scores
+
+
+def expected_gradient(batch, loss):
+    """Returns the gradient and the metrics of a minibatch on padded rows `[N, S]`, with `tests.outside.losses`."""
+    zeros = jnp.zeros(batch.mask.shape)
+    logps, entropies = (np.asarray(x, np.float64) for x in pull_back(params(), batch, zeros, zeros)[1])
+    settings = asdict(loss) | {"clip_dual": loss.clip_dual or None, "groups": batch.prompt_ids.tolist()}
+    coefficient = settings.pop("entropy_coef")
+    del settings["kl_in"]
+    total, slope, metrics = losses.loss(
+        logps, batch.sampler_logps, batch.ref_logps, batch.advantages, batch.mask, **settings
+    )
+    weights = losses.token_weights(batch.mask, loss.aggregate, loss.constant_length, groups=batch.prompt_ids.tolist())
+    slopes = jnp.asarray(slope, jnp.float32), jnp.asarray(-coefficient * weights, jnp.float32)
+    metrics |= {
+        "loss/total": total - coefficient * np.sum(weights * entropies),
+        "policy/entropy": np.sum(weights * entropies) / weights.sum(),
+    }
+    return pull_back(params(), batch, *slopes)[0], metrics
+
+
+def pack_with(batch, loss, micro_tokens, shards=1):
+    """Packs a batch with the token weights of a loss."""
+    shape = packed_shape(len(batch.mask), 4, 5, 6, micro_tokens, shards)
+    return pack_minibatch(batch, loss, shape, shards)
+
+
+@pytest.mark.parametrize(
+    "setting, ways",
+    [*((x, ("mesh",)) for x in FAST), *(pytest.param(x, ("one row", "split", "mesh"), marks=SLOW) for x in SETTINGS)],
+    ids=lambda value: "-".join(map(str, value)),
+)
+def test_each_setting_has_the_same_gradient_packed_split_and_on_eight_devices(setting, ways):
+    """A group of 4 completions is spread over micro-batches and shards. The expectation has a row per completion."""
+    ratio, aggregate, kl, kl_corrected, clip_dual, entropy_coef = setting
+    loss = LossSection(
+        ratio=ratio,
+        clip_low=0.2,
+        clip_high=0.3,
+        clip_dual=clip_dual,
+        clip_difference=0.01,
+        aggregate=aggregate,
+        constant_length=4,
+        kl=kl,
+        kl_corrected=kl_corrected,
+        kl_coef=0.05,
+        entropy_coef=entropy_coef,
+    )
+    batch, gradients = off_policy(), gradients_of(CONFIG, loss)
+    expected = expected_gradient(batch, loss)
+    assert 0.05 < expected[1]["policy/clip_frac"] < 0.95
+    for way in ways:
+        mesh = make_mesh(*REPRESENTATIVE) if way == "mesh" else None
+        with jax.set_mesh(mesh) if mesh else nullcontext():
+            rows = pack_with(batch, loss, 1000 if way == "one row" else 16, num_data_shards())
+            groups = rows.group.reshape(num_data_shards() if mesh else len(rows.tokens), -1)
+            spread = [np.count_nonzero((groups == group).any(axis=1)) > 1 for group in range(3)]
+            assert len(rows.tokens) == 1 or (rows.num_micro_batches > 1 and all(spread))
+            if mesh:
+                weights = jax.device_put(params(), tree_shardings(mesh, params()))
+                assert_same(gradients(weights, shard_rows(mesh, rows)), expected)
+            else:
+                assert_same(gradients(params(), jax.tree.map(jnp.asarray, rows)), expected)
+
+
+def test_a_minibatch_without_completions_has_finite_metrics_and_no_gradient():
+    """Of all completions that could have been in it, none is kept. The program is that of any other minibatch."""
+    full = packed(experience(), 16)
+    shape = packed_shape(8, 1, 5, 6, 16, 1)
+    rows = pack_minibatch(take_rows(experience(), np.arange(0)), LOSS, shape, 1).replace(num_sequences=8)
+    assert rows.tokens.shape == full.tokens.shape
+    grads, metrics = GRADIENTS(params(), jax.tree.map(jnp.asarray, rows))
+    for grad in jax.tree.leaves(grads):
+        assert not np.any(grad)
+    assert all(np.isfinite(list(metrics.values()))) and metrics["loss/total"] == 0
+
+
+def test_an_update_without_advantages_is_left_out_while_the_policy_is_the_reference():
+    """Later, the KL term has a gradient of its own, unless no completion is left in the minibatch."""
+    mesh, new_state, update = sgd_update(REPRESENTATIVE)
+    with jax.set_mesh(mesh):
+        rows = packed(experience(), 16, num_data_shards(mesh))
+        without = packed(experience().replace(advantages=np.zeros(8, np.float32)), 16, num_data_shards(mesh))
+        nothing = take_rows(experience(), np.arange(0))
+        empty = pack_minibatch(
+            nothing, LOSS, packed_shape(8, 1, 5, 6, 16, num_data_shards(mesh)), num_data_shards(mesh)
+        )
+        empty = empty.replace(num_sequences=8)
+
+        def one_update(state, batch):
+            old = jax.tree.map(np.asarray, state.params)
+            state, metrics = update(state, shard_rows(mesh, batch))
+            moved = any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (old, state.params)), strict=True))
+            assert metrics["optim/skipped"] == 0 and np.isfinite(metrics["optim/grad_norm"])
+            return state, (float(metrics["optim/no_signal"]), moved)
+
+        state, seen = one_update(new_state(), without)
+        assert seen == (1, False) and state.step == 1 and state.is_reference
+        state, seen = one_update(state, rows)
+        assert seen == (0, True) and not state.is_reference
+        state, seen = one_update(state, without)
+        assert seen == (0, True)
+        state, seen = one_update(state, empty)
+        assert seen == (1, False) and not state.is_reference
+        state = state.replace(is_reference=jax.device_put(True, state.is_reference.sharding))
+        _, seen = one_update(state, without)
+        assert seen == (1, False)  # the policy has become the reference
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "loss, has_signal",
+    [
+        (LossSection(kl_coef=0.1, kl_in="reward"), False),  # the penalty is part of the advantages
+        pytest.param(LossSection(kl_coef=0.0), False, marks=SLOW),
+        pytest.param(LossSection(kl_coef=0.0, entropy_coef=0.01), True, marks=SLOW),
+        pytest.param(LossSection(kl_coef=0.1, kl_in="reward", entropy_coef=0.01), True, marks=SLOW),
+        pytest.param(LossSection(kl_coef=0.1), True, marks=SLOW),
+    ],
+)
+def test_which_terms_of_the_loss_are_a_signal_without_advantages(loss, has_signal):
+    """The policy is no longer the reference, whose log-probs differ from it."""
+    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), optax.identity()
+    with jax.set_mesh(mesh):
+        state = init_train_state(mesh, jax.tree.map(jnp.array, params()), optimizer)
+        state = state.replace(is_reference=jax.device_put(False, state.is_reference.sharding))
+        update = make_update(CONFIG, replace(CFG, loss=loss), mesh, params(), optimizer)
+        rows = packed(experience().replace(advantages=np.zeros(8, np.float32)))
+        state, metrics = update(state, shard_rows(mesh, rows))
+    assert (metrics["optim/no_signal"], metrics["optim/skipped"]) == (not has_signal, 0)
+    moved = any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (params(), state.params)), strict=True))
+    assert moved == has_signal
+    assert ("policy/kl_ref" in metrics) == (loss.kl_coef > 0)  # also where the penalty is in the reward
 
 
 @pytest.mark.parametrize("micro_tokens", [16, 1000])
