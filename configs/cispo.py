@@ -29,7 +29,7 @@ above 0.99, which we do not.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def cispo(cfg):
@@ -50,9 +50,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = cispo(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
-    return cfg
+    return tiny_model(cispo(config.default()))
 
 
 def qwen25_32b():

@@ -35,7 +35,7 @@ divides by the standard deviation with G - 1; the paper and we divide by the one
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dapo(cfg):
@@ -56,8 +56,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout. The last 8 of 56 tokens cost reward (ours).
     """
-    cfg = dapo(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
+    cfg = tiny_model(dapo(config.default()))
     cfg.rollout.overlong_cache = 8
     return cfg
 

@@ -30,7 +30,7 @@ the squared log-ratio, which we do not.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dppo(cfg):
@@ -50,9 +50,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = dppo(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
-    return cfg
+    return tiny_model(dppo(config.default()))
 
 
 def qwen3_30b_a3b():

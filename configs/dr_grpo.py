@@ -29,7 +29,7 @@ R1's, with the end of a completion at </answer>.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dr_grpo(cfg):
@@ -49,9 +49,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = dr_grpo(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
-    return cfg
+    return tiny_model(dr_grpo(config.default()))
 
 
 def qwen25_math_7b():

@@ -27,7 +27,7 @@ because a mean of log-ratios varies far less than one of them: in the paper 15% 
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def gspo(cfg):
@@ -47,9 +47,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = gspo(config.default())
-    cfg.total_steps = 160
-    return cfg
+    return tiny_model(gspo(config.default()))
 
 
 def qwen3_30b_a3b():

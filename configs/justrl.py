@@ -32,7 +32,7 @@ allow 31,744 tokens and take 32 completions per question; ours allow rollout.max
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def justrl(cfg):
@@ -53,9 +53,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = justrl(config.default())
-    cfg.total_steps = 160
-    return cfg
+    return tiny_model(justrl(config.default()))
 
 
 def deepseek_r1_distill_qwen_15b():

@@ -30,7 +30,7 @@ question's.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def magistral(cfg):
@@ -52,8 +52,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout. The last 8 of 56 tokens cost reward (ours).
     """
-    cfg = magistral(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
+    cfg = tiny_model(magistral(config.default()))
     cfg.rollout.overlong_cache = 8
     return cfg
 

@@ -26,7 +26,7 @@ model of human preferences, and its policies were fine-tuned before; ours has ru
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def rloo(cfg):
@@ -45,9 +45,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = rloo(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
-    return cfg
+    return tiny_model(rloo(config.default()))
 
 
 def llama_7b():

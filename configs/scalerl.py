@@ -34,7 +34,7 @@ the group's mean removes.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def scalerl(cfg):
@@ -56,9 +56,7 @@ def tiny():
 
     On 1 device: two CPU cores, minutes. Four updates per rollout.
     """
-    cfg = scalerl(config.default())
-    cfg.train.minibatches, cfg.total_steps = 4, 160
-    return cfg
+    return tiny_model(scalerl(config.default()))
 
 
 def llama31_8b():

@@ -411,10 +411,11 @@ def test_the_first_update_is_the_policy_gradient_for_every_ratio(ratio, aggregat
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_ratio_metrics_are_about_the_tokens_that_count(ratio):
-    """Ratios 0.5 and 0.25: (0.75)^2 / (2 * 0.3125) = 0.9. Padding does not count as ratios of 1, nor in the number."""
+    """Ratios 0.5 and 0.25: the largest is 0.5, and (0.75)^2 / (2 * 0.3125) = 0.9. Padding has no ratio of 1."""
     old_logps = -1 - np.log([[0.5, 0.25, 8.0]])
     mask = np.asarray([[1, 1, 0]])
     _, _, metrics = value_grad_metrics(np.full((1, 3), -1.0), old_logps, None, [1.0], mask, ratio=ratio, kl_coef=0)
+    np.testing.assert_allclose(metrics["policy/ratio_max"], 0.5, rtol=1e-6)
     np.testing.assert_allclose(metrics["policy/ess_frac"], 0.9, rtol=1e-6)
 
 

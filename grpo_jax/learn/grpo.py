@@ -218,7 +218,7 @@ def weighted_loss(
     objective, is_cut = surrogate(logps, old_logps, A, tokens, loss)
     sums = {
         "policy/clip_frac": total(is_cut),
-        "policy/ratio_max": jnp.max(ratio),
+        "policy/ratio_max": jnp.max(counted(ratio)),
         "tokens/weight": total(1.0),
         "tokens/count": jnp.sum(counted(1.0)),
         "tokens/ratio": jnp.sum(counted(ratio)),
