@@ -53,12 +53,9 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False) -> On
         example: A command line, for --help.
         of_a_run: Whether the entry point reads the workdir of a run; it then needs no --config.
     """
+    epilog, as_written = f"{list_topics()}\n\nexample:\n  {example}", argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(
-        description=description,
-        epilog=f"{list_topics()}\n\nexample:\n  {example}",
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description, epilog=epilog, formatter_class=as_written, add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action=HelpAction, nargs="?", metavar="SECTION", help="show this, or a section")
     parser.add_argument(

@@ -47,9 +47,8 @@ def resolve_function(name: str, key: str, built_in: Mapping[str, Callable], hint
     value = getattr(module, function, None)
     if not callable(value):
         found = "none" if value is None else f"{function} of type {type(value).__name__}"
-        fix = (
-            suggest(function, [other for other, value in vars(module).items() if callable(value)]) or "Define it there."
-        )
+        functions = [other for other, value in vars(module).items() if callable(value)]
+        fix = suggest(function, functions) or "Define it there."
         raise UserError(f"{key}={name} must name a function in {source}; found {found}. {fix}")
     return value
 

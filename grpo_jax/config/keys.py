@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+BOUNDS = {"at_least": operator.ge, "more_than": operator.gt, "at_most": operator.le, "below": operator.lt}
+
 
 @dataclasses.dataclass(frozen=True)
 class KeySpec:
@@ -42,12 +44,7 @@ class KeySpec:
 
     def bounds(self) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
         """Returns the bounds that are set: in words, as a comparison, and the bound itself."""
-        every = (
-            ("at least", operator.ge, self.at_least),
-            ("more than", operator.gt, self.more_than),
-            ("at most", operator.le, self.at_most),
-            ("below", operator.lt, self.below),
-        )
+        every = ((name.replace("_", " "), compare, getattr(self, name)) for name, compare in BOUNDS.items())
         return [(words, compare, bound) for words, compare, bound in every if bound is not None]
 
     @property

@@ -91,14 +91,8 @@ def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, token
             f"model.attention={attention} needs {backend} devices; found {jax.default_backend()}. "
             "Set --config.model.attention=auto."
         )
-    return replace(
-        model_cfg,
-        tokenizer_vocab_size=token_count,
-        compute_dtype=cfg.model.compute_dtype,
-        logit_dtype=cfg.model.logit_dtype,
-        attention=attention,
-        remat=cfg.train.remat,
-    )
+    dtypes = dict(compute_dtype=cfg.model.compute_dtype, logit_dtype=cfg.model.logit_dtype)
+    return replace(model_cfg, tokenizer_vocab_size=token_count, attention=attention, remat=cfg.train.remat, **dtypes)
 
 
 def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bool) -> int:

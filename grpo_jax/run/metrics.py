@@ -87,11 +87,10 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
     if jax.process_index() != 0 or not records:
         return
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    text = "".join(
-        json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) + "\n" for record in records
-    )
+    lines = [json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) for record in records]
     path = workdir / "samples" / f"{kind}-{step:06d}.jsonl"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # writes a lone surrogate as JSON's escape
+    # backslashreplace writes a lone surrogate as JSON's escape.
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:

@@ -22,7 +22,7 @@ from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.decoder import hidden_states, init_params
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.tiny.corpus import EOS_TOKEN, corpus_text, train_tokenizer
-from grpo_jax.weights.model_io import llama_hf_config, save
+from grpo_jax.weights.model_io import save
 
 TOKENIZER_TEXTS = 2000  # corpus texts that the tokenizer is trained on
 
@@ -78,9 +78,8 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
     )
     optim = cfg.optim
     schedule = optax.warmup_cosine_decay_schedule(0.0, optim.lr, optim.warmup_steps, cfg.total_steps, optim.lr * 0.01)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(optim.grad_clip), optax.adamw(schedule, b2=0.98, weight_decay=optim.weight_decay)
-    )
+    adamw = optax.adamw(schedule, b2=0.98, weight_decay=optim.weight_decay)
+    optimizer = optax.chain(optax.clip_by_global_norm(optim.grad_clip), adamw)
     params = init_params(model_cfg, jax.random.key(cfg.seed))
     opt_state = optimizer.init(params)
 
@@ -114,6 +113,6 @@ def write_model_folder(folder: Path, model_cfg: ModelConfig, params: dict, token
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS_TOKEN,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": llama_hf_config(model_cfg)["max_position_embeddings"],
+        "model_max_length": model_cfg.max_positions,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
