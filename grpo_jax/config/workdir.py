@@ -64,18 +64,16 @@ def read_config(workdir: Path) -> ConfigDict:
         UserError: The folder has no readable config.json.
     """
     try:
-        values = json.loads((Path(workdir) / "config.json").read_text())
+        values = json.loads((Path(workdir) / "config.json").read_text(), object_hook=with_tuples)
         if not isinstance(values, dict):
             raise ValueError(f"config.json holds {str(values)[:40]!r} instead of an object")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{workdir} must be the workdir of a training run, with a config.json: {error}. Pass another --workdir."
         ) from None
-    return ConfigDict(with_tuples(values))
+    return ConfigDict(values)
 
 
-def with_tuples(values: Any) -> Any:
-    """Returns parsed JSON with its lists as tuples, as a config has them."""
-    if isinstance(values, dict):
-        return {name: with_tuples(value) for name, value in values.items()}
-    return tuple(values) if isinstance(values, list) else values
+def with_tuples(section: dict[str, Any]) -> dict[str, Any]:
+    """Returns a section of parsed JSON with its lists as tuples, as a config has them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}

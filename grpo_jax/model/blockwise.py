@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.model.mask import attention_mask
+from grpo_jax.model.mask import attention_mask, soft_cap
 from grpo_jax.types import Segments
 
 BLOCK_SIZE = 128  # tokens in a block of queries or keys
@@ -136,8 +136,7 @@ def zeros_varying_like(shape, like):
 
 def block_scores(q, keys, divisor: float, softcap: float) -> Float[Array, "N K _ _"]:
     """Computes float32 scores before masking, [N, K, R * block, E] and [N, K, E, block] to [N, K, R * block, block]."""
-    scores = matmul_float32(q, keys) / divisor
-    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+    return soft_cap(matmul_float32(q, keys) / divisor, softcap)
 
 
 def mask_scores(scores: Float[Array, "N K _ _"], mask: Bool[Array, "N _ _"]) -> Float[Array, "N K _ _"]:

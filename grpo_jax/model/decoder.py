@@ -18,7 +18,7 @@ from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.attention import KV, Attention, AttentionInputs, LatentAttention, make_attention_inputs
 from grpo_jax.model.experts import MixtureOfExperts
 from grpo_jax.model.layers import MLP, Embed, Projection, make_norm
-from grpo_jax.model.mask import single_sequence
+from grpo_jax.model.mask import single_sequence, soft_cap
 from grpo_jax.model.parameters import Layout
 from grpo_jax.parallel.mesh import ROW_AXES, constrain
 from grpo_jax.types import Segments
@@ -55,19 +55,16 @@ class DecoderLayer(nn.Module):
 def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
     """Returns random float32 parameters."""
     key_embed, key_layers, key_norm, key_head = jax.random.split(key, 4)
-    x = jnp.zeros((1, 1, model_cfg.hidden_size))
-    inputs = make_attention_inputs(model_cfg, model_cfg.layers[0], single_sequence(jnp.zeros((1, 1), jnp.int32)))
+    x, token = jnp.zeros((1, 1, model_cfg.hidden_size)), jnp.zeros((1, 1), jnp.int32)
+    inputs = make_attention_inputs(model_cfg, model_cfg.layers[0], single_sequence(token))
     layer_keys, stacks = jax.random.split(key_layers, model_cfg.num_layers), []
     for layers in model_cfg.layer_stacks:
         init_layer = jax.vmap(DecoderLayer(model_cfg, layers[0].use_experts).init, in_axes=(0, None, None))
         stacks.append(init_layer(layer_keys[: len(layers)], x, inputs)["params"])
         layer_keys = layer_keys[len(layers) :]
-    embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size, name="embed")
-    params = {
-        "embed": embed.init(key_embed, jnp.zeros((1, 1), jnp.int32))["params"],
-        "layers": tuple(stacks),
-        "final_norm": make_norm(model_cfg, "final_norm").init(key_norm, x)["params"],
-    }
+    embed = Embed(model_cfg.vocab_size, model_cfg.hidden_size, name="embed").init(key_embed, token)["params"]
+    final_norm = make_norm(model_cfg, "final_norm").init(key_norm, x)["params"]
+    params = {"embed": embed, "layers": tuple(stacks), "final_norm": final_norm}
     if not model_cfg.tie_embeddings:
         head = Projection((model_cfg.hidden_size,), (model_cfg.vocab_size,), name="head")
         params["head"] = head.init(key_head, x)["params"]
@@ -193,8 +190,7 @@ def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*row
 
 def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
     """Returns float32 logits from the output of `head_matmul`, soft-capped if the model has a cap."""
-    logits = product.astype(jnp.float32)
-    return model_cfg.logit_softcap * jnp.tanh(logits / model_cfg.logit_softcap) if model_cfg.logit_softcap else logits
+    return soft_cap(product.astype(jnp.float32), model_cfg.logit_softcap)
 
 
 def compute_logits(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

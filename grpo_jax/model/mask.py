@@ -40,6 +40,11 @@ def attention_scores(q: Float[Array, "N L H E"], keys: Float[Array, "N K E C"]) 
     return scores.reshape(rows, num_kv_heads, -1, length, keys.shape[-1])
 
 
+def soft_cap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """Returns `cap * tanh(x / cap)`, which lies between -cap and cap, or x if `cap` is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
 def weighted_values(
     scores: Float[Array, "N K R L C"],
     values: Float[Array, "N K C _"],
@@ -55,14 +60,12 @@ def weighted_values(
         values: The values, one head per key head.
         mask: True where a query attends to a key.
         divisor: Divides the scores.
-        softcap: Replaces the divided scores by `softcap * tanh(score / softcap)`, unless it is 0.
+        softcap: The `soft_cap` of the divided scores; 0: none.
 
     Returns:
         The output of each query head, in the dtype of `values`.
     """
-    scores = scores / divisor
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = soft_cap(scores / divisor, softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     rows, num_kv_heads, _, length, num_keys = probs.shape
@@ -75,12 +78,10 @@ def plain_attention(
     keys: Float[Array, "N K E C"],
     values: Float[Array, "N K C _"],
     mask: Bool[Array, "N L C"],
-    *,
-    divisor: float,
-    softcap: float = 0.0,
+    **options: float,
 ) -> Float[Array, "N L H _"]:
     """Computes attention with all scores in memory: the reference that other implementations are tested against.
 
-    Arguments are those of `attention_scores` and `weighted_values`.
+    Arguments are those of `attention_scores` and `weighted_values`; `options` are `divisor` and `softcap`.
     """
-    return weighted_values(attention_scores(q, keys), values, mask, divisor=divisor, softcap=softcap)
+    return weighted_values(attention_scores(q, keys), values, mask, **options)

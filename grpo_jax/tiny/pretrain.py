@@ -70,12 +70,8 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
     texts = [corpus_text(cfg.seed + 1, i, cfg.corpus.exercises, cfg.corpus.digits) for i in range(TOKENIZER_TEXTS)]
     tokenizer = train_tokenizer(texts, cfg.model.vocab_size)
     shape = {name: value for name, value in vars(cfg.model).items() if name != "num_layers"}
-    model_cfg = ModelConfig(
-        **shape,
-        layers=(LayerConfig(),) * cfg.model.num_layers,
-        tokenizer_vocab_size=tokenizer.get_vocab_size(),
-        eos_ids=(tokenizer.token_to_id(EOS_TOKEN),),
-    )
+    layers, eos_ids = (LayerConfig(),) * cfg.model.num_layers, (tokenizer.token_to_id(EOS_TOKEN),)
+    model_cfg = ModelConfig(**shape, layers=layers, tokenizer_vocab_size=tokenizer.get_vocab_size(), eos_ids=eos_ids)
     optim = cfg.optim
     schedule = optax.warmup_cosine_decay_schedule(0.0, optim.lr, optim.warmup_steps, cfg.total_steps, optim.lr * 0.01)
     adamw = optax.adamw(schedule, b2=0.98, weight_decay=optim.weight_decay)
@@ -109,10 +105,6 @@ def write_model_folder(folder: Path, model_cfg: ModelConfig, params: dict, token
     """Writes a Hugging Face folder with weights, config and tokenizer."""
     save(folder, model_cfg, params)
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS_TOKEN,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": model_cfg.max_positions,
-    }
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
+    tokenizer_config |= {"clean_up_tokenization_spaces": False, "model_max_length": model_cfg.max_positions}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")

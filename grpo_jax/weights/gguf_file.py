@@ -239,12 +239,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if model_type == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
     if model_type == "qwen3_moe":
-        config |= {
-            "num_experts": experts,
-            "num_experts_per_tok": get("expert_used_count"),
-            "norm_topk_prob": True,
-            "moe_intermediate_size": get("expert_feed_forward_length"),
-        }
+        config |= {"num_experts": experts, "num_experts_per_tok": get("expert_used_count"), "norm_topk_prob": True}
+        config["moe_intermediate_size"] = get("expert_feed_forward_length")
     return config
 
 
