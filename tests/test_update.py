@@ -18,7 +18,7 @@ import pytest
 import grpo_jax.learn.logprobs
 import grpo_jax.learn.update
 from grpo_jax import forward, sample
-from grpo_jax.config.schema import Config, LossSection, OptimSection, RolloutSection, TrainSection
+from grpo_jax.config.schema import Config, LogSection, LossSection, OptimSection, RolloutSection, TrainSection
 from grpo_jax.learn.grpo import SampledTokens, inclusive_clip, token_weights
 from grpo_jax.learn.logprobs import logprobs_from_hidden, packed_logprobs
 from grpo_jax.learn.optimizer import init_train_state
@@ -519,18 +519,20 @@ def test_an_update_without_advantages_is_left_out_while_the_policy_is_the_refere
     ],
 )
 def test_which_terms_of_the_loss_are_a_signal_without_advantages(loss, has_signal):
-    """The policy is no longer the reference, whose log-probs differ from it."""
+    """The policy is no longer the reference, whose log-probs differ from it. An entropy bonus needs no log.entropy."""
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), optax.identity()
     with jax.set_mesh(mesh):
         state = init_train_state(mesh, jax.tree.map(jnp.array, params()), optimizer)
         state = state.replace(is_reference=jax.device_put(False, state.is_reference.sharding))
-        update = make_update(CONFIG, replace(CFG, loss=loss), mesh, params(), optimizer)
+        cfg = replace(CFG, loss=loss, log=LogSection(entropy=False))
+        update = make_update(CONFIG, cfg, mesh, params(), optimizer)
         rows = packed(experience().replace(advantages=np.zeros(8, np.float32)))
         state, metrics = update(state, shard_rows(mesh, rows))
     assert (metrics["optim/no_signal"], metrics["optim/skipped"]) == (not has_signal, 0)
     moved = any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (params(), state.params)), strict=True))
     assert moved == has_signal
     assert ("policy/kl_ref" in metrics) == (loss.kl_coef > 0)  # also where the penalty is in the reward
+    assert ("policy/entropy" in metrics) == (loss.entropy_coef > 0)
 
 
 @pytest.mark.parametrize("micro_tokens", [16, 1000])
