@@ -54,6 +54,11 @@ LEARNING = ("score_completions", "update")
 POLICY = ("update", "policy")  # the program alone could differ in a metric
 PROMPTS = ("train prompt", "eval prompt")
 COMPLETIONS = ("train completion", "eval completion")
+REWARDS = ("train reward", "train advantage", "metrics")
+
+# What some cases need besides `BASE`: a second update whose ratios are not 1, and rewards that depend on the length.
+OFF_POLICY = {"train.epochs": 2, "loss.kl_coef": 0.1}
+BREVITY = {"reward.parts": ("FOLDER/functions.py:brevity",), "reward.weights": (1.0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +91,28 @@ CASES = {
         ("accuracy", "format"), ("accuracy", "FOLDER/functions.py:brevity"), ("train reward", "eval reward", "metrics")
     ),
     "reward.weights": Case((1, 1), (1, -1), ("train reward", "train advantage", "policy")),
+    "reward.language": Case(
+        "en",
+        "zh",
+        ("train rewards", *REWARDS, "policy"),
+        {"reward.parts": ("accuracy", "language"), "rollout.temperature": 2.0},
+    ),
     "rollout.prompts": Case(4, 8, ("train prompt", "init_decode", "update")),
     "rollout.samples": Case(4, 8, ("train completion", "init_decode", "update")),
     "rollout.max_prompt_tokens": Case(80, 96, ("init_decode", "update")),
     "rollout.max_tokens": Case(24, 8, (*COMPLETIONS, "update")),
     "rollout.temperature": Case(1.0, 2.0, ("train completion", *LEARNING)),
     "rollout.stop_strings": Case(("</answer>",), (">",), COMPLETIONS),
+    "rollout.overlong": Case("keep", "zero", (*REWARDS, "policy"), BREVITY),
+    "rollout.overlong_cache": Case(8, 24, ("train rewards", *REWARDS, "policy"), {"rollout.overlong": "soft"}),
     "rollout.slots": Case(0, 8, ("init_decode", "decode_tokens")),
+    "groups.equal": Case(
+        "keep", "drop", ("train update_steps", "metrics", "policy"), {"rollout.prompts": 8, "rollout.samples": 2}
+    ),
+    "advantage.mean": Case("group", "batch", ("train advantage", "policy")),
+    "advantage.std": Case("group", "none", ("train advantage", "policy")),
+    "advantage.ddof": Case(0, 1, ("train advantage", "policy")),
+    "advantage.eps": Case(0.0, 0.5, ("train advantage", "policy")),
     "train.minibatches": Case(1, 2, ("update", "train prompt")),
     "train.epochs": Case(1, 2, ("train prompt", "metrics")),
     "train.micro_tokens": Case(1024, 104, LEARNING, {"rollout.samples": 8}),
@@ -101,6 +121,16 @@ CASES = {
     "loss.kl_coef": Case(1e-3, 1.0, POLICY),
     "loss.clip_low": Case(0.2, 0.0, POLICY, {"train.epochs": 2}),
     "loss.clip_high": Case(0.2, 0.0, POLICY, {"train.epochs": 2}),
+    "loss.ratio": Case("token", "sequence", POLICY, OFF_POLICY),
+    "loss.clip_dual": Case(0.0, 1.01, (*POLICY, "metrics"), OFF_POLICY),
+    "loss.clip_difference": Case(0.2, 0.0, (*POLICY, "metrics"), OFF_POLICY | {"loss.ratio": "difference"}),
+    "loss.aggregate": Case("sequence", "token", ("policy", "metrics")),
+    "loss.constant_length": Case(24, 4, ("policy", "metrics"), {"loss.aggregate": "constant"}),
+    "loss.kl": Case("k3", "k1", POLICY),
+    "loss.kl_corrected": Case(False, True, POLICY, OFF_POLICY),
+    "loss.kl_in": Case("loss", "reward", ("train advantage", "metrics", *POLICY), {"loss.kl_coef": 0.1}),
+    "loss.entropy_coef": Case(0.0, 0.1, POLICY),
+    "reference.every_updates": Case(0, 1, ("reference", "train ref_logps", "policy")),
     "optim.name": Case("adamw", "lion", POLICY),
     "optim.lr": Case(1e-3, 2e-3, POLICY),
     "optim.schedule": Case("linear", "cosine", POLICY, {"optim.decay_steps": 4}),
@@ -109,6 +139,7 @@ CASES = {
     "optim.end_lr_fraction": Case(0.0, 0.5, POLICY, {"optim.schedule": "linear", "optim.decay_steps": 4}),
     "optim.b1": Case(0.9, 0.8, POLICY),
     "optim.b2": Case(0.999, 0.9, POLICY),
+    "optim.eps": Case(1e-8, 1e-3, POLICY),
     "optim.mu_dtype": Case("float32", "bfloat16", POLICY),
     "optim.weight_decay": Case(0.0, 0.1, POLICY),
     "optim.grad_clip": Case(1.0, 0.01, POLICY),
@@ -129,6 +160,27 @@ CASES = {
     "log.samples": Case(16, 3, ("train prompt",)),
     "log.entropy": Case(True, False, ("update", "metrics")),
 }
+
+# Further values, where the code that a key switches on lies outside of the loss.
+MORE_CASES = [
+    ("rollout.overlong", Case("keep", "mask", ("train update_steps", "metrics", "policy"))),
+    (
+        "rollout.overlong",
+        Case(
+            "keep",
+            "soft",
+            ("train rewards", *REWARDS, "policy"),
+            {"reward.parts": ("format", "length"), "rollout.overlong_cache": 8},
+        ),
+    ),
+    ("rollout.overlong_cache", Case(8, 24, ("train rewards", *REWARDS), {"reward.parts": ("format", "length")})),
+    ("advantage.mean", Case("group", "leave_one_out", ("train advantage", "policy"))),
+    ("advantage.std", Case("group", "batch", ("train advantage", "policy"))),
+    ("loss.kl", Case("k3", "k1", ("train advantage", "metrics"), {"loss.kl_in": "reward"})),
+    ("loss.kl_coef", Case(0.1, 0.2, ("train advantage", "policy"), {"loss.kl_in": "reward"})),
+    ("loss.kl_coef", Case(0.1, 0.0, ("update", "metrics", "checkpoints"))),
+    ("reference.every_updates", Case(1, 2, ("reference", "train ref_logps"), {"total_steps": 3})),
+]
 
 
 class EndOfRecording(Exception):
@@ -201,8 +253,11 @@ def read_run(workdir: Path) -> dict[str, Any]:
             seen[f"{kind} {field}"] = [(name, record[field]) for name, record in records]
     checkpoints = {path.name: path for path in (workdir / "checkpoints").iterdir()}
     seen["checkpoints"] = sorted(checkpoints)
-    seen["policy"] = fingerprint(checkpoints[max(filter(str.isdigit, checkpoints), key=int)] / "policy")
-    seen["reference"] = fingerprint(checkpoints["reference"])
+    last = checkpoints[max(filter(str.isdigit, checkpoints), key=int)]
+    seen["policy"] = fingerprint(last / "policy")
+    if "reference" in checkpoints:
+        replaced = last / "reference"
+        seen["reference"] = fingerprint(replaced if replaced.exists() else checkpoints["reference"])
     return seen
 
 
@@ -271,9 +326,12 @@ def test_a_run_can_be_repeated(observe, tmp_path):
     assert [name for name in seen if not seen[name]] == ["error"]
 
 
-@pytest.mark.parametrize("key", CASES)
-def test_a_key_matters(key, observe):
-    case = CASES[key]
+@pytest.mark.parametrize(
+    "key, case",
+    [*CASES.items(), *MORE_CASES],
+    ids=lambda x: f"{x.value}-{x.other}" if isinstance(x, Case) else x,
+)
+def test_a_key_matters(key, case, observe):
     seen, other = (observe(case.given | {key: value}, set(case.changes)) for value in (case.value, case.other))
     assert [name for name in case.changes if seen[name] == other[name]] == []
 
