@@ -5,7 +5,7 @@ Modules, in reading order:
     keys         declares a config key as a typed dataclass field
     functions    imports the function that a config value names
     schema       all keys of both jobs, one frozen dataclass per section
-    presets      what config files share: choosing a preset, and the settings of models on the hub
+    presets      helpers for config files: choosing a preset, and settings for models on the hub
     rules        checks a config before any device work and builds the frozen `Config`
     workdir      reads and writes a run's config.json, and decides which runs may be resumed
     help         renders the schema for `--help` and `--help=SECTION`

@@ -100,7 +100,7 @@ def key_specs(config_class: type) -> dict[str, KeySpec]:
 
 
 def require_choices(section: Any) -> None:
-    """Raises a ValueError if a key of a section that was made without a check has none of its listed values."""
+    """Raises a ValueError if a key of `section`, which no config check has seen, is not one of its choices."""
     for name, spec in key_specs(type(section)).items():
         if spec.choices and getattr(section, name) not in spec.choices:
             raise ValueError(f"{name} must be {spec.allowed}; found {getattr(section, name)!r}. Choose one of them.")

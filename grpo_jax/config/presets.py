@@ -1,4 +1,4 @@
-"""What config files share: choosing a preset by name, and the settings that do not depend on the recipe."""
+"""Helpers for config files: choosing a preset by name, and settings that do not depend on the recipe."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -27,9 +27,10 @@ def choose_preset(presets: Mapping[str, Callable[[], ConfigDict]], name: str, fi
 
 
 def tiny_model(cfg: ConfigDict) -> ConfigDict:
-    """Sets what the tiny presets of recipes have in common, and returns `cfg`: 4 updates of each of 25 rollouts.
+    """Sets the keys that the tiny presets of recipes have in common, and returns `cfg`.
 
-    The learning rate falls linearly to a tenth. Without that, some recipes learn the task and then move away from it.
+    The run makes 25 rollouts with 4 updates each, and the learning rate decays linearly to a tenth. With a constant
+    learning rate, some recipes learn the task and then unlearn it.
     """
     cfg.rollout.prompts, cfg.train.minibatches = 32, 4
     cfg.total_steps = cfg.optim.decay_steps = 100
@@ -54,8 +55,8 @@ def hub_model(
 ) -> ConfigDict:
     """Sets the keys that presets for models on the Hugging Face hub have in common, and returns `cfg`.
 
-    Apply the recipe to `cfg` first: the dtype of the reference is set only if loss.kl_coef keeps one. Change whatever
-    differs from these settings afterwards.
+    Apply the recipe to `cfg` before calling this function, which sets the dtype of the reference only if `loss.kl_coef`
+    is not 0. Override individual keys afterwards.
 
     Args:
         cfg: The config to change.
@@ -65,11 +66,11 @@ def hub_model(
         max_prompt_tokens: Longest prompt in tokens.
         max_tokens: Longest completion in tokens.
         lr: Learning rate.
-        minibatches: Updates per rollout.
+        minibatches: Number of updates per rollout.
         steps: Number of updates.
-        fsdp: Size of that mesh axis; -1 for the devices that the other axes leave.
-        tensor: Size of that mesh axis.
-        expert: Size of that mesh axis.
+        fsdp: Size of the mesh axis `fsdp`; -1 for the devices that the other axes leave.
+        tensor: Size of the mesh axis `tensor`.
+        expert: Size of the mesh axis `expert`.
     """
     cfg.model.path, cfg.model.compute_dtype = path, "bfloat16"
     if cfg.loss.kl_coef:

@@ -13,8 +13,8 @@ from grpo_jax.errors import UserError
 
 C = TypeVar("C", Config, PretrainConfig)
 
-# Labels that reward parts must not have, because of the metrics reward/mean, reward/kl and eval/length_mean, and
-# because rollout.overlong=soft adds a part of its own.
+# Labels that reward parts must not have, because they would clash with the metrics reward/mean, reward/kl and
+# eval/length_mean, or with the part that rollout.overlong=soft adds.
 RESERVED_LABELS = ("mean", "length_mean", "kl", "overlong")
 
 # Keys that users look for but that training cannot have, with the reason.
@@ -29,7 +29,7 @@ USERS_FUNCTION = "module:function"
 
 PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 
-# Keys that nothing reads while another key has certain values: (the other key, those values, the keys without effect).
+# Keys that have no effect while another key has certain values: (the other key, its values, the keys without effect).
 NO_EFFECT: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("task.name", ("addition",), ("task.path", "task.eval_path")),
     ("task.name", ("jsonl",), ("task.digits", "task.shots")),

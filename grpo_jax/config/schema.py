@@ -95,7 +95,7 @@ class RewardSection:
         check=(are_names, "at least one name"),
     )
     weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))
-    language: str = key("en", "language that the part `language` rewards, told by its script", choices=LANGUAGES)
+    language: str = key("en", "language that the part `language` rewards, by its script", choices=LANGUAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,10 @@ class RolloutSection:
     stop_strings: tuple[str, ...] = key(("</answer>",), "strings that end a completion, like EOS", check=STOP_STRINGS)
     overlong: str = key(
         "keep",
-        "truncated completions: `keep`, reward of `zero`, `mask` from the loss, `soft` penalty",
+        "truncated completions: `keep` them, set their reward to `zero`, or `mask` them; `soft` penalizes long ones",
         choices=OVERLONG,
     )
-    overlong_cache: int = key(0, "last tokens, over which `soft` and the part `length` fall to -1", at_least=0)
+    overlong_cache: int = key(0, "tokens before the limit, over which `soft` and `length` fall to -1", at_least=0)
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
 
 
@@ -140,48 +140,48 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupsSection:
-    """The groups of completions that updates learn from."""
+    """Which groups of completions the updates learn from."""
 
-    equal: str = key("keep", "groups of equal rewards: `keep`, or `drop` from sums and means", choices=EQUAL_GROUPS)
+    equal: str = key("keep", "whether updates `keep` or `drop` groups of equal rewards", choices=EQUAL_GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSection:
-    """The advantage, (reward - mean) / (std + eps); docs/algorithms.md has the equations."""
+    """The advantage, (reward - mean) / (std + eps); see docs/algorithms.md for the equations."""
 
-    mean: str = key("group", "mean of the `group`, the rollout (`batch`) or the rest of the group", choices=MEANS)
-    std: str = key("group", "std of the rewards of the `group` or the rollout (`batch`), or `none`", choices=STDS)
-    ddof: int = key(0, "the std divides by the number of rewards minus ddof", at_least=0, at_most=1)
-    eps: float = key(0.0, "added to the std", at_least=0)
+    mean: str = key("group", "mean of the `group`, the rollout (`batch`), or the rest of the group", choices=MEANS)
+    std: str = key("group", "standard deviation of the `group` or of the rollout (`batch`), or `none`", choices=STDS)
+    ddof: int = key(0, "the variance divides by the number of rewards minus ddof", at_least=0, at_most=1)
+    eps: float = key(0.0, "added to the standard deviation", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
-    """The policy loss, its KL penalty and its entropy bonus; docs/algorithms.md has the equations."""
+    """The policy loss, the KL penalty and the entropy bonus; see docs/algorithms.md for the equations."""
 
     ratio: str = key(
-        "token", "GRPO's `token`, GSPO's `sequence*`, CISPO's `detached`, DPPO's `difference`", choices=RATIOS
+        "token", "ratio: GRPO's `token`, GSPO's `sequence*`, CISPO's `detached`, DPPO's `difference`", choices=RATIOS
     )
-    clip_low: float = key(0.2, "an offset: the ratio is clipped to at least 1 - clip_low", at_least=0)
-    clip_high: float = key(0.2, "an offset: the ratio is clipped to at most 1 + clip_high", at_least=0)
-    clip_dual: float = key(0.0, "a ratio: bounds the objective of negative advantages; 0 for no bound", check=DUAL_CLIP)
-    clip_difference: float = key(0.2, "a probability: the bound of `difference` on pi - pi_old", at_least=0, at_most=1)
+    clip_low: float = key(0.2, "offset: the ratio is clipped to at least 1 - clip_low", at_least=0)
+    clip_high: float = key(0.2, "offset: the ratio is clipped to at most 1 + clip_high", at_least=0)
+    clip_dual: float = key(0.0, "ratio: bounds the objective of negative advantages; 0 for no bound", check=DUAL_CLIP)
+    clip_difference: float = key(0.2, "probability: the bound on pi - pi_old of `difference`", at_least=0, at_most=1)
     aggregate: str = key(
-        "sequence", "mean over tokens: by `sequence` or `prompt` first, of all, or sum / `constant`", choices=AGGREGATES
+        "sequence", "mean over each `sequence`, each `prompt` or all (`token`), or sum / `constant`", choices=AGGREGATES
     )
-    constant_length: int = key(0, "number of tokens that `constant` divides each sequence by", at_least=0)
+    constant_length: int = key(0, "number of tokens by which `constant` divides the sum over a completion", at_least=0)
     kl_coef: float = key(0.001, "beta, the weight of the KL penalty; at 0 no reference model is kept", at_least=0)
     kl: str = key("k3", "estimator of the KL divergence from the reference", choices=KL_ESTIMATORS)
-    kl_corrected: bool = key(False, "whether the estimator is multiplied by the ratio of each token")
+    kl_corrected: bool = key(False, "whether to multiply the estimator by the ratio of each token")
     kl_in: str = key("loss", "whether the penalty is part of the `loss` or the `reward`", choices=("loss", "reward"))
-    entropy_coef: float = key(0.0, "weight of the entropy bonus; log.entropy is then on", at_least=0)
+    entropy_coef: float = key(0.0, "weight of the entropy bonus; if not 0, policy/entropy is logged", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSection:
     """The reference model of the KL penalty."""
 
-    every_updates: int = key(0, "updates after which the policy replaces the reference; 0 for never", at_least=0)
+    every_updates: int = key(0, "updates between replacements of the reference by the policy; 0 for never", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class OptimSection:
     end_lr_fraction: float = key(0.0, "fraction of optim.lr that is left after the decay", at_least=0, at_most=1)
     b1: float = key(0.9, "decay of the first moment; in Lion, its weight in the step", at_least=0, below=1)
     b2: float = key(0.999, "decay of the second moment; in Lion, of the only moment", at_least=0, below=1)
-    eps: float = key(1e-8, "epsilon of Adam, added to the root of the second moment", more_than=0)
+    eps: float = key(1e-8, "Adam's epsilon, added to the square root of the second moment", more_than=0)
     mu_dtype: str = key("float32", "dtype of the moment that averages gradients", choices=DTYPES)
     weight_decay: float = key(0.0, "an update subtracts lr * weight_decay times the parameter", at_least=0)
     grad_clip: float = key(1.0, "largest global norm of a gradient; larger ones are scaled down to it", more_than=0)
