@@ -203,6 +203,8 @@ def test_minibatches_of_the_completions_that_are_kept_fit_in_a_shape_for_single_
         sizes = [len(rows) for rows in minibatches]
         assert len(sizes) == count and sum(sizes) == len(ids) and max(sizes) - min(sizes) <= 1
         assert max(sizes) <= completions // count
+        parts = sum(len(np.unique(ids[rows])) for rows in minibatches)
+        assert parts < max(1, len(np.unique(ids))) + count  # a cut splits at most one group
         limits = longest_prompt, longest_completion, micro_tokens, shards
         shape, complete = (packed_shape(completions // count, size, *limits) for size in (1, samples))
         for rows in minibatches:
