@@ -1,12 +1,12 @@
-"""Advantages: how much better the reward of a completion is than that of the others.
+"""Advantages: how much better the reward of a completion is than the rewards it is compared with.
 
 For rewards r of B groups of G completions, the advantage of a completion is
 
     A = (r - mean) / (std + eps)
 
-GRPO takes the mean and the standard deviation of the completion's group (DeepSeekMath, arXiv 2402.03300, section
-4.1.2). Dr. GRPO does not divide (arXiv 2503.20783, section 3.2). RLOO subtracts the mean of the other G - 1 completions
-and does not divide either (arXiv 2402.14740, section 2.2).
+GRPO uses the mean and the standard deviation of the completion's group (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+Dr. GRPO does not divide by a standard deviation (arXiv 2503.20783, section 3.2). Nor does RLOO, which subtracts the
+mean of the other G - 1 completions (arXiv 2402.14740, section 2.2).
 """
 
 import jax.numpy as jnp
@@ -23,18 +23,18 @@ def advantages(
 
     Args:
         rewards: One reward per completion; each row is a group.
-        mean: What is subtracted: the mean of the "group", of the whole "batch", or "leave_one_out", the mean of the
-            other completions of the group.
-        std: What is divided by: the standard deviation of the rewards of the "group" or the whole "batch", or "none".
-        ddof: The standard deviation divides by the number of rewards minus `ddof`.
+        mean: The mean to subtract: of the "group", of the whole "batch", or, with "leave_one_out", of the other
+            completions of the group.
+        std: The standard deviation to divide by: of the "group" or of the whole "batch", or "none".
+        ddof: Delta degrees of freedom: the variance divides by the number of rewards minus `ddof`.
         eps: Added to the standard deviation.
 
     Returns:
-        Advantages in float32. They are 0 for a group (with the mean of the batch: for a batch) whose rewards are all
-        equal, and wherever std + eps is 0.
+        Advantages in float32. They are 0 where all rewards of the group (with mean="batch", of the batch) are equal,
+        and where std + eps is 0.
 
     Raises:
-        ValueError: `rewards` does not have two axes, or `mean` or `std` has another name.
+        ValueError: `rewards` does not have two axes, or `mean` or `std` is not one of these names.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2:
@@ -43,7 +43,7 @@ def advantages(
     centered = rewards - jnp.mean(rewards, axis=None if mean == "batch" else 1, keepdims=True)
     if mean == "leave_one_out":
         centered = centered * (rewards.shape[1] / max(rewards.shape[1] - 1, 1))
-    # Compare the rewards rather than test for std == 0: the mean of equal numbers may differ from them by rounding.
+    # Compare rewards instead of testing for std == 0: the mean of equal numbers may differ from them by rounding.
     equal_group, equal_batch = jnp.ptp(rewards, axis=1, keepdims=True) == 0, jnp.ptp(rewards) == 0
     centered = jnp.where(equal_batch if mean == "batch" else equal_group, 0.0, centered)
     if std == "none":

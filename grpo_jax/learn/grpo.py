@@ -1,6 +1,6 @@
 """The GRPO loss and its published variants.
 
-For each question the old policy samples a group of G completions o_1 ... o_G with advantages A_1 ... A_G (see
+For each prompt the old policy samples a group of G completions o_1 ... o_G with advantages A_1 ... A_G (see
 `grpo_jax.learn.advantages`). By default the policy is trained to maximize
 
     J = 1/N sum_i 1/|o_i| sum_t [ min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) - kl_coef * k3_it ]
@@ -10,8 +10,8 @@ For each question the old policy samples a group of G completions o_1 ... o_G wi
 
 where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
 4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds. The
-settings of the config's `loss` section replace its terms one by one: `surrogate` has the objective of each ratio,
-`estimate_kl` the KL estimators, and `token_weights` the means. docs/algorithms.md lists their equations and sources.
+settings of the config's `loss` section replace its terms one by one: `surrogate` implements the ratios, `estimate_kl`
+the KL estimators, and `token_weights` the averaging over tokens. docs/algorithms.md lists their equations and sources.
 
 Log-ratios, log rho and log(pi_ref / pi), are limited to [-20, 20], with zero gradient outside, so that no token can
 overflow. Token weights are computed over the full batch before it is split or packed, so the gradient does not depend
@@ -36,10 +36,10 @@ TOKEN_MEANS = ("policy/clip_frac", "policy/kl_ref", "policy/entropy", "policy/kl
 
 
 class SampledTokens(NamedTuple):
-    """What the loss knows about each sampled token, in padded rows `[N, S]`, packed rows `[P, W]` or any other shape.
+    """The inputs of the loss for each sampled token, in padded rows `[N, S]`, packed rows `[P, W]` or any other shape.
 
-    All tokens of a completion are passed in one call. Those of a group may be spread over several micro-batches, whose
-    losses are added. There are at most N groups.
+    All tokens of a completion are passed in one call. The completions of a group may be spread over several
+    micro-batches, whose losses are added up. There are at most N groups.
 
     `sums = jax.ops.segment_sum(x.ravel(), tokens.sequence.ravel(), tokens.num_sequences)` sums x over each completion
     and drops the tokens whose index is -1. `sums[tokens.sequence]` gives each token the sum of its completion. In this
@@ -49,10 +49,10 @@ class SampledTokens(NamedTuple):
     old_logps: Float[Array, "*tokens"]  # log pi_old
     ref_logps: Float[Array, "*tokens"] | None  # log pi_ref; None to leave out the KL term
     advantages: Float[Array, "*tokens"]  # the advantage of the token's completion
-    weights: Float[Array, "*tokens"]  # the token's weight; tokens of weight 0 do not count, whatever their other values
+    weights: Float[Array, "*tokens"]  # the token's weight; tokens of weight 0 are ignored, whatever their other values
     sequence: Int[Array, "*tokens"]  # index of the token's completion in the batch, 0 to N - 1; -1 on other tokens
     group: Int[Array, "*tokens"] | None  # index of its group in the batch; -1 on other tokens; None if unknown
-    num_sequences: int  # N, of the whole batch
+    num_sequences: int  # N, the number of completions in the whole batch
 
 
 def inclusive_clip(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
@@ -75,7 +75,7 @@ def estimate_kl(
     """Estimates KL(pi || other) from tokens sampled from pi.
 
     With q = log other - log pi, the estimators are k1 = -q, k2 = q^2 / 2 and k3 = exp(q) - q - 1
-    (http://joschu.net/blog/kl-approx.html). k3 is the one of DeepSeekMath, equation 4.
+    (http://joschu.net/blog/kl-approx.html). DeepSeekMath uses k3 (equation 4).
 
     Args:
         logps: Log-probs of the tokens under pi.
@@ -83,8 +83,8 @@ def estimate_kl(
         kind: "k1", "k2" or "k3".
 
     Returns:
-        One estimate per token, in nats, 0 where the two log-probs agree. k2 and k3 are never negative. q is limited to
-        +-MAX_LOG_RATIO, so k3 is at most 4.9e8, and gradients are 0 outside these limits.
+        One estimate per token, in nats; 0 where the two log-probs agree. k2 and k3 are never negative. q is limited to
+        +-MAX_LOG_RATIO, so k3 is at most 4.9e8, and the gradient is 0 outside these limits.
     """
     q = limit_log_ratio(other_logps - logps)
     return {"k1": -q, "k2": jnp.square(q) / 2, "k3": jnp.expm1(q) - q}[kind]
@@ -97,17 +97,17 @@ def token_weights(
     constant_length: float | None = None,
     groups: Int[np.ndarray | Array, " N"] | None = None,
 ) -> Float[np.ndarray | Array, "N S"]:
-    """Computes the weight of each token in the loss, which turns its sum over tokens into a mean.
+    """Computes the weight of each token in the loss, which turns the sum over tokens into a mean.
 
-    Packing passes NumPy arrays while an update may be in flight, for which operations of JAX would wait. Operators and
-    methods such as `sum` work on the arrays of both.
+    The function accepts NumPy and JAX arrays. Packing passes NumPy arrays, because JAX operations would wait for the
+    update in flight.
 
     Args:
         mask: 1 on the tokens of each completion, 0 elsewhere.
-        denominator: What replaces the outer denominator: N, or the number of all tokens or of groups.
-        aggregate: "sequence" for 1 / (N |o_i|), the mean over completions of means over their tokens; "token" for 1 /
-            (number of all tokens); "prompt" for the mean over groups of means over the tokens of a group; "constant"
-            for 1 / (N * constant_length).
+        denominator: Replaces the outer denominator, which is N, the number of all tokens, or the number of groups.
+        aggregate: "sequence" for 1 / (N |o_i|), the mean over completions of the means over their tokens; "token" for
+            1 / (number of all tokens); "prompt" for the mean over groups of the means over the tokens of each group;
+            "constant" for 1 / (N * constant_length).
         constant_length: The constant, in tokens.
         groups: The group of each completion, for "prompt"; equal numbers form a group.
 
@@ -132,7 +132,7 @@ def token_weights(
 
 
 def completion_means(x: Float[Array, "*tokens"], tokens: SampledTokens) -> Float[Array, "*tokens"]:
-    """Gives each token the mean of x over the counted tokens of its completion; x must be 0 on all others."""
+    """Returns for each token the mean of x over the counted tokens of its completion; x must be 0 on other tokens."""
     counted = (tokens.weights != 0).astype(x.dtype)
     index, count = tokens.sequence.ravel(), tokens.num_sequences
     sums, lengths = (jax.ops.segment_sum(values.ravel(), index, count) for values in (x, counted))
@@ -146,17 +146,17 @@ def surrogate(
     tokens: SampledTokens,
     loss: LossSection,
 ) -> tuple[Float[Array, "*tokens"], Bool[Array, "*tokens"]]:
-    """Computes the objective of each token, without KL and entropy, for each value of `loss.ratio`.
+    """Computes the objective of each token, without the KL and entropy terms, for the ratio that `loss.ratio` selects.
 
     Args:
-        logps: Log-probs under the policy; 0, like the next two arrays, where the weight is 0.
+        logps: Log-probs under the policy; like the next two arrays, 0 where the weight is 0.
         old_logps: Log-probs under pi_old.
         A: Advantages.
-        tokens: Everything else that is known about the tokens.
+        tokens: The other inputs of the loss for these tokens.
         loss: A config's `loss` section.
 
     Returns:
-        The objective, and which tokens are cut: clipped, bounded or left out.
+        The objective, and a mask of the tokens that are cut: clipped, bounded or left out.
     """
     log_ratio, low, high = limit_log_ratio(logps - old_logps), 1 - loss.clip_low, 1 + loss.clip_high
     ratio = jnp.exp(log_ratio)
@@ -168,12 +168,12 @@ def surrogate(
         return jnp.where(is_cut, 0.0, ratio * A), is_cut
     if loss.ratio == "sequence":  # GSPO, arXiv 2507.18071, equation 7
         ratio = jnp.exp(completion_means(log_ratio, tokens))
-    elif loss.ratio == "sequence_token":  # its token-level form, equation 14
+    elif loss.ratio == "sequence_token":  # GSPO-token, equation 14
         mean = jax.lax.stop_gradient(completion_means(log_ratio, tokens))
         ratio = jnp.exp(mean + logps - jax.lax.stop_gradient(logps))
     clipped_ratio = inclusive_clip(ratio, low, high)
     objective, is_cut = jnp.minimum(ratio * A, clipped_ratio * A), clipped_ratio * A < ratio * A
-    if loss.clip_dual:  # dual clip, arXiv 1912.09729, equation 8
+    if loss.clip_dual:  # dual clip, arXiv 1912.09729
         bound = loss.clip_dual * A
         is_cut |= (A < 0) & (objective < bound)
         objective = jnp.where(A < 0, jnp.maximum(objective, bound), objective)
@@ -191,7 +191,7 @@ def weighted_loss(
     Args:
         logps: Log-probs of the sampled tokens under the policy, pi; the argument to differentiate.
         entropies: Entropy of the policy at each token's position, in nats, also differentiable; None if unknown.
-        tokens: Everything else that is known about the tokens.
+        tokens: The other inputs of the loss for these tokens.
         loss: A config's `loss` section.
 
     Returns:
@@ -206,7 +206,7 @@ def weighted_loss(
     if len(set(shapes)) > 1:
         raise ValueError(f"log-probs, advantages and weights must have one shape; found {shapes}. Pass one per token.")
 
-    def counted(x):  # tokens of weight 0 get 0 before exp, which could otherwise overflow and make 0 * inf = NaN
+    def counted(x):  # sets tokens of weight 0 to 0 before exp, which could otherwise overflow and make 0 * inf = NaN
         return jnp.where(tokens.weights != 0, x, 0.0)
 
     def total(x):
@@ -243,7 +243,7 @@ def finish_metrics(sums: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, 
     Token means are divided by the sum of the token weights. `policy/ess_frac` is the effective sample size of the
     ratios, (sum rho)^2 / sum rho^2, as a fraction of the number of tokens.
     """
-    tiny = jnp.finfo(jnp.float32).tiny  # without any token, the metrics are 0
+    tiny = jnp.finfo(jnp.float32).tiny  # makes the metrics 0 if there are no tokens
     metrics = {name: value for name, value in sums.items() if not name.startswith("tokens/")}
     means = {name: metrics[name] / jnp.maximum(sums["tokens/weight"], tiny) for name in TOKEN_MEANS if name in metrics}
     squares = jnp.maximum(sums["tokens/count"] * sums["tokens/ratio_squared"], tiny)
@@ -293,19 +293,19 @@ def grpo_loss(
         ref_logps: Their log-probs under pi_ref; may be None if `kl_coef` is 0.
         advantages: One advantage per completion.
         mask: 1 on completion tokens, including the stopping token, and 0 elsewhere.
-        clip_low: An offset: the ratio is clipped from below at 1 - clip_low.
-        clip_high: An offset: the ratio is clipped from above at 1 + clip_high.
-        clip_dual: A ratio: where the advantage is negative, the objective is at least clip_dual times the advantage.
+        clip_low: Offset of the lower clip limit: the ratio is clipped to at least 1 - clip_low.
+        clip_high: Offset of the upper clip limit: the ratio is clipped to at most 1 + clip_high.
+        clip_dual: Where the advantage is negative, the objective is at least clip_dual times the advantage.
         kl_coef: Coefficient of the KL term.
-        kl: Its estimator, "k1", "k2" or "k3".
-        kl_corrected: Whether the estimator is multiplied by rho.
+        kl: Estimator of the KL term, "k1", "k2" or "k3".
+        kl_corrected: Whether to multiply the estimator by rho.
         ratio: "token", "sequence", "sequence_token", "detached" or "difference" (see `surrogate`).
-        clip_difference: A probability: the bound on pi - pi_old of "difference".
+        clip_difference: The bound of "difference" on pi - pi_old, a difference of probabilities.
         aggregate: "sequence", "token", "prompt" or "constant" (see `token_weights`).
-        constant_length: Number of tokens that "constant" divides by.
+        constant_length: The number of tokens that "constant" divides by.
         groups: The group of each completion, for "prompt"; equal numbers form a group.
-        denominator: What the outer sum is divided by instead of N, or of the number of all tokens or groups. If these
-            completions are only part of a batch, pass that of the whole batch.
+        denominator: Replaces the outer denominator: N, or the number of all tokens or groups. If these completions are
+            only part of a batch, pass the number for the whole batch.
 
     Returns:
         The loss and a dict of scalar metrics (see `finish_metrics`).

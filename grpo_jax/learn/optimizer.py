@@ -104,9 +104,9 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-    """Builds the optimizer of a config's `optim` section, which does all of the steps shown at the top but the last.
+    """Builds the optimizer of a config's `optim` section: all of the steps shown at the top except for the last.
 
-    `apply_gradients` multiplies by the learning rate, because the schedule moves on even if an update has no signal.
+    `apply_gradients` multiplies by the learning rate, because the schedule advances even if an update has no signal.
     """
     rules = {
         "adamw": lambda: optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype),
@@ -141,23 +141,22 @@ def apply_gradients(
     schedule: optax.Schedule,
     has_signal: Bool[Array, ""] | bool = True,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Performs one update, unless the norm of the gradient is not finite or there is nothing to learn.
+    """Applies one update, unless the gradient norm is not finite (a skipped update) or there is no signal.
 
-    Such an update changes neither the parameters nor the optimizer's state. The schedule of the learning rate counts
-    updates without a signal, but not skipped ones, whose gradient is not finite. `optax.apply_if_finite` is not used:
-    after too many skips in a row it applies the bad update, and it does not notice a finite gradient whose norm
-    overflows.
+    In both cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates
+    without a signal, but not skipped ones. `optax.apply_if_finite` is not used: after too many skips in a row it
+    applies the bad update, and it does not notice a finite gradient whose norm overflows.
 
     Args:
         state: The state before the update.
         grads: Gradients, a tree like the parameters in any float dtype.
         optimizer: The optimizer, from `make_optimizer`.
         schedule: The learning-rate schedule.
-        has_signal: Whether there is anything to learn. If not, the gradient is 0 up to rounding.
+        has_signal: Whether the minibatch has a signal. If not, the gradient is 0 up to rounding.
 
     Returns:
-        The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` and
-        `optim/no_signal` (1 or 0) and `optim/lr`.
+        The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` (0 or 1),
+        `optim/no_signal` (0 or 1) and `optim/lr`.
     """
     grads = to_float32(grads)
     norm, lr = optax.tree.norm(grads), schedule(state.step - state.skipped)

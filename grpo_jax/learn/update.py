@@ -79,11 +79,11 @@ def pack_minibatch(experience: Experience, loss: LossSection, shape: PackedShape
 
     Args:
         experience: The minibatch of one update, or completions to score. It may be empty.
-        loss: A config's `loss` section, which says what the loss is a mean of.
+        loss: A config's `loss` section, which determines the token weights.
         shape: The shape of the packed rows, from `packed_shape`.
         shards: Number of data shards.
     """
-    if not len(experience.mask):  # packing needs a completion: one without any token
+    if not len(experience.mask):  # packing needs at least one completion, here one without tokens
         experience = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), experience)
     weights = token_weights(experience.mask, None, loss.aggregate, loss.constant_length, experience.prompt_ids)
     return pack_completions(experience, np.asarray(weights), shape, shards)
@@ -149,9 +149,9 @@ def loss_and_metrics(
     entropy: bool,
     chunk_tokens: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Computes the loss of some packed rows and the sums from which `finish_metrics` makes metrics.
+    """Computes the loss of packed rows and the sums that `finish_metrics` turns into metrics.
 
-    Over the micro-batches of a batch, the loss and the sums add up, except for the maxima in `MAX_REDUCED_METRICS`. See
+    To combine micro-batches, add up their losses and sums, but take the maximum of those in `MAX_REDUCED_METRICS`. See
     `minibatch_gradients` for the arguments.
     """
     logps, entropies = packed_logprobs(model_cfg, params, rows, temperature, entropy=entropy, chunk_tokens=chunk_tokens)
@@ -195,7 +195,7 @@ def minibatch_gradients(
         batch: Packed rows of the minibatch.
         temperature: Sampling temperature.
         loss: A config's `loss` section.
-        entropy: Whether to compute `policy/entropy`, which an entropy bonus needs.
+        entropy: Whether to compute entropies, for `policy/entropy` and the entropy bonus.
         chunk_tokens: Number of tokens per data shard that have logits at a time.
 
     Returns:
@@ -251,11 +251,11 @@ def make_update(
             chunk_tokens=cfg.train.chunk_tokens,
         )
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        # Without a signal the gradient is rounding error, from which Adam would make steps of full size.
+        # Without a signal the gradient consists of rounding errors, which Adam would scale up to steps of full size.
         has_signal = jnp.any(batch.advantages != 0) | (cfg.loss.entropy_coef > 0)
         if cfg.loss.kl_coef and cfg.loss.kl_in == "loss":
             has_signal |= ~state.is_reference
-        has_signal &= jnp.any(batch.weights != 0)  # no completion is left: momentum must not move the parameters
+        has_signal &= jnp.any(batch.weights != 0)  # in an empty minibatch, momentum must not move the parameters
         state, optimizer_metrics = apply_gradients(state, grads, optimizer, schedule, has_signal)
         return state, metrics | optimizer_metrics
 
