@@ -207,16 +207,18 @@ def test_without_a_signal_25_updates_change_nothing_but_the_learning_rate(tmp_pa
         assert column(tmp_path, "reward/kl") == [0] * 25
 
 
-@pytest.mark.parametrize("kl_in", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
-def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path, kl_in):
+@pytest.mark.parametrize("kl_in, resumed", [("loss", 8), pytest.param("reward", 12, marks=pytest.mark.slow)])
+def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path, kl_in, resumed):
     """Rewards differ in the first of four rollouts only. The policy replaces the reference after updates 6 and 12.
 
     Update 6 is in the middle of the second rollout, whose last updates still learn from the base model. The third
-    rollout learns from the policy of update 6, the fourth from that of update 12, which sampled it.
+    rollout learns from the policy of update 6, the fourth from that of update 12, which sampled it. A run that is
+    resumed knows whether its policy is the reference.
     """
-    keys = {"loss.kl_coef": 0.1, "loss.kl_in": kl_in, "reference.every_updates": 6, "total_steps": 16}
+    keys = {"loss.kl_coef": 0.1, "loss.kl_in": kl_in, "reference.every_updates": 6}
     differ = np.arange(COMPLETIONS) % 4
-    train(tmp_path, vary_first(differ), keys | {"checkpoint.every_steps": 4, "checkpoint.keep": 4})
+    keys |= {"total_steps": 16, "checkpoint.every_steps": 4, "checkpoint.keep": 4}
+    train(tmp_path, vary_first(differ), keys)
     assert column(tmp_path, "optim/no_signal") == [0] * 12 + [1] * 4
     policies = [restore(tmp_path, step, "policy") for step in (4, 8, 12, 16)]
     assert [are_equal(a, b) for a, b in pairwise(policies)] == [False, False, True]
@@ -228,6 +230,12 @@ def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path,
         assert kl[:4] == [0] * 4 and min(kl[4:12]) > 1e-4 and kl[12:] == [0] * 4
         advantages = np.array([record["advantage"] for record in read_records(tmp_path, 5)])
         assert advantages.all() and not any(record["reward"] for record in read_records(tmp_path, 5))
+
+    rows = read_rows(tmp_path)
+    for step in range(resumed + 4, 17, 4):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    train(tmp_path, constant(0.0), keys)
+    assert read_rows(tmp_path) == rows and are_equal(restore(tmp_path, 16, "policy"), policies[3])
 
 
 @pytest.mark.slow
