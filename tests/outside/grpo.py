@@ -1,4 +1,4 @@
-"""GRPO in a few plain functions: rewards, advantages, log-probs, loss, learning rate and AdamW."""
+"""GRPO in a few plain functions: rewards, log-probs, learning rate and AdamW; the loss is in `losses`."""
 
 import re
 from fractions import Fraction
@@ -32,11 +32,9 @@ def well_formed(text):
     return float(once and re.fullmatch(shape, text, re.DOTALL) is not None)
 
 
-def advantages(rewards):
-    """Returns the advantages of rewards `[B, G]`; `np.std` divides by G. A group of equal rewards gives zeros."""
-    spread = np.ptp(rewards, axis=1, keepdims=True) > 0
-    centered = rewards - rewards.mean(axis=1, keepdims=True)
-    return np.where(spread, centered / np.where(spread, rewards.std(axis=1, keepdims=True), 1.0), 0.0)
+def overlong_penalty(length, limit, cache):
+    """Returns 0 up to `limit - cache` tokens, and less by 1 / cache for each further token."""
+    return -max(0, length - (limit - cache)) / max(cache, 1)
 
 
 def score(model_cfg, num_ids, temperature, weights, rows):
@@ -51,27 +49,9 @@ def score(model_cfg, num_ids, temperature, weights, rows):
     log_probs = jax.nn.log_softmax(jnp.where(is_token, before / temperature, -jnp.inf))
     targets = jnp.take_along_axis(rows["tokens"], rows["columns"], axis=1)
     chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    entropies = -jnp.sum(jnp.where(is_token, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
+    finite = jnp.where(is_token, log_probs, 0.0)  # -inf would make the gradient NaN
+    entropies = -jnp.sum(jnp.where(is_token, jnp.exp(finite) * finite, 0.0), axis=-1)
     return jnp.where(rows["mask"], chosen, 0.0), jnp.where(rows["mask"], entropies, 0.0)
-
-
-def loss(loss_cfg, logps, entropies, old_logps, ref_logps, advantages, mask):
-    """Computes the loss of a minibatch and its metrics, including the fraction of tokens that each bound clips."""
-    weights = mask / mask.sum(axis=1, keepdims=True) / len(mask)
-    A, low, high = advantages[:, None], 1 - loss_cfg["clip_low"], 1 + loss_cfg["clip_high"]
-    ratio, ref_ratio = jnp.exp(logps - old_logps), jnp.exp(ref_logps - logps)
-    clipped = jnp.clip(ratio, low, high)
-    kl = ref_ratio - jnp.log(ref_ratio) - 1
-    total = -jnp.sum(weights * (jnp.minimum(ratio * A, clipped * A) - loss_cfg["kl_coef"] * kl))
-    return total, {
-        "loss/total": total,
-        "policy/kl_ref": jnp.sum(weights * kl),
-        "policy/clip_frac": jnp.sum(weights * (clipped * A < ratio * A)),
-        "policy/ratio_max": jnp.max(ratio),
-        "policy/entropy": jnp.sum(weights * entropies),
-        "clipped_low": jnp.sum(weights * (clipped * A < ratio * A) * (A < 0)),
-        "clipped_high": jnp.sum(weights * (clipped * A < ratio * A) * (A > 0)),
-    }
 
 
 def learning_rate(optim, number):
@@ -94,11 +74,11 @@ def adamw_moments(optim, mu, nu, grads):
     return mu, nu
 
 
-def adamw_change(optim, weights, mu, nu, number):
-    """Returns what update `number` adds to the weights. Weight decay does not apply to norms."""
+def adamw_change(optim, weights, mu, nu, count, rate):
+    """Returns what an update adds to the weights, given the moments of `count` gradients. Norms do not decay."""
     change = {}
     for name, x in weights.items():
-        step = mu[name] / (1 - optim["b1"] ** number) / (np.sqrt(nu[name] / (1 - optim["b2"] ** number)) + 1e-8)
+        mean, square = mu[name] / (1 - optim["b1"] ** count), nu[name] / (1 - optim["b2"] ** count)
         decay = 0.0 if "norm" in name else optim["weight_decay"]
-        change[name] = -learning_rate(optim, number) * (step + decay * x)
+        change[name] = -rate * (mean / (np.sqrt(square) + optim["eps"]) + decay * x)
     return change

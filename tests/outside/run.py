@@ -2,9 +2,9 @@
 
     JAX_ENABLE_X64=1 python -m tests.outside.run WORKDIR BASE
 
-WORKDIR is a run of a Llama on additions, with AdamW, a checkpoint of every step and all completions in samples/. BASE
-is the folder of its base model. Prints one JSON object per compared quantity: topic, step, quantity, difference and
-tolerance, and the two values if they are short.
+WORKDIR is a run of a Llama on additions with any settings of groups, advantages, loss and reference, with AdamW, a
+checkpoint of every step and all completions in samples/. BASE is the folder of its base model. Prints one JSON object
+per compared quantity: topic, step, quantity, difference and tolerance, and the two values if they are short.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from tests.outside import grpo, model
+from tests.outside import grpo, losses, model
 from tests.outside.files import read_checkpoint, read_events, read_jsonl, read_samples
 
 # The run computes in float32. In float32, the functions of this folder are off by up to 7e-5 nats in a log-prob (of a
@@ -58,22 +58,56 @@ class Run:
         self.metrics = read_jsonl(workdir / "metrics.jsonl")
         self.events = read_events(workdir / "tensorboard")
         self.train, self.eval = read_samples(workdir, "train"), read_samples(workdir, "eval")
-        self.policies, self.moments = {0: model.read_base(base)}, {}
-        self.reference = model.from_checkpoint(read_checkpoint(workdir / "checkpoints" / "reference"))
+        self.policies, self.moments, self.references = {0: model.read_base(base)}, {}, {}
+        if (workdir / "checkpoints" / "reference").exists():
+            self.references[0] = model.from_checkpoint(read_checkpoint(workdir / "checkpoints" / "reference"))
         for step in range(1, self.cfg["total_steps"] + 1):
             folder = workdir / "checkpoints" / str(step)
             self.policies[step] = model.from_checkpoint(read_checkpoint(folder / "policy"))
+            if (folder / "reference").exists():
+                self.references[step] = model.from_checkpoint(read_checkpoint(folder / "reference"))
             (adam,) = (part for part in read_checkpoint(folder / "optimizer") if part and "mu" in part)
             self.moments[step] = model.from_checkpoint(adam["mu"]), model.from_checkpoint(adam["nu"])
         train, rollout = self.cfg["train"], self.cfg["rollout"]
         self.updates_per_rollout = train["minibatches"] * train["epochs"]
         self.minibatch_size = rollout["prompts"] * rollout["samples"] // train["minibatches"]
         self.score = jax.jit(partial(grpo.score, self.model_cfg, self.tokenizer.get_vocab_size()), static_argnums=0)
-        self.gradient = jax.jit(jax.grad(self.loss, has_aux=True))
+        self.pull_back = jax.jit(self.pull_back_to_weights)
 
-    def loss(self, weights, rows, old_logps, ref_logps, advantages):
-        logps, entropies = self.score(self.cfg["rollout"]["temperature"], weights, rows)
-        return grpo.loss(self.cfg["loss"], logps, entropies, old_logps, ref_logps, advantages, rows["mask"])
+    def reference_step(self, step):
+        """Returns the step whose policy is the reference after `step`; 0 stands for the base model."""
+        return step - step % (self.cfg["reference"]["every_updates"] or step + 1)
+
+    def pull_back_to_weights(self, weights, rows, by_logps, by_entropies):
+        """Returns the gradient in the weights, given those in the log-probs and entropies of completions."""
+        temperature = self.cfg["rollout"]["temperature"]
+        return jax.vjp(lambda weights: self.score(temperature, weights, rows), weights)[1]((by_logps, by_entropies))[0]
+
+    def gradient(self, weights, records, old_logps, ref_logps, advantages):
+        """Returns the gradient of the loss of a minibatch, its metrics and which signs of the advantage are cut."""
+        rows, count = self.arrange(records + records[:1] * (self.minibatch_size - len(records))), len(records)
+        scored = self.score(self.cfg["rollout"]["temperature"], weights, rows)
+        logps, entropies = (np.asarray(x)[:count] for x in scored)
+        mask, cfg = rows["mask"][:count], self.cfg["loss"]
+        names = ("ratio", "clip_low", "clip_high", "clip_difference", "kl", "kl_corrected", "aggregate")
+        settings = {name: cfg[name] for name in names} | dict(
+            clip_dual=cfg["clip_dual"] or None,
+            kl_coef=cfg["kl_coef"] if cfg["kl_in"] == "loss" else 0.0,
+            constant_length=cfg["constant_length"],
+            groups=[record["prompt_id"] for record in records],
+        )
+        loss = partial(losses.loss, logps, old_logps, ref_logps, mask=mask, **settings)
+        total, by_logps, metrics = loss(advantages)
+        token_weights = losses.token_weights(mask, settings["aggregate"], cfg["constant_length"], settings["groups"])
+        total -= cfg["entropy_coef"] * np.sum(token_weights * entropies)
+        metrics |= {"loss/total": total, "policy/entropy": np.sum(token_weights * entropies) / token_weights.sum()}
+        if not cfg["kl_coef"]:
+            del metrics["policy/kl_ref"]
+        padding = ((0, self.minibatch_size - count), (0, 0))
+        slopes = (np.pad(x, padding) for x in (by_logps, -cfg["entropy_coef"] * token_weights))
+        grads = {name: np.asarray(g) for name, g in self.pull_back(weights, rows, *slopes).items()}
+        signs = [loss(np.maximum(advantages, 0))[2], loss(np.minimum(advantages, 0))[2]]
+        return grads, metrics, [metrics["policy/clip_frac"] for metrics in signs]
 
     def arrange(self, records):
         """Returns the prompts and completions of records as arrays, whose width is the same for the whole run."""
@@ -107,20 +141,31 @@ def check_completions(run, topic, step, records):
     """Checks the fields that follow from prompts and tokens: texts, lengths, ends, expected answers and rewards."""
     max_tokens, (stop,) = run.cfg["rollout"]["max_tokens"], run.cfg["rollout"]["stop_strings"]
     weights = dict(zip(run.cfg["reward"]["parts"], run.cfg["reward"]["weights"], strict=True))
+    overlong = run.cfg["rollout"]["overlong"]
     for record in records:
         tokens = record["tokens"]
         text, shorter = (run.tokenizer.decode(ids, skip_special_tokens=False) for ids in (tokens, tokens[:-1]))
         is_stopped, is_ended = stop in text, tokens[-1] == run.model_cfg["eos_token_id"]
         completion = shorter if is_ended else text.partition(stop)[0] + stop if is_stopped else text
         a, b = (int(number) for number in re.search(r"What is (\d+) \+ (\d+)\?", record["prompt"]).groups())
-        rewards = dict(accuracy=grpo.accuracy(completion, str(a + b)), format=grpo.well_formed(completion))
+        penalty = grpo.overlong_penalty(len(tokens), max_tokens, run.cfg["rollout"]["overlong_cache"])
+        known = dict(
+            accuracy=grpo.accuracy(completion, str(a + b)), format=grpo.well_formed(completion), length=penalty
+        )
+        rewards = {name: known[name] for name in weights}
+        reward = sum(weight * rewards[name] for name, weight in weights.items())
+        if overlong == "zero" and not is_stopped and not is_ended:
+            reward = 0.0
+        if overlong == "soft":
+            rewards["overlong"] = penalty
+            reward += penalty
         expected = dict(
             completion=completion,
             length=len(tokens),
             truncated=not is_stopped and not is_ended,
             expected=str(a + b),
             rewards=rewards,
-            reward=sum(weight * rewards[name] for name, weight in weights.items()),
+            reward=reward,
             metadata=dict(a=a, b=b),
             question=f"What is {a} + {b}?",
             step=step,
@@ -133,76 +178,111 @@ def check_completions(run, topic, step, records):
 
 
 def check_rollout(run, index, step, records):
-    """Checks the completions of a rollout, their log-probs, rewards and advantages, and its metrics."""
-    cfg = run.cfg["rollout"]
+    """Checks the completions of a rollout, their log-probs, rewards and advantages, and its metrics.
+
+    Returns:
+        (data, kept): The sampler's log-probs, those of the reference, and the advantages; and the indices of the
+        completions that updates learn from.
+    """
+    cfg, loss = run.cfg["rollout"], run.cfg["loss"]
     check_completions(run, "rollouts", step, records)
     prompt_ids = range(index * cfg["prompts"], (index + 1) * cfg["prompts"])
     ids = [[record["prompt_id"], record["sample_id"]] for record in records]
     compare("rollouts", step, "ids", ids, [[i, sample] for i in prompt_ids for sample in range(cfg["samples"])])
 
-    sampled_by, reference = (run.logps(policy, cfg["temperature"], records) for policy in (step - 1, 0))
-    for name, expected in (("logps", sampled_by), ("policy_logps", sampled_by), ("ref_logps", reference)):
-        compare("log-probs", step, name, run.recorded(name, records), expected, LOGP)
+    sampled_by = run.logps(step - 1, cfg["temperature"], records)
+    reference = np.zeros_like(sampled_by)
+    for name in ("logps", "policy_logps"):
+        compare("log-probs", step, name, run.recorded(name, records), sampled_by, LOGP)
+    compare("log-probs", step, "has ref_logps", "ref_logps" in records[0], loss["kl_coef"] > 0)
+    if loss["kl_coef"]:
+        reference = run.logps(run.reference_step(step - 1), cfg["temperature"], records)
+        compare("log-probs", step, "ref_logps", run.recorded("ref_logps", records), reference, LOGP)
 
-    rewards = np.reshape([record["reward"] for record in records], (cfg["prompts"], cfg["samples"]))
-    advantages = grpo.advantages(rewards).ravel()
-    compare("rollouts", step, "advantages", [r["advantage"] for r in records], advantages, 1e-6)
-
+    shape, truncated = (cfg["prompts"], cfg["samples"]), np.array([record["truncated"] for record in records])
+    means = {name: np.mean([record["rewards"][name] for record in records]) for name in records[0]["rewards"]}
+    rewards = np.reshape([record["reward"] for record in records], shape)
+    is_equal = np.array([len(set(group)) == 1 for group in rewards])
+    kept = np.ones(len(records), bool)
+    if run.cfg["groups"]["equal"] == "drop":
+        kept &= ~np.repeat(is_equal, cfg["samples"])
+    if cfg["overlong"] == "mask":
+        kept &= ~truncated
     expected = {
         "reward/mean": rewards.mean(),
-        "reward/accuracy": np.mean([record["rewards"]["accuracy"] for record in records]),
-        "reward/format": np.mean([record["rewards"]["format"] for record in records]),
+        **{f"reward/{name}": mean for name, mean in means.items()},
         "rollout/length_mean": np.mean([record["length"] for record in records]),
-        "rollout/truncated_frac": np.mean([record["truncated"] for record in records]),
-        "groups/zero_variance_frac": np.mean([len(set(group)) == 1 for group in rewards]),
+        "rollout/truncated_frac": truncated.mean(),
+        "groups/zero_variance_frac": is_equal.mean(),
     }
+    scores = rewards
+    if loss["kl_coef"] and loss["kl_in"] == "reward":
+        q = run.recorded("ref_logps", records) - run.recorded("logps", records)
+        kl = losses.estimator(loss["kl"], q)[0].sum(axis=1)
+        expected["reward/kl"] = kl.mean()
+        scores = rewards - loss["kl_coef"] * kl.reshape(shape)
+    advantages = losses.advantages(scores, **run.cfg["advantage"]).ravel()
+    compare("rollouts", step, "advantages", [r["advantage"] for r in records], advantages, 1e-6)
     for update in range(step, step + run.updates_per_rollout):
         row = run.metrics[update]
+        names = {name for name in row if name.split("/")[0] in ("reward", "rollout", "groups")}
+        compare("rollouts", update, "names", sorted(names - {"rollout/tokens_per_s"}), sorted(expected))
         for name, value in expected.items():
             compare("rollouts", update, name, row.get(name), value, 1e-6 * max(1, value))
         for name in ("policy/logp_gap/mean", "policy/logp_gap/max"):
             compare("log-probs", update, name, row.get(name), 0, LOGP)
         compare("log-probs", update, "policy/kl_sampler", row.get("policy/kl_sampler"), 0, LOGP**2)
-    return sampled_by, reference, advantages
+    return (sampled_by, reference, advantages), np.flatnonzero(kept)
 
 
-def check_minibatches(run, step, records):
+def check_minibatches(run, step, records, kept):
     """Checks how a rollout is divided into updates, and returns the indices of the completions of each minibatch."""
     count, steps = run.cfg["train"]["minibatches"], range(step, step + run.updates_per_rollout)
     updates = [[n for n, record in enumerate(records) if update in record["update_steps"]] for update in steps]
     for update, rows in zip(steps, updates, strict=True):
-        compare("minibatches", update, "number of completions", len(rows), run.minibatch_size)
+        sizes = (len(kept) // count, -(-len(kept) // count))
+        compare("minibatches", update, "number of completions", min(sizes) <= len(rows) <= max(sizes), True)
     epochs = [updates[start : start + count] for start in range(0, len(updates), count)]
     for epoch, minibatches in enumerate(epochs):
         rows = sorted(n for minibatch in minibatches for n in minibatch)
-        compare("minibatches", step, f"completions of epoch {epoch}", rows, list(range(len(records))))
+        compare("minibatches", step, f"completions of epoch {epoch}", rows, kept.tolist())
         parts = sum(len({records[n]["prompt_id"] for n in minibatch}) for minibatch in minibatches)
-        allowed = run.cfg["rollout"]["prompts"] + count - 1  # a cut between two minibatches may split one group
+        groups = len({records[n]["prompt_id"] for n in kept})
+        allowed = groups + count - 1  # a cut between two minibatches may split one group
         compare("minibatches", step, f"groups stay together in epoch {epoch}", parts <= allowed, True)
     return updates, epochs
 
 
-def check_update(run, step, number, moments, minibatch):
-    """Checks an update from the policy before it; returns the moments after it.
+def has_signal(run, step, first, rows, advantages):
+    """Returns whether an update has anything to learn from the completions `rows` of the rollout of step `first`."""
+    loss, reference = run.cfg["loss"], run.reference_step(first - 1)
+    moved = any((x != run.policies[reference][name]).any() for name, x in run.policies[step - 1].items())
+    is_penalized = loss["kl_coef"] > 0 and loss["kl_in"] == "loss" and moved
+    return len(rows) > 0 and (advantages[rows].any() or loss["entropy_coef"] > 0 or is_penalized)
+
+
+def check_update(run, step, rate, count, moments, minibatch):
+    """Checks an update from the policy before it; returns the moments after it, and which signs of advantages are cut.
 
     Args:
-        number: The number of updates so far that were not skipped, including this one.
+        run: The run.
+        step: The number of the update.
+        rate: The learning rate.
+        count: The number of gradients in the moments after the update.
         moments: Both moments before the update.
-        minibatch: The arguments of `Run.loss`, except for the weights.
+        minibatch: The arguments of `Run.gradient`, except for the weights.
     """
     optim, row = run.cfg["optim"], run.metrics[step]
     before, after = run.policies[step - 1], run.policies[step]
-    grads, metrics = run.gradient(before, *minibatch)
-    grads = {name: np.asarray(g) for name, g in grads.items()}
+    grads, metrics, cut = run.gradient(before, *minibatch)
     norm = grpo.global_norm(grads)
-    for name in ("loss/total", "policy/kl_ref", "policy/clip_frac", "policy/ratio_max", "policy/entropy"):
-        compare("updates", step, name, row.get(name), metrics[name], LOGP * max(1, float(metrics[name])))
+    compare("updates", step, "has policy/kl_ref", "policy/kl_ref" in row, run.cfg["loss"]["kl_coef"] > 0)
+    for name, value in metrics.items():
+        compare("updates", step, name, row.get(name), value, LOGP * max(1, float(value)))
     compare("updates", step, "optim/grad_norm", row["optim/grad_norm"], norm, GRAD * norm)
-    rate = grpo.learning_rate(optim, number)
-    compare("updates", step, "optim/lr", row["optim/lr"], rate, 1e-6 * rate)
 
     moments = grpo.adamw_moments(optim, *moments, grads)
-    change = grpo.adamw_change(optim, before, *run.moments[step], number)
+    change = grpo.adamw_change(optim, before, *run.moments[step], count, rate)
     for name in before:
         for kind, found, expected in zip(("mu", "nu"), run.moments[step], moments, strict=True):
             scale = np.max(np.abs(expected[name]))
@@ -212,12 +292,11 @@ def check_update(run, step, number, moments, minibatch):
         scale, rounding = np.max(np.abs(change[name])), 2**-24 * np.max(np.abs(after[name]))
         found = (after[name] - before[name]) / scale
         compare("updates", step, f"change of {name}", found, change[name] / scale, 3e-5 + rounding / scale)
-    return moments, metrics
+    return moments, cut
 
 
-def check_skipped_update(run, step):
-    """Checks that an update with a non-finite gradient changed nothing."""
-    compare("updates", step, "optim/grad_norm", run.metrics[step]["optim/grad_norm"], None)
+def check_no_change(run, step):
+    """Checks that an update with a non-finite gradient or without a signal changed nothing."""
     for kind, found, expected in (
         ("policy", run.policies[step], run.policies[step - 1]),
         ("mu", run.moments[step][0], run.moments[step - 1][0]),
@@ -227,34 +306,53 @@ def check_skipped_update(run, step):
             compare("updates", step, f"{kind} of {name}", found[name], expected[name], 0)
 
 
+def check_references(run):
+    """Checks that the reference is the base model until the policy replaces it, and which checkpoints hold it."""
+    steps, has_reference = range(1, run.cfg["total_steps"] + 1), run.cfg["loss"]["kl_coef"] > 0
+    expected = [0] * has_reference + [step for step in steps if run.reference_step(step)]
+    compare("updates", None, "steps with a reference", sorted(run.references), expected)
+    for step, reference in run.references.items():
+        policy = run.policies[run.reference_step(step)]
+        for name, x in reference.items():
+            compare("updates", step, f"reference, {name}", x, policy[name], 0)
+
+
 def check_training(run):
     """Checks all rollouts and updates."""
     firsts = list(range(1, run.cfg["total_steps"] + 1, run.updates_per_rollout))
     compare("rollouts", None, "first steps", list(run.train), firsts)
-    for name, x in run.reference.items():
-        compare("updates", 0, f"reference, {name}", x, run.policies[0][name], 0)
+    check_references(run)
     moments = tuple({name: np.zeros_like(x) for name, x in run.policies[0].items()} for _ in range(2))
-    number, shuffles, clipped = 0, [], []
+    number, count, shuffles, cuts = 0, 0, [], []
     for index, (first, records) in enumerate(run.train.items()):
-        data = check_rollout(run, index, first, records)
-        updates, epochs = check_minibatches(run, first, records)
-        shuffles += [str(epoch) for epoch in epochs]
+        data, kept = check_rollout(run, index, first, records)
+        updates, epochs = check_minibatches(run, first, records, kept)
+        shuffles += [str(epoch) for epoch in epochs if len(kept) > 1]
         for step, rows in enumerate(updates, first):
-            if run.metrics[step]["optim/skipped"]:
-                check_skipped_update(run, step)
+            row = run.metrics[step]
+            rate = grpo.learning_rate(run.cfg["optim"], number + 1)
+            compare("updates", step, "optim/lr", row["optim/lr"], rate, 1e-6 * rate)
+            is_signal = bool(has_signal(run, step, first, rows, data[2]))
+            is_skipped, is_finite = row["optim/skipped"], row["optim/grad_norm"] is not None
+            compare("updates", step, "optim/skipped", is_skipped, float(not is_finite))
+            compare("updates", step, "optim/no_signal", row["optim/no_signal"], float(is_finite and not is_signal))
+            number += is_finite  # the schedule does not count updates whose gradient is not finite
+            if not is_finite or not is_signal:
+                check_no_change(run, step)
                 continue
-            number += 1
-            minibatch = run.arrange([records[n] for n in rows]), *(x[rows] for x in data)
-            moments, metrics = check_update(run, step, number, moments, minibatch)
-            clipped += [float(metrics["clipped_low"]), float(metrics["clipped_high"])]
+            count += 1
+            minibatch = [records[n] for n in rows], *(x[rows] for x in data)
+            moments, cut = check_update(run, step, rate, count, moments, minibatch)
+            cuts.append(cut)
     compare("minibatches", None, "number of different shuffles", len(set(shuffles)), len(shuffles))
-    compare("updates", None, "both bounds clip", max(clipped[::2]) > 0 < max(clipped[1::2]), True)
+    compare("updates", None, "both signs of the advantage are cut", bool(np.max(cuts, axis=0).min() > 0), True)
 
 
 def check_evaluations(run):
     """Checks the completions of each evaluation, their log-probs and its metrics."""
     cfg = run.cfg["eval"]
-    steps = [s for s in run.policies if s in (0, run.cfg["total_steps"]) or s % cfg["every_steps"] == 0]
+    every = cfg["every_steps"] or run.cfg["total_steps"]
+    steps = [step for step in run.policies if step % every == 0 or step == run.cfg["total_steps"]]
     compare("evaluations", None, "steps", list(run.eval), steps)
     compare("evaluations", None, "steps", [r["step"] for r in run.metrics if "eval/accuracy" in r], steps)
     for step, records in run.eval.items():
@@ -263,12 +361,11 @@ def check_evaluations(run):
         compare("evaluations", step, "ids", ids, [[i, 0] for i in range(cfg["questions"])])
         expected = run.logps(step, cfg["temperature"], records)
         compare("evaluations", step, "logps", run.recorded("logps", records), expected, LOGP)
-        for name, value in {
-            "eval/accuracy": np.mean([record["rewards"]["accuracy"] for record in records]),
-            "eval/format": np.mean([record["rewards"]["format"] for record in records]),
-            "eval/length_mean": np.mean([record["length"] for record in records]),
-        }.items():
-            compare("evaluations", step, name, run.metrics[step][name], value, 1e-6)
+        parts = run.cfg["reward"]["parts"]
+        means = {f"eval/{part}": np.mean([record["rewards"][part] for record in records]) for part in parts}
+        means["eval/length_mean"] = np.mean([record["length"] for record in records])
+        for name, value in means.items():
+            compare("evaluations", step, name, run.metrics[step].get(name), value, 1e-6)
 
 
 def check_draws(run):
