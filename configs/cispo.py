@@ -1,11 +1,11 @@
-"""CISPO: the ratio is bounded and detached from the gradient, so that every token keeps one.
+"""CISPO: the ratio is bounded and detached, so that every token keeps its gradient.
 
     python -m grpo_jax.main --config=configs/cispo.py[:PRESET] --workdir=runs/cispo
 
 Paper: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arXiv 2506.13585, section
 3.1.
 
-    loss = -1/(sum_i |o_i|) sum_i sum_t sg(min(rho, 1 + clip_high)) A_i log pi        for a group; then their mean
+    loss = -1/(sum_i |o_i|) sum_i sum_t sg(min(rho, 1 + clip_high)) A_i log pi        per group, then averaged
     A_i  = (r_i - mean(r)) / sigma(r)
 
 Published, in section 3:
@@ -13,19 +13,19 @@ Published, in section 3:
     loss.ratio                  detached
     loss.aggregate              prompt
     loss.kl_coef                0
-    groups.equal                drop, then refill, as DAPO does
+    groups.equal                drop, then refill, as in DAPO
     optim.b1, b2, eps           0.9, 0.95, 1e-15
     model.logit_dtype           float32, which is the default
 
-Not published: ours are loss.clip_high (0.28: the weight is at most 1.28), the learning rate (1e-6), the batch (512 x
-16), the number of updates per rollout (16), the lengths (2,048 + 20,480 tokens), weight decay (0), warm-up (none), the
-gradient clip (1), the number of updates (8,000) and the reward of the run on Qwen2.5-32B (accuracy).
+Not published: ours are loss.clip_high (0.28, so that the weight is at most 1.28), the learning rate (1e-6), the batch
+(512 x 16), the number of updates per rollout (16), the lengths (2,048 + 20,480 tokens), weight decay (0), warm-up
+(none), the gradient clip (1), the number of updates (8,000) and the reward of the run on Qwen2.5-32B (accuracy).
 
-What differs: there is no lower bound, because the paper disables its own. Code bases read the bound differently: an
-epsilon of 5 means a largest weight of 5 in TRL and of 6 here, where clip_high is an offset. MiniMax-M1 itself has an
-attention that this package does not load, so the preset is the model on which the paper compares CISPO with DAPO.
-Groups are dropped and not refilled. The paper also stops a completion after 3,000 tokens in a row with a probability
-above 0.99, which we do not.
+Differences: there is no lower bound, because the paper disables its own. Implementations define the upper bound
+differently: an epsilon of 5 gives a largest weight of 5 in TRL, but 6 here, because clip_high is an offset. This
+package does not support the attention of MiniMax-M1 itself, so the preset trains the model on which the paper compares
+CISPO with DAPO. Dropped groups are not refilled. Unlike the paper, we do not stop a completion after 3,000 tokens in a
+row with a probability above 0.99.
 """
 
 from grpo_jax import config
@@ -33,7 +33,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def cispo(cfg):
-    """Sets what the recipe prescribes for any model."""
+    """Sets the values of the recipe that do not depend on the model."""
     cfg.loss.ratio, cfg.loss.clip_high = "detached", 0.28
     cfg.loss.aggregate = "prompt"
     cfg.loss.kl_coef = 0.0
@@ -44,17 +44,17 @@ def cispo(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/cispo.py --workdir=runs/cispo
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(cispo(config.default()))
 
 
 def qwen25_32b():
-    """Qwen2.5-32B, on which the paper compares CISPO with GRPO and DAPO: 524 GB of state.
+    """Trains Qwen2.5-32B, on which the paper compares CISPO with GRPO and DAPO: 524 GB of state.
 
     python -m grpo_jax.main --config=configs/cispo.py:qwen2.5-32b --workdir=runs/cispo-qwen2.5-32b
 

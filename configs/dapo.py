@@ -1,9 +1,9 @@
-"""DAPO: a higher upper clip, the mean over all tokens, a penalty for overlong completions, no groups of equal rewards.
+"""DAPO: a higher upper clip, a mean over all tokens, a penalty for overlong completions, no groups of equal rewards.
 
     python -m grpo_jax.main --config=configs/dapo.py[:PRESET] --workdir=runs/dapo
 
 Paper: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476. Script: verl,
-recipe/dapo/run_dapo_qwen2.5_32b.sh (today in verl-recipe, dapo/).
+recipe/dapo/run_dapo_qwen2.5_32b.sh (now in verl-recipe, dapo/).
 
     loss = -1/(sum_i |o_i|) sum_i sum_t min(rho A_i, clip(rho, 1 - 0.2, 1 + 0.28) A_i)        equation 8
     A_i  = (r_i - mean(r)) / sigma(r)
@@ -21,17 +21,17 @@ Published, in section 4.1 unless noted:
     rollout.overlong            soft, C = rollout.overlong_cache = 4,096
     train.minibatches           16, of 512 completions each
     optim.lr, optim.schedule    1e-6, constant
-    optim.warmup_steps          20 rollouts, 320 updates (the script has 10 rollouts)
+    optim.warmup_steps          20 rollouts, 320 updates (10 rollouts in the script)
     optim.weight_decay          0.1 (script)
     optim.grad_clip             1 (script)
     eval                        temperature 1, top-p 0.7
 
 Not published: ours are Adam's betas (0.9 and 0.95) and the number of updates (8,000).
 
-What differs: DAPO samples until 512 groups have both correct and wrong answers (dynamic sampling). We drop the other
-groups of a rollout and do not refill, so that updates have fewer completions; refilling does not exist yet. The reward
-of -1 or 1 is written as 2 times the accuracy, which differs by a constant that the group's mean removes. The script
-divides by the standard deviation with G - 1; the paper and we divide by the one with G.
+Differences: DAPO samples until 512 groups have both correct and wrong answers (dynamic sampling). We drop the other
+groups without replacement, so updates have fewer completions; refilling is not implemented. The reward of -1 or 1 is
+implemented as 2 times the accuracy, which differs by a constant that cancels with the group's mean. The script divides
+by the standard deviation with G - 1; the paper and this config use the one with G.
 """
 
 from grpo_jax import config
@@ -39,7 +39,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dapo(cfg):
-    """Sets what the recipe prescribes for any model, except rollout.overlong_cache."""
+    """Sets the values of the recipe that do not depend on the model, except rollout.overlong_cache."""
     cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.clip_dual = 0.2, 0.28, 10.0
     cfg.loss.aggregate = "token"
     cfg.loss.kl_coef = 0.0
@@ -50,11 +50,12 @@ def dapo(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/dapo.py --workdir=runs/dapo
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout. The last 8 of 56 tokens cost reward (ours).
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout. The penalty falls over the
+    last 8 of 56 tokens (ours).
     """
     cfg = tiny_model(dapo(config.default()))
     cfg.rollout.overlong_cache = 8
@@ -62,7 +63,7 @@ def tiny():
 
 
 def qwen25_32b():
-    """Qwen2.5-32B, the model of the paper: 524 GB of state.
+    """Trains Qwen2.5-32B, the model of the paper: 524 GB of state.
 
     python -m grpo_jax.main --config=configs/dapo.py:qwen2.5-32b --workdir=runs/dapo-qwen2.5-32b
 

@@ -15,14 +15,14 @@ Published, in section 4.2:
     rollout.max_tokens          1,024 ("the max length")
     optim.lr                    1e-6
     train.minibatches, .epochs  1, 1: one update per rollout
-    batch                       1,024, of questions or of completions: not published; ours: completions, 16 x 64
+    batch                       1,024; whether of questions or completions is not published; ours: 16 x 64 completions
 
 Not published: ours are the clip (0.2, which one update per rollout never reaches), Adam's betas (0.9 and 0.95), weight
 decay (0), warm-up (none), the gradient clip (1) and the number of updates (1,000).
 
-What differs: the paper's reward is a trained reward model and its questions follow supervised fine-tuning; ours are
-rule-based rewards. Its iterative variant, which retrains the reward model and replaces the reference by the policy, is
-not reproduced, nor is process supervision.
+Differences: the paper uses a trained reward model and questions from its supervised fine-tuning data; we use rule-based
+rewards. We reproduce neither its iterative variant, which retrains the reward model and replaces the reference with the
+policy, nor process supervision.
 """
 
 from grpo_jax import config
@@ -30,23 +30,23 @@ from grpo_jax.config.presets import choose_preset, hub_model
 
 
 def deepseekmath(cfg):
-    """Sets what the recipe prescribes for any model: the KL coefficient. The rest of GRPO is the default."""
+    """Sets the KL coefficient; the other values that do not depend on the model are the defaults."""
     cfg.loss.kl_coef = 0.04
     return cfg
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/deepseekmath.py --workdir=runs/deepseekmath
 
-    On 1 device: two CPU cores, minutes. One update per rollout, as in the paper.
+    On 1 device: takes minutes on two CPU cores. Makes one update per rollout, as in the paper.
     """
     return deepseekmath(config.default())
 
 
 def deepseek_math_7b():
-    """DeepSeekMath-Instruct-7B, the model of the paper: 124 GB of state.
+    """Trains DeepSeekMath-Instruct-7B, the model of the paper: 124 GB of state.
 
     python -m grpo_jax.main --config=configs/deepseekmath.py:deepseek-math-7b --workdir=runs/deepseek-math-7b
 

@@ -1,4 +1,4 @@
-"""DPPO: no clip; a token whose probability has moved too far in the direction of its advantage is left out.
+"""DPPO: no clip; tokens whose probability has moved too far in the direction of their advantage are left out.
 
     python -m grpo_jax.main --config=configs/dppo.py[:PRESET] --workdir=runs/dppo
 
@@ -11,7 +11,7 @@ Script of the authors: verl, examples/dppo_trainer/run_qwen30b_dppo.sh.
 Published, in the script unless noted:
 
     loss.ratio                  difference (paper); pi_old is the sampler's probability
-    loss.clip_difference        0.15, a probability; prime-rl and SkyRL, which adopted the method, have 0.2
+    loss.clip_difference        0.15, a probability; 0.2 in prime-rl and SkyRL, which adopted the method
     advantage.std               none, as in Dr. GRPO
     loss.aggregate              constant; L is the longest completion
     loss.kl_coef                0
@@ -23,10 +23,10 @@ Published, in the script unless noted:
 
 Not published: ours are Adam's betas (0.9 and 0.95), weight decay (0), warm-up (none) and the gradient clip (1).
 
-What differs: the recipe's bound is 0.2 where no script says otherwise (`tiny`); `qwen3-30b-a3b` has the script's. The
-reward of -1 or 1 is written as 2 times the accuracy, which differs by a constant that the group's mean removes. verl
-also bounds rho, by default at 20 and in this script at 10,000; we limit log rho to [-20, 20]. prime-rl adds 1e-3 times
-the squared log-ratio, which we do not.
+Differences: `tiny` uses a bound of 0.2; `qwen3-30b-a3b` uses the script's. The reward of -1 or 1 is implemented as 2
+times the accuracy, which differs by a constant that cancels with the group's mean. verl also bounds rho, by default at
+20 and in this script at 10,000; we limit log rho to [-20, 20]. Unlike prime-rl, we do not add 1e-3 times the squared
+log-ratio.
 """
 
 from grpo_jax import config
@@ -34,7 +34,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dppo(cfg):
-    """Sets what the recipe prescribes for any model; loss.constant_length is the longest completion."""
+    """Sets the values of the recipe that do not depend on the model; loss.constant_length is the longest completion."""
     cfg.loss.ratio, cfg.loss.clip_difference = "difference", 0.2
     cfg.advantage.std = "none"
     cfg.loss.aggregate, cfg.loss.constant_length = "constant", cfg.rollout.max_tokens
@@ -44,21 +44,21 @@ def dppo(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/dppo.py --workdir=runs/dppo
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(dppo(config.default()))
 
 
 def qwen3_30b_a3b():
-    """Qwen3-30B-A3B-Base, the model of the script: 489 GB of state.
+    """Trains Qwen3-30B-A3B-Base, the model of the script: 489 GB of state.
 
     python -m grpo_jax.main --config=configs/dppo.py:qwen3-30b-a3b --workdir=runs/dppo-qwen3-30b-a3b
 
-    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): the experts are split 8 ways, and their matrices too. The
+    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): experts are sharded 8 ways, and so are their matrices. The
     script uses 16 GPUs and keeps parameters and moments in host memory.
     """
     cfg = hub_model(

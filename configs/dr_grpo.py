@@ -1,4 +1,4 @@
-"""Dr. GRPO: advantages are not divided by the standard deviation, nor losses by the length of a completion.
+"""Dr. GRPO: divides neither advantages by the standard deviation nor losses by the length of a completion.
 
     python -m grpo_jax.main --config=configs/dr_grpo.py[:PRESET] --workdir=runs/dr_grpo
 
@@ -23,9 +23,9 @@ Published (paper and script):
 
 Not published: ours are Adam's betas (0.9 and 0.95), weight decay (0), warm-up (none) and the gradient clip (1).
 
-What differs: the script reads 20 times through its 8,500 problems (MATH, levels 3 to 5), which makes about 1,330
-rollouts; total_steps is 8 times that. It has a preset with R1's template and one with Qwen-Math's template; ours is
-R1's, with the end of a completion at </answer>.
+Differences: the script makes 20 passes over its 8,500 problems (MATH, levels 3 to 5), which is about 1,330 rollouts;
+total_steps is 8 times that. The script supports R1's template and Qwen-Math's; we use R1's, and completions end at
+</answer>.
 """
 
 from grpo_jax import config
@@ -33,7 +33,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def dr_grpo(cfg):
-    """Sets what the recipe prescribes for any model; loss.constant_length is the longest completion."""
+    """Sets the values of the recipe that do not depend on the model; loss.constant_length is the longest completion."""
     cfg.advantage.std = "none"
     cfg.loss.aggregate, cfg.loss.constant_length = "constant", cfg.rollout.max_tokens
     cfg.loss.kl_coef = 0.0
@@ -43,17 +43,17 @@ def dr_grpo(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/dr_grpo.py --workdir=runs/dr_grpo
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(dr_grpo(config.default()))
 
 
 def qwen25_math_7b():
-    """Qwen2.5-Math-7B, the model of the script: 122 GB of state.
+    """Trains Qwen2.5-Math-7B, the model of the script: 122 GB of state.
 
     python -m grpo_jax.main --config=configs/dr_grpo.py:qwen2.5-math-7b --workdir=runs/qwen2.5-math-7b
 

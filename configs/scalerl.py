@@ -1,4 +1,4 @@
-"""ScaleRL: CISPO's loss, advantages divided by the standard deviation of the batch, the mean over questions.
+"""ScaleRL: CISPO's loss, advantages divided by the standard deviation of the batch, and a mean over prompts.
 
     python -m grpo_jax.main --config=configs/scalerl.py[:PRESET] --workdir=runs/scalerl
 
@@ -11,7 +11,7 @@ Code: TRL, ScaleRLTrainer.
 Published, in appendix A.3 unless noted:
 
     loss.ratio                  detached; pi_old is the sampler's probability
-    loss.clip_high              4: epsilon = 1 + 4 = 5; 4 to 8 do alike, and TRL has 5
+    loss.clip_high              4, as epsilon = 1 + 4 = 5; values from 4 to 8 perform alike, and TRL uses 5
     advantage.mean, std         group, batch
     loss.aggregate              prompt
     loss.kl_coef                0
@@ -24,13 +24,13 @@ Published, in appendix A.3 unless noted:
 Not published: ours are the 8B model (Llama-3.1-8B), Adam's betas (0.9 and 0.95), the gradient clip (1) and the number
 of updates (1,000).
 
-What differs: the paper learns from rollouts that are up to 8 updates old while it samples new ones. Here sampling and
-learning alternate, so that the ratio of the full preset is 1 up to rounding; rollout.prompts=384 and
-train.minibatches=8 keep 48 prompts per update and make rollouts up to 7 updates old. The standard deviation is that of
-the rollout's raw rewards; the paper normalizes the centered advantages of the batch, and TRL a running average of them.
-The paper ends long thinking with a forced sentence, where we truncate, and never asks a question again whose pass rate
-has reached 0.9, which we do. The reward of -1 or 1 is written as 2 times the accuracy, which differs by a constant that
-the group's mean removes.
+Differences: the paper samples and learns asynchronously, from rollouts that are up to 8 updates old. Here sampling and
+learning alternate, so the ratio of the full preset is 1 up to rounding; rollout.prompts=384 and train.minibatches=8
+keep 48 prompts per update and make rollouts up to 7 updates old. We divide by the standard deviation of the rollout's
+raw rewards; the paper normalizes the centered advantages of the batch, and TRL uses a running average. The paper
+interrupts long thinking with a forced sentence, whereas we truncate it. It also drops problems whose pass rate has
+reached 0.9, which we do not. The reward of -1 or 1 is implemented as 2 times the accuracy, which differs by a constant
+that cancels with the group's mean.
 """
 
 from grpo_jax import config
@@ -38,7 +38,7 @@ from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def scalerl(cfg):
-    """Sets what the recipe prescribes for any model."""
+    """Sets the values of the recipe that do not depend on the model."""
     cfg.loss.ratio, cfg.loss.clip_high = "detached", 4.0
     cfg.advantage.std = "batch"
     cfg.loss.aggregate = "prompt"
@@ -50,17 +50,17 @@ def scalerl(cfg):
 
 
 def tiny():
-    """The tiny base model of the package.
+    """Trains the tiny base model that comes with the package.
 
     python -m grpo_jax.main --config=configs/scalerl.py --workdir=runs/scalerl
 
-    On 1 device: two CPU cores, minutes. Four updates per rollout.
+    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
     return tiny_model(scalerl(config.default()))
 
 
 def llama31_8b():
-    """Llama-3.1-8B, a dense model of the paper's size: 128 GB of state.
+    """Trains Llama-3.1-8B, a dense model of the paper's size: 128 GB of state.
 
     python -m grpo_jax.main --config=configs/scalerl.py:llama3.1-8b --workdir=runs/scalerl-llama3.1-8b
 
