@@ -50,7 +50,9 @@ def tiny():
 
     On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
     """
-    return tiny_model(cispo(config.default()))
+    cfg = tiny_model(cispo(config.default()))
+    cfg.optim.lr = 1e-4
+    return cfg
 
 
 def qwen25_32b():
