@@ -4,8 +4,8 @@ pip install matplotlib
 python docs/plot_curves.py docs/curves.png runs/seed0 runs/seed1 runs/seed2
 python docs/plot_curves.py recipes.png dapo=runs/dapo gspo=runs/gspo gspo=runs/gspo-seed1
 
-Each run is given as WORKDIR or LABEL=WORKDIR. Without a label it is named after its seed. Runs with the same label have
-the same color and one entry in the legend.
+Pass each run as WORKDIR or LABEL=WORKDIR. The default label is the seed of the run. Runs with the same label share a
+color and an entry in the legend.
 """
 
 import json
@@ -23,7 +23,7 @@ CURVES = {  # the metrics of training and of evaluations, by title
 
 
 def label_and_workdir(run: str) -> tuple[str, Path]:
-    """Splits LABEL=WORKDIR; the label of a plain WORKDIR is the seed of its run."""
+    """Splits LABEL=WORKDIR into its parts. The label of a plain WORKDIR is the seed of its run."""
     label, _, workdir = run.rpartition("=")
     return label or f"seed {json.loads((Path(workdir) / 'config.json').read_text())['seed']}", Path(workdir)
 

@@ -74,7 +74,7 @@ class Experience:
     ref_logps: Float[np.ndarray, "N S"]  # log pi_ref; zeros until computed, and if no reference is kept
     advantages: Float[np.ndarray, " N"]  # one advantage per completion; zeros until computed
     prompt_ids: Int[np.ndarray, " N"]  # sequences with equal ids share the same prompt
-    kept: Bool[np.ndarray, " N"]  # False for completions that no update learns from
+    kept: Bool[np.ndarray, " N"]  # False for completions that are left out of the updates
 
 
 @flax.struct.dataclass

@@ -262,7 +262,9 @@ def check_settings(loss: LossSection, ref_logps, constant_length, groups) -> Non
     if loss.aggregate == "prompt" and groups is None:
         raise ValueError("groups must be given with aggregate='prompt'; found None. Pass one number per completion.")
     if ref_logps is None and loss.kl_coef:
-        raise ValueError(f"ref_logps must be given, because kl_coef is {loss.kl_coef}; found None. Or pass kl_coef=0.")
+        raise ValueError(
+            f"ref_logps must be given, because kl_coef is {loss.kl_coef}; found None. Pass them, or pass kl_coef=0."
+        )
 
 
 def grpo_loss(

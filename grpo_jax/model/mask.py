@@ -60,7 +60,7 @@ def weighted_values(
         values: The values, one head per key head.
         mask: True where a query attends to a key.
         divisor: Divides the scores.
-        softcap: The `soft_cap` of the divided scores; 0: none.
+        softcap: The cap of the divided scores (see `soft_cap`); 0 for none.
 
     Returns:
         The output of each query head, in the dtype of `values`.

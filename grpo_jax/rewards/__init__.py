@@ -3,8 +3,8 @@
 Modules, in reading order:
 
     verify       accuracy and format of completions
-    script       the language of completions, told by its script
-    length       the penalty of overlong completions
+    script       identifies the language of completions by their script
+    length       the penalty for overlong completions
     parts        reward parts and their weighted sum
 
 No module of this package imports JAX.

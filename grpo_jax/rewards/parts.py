@@ -36,7 +36,7 @@ def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarr
     return format(texts)
 
 
-PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}  # those that need no setting
+PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}  # parts without settings
 
 PARTS_RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
 
@@ -45,7 +45,7 @@ def resolve_parts(cfg: Config) -> dict[str, RewardPart]:
     """Returns the parts that `reward.parts` names, by label and in the same order.
 
     Raises:
-        UserError: A name is not that of a built-in part and no function can be imported for it.
+        UserError: A name is neither that of a built-in part nor that of a function that can be imported.
     """
     names, limit, cache = cfg.reward.parts, cfg.rollout.max_tokens, cfg.rollout.overlong_cache
     parts: dict[str, RewardPart] = PARTS | {
@@ -109,15 +109,15 @@ def grade_texts(
 def shape_overlong(
     rewards: Rewards, overlong: str, truncated: np.ndarray, lengths: np.ndarray, limit: int, cache: int
 ) -> Rewards:
-    """Changes the rewards of completions that are too long, as `rollout.overlong` says.
+    """Adjusts the rewards of overlong completions according to `rollout.overlong`.
 
     Args:
         rewards: The rewards of N completions.
-        overlong: "zero" sets the total of truncated completions to 0. "soft" adds `overlong_penalty` to the total of
-            all, and to the parts as "overlong". "keep" and "mask" change nothing.
+        overlong: "zero" sets the total of truncated completions to 0. "soft" adds `overlong_penalty` to all totals and
+            records it as the part "overlong". "keep" and "mask" change nothing.
         truncated: Whether each completion reached the limit without a stop, bool [N].
         lengths: The length of each completion in tokens, int [N].
-        limit: The longest length in tokens (`rollout.max_tokens`).
+        limit: The maximum length in tokens (`rollout.max_tokens`).
         cache: The number of tokens over which the penalty falls (`rollout.overlong_cache`).
     """
     if overlong == "zero":

@@ -1,4 +1,4 @@
-"""The language of completions, told by the script of their words (DeepSeek-R1, arXiv 2501.12948v1, section 2.3.2)."""
+"""Identifies the language of completions by their script (DeepSeek-R1, arXiv 2501.12948v1, section 2.3.2)."""
 
 import re
 import unicodedata
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from grpo_jax.rewards.verify import TAGS
 
 # The code of each script, by the first word of the Unicode names of its letters; all other scripts have the code "o".
-# A lowercase code means that a word is a run of letters, a capital one that each letter counts as a word.
+# With a lowercase code, a word is a run of letters; with a capital code, each letter counts as a word.
 SCRIPT_CODES = {"LATIN": "l", "GREEK": "g", "CYRILLIC": "c", "ARABIC": "a", "HEBREW": "h", "DEVANAGARI": "d"}
 SCRIPT_CODES |= {"HANGUL": "k", "CJK": "H", "IDEOGRAPHIC": "H", "HIRAGANA": "K", "KATAKANA": "K", "THAI": "T"}
 
@@ -25,19 +25,21 @@ _WORD = re.compile("l{2,}|g{2,}|c+|a+|h+|d+|k+|o+|[HKT]")  # a single Latin or G
 def language(texts: Sequence[str], language: str = "en") -> Float[np.ndarray, " N"]:
     r"""Returns the fraction of each text's words that are written in the script of a language, as float32.
 
-    DeepSeek-R1 rewards the fraction of words in the target language, without saying how a word's language is told.
-    Here its script decides, over the whole text, which needs no model. Therefore
+    DeepSeek-R1 rewards the fraction of words in the target language, but does not say how the language of a word is
+    identified. This function uses the script, which needs no model, over the whole text. Therefore
 
-    - languages of one script cannot be told apart: German counts as English, Persian as Arabic, Ukrainian as Russian;
-    - Chinese characters count for `zh` and `ja`, so Japanese text is partly Chinese and Chinese text is Japanese;
-    - for `ko` only Hangul counts, not Chinese characters.
+    - languages that share a script cannot be distinguished: German counts as English, Persian as Arabic, and Ukrainian
+      as Russian;
+    - Chinese characters count for both `zh` and `ja`, so Japanese text counts partly as Chinese, and Chinese text fully
+      as Japanese;
+    - for `ko`, only Hangul counts, not Chinese characters.
 
     A word is a run of letters of one script. Chinese, Japanese and Thai are written without spaces, so each of their
     letters counts as a word: "hello世界" has three words. Combining marks belong to the letter before them. Full-width
     and mathematical letters count as plain ones (NFKC). Digits, symbols, the template's tags, LaTeX commands (`\frac`)
     and single Latin or Greek letters (variables, but also "a" and "I") are not words.
 
-    A text without words gets 0: neither an empty completion nor a bare formula has earned anything. The time is linear
+    A text without words gets 0, so that neither an empty completion nor a bare formula is rewarded. The time is linear
     in the length of the text.
 
     Args:
@@ -60,10 +62,10 @@ def word_fraction(text: str, codes: str) -> float:
 
 
 def encode_character(char: str) -> str:
-    """Returns the script codes of a letter, "" for a combining mark or an invisible character, otherwise a space.
+    """Returns the script codes of a letter, "" for a combining mark or an invisible character, or a space otherwise.
 
-    The code of each character depends on that character alone: normalizing a whole text takes quadratic time if it has
-    a long run of combining marks.
+    Each character is encoded by itself, because normalizing a whole text takes quadratic time if it has a long run of
+    combining marks.
     """
     if not char.isalpha():
         return "" if unicodedata.category(char) in ("Mn", "Mc", "Me", "Cf") else " "

@@ -1,12 +1,12 @@
 """Saves and restores a run with Orbax.
 
-    WORKDIR/checkpoints/reference      the reference with which the run begins, written once
+    WORKDIR/checkpoints/reference      the reference at the start of the run, written once
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
                             /meta      step (which also fixes the position in the problem stream), random key, number
                                        of skipped updates, metrics of the current rollout
                             /experience  the current rollout, if some of its updates are still to come
-                            /reference   the reference, once the policy has replaced it
+                            /reference   the reference, if the policy has replaced it
 
 Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
 """
@@ -51,7 +51,7 @@ def save_checkpoint(
 ) -> None:
     """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call.
 
-    `experience` and `reference` are None where there is nothing to save.
+    Pass None for `experience` or `reference` if there is nothing to save.
     """
     items = {
         "policy": ocp.args.StandardSave(state.params),
@@ -119,7 +119,7 @@ def save_reference(workdir: Path, params) -> None:
 
 
 def restore_reference(workdir: Path, step: int, shapes, shardings):
-    """Restores the reference of a run at a checkpoint onto the mesh: the checkpoint's own, or the run's first one."""
+    """Restores the reference of a checkpoint onto the mesh: the one saved in it, or else the run's first reference."""
     folder = checkpoints_folder(workdir)
     replaced = folder / str(step) / "reference"
     with ocp.StandardCheckpointer() as checkpointer:

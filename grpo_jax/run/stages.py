@@ -47,7 +47,7 @@ def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts,
 def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
     """Packs completions on the host, into rows whose shape has room for `completions` of them."""
     shards = num_data_shards(mesh)
-    # Where completions are left out, a minibatch may hold parts of more groups than if all groups were complete.
+    # If completions are left out, a minibatch may hold parts of more groups than if all groups were complete.
     are_complete = cfg.groups.equal == "keep" and cfg.rollout.overlong != "mask"
     shape = packed_shape(
         completions,
@@ -112,7 +112,7 @@ def grade_completions(
 
 
 def are_equal(rewards: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, " B"]:
-    """Returns which groups have the same reward for all of their completions."""
+    """Returns a mask of the groups whose completions all have the same reward."""
     return (rewards == rewards[:, :1]).all(axis=1)
 
 
@@ -123,7 +123,7 @@ def completion_kl(cfg: Config, experience: Experience) -> Float[np.ndarray, " N"
 
 
 def add_advantages(cfg: Config, experience: Experience, rollout: Rollout, rewards: Rewards) -> Experience:
-    """Fills in the advantages of a rollout's completions, and which of them updates learn from.
+    """Computes the advantages of a rollout's completions and the mask of those that the updates learn from.
 
     With `loss.kl_in=reward`, the KL penalty is subtracted from the rewards first.
     """

@@ -100,9 +100,9 @@ def replace_params(old, new):
 
 
 def replace_reference(cfg: Config, run: RunState) -> RunState:
-    """Makes the policy the reference if `reference.every_updates` says that this is due after `run.step`.
+    """Replaces the reference with the policy if `reference.every_updates` requires it after `run.step`.
 
-    Log-probs under the former reference stay in use until the updates of the current rollout are done.
+    The updates of the current rollout continue to use its log-probs under the former reference.
     """
     every = cfg.reference.every_updates
     if not every or run.step % every:

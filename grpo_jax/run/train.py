@@ -258,7 +258,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 with timed(times, "time/score_s"):
                     ref_logps = wait_for_ref_logps()
                 if cfg.loss.kl_in == "reward" and run.train.is_reference:
-                    ref_logps = experience.sampler_logps  # a KL of exactly 0; dividing by the std amplifies rounding
+                    ref_logps = experience.sampler_logps  # exactly 0 KL; dividing by the std would amplify rounding
                 experience = experience.replace(ref_logps=ref_logps)
                 experience = add_advantages(cfg, experience, rollout, rewards)
                 rollout_metrics = measure_rollout(cfg, experience, rollout, rewards, times["time/rollout_s"])

@@ -122,7 +122,7 @@ def read_json_object(path: Path) -> dict:
 def read_hf_config(source: Path) -> dict:
     """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
     if source.suffix == ".gguf":
-        from grpo_jax.weights.gguf_file import read_gguf_config  # no other kind of model needs the module
+        from grpo_jax.weights.gguf_file import read_gguf_config  # imported here, because only GGUF files need it
 
         return read_gguf_config(source)
     return read_json_object(source / "config.json")

@@ -177,7 +177,7 @@ def open_gguf_tensors(path: Path, hf_config: dict) -> dict[str, StoredTensor]:
     Raises:
         UserError: The file cannot be read, or has a tensor that its architecture does not have.
     """
-    from grpo_jax.weights.gguf_file import read_gguf_tensors  # no other kind of model needs the module
+    from grpo_jax.weights.gguf_file import read_gguf_tensors  # imported here, because only GGUF files need it
 
     dtype = np.dtype(SAFETENSORS_DTYPES["F32" if hf_config["dtype"] == "float32" else "BF16"])
     return {

@@ -57,7 +57,7 @@ def read_gguf_tokenizer(path: Path):
     """
     from transformers import PreTrainedTokenizerFast
 
-    from grpo_jax.weights.gguf_file import read_gguf_header  # no other kind of model needs the module
+    from grpo_jax.weights.gguf_file import read_gguf_header  # imported here, because only GGUF files need it
 
     header = read_gguf_header(path)
 
