@@ -1,4 +1,4 @@
-"""Every setting of the advantages, against values worked out by hand and an independent computation.
+"""Tests every setting of the advantages against hand values and an independent computation.
 
 tests/test_grpo.py has the properties of the defaults.
 """
@@ -33,7 +33,7 @@ def test_the_arguments_and_their_defaults_are_those_of_the_documentation():
 # One right answer of eight: the mean is 1/8. The squares add up to 7/8, so the variance is 7/64 with ddof=0 and 1/8
 # with ddof=1, and the right answer has 7/8 / sqrt(7/64) = sqrt(7) = 2.646, or 7/8 / sqrt(1/8) = 2.475.
 @pytest.mark.parametrize("ddof, right, wrong", [(0, 7**0.5, -(7**-0.5)), (1, 2.4748737, -0.3535534)])
-def test_ddof_decides_between_the_two_standard_deviations(ddof, right, wrong):
+def test_ddof_selects_the_standard_deviation(ddof, right, wrong):
     np.testing.assert_allclose(advantages(ONE_OF_EIGHT, ddof=ddof), [[right] + [wrong] * 7], rtol=1e-6)
 
 
@@ -45,8 +45,8 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
     np.testing.assert_allclose(advantages(rewards, mean="leave_one_out"), np.asarray([[3, -1.5, -1.5]]) / 2**0.5)
 
 
-def test_std_none_divides_by_nothing():
-    """Dr. GRPO (arXiv 2503.20783). ddof and eps have no effect."""
+def test_std_none_does_not_divide():
+    """Dr. GRPO (arXiv 2503.20783); ddof and eps have no effect."""
     expected = [[7 / 8] + [-1 / 8] * 7]
     np.testing.assert_allclose(advantages(ONE_OF_EIGHT, std="none"), expected, rtol=1e-6)
     np.testing.assert_array_equal(advantages(ONE_OF_EIGHT, std="none", ddof=1, eps=0.5), np.float32(expected))
@@ -76,7 +76,7 @@ def test_eps_is_added_to_the_standard_deviation():
 @pytest.mark.parametrize("mean", ["group", "leave_one_out"])
 @pytest.mark.parametrize("std", STDS)
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_equal_rewards_of_a_group_give_exactly_0_whatever_it_is_divided_by(mean, std, eps):
+def test_equal_rewards_of_a_group_give_exactly_0_with_any_divisor(mean, std, eps):
     """The mean of three times 0.1 is not 0.1 in float32, and the difference over an eps of 1e-8 would be 0.7."""
     rewards = jnp.asarray([[0.1, 0.1, 0.1], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
     result = np.asarray(advantages(rewards, mean=mean, std=std, eps=eps))
@@ -86,7 +86,7 @@ def test_equal_rewards_of_a_group_give_exactly_0_whatever_it_is_divided_by(mean,
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 7.0])
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_a_standard_deviation_of_0_gives_0_with_the_mean_of_the_batch(value, ddof):
-    """Such a group differs from the batch, but by no number of its own standard deviations; with eps it is large."""
+    """The group's mean differs from the batch's, but its standard deviation is 0; a small eps gives large values."""
     rewards = jnp.asarray([[value] * 3, [1.0, 0.0, 0.0]])
     result = np.asarray(advantages(rewards, mean="batch", ddof=ddof))
     assert (result[0] == 0).all() and (result[1] != 0).all()
@@ -97,12 +97,12 @@ def test_a_standard_deviation_of_0_gives_0_with_the_mean_of_the_batch(value, ddo
 
 @jax.jit
 def all_settings(rewards):
-    """Computes the advantages of each mean, std, ddof and eps, in one compilation for all of them."""
+    """Computes the advantages for each mean, std, ddof and eps in a single compilation."""
     return [unwrap(advantages)(rewards, **settings) for settings in SETTINGS]
 
 
 def test_all_combinations_match_an_independent_computation():
-    """Groups of 5, one of equal rewards, one of rewards that differ by little, and one of large rewards."""
+    """The groups of 5 include one with equal rewards, one with nearly equal rewards and one with large rewards."""
     draw = np.random.default_rng(0)
     rewards = draw.standard_normal((6, 5)) * np.asarray([[1], [0.1], [1], [30], [1], [1]])
     rewards[2], rewards[4] = 0.3, [1, 0, 0, 1, 0]
@@ -117,7 +117,7 @@ def test_all_combinations_match_an_independent_computation():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
 def test_rewards_that_are_all_equal_give_exactly_0_in_all_combinations(shape, value):
-    """Single completions have no standard deviation with ddof=1. Noise of 7e-9 would be a step of the optimizer."""
+    """With ddof=1, a single completion has no standard deviation. Noise of 7e-9 would become an optimizer step."""
     for settings, result in zip(SETTINGS, all_settings(np.full(shape, value, np.float32)), strict=True):
         assert (np.asarray(result) == 0).all(), settings
 

@@ -71,7 +71,7 @@ def read_records(folder: Path, name: str) -> list[dict]:
 
 
 def import_module(path: Path):
-    """Imports a file of a copy, under a name that no other module has."""
+    """Imports a file of a copy under a unique module name."""
     name = "copied_" + re.sub(r"\W", "_", str(path))
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
@@ -151,13 +151,13 @@ class OffPolicyRows:
 
 
 def test_a_mask_takes_the_objective_but_not_the_kl_term_from_off_policy_completions(tmp_path):
-    """Of the masked completions, only the KL term's gradient 0.5 (1 - e^q) is left, q = log pi_ref - log pi."""
+    """Masked completions keep only the gradient of the KL term, 0.5 (1 - e^q) with q = log pi_ref - log pi."""
     rows, folder = OffPolicyRows(), copy_with(tmp_path / "copy", "mask")
     grpo, schema = (import_module(folder / "grpo_jax" / name) for name in ("learn/grpo.py", "config/schema.py"))
     settings = dict(kl_coef=0.5, clip_low=9.0, clip_high=9.0)  # wide enough never to clip
     distances = -rows.log_ratio.sum(axis=1) / rows.lengths
     is_masked = (rows.batch.advantages < 0) & (distances > 0.02)
-    # The limit matters on both sides, and so does the sign of the advantage.
+    # Some completions are within the limit and some beyond it, with advantages of both signs.
     assert 0 < is_masked.sum() < (rows.batch.advantages < 0).sum() and is_masked.sum() < (distances > 0.02).sum()
     loss = schema.LossSection(**settings, off_policy_limit=0.02)
     total, gradient, metrics = rows.gradients(grpo, loss)
@@ -185,7 +185,7 @@ def test_the_penalty_pulls_every_token_back_to_the_old_policy(tmp_path):
 
 @pytest.fixture(scope="module")
 def changed_run(tmp_path_factory):
-    """A run with the flags of all commands of the guide, and with all diffs of the loss and from files applied."""
+    """Runs training with the flags of all commands in the guide, and with the diffs of the loss and of new files."""
     changes = ("maxrl", "mask", "penalty", "trainer_logps", "brevity", "multiplication")
     folder = copy_with(tmp_path_factory.mktemp("changed") / "copy", *changes)
     words = [word for command in COMMANDS for word in shlex.split(command)]

@@ -1,4 +1,4 @@
-"""The fraction of words in a language's script, counted by hand for each text."""
+"""Tests the fraction of words in a language's script against counts by hand."""
 
 # ruff: noqa: RUF001 (letters that look alike are the subject)
 
@@ -40,7 +40,7 @@ def test_every_language_of_the_config_has_a_script_and_english_is_the_default():
         language([], "tlh")
 
 
-def test_languages_of_one_script_are_not_told_apart():
+def test_languages_that_share_a_script_are_not_distinguished():
     for target in ("de", "en", "es", "fr", "it", "pt", "vi"):
         assert language([TEXTS["de"], TEXTS["zh"]], target).tolist() == [1, 0]
 

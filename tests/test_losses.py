@@ -1,6 +1,6 @@
-"""Every setting of the loss, against values and gradients worked out by hand and an independent computation.
+"""Tests every setting of the loss against values and gradients derived by hand and an independent computation.
 
-tests/test_grpo.py has the hand values of the defaults: ratio="token", kl="k3" and aggregate="sequence".
+tests/test_grpo.py has the hand values for the defaults: ratio="token", kl="k3" and aggregate="sequence".
 """
 
 from inspect import Parameter, signature, unwrap
@@ -57,7 +57,7 @@ def assert_is(found, value, grad, clip_frac=None):
         np.testing.assert_allclose(found[2]["policy/clip_frac"], clip_frac)
 
 
-def test_the_arguments_and_their_defaults_are_those_of_the_documentation():
+def test_the_arguments_have_the_documented_names_and_defaults():
     parameters = signature(unwrap(grpo_loss)).parameters
     assert list(parameters)[:5] == ["logps", "old_logps", "ref_logps", "advantages", "mask"]
     assert {name: p.default for name, p in parameters.items() if p.kind == Parameter.KEYWORD_ONLY} == dict(
@@ -96,13 +96,13 @@ GEOMETRIC = [
 
 @pytest.mark.parametrize("ratio", ["sequence", "sequence_token"])
 def test_the_ratio_of_a_sequence_is_a_geometric_mean(ratio):
-    """Both have this gradient where the tokens of a completion have one weight and one advantage (GSPO, section 4)."""
+    """Both have this gradient if all tokens of a completion have the same weight and advantage (GSPO, section 4)."""
     for ratios, advantage, loss, slope, clipped in GEOMETRIC:
         found = one_completion(ratios, advantage, ratio=ratio, clip_low=0.2, clip_high=0.3)
         assert_is(found, loss, [slope, slope], clipped)
 
 
-def test_the_mean_log_ratio_counts_the_tokens_of_its_own_completion():
+def test_the_mean_log_ratio_is_over_the_tokens_of_a_completion():
     """Completions of 1 and 2 tokens: s is 1.1 and sqrt(1.44 * 0.64) = 0.96. Over 3 tokens the last would be 0.973."""
     mask = np.asarray([[1, 0, 0], [1, 1, 0]])
     old_logps = -1 - np.log([[1.1, 50.0, 1.0], [1.44, 0.64, 1.0]])
@@ -129,7 +129,7 @@ DETACHED = [
 ]
 
 
-def test_a_detached_ratio_weighs_the_log_prob_and_has_an_upper_bound_only():
+def test_a_detached_ratio_weights_the_log_prob_and_has_only_an_upper_bound():
     """CISPO (arXiv 2506.13585, equation 4)."""
     for ratio, advantage, loss, slope, bounded in DETACHED:
         found = one_completion([ratio], advantage, ratio="detached", clip_low=0.2, clip_high=0.3)
@@ -151,7 +151,7 @@ DIFFERENCE = [
 ]
 
 
-def test_a_difference_of_probabilities_leaves_tokens_out():
+def test_tokens_beyond_the_difference_of_probabilities_are_left_out():
     """DPPO (arXiv 2602.04879)."""
     for new, old, advantage, loss, slope, left_out in DIFFERENCE:
         settings = dict(ratio="difference", clip_difference=0.2, logp=np.log(new))
@@ -160,7 +160,7 @@ def test_a_difference_of_probabilities_leaves_tokens_out():
     assert_is(one_completion([2.0], 2.0, **settings), 0.0, [0.0], 1)  # a rise of 0.15 is more than 0.12
 
 
-def test_a_token_that_is_left_out_stays_in_the_denominator_and_in_the_kl_term():
+def test_a_token_that_is_left_out_still_counts_in_the_denominator_and_the_kl_term():
     """Two tokens with pi = 0.5, A = 2: the first rose by 0.3 and is left out, the second did not change.
 
     The surrogate is (0 + 2) / 2 = 1, and 2 if the token were not counted. Its KL term, with pi_ref = 2 pi, is
@@ -191,14 +191,14 @@ DUAL = {
 
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])
 def test_the_dual_clip_bounds_the_objective_where_the_advantage_is_negative(ratio):
-    """A ratio, not an offset (arXiv 1912.09729, equation 5)."""
+    """The bound is a ratio, not an offset (arXiv 1912.09729)."""
     for ratios, advantage, loss, slopes, clipped in DUAL[ratio.removesuffix("_token")]:
         found = one_completion(ratios, advantage, ratio=ratio, clip_low=0.2, clip_high=0.3, clip_dual=3.0)
         assert_is(found, loss, slopes, clipped)
 
 
-def test_no_log_ratio_beyond_20_reaches_the_loss_of_any_ratio():
-    """log rho is cut to 20 before anything is made of it, and tokens beyond have no gradient through it."""
+def test_log_ratios_are_limited_to_20_for_every_ratio():
+    """log rho is limited to 20 before it is used, and tokens beyond the limit have no gradient through it."""
     ratios = np.exp([30, -10])
 
     def result(ratio):
@@ -247,7 +247,7 @@ def test_kl_estimators_match_hand_values(kl, ref_ratio, estimate, slope):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_the_correction_is_by_the_ratio_of_the_token_whatever_the_loss_uses(ratio):
+def test_the_kl_correction_uses_the_token_ratio_whatever_the_loss_uses(ratio):
     """Two tokens with ratios 4 and 0.25, whose geometric mean is 1, and k1 = -log 2 and log 2."""
     settings = dict(kl="k1", kl_corrected=True, kl_coef=1.0, ref_ratios=[2.0, 0.5])
     found = one_completion([4.0, 0.25], 0.0, ratio=ratio, **settings)
@@ -258,14 +258,14 @@ def test_the_correction_is_by_the_ratio_of_the_token_whatever_the_loss_uses(rati
     "kl, distance, estimate",
     [("k1", 30, -20), ("k1", -30, 20), ("k2", 30, 200), ("k2", -30, 200), ("k3", 30, np.exp(20) - 21), ("k3", -30, 19)],
 )
-def test_a_reference_beyond_20_nats_is_cut_and_has_no_gradient(kl, distance, estimate):
+def test_the_log_ratio_to_the_reference_is_limited_to_20_nats(kl, distance, estimate):
     """Corrected, the gradient through the ratio remains. k2 would be 450 without the cut, and k3 1.1e13."""
     settings = dict(kl=kl, kl_coef=1.0, ref_ratios=[np.exp(distance)])
     assert_is(one_completion([2.0], 0.0, **settings), estimate, [0.0])
     assert_is(one_completion([2.0], 0.0, kl_corrected=True, **settings), 2 * estimate, [2 * estimate])
 
 
-def test_a_correction_beyond_20_nats_is_cut_and_has_no_gradient_of_its_own():
+def test_the_kl_correction_is_limited_to_20_nats_and_then_has_no_gradient():
     """rho = e^20, k2 = log(2)^2 / 2 and dk2 = -log 2: the gradient is rho dk2, without rho k2."""
     found = one_completion([np.exp(25)], 0.0, kl="k2", kl_coef=1e-6, kl_corrected=True, ref_ratios=[2.0])
     assert_is(found, 1e-6 * np.exp(20) * LN2**2 / 2, [-1e-6 * np.exp(20) * LN2])
@@ -410,7 +410,7 @@ def test_the_first_update_is_the_policy_gradient_for_every_ratio(ratio, aggregat
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_ratio_metrics_are_about_the_tokens_that_count(ratio):
+def test_ratio_metrics_ignore_padding(ratio):
     """Ratios 0.5 and 0.25: the largest is 0.5, and (0.75)^2 / (2 * 0.3125) = 0.9. Padding has no ratio of 1."""
     old_logps = -1 - np.log([[0.5, 0.25, 8.0]])
     mask = np.asarray([[1, 1, 0]])
@@ -423,7 +423,7 @@ def test_ratio_metrics_are_about_the_tokens_that_count(ratio):
     "aggregate, clip_frac", [("sequence", 0.75), ("token", 2 / 3), ("prompt", 0.75), ("constant", 2 / 3)]
 )
 @pytest.mark.parametrize("denominator", [None, 50])
-def test_fractions_of_tokens_have_the_weights_of_the_loss_and_a_sum_of_one(aggregate, clip_frac, denominator):
+def test_fractions_of_tokens_use_the_loss_weights_divided_by_their_sum(aggregate, clip_frac, denominator):
     """Completions of 1 and 2 tokens, of which the first and one of the others are clipped; all have pi_ref = 2 pi.
 
     `constant` with a length of 100 and a larger denominator make the weights small, but not the fractions.
@@ -438,8 +438,8 @@ def test_fractions_of_tokens_have_the_weights_of_the_loss_and_a_sum_of_one(aggre
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_nan_in_a_counted_token_is_not_hidden_by_any_ratio(ratio):
-    """A comparison with NaN is false, so a token could be left out of the sum, and a broken update not be skipped."""
+def test_no_ratio_hides_nan_in_a_counted_token(ratio):
+    """Comparisons with NaN are false, so the token could be left out of the sum and the broken update be applied."""
     clean, nan = np.full((2, 3), -1.0), np.full((2, 3), -1.0)
     nan[0, 1] = np.nan
     settings = dict(ratio=ratio, kl="k2", kl_corrected=True)
@@ -483,7 +483,7 @@ BATCH, BATCH_GROUPS = random_batch()
 
 
 def combinations(ratio, aggregate):
-    """Lists the settings of all KL terms with and without a dual clip, each second with a denominator."""
+    """Lists the settings of all KL terms with and without a dual clip; every second one has a denominator."""
     duals = (None,) if ratio in ("detached", "difference") else (None, 1.8)
     for i, (kl, kl_corrected, clip_dual) in enumerate(product(KLS, (False, True), duals)):
         yield dict(
@@ -516,7 +516,7 @@ def test_all_combinations_match_an_independent_computation(ratio, aggregate):
 
 
 def test_the_random_batch_reaches_every_case():
-    """Otherwise the comparison above would not test it."""
+    """A case that the batch does not reach would not be tested above."""
     logps, old_logps, _, A, mask = BATCH
     log_rho = np.where(mask, logps - np.where(mask, old_logps, 0), 0)
     for rho in (np.exp(log_rho), np.exp(losses.row_means(log_rho, mask))):
@@ -529,8 +529,8 @@ def test_the_random_batch_reaches_every_case():
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_the_independent_gradient_matches_differences_of_the_independent_loss(ratio, monkeypatch):
-    """Central differences in float64; the values that a gradient takes as constants are held."""
+def test_the_independent_gradient_matches_finite_differences(ratio, monkeypatch):
+    """Uses central differences in float64, with the values under stop_gradient held constant."""
     monkeypatch.setattr(losses, "LIMIT", 0.7)  # so that some tokens are beyond it
     arrays, mask = [np.float64(x) for x in BATCH[:4]], BATCH[4]
     arrays[:3] = [np.where(mask, x, -1.0) for x in arrays[:3]]
@@ -570,7 +570,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("settings, message", REFUSED)
-def test_settings_that_mean_nothing_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     one = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match=message):
         unwrap(grpo_loss)(one, one, one, jnp.zeros(1), jnp.ones((1, 1)), **settings)

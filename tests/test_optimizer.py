@@ -288,13 +288,13 @@ def test_update_with_a_non_finite_gradient_is_skipped(name, bad):
 
 
 def trace(state):
-    """Returns every array that an update without a signal must leave as it is."""
+    """Returns all arrays that an update without a signal must not change."""
     return jax.tree.leaves((state.params, state.opt_state))
 
 
 @pytest.mark.parametrize("name", ADAMW_FIRST)
-def test_update_without_a_signal_changes_nothing_but_the_schedule(name):
-    """A gradient of 5e-10, the rounding error of one that is 0, would become steps of full size under Adam.
+def test_an_update_without_a_signal_only_advances_the_schedule(name):
+    """Adam would scale a gradient of 5e-10, the rounding error of a gradient of 0, up to steps of full size.
 
     With momentum and weight decay, even a gradient of exactly 0 would change the parameters. The schedule warms up over
     8 updates, of which the second and the third have no signal: the fourth has a learning rate of 0.08 * 4 / 8.
@@ -322,7 +322,7 @@ def test_update_without_a_signal_changes_nothing_but_the_schedule(name):
 
 
 def test_a_non_finite_gradient_counts_as_skipped_whether_or_not_there_is_a_signal():
-    """The schedule repeats the learning rate of a skipped update, and not of one without a signal."""
+    """The schedule repeats the learning rate after a skipped update, but not after one without a signal."""
     _, update = compiled(OptimSection(lr=0.08, warmup_steps=8))
     state, broken, rates = run_updates(OptimSection(lr=0.08, warmup_steps=8), small())[0][0], small(1), []
     broken = jax.tree.map(lambda x: x.at[0, 3].set(jnp.inf), broken)
@@ -340,7 +340,7 @@ def test_a_non_finite_gradient_counts_as_skipped_whether_or_not_there_is_a_signa
 
 
 def test_the_policy_is_the_reference_until_an_update_is_applied():
-    """Updates that are left out for either reason keep it so."""
+    """Skipped updates and updates without a signal are not applied."""
     _, update = compiled(OptimSection())
     state = new_train_state(small(), compiled(OptimSection())[0])
     broken, flags = jax.tree.map(lambda x: x * jnp.nan, small(1)), [bool(state.is_reference)]
@@ -356,7 +356,7 @@ def test_the_policy_is_the_reference_until_an_update_is_applied():
 def test_eps_is_added_to_the_root_of_the_second_moment(name):
     """The first step of Adam is -lr * g / (|g| + eps): for g = 3 and eps = 1 that is 3/4 of lr.
 
-    Inside of the root, eps would make it 3 / sqrt(10) of lr. Muon uses Adam for the bias.
+    Inside the root, eps would make it 3 / sqrt(10) of lr. Muon uses Adam for the bias.
     """
     grads = jax.tree.map(lambda x: jnp.full_like(x, 3.0), small())
     for eps, fraction in ((1.0, 3 / 4), (6.0, 1 / 3), (1e-15, 1.0)):
@@ -366,7 +366,7 @@ def test_eps_is_added_to_the_root_of_the_second_moment(name):
         np.testing.assert_allclose(bias, -0.5 * fraction, rtol=1e-4)
         if name == "adamw":
             np.testing.assert_allclose(kernel, -0.5 * fraction, rtol=1e-4)
-    # A gradient that is 1,000 times smaller is at eps = 1e-2 no step of full size: 3e-3 / (3e-3 + 1e-2).
+    # With eps = 1e-2, a gradient that is 1,000 times smaller does not give a full step: 3e-3 / (3e-3 + 1e-2).
     optim = OptimSection(name=name, lr=0.5, eps=1e-2)
     (before, after), _ = run_updates(optim, small(), optax.tree.scale(1e-3, grads))
     np.testing.assert_allclose(step_taken(after, before)[1], -0.5 * 0.003 / 0.013, rtol=1e-4)

@@ -183,8 +183,8 @@ def test_any_batch_fits_in_its_packed_shape(kind):
 
 
 @pytest.mark.parametrize("kept", ["whole groups", "any"])
-def test_minibatches_of_the_completions_that_are_kept_fit_in_a_shape_for_single_ones(kept, monkeypatch):
-    """Groups or completions are left out of a rollout, and the rest is divided; sizes then differ by at most 1.
+def test_minibatches_of_kept_completions_fit_in_the_shape_for_groups_of_one(kept, monkeypatch):
+    """The completions that are kept are divided into minibatches whose sizes differ by at most 1.
 
     A minibatch can have more prompts than one of complete groups, at most one for each completion.
     """

@@ -1,4 +1,4 @@
-"""docs/plot_curves.py plots what metrics.jsonl holds. A stand-in for matplotlib records what is drawn."""
+"""Tests that docs/plot_curves.py plots the values in metrics.jsonl, with mocks in place of matplotlib."""
 
 import importlib.util
 import json

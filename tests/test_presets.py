@@ -1,4 +1,4 @@
-"""The presets of configs/r1zero.py, and the memory and devices that the presets of all recipes name."""
+"""Tests the presets of configs/r1zero.py, and the memory and devices that all presets state."""
 
 import re
 from pathlib import Path

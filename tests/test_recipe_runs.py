@@ -1,4 +1,4 @@
-"""Runs with the settings of published recipes: replaced references, updates without a signal, dropped completions."""
+"""Tests runs with settings of published recipes: reference replacement, updates without a signal, left-out groups."""
 
 import json
 import os
@@ -23,9 +23,9 @@ from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 
 PROBLEMS = [Problem(f"What is {a} + 1?", str(a + 1), {"a": a}) for a in range(4)]
-COMPLETIONS = 16  # of a rollout; an evaluation has 8
+COMPLETIONS = 16  # per rollout; an evaluation has 8
 # All runs of this module share the shapes of rollouts, so that the sampler compiles once. Two minibatches and two
-# epochs make four updates a rollout.
+# epochs make four updates per rollout.
 SHAPES = {
     "rollout.prompts": 4,
     "rollout.samples": 4,
@@ -68,7 +68,7 @@ def by_length(problems, texts, lengths):
 
 
 def read_rows(workdir):
-    """Returns the lines of metrics.jsonl after that of step 0, without what a clock measures."""
+    """Returns the lines of metrics.jsonl after step 0, without times and speeds."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
     return [{name: row[name] for name in row if name[:5] != "time/" and name[-6:] != "_per_s"} for row in rows]
 
@@ -92,8 +92,8 @@ def are_equal(leaves, others):
     return all(np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
 
 
-# Replaced references. The policy replaces the reference in the middle of a rollout, after updates 3 and 6, and at the
-# first update of another, 9.
+# Reference replacement. The policy replaces the reference in the middle of a rollout, after updates 3 and 6, and after
+# the first update of another rollout, 9.
 REPLACED = {
     "loss.kl_coef": 0.1,
     "reference.every_updates": 3,
@@ -127,7 +127,7 @@ def test_every_checkpoint_holds_the_reference_of_its_step(replaced_run):
 
 
 def test_a_rollout_keeps_the_reference_that_it_was_scored_with(replaced_run):
-    """The policy that sampled a rollout was the reference only in the first one: the others began at steps 5 and 9."""
+    """Only the first rollout was sampled by the reference itself; the others began at steps 5 and 9."""
     for first, is_reference in ((1, True), (5, False), (9, False)):
         records = read_records(replaced_run, first)
         gap = max(np.abs(np.subtract(r["ref_logps"], r["policy_logps"])).max() for r in records)
@@ -137,10 +137,10 @@ def test_a_rollout_keeps_the_reference_that_it_was_scored_with(replaced_run):
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(2, marks=pytest.mark.slow),  # before the first change
-        3,  # at it, in the middle of a rollout that was scored with the former reference
-        pytest.param(4, marks=pytest.mark.slow),  # after it, between two rollouts
-        7,  # in the middle of a rollout, after another change
+        pytest.param(2, marks=pytest.mark.slow),  # before the first replacement
+        3,  # at the replacement, in the middle of a rollout that was scored with the former reference
+        pytest.param(4, marks=pytest.mark.slow),  # after the replacement, between two rollouts
+        7,  # in the middle of a rollout, after the second replacement
         pytest.param(9, marks=pytest.mark.slow),
     ],
 )
@@ -188,7 +188,7 @@ def test_the_policy_is_copied_into_the_memory_of_the_reference(dtype):
         (0.0, {"loss.kl_coef": 0.1}),
         pytest.param(0.0, {"loss.kl_coef": 0.0}, marks=pytest.mark.slow),
         pytest.param(0.0, {"loss.kl_coef": 0.1, "loss.kl_in": "reward", "loss.kl": "k1"}, marks=pytest.mark.slow),
-        # The mean of 16 rewards of 0.7 in float32 is not 0.7.
+        # In float32, the mean of 16 rewards of 0.7 is not 0.7.
         pytest.param(0.7, {"advantage.mean": "batch", "advantage.std": "none"}, marks=pytest.mark.slow),
     ],
 )
@@ -200,7 +200,7 @@ def test_without_a_signal_25_updates_change_nothing_but_the_learning_rate(tmp_pa
     assert not any(np.any(leaf) for leaf in restore(tmp_path, 25, "optimizer"))  # zero moments, and no gradient counted
     assert column(tmp_path, "optim/no_signal") == [1] * 25
     assert column(tmp_path, "optim/skipped") == [0] * 25
-    # Update t = 1 ... 5 has t / 5 of the peak; then 1 / 50 of it is taken away after each update.
+    # Updates t = 1 ... 5 have t / 5 of the peak learning rate, which then falls by 1 / 50 of the peak per update.
     rates = [0.002, 0.004, 0.006, 0.008, 0.01] + [0.01 * (1 - t / 50) for t in range(20)]
     np.testing.assert_allclose(column(tmp_path, "optim/lr"), rates, rtol=1e-6)
     if keys.get("loss.kl_in") == "reward":
@@ -209,11 +209,11 @@ def test_without_a_signal_25_updates_change_nothing_but_the_learning_rate(tmp_pa
 
 @pytest.mark.parametrize("kl_in, resumed", [("loss", 8), pytest.param("reward", 12, marks=pytest.mark.slow)])
 def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path, kl_in, resumed):
-    """Rewards differ in the first of four rollouts only. The policy replaces the reference after updates 6 and 12.
+    """Rewards differ only in the first of four rollouts. The policy replaces the reference after updates 6 and 12.
 
-    Update 6 is in the middle of the second rollout, whose last updates still learn from the base model. The third
-    rollout learns from the policy of update 6, the fourth from that of update 12, which sampled it. A run that is
-    resumed knows whether its policy is the reference.
+    Update 6 is in the middle of the second rollout, whose last updates still use the base model as the reference. The
+    reference of the third rollout is the policy after update 6; that of the fourth is the policy that sampled it.
+    A resumed run knows whether its policy is the reference.
     """
     keys = {"loss.kl_coef": 0.1, "loss.kl_in": kl_in, "reference.every_updates": 6}
     differ = np.arange(COMPLETIONS) % 4
@@ -247,19 +247,19 @@ def test_an_entropy_bonus_is_always_a_signal(tmp_path):
 
 @pytest.mark.parametrize("std", ["none", "batch", "group"])
 def test_rewards_that_are_equal_in_the_whole_batch_have_no_advantage(std):
-    """In float32, the mean of 16 times 0.7 is not 0.7; divided by eps, the difference would be about -0.06."""
+    """In float32, the mean of 16 values of 0.7 is not 0.7; divided by eps, the difference would be about -0.06."""
     rewards = jnp.full((4, 4), 0.7)
     assert jnp.mean(rewards) != rewards[0, 0]
     assert not grpo_jax.advantages(rewards, mean="batch", std=std, eps=1e-6).any()
 
 
-# Dropped completions.
+# Completions that are left out.
 
 
-def test_a_minibatch_that_is_empty_changes_nothing_and_what_is_left_is_divided_evenly(tmp_path):
-    """Two of the four groups differ in the first rollout, none in the second. Each of eight minibatches is an update.
+def test_an_empty_minibatch_changes_nothing_and_kept_completions_are_divided_evenly(tmp_path):
+    """Rewards differ in two of four groups of the first rollout and in none of the second. There are eight minibatches.
 
-    The KL term is a signal only where a completion is left: otherwise momentum and weight decay would go on.
+    The KL term is a signal only if the minibatch has a completion: otherwise momentum and weight decay would still act.
     """
     keys = {"groups.equal": "drop", "rollout.overlong": "mask", "loss.kl_coef": 0.1, "optim.weight_decay": 0.1}
     keys |= {"train.minibatches": 8, "train.epochs": 1, "total_steps": 16}
@@ -273,7 +273,7 @@ def test_a_minibatch_that_is_empty_changes_nothing_and_what_is_left_is_divided_e
     assert 2 <= count <= 7
     steps = [record["update_steps"] for record in records]
     assert [n for n in range(COMPLETIONS) if steps[n]] == kept
-    assert sorted(chain(*steps)) == list(range(1, count + 1))  # one completion each, as long as there are any
+    assert sorted(chain(*steps)) == list(range(1, count + 1))  # one completion each, until none is left
     assert not any(record["update_steps"] for record in read_records(tmp_path, 9))
 
     rows = read_rows(tmp_path)
@@ -294,7 +294,7 @@ def test_a_minibatch_that_is_empty_changes_nothing_and_what_is_left_is_divided_e
         ("groups.equal", "drop", 4, [0, 0, 0, 1, 1, 1]),  # three groups of four are left, and the first minibatch ends
     ],
 )
-def test_parts_of_more_groups_than_usual_fit_into_packed_rows(key, value, minibatches, groups):
+def test_parts_of_many_groups_fit_into_packed_rows(key, value, minibatches, groups):
     """With prompts of 100 tokens and completions of 4, a minibatch of whole groups needs fewer tokens."""
     count, mesh = len(groups), make_mesh(devices=jax.devices()[:1])
     experience = Experience(

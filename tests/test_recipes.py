@@ -1,4 +1,4 @@
-"""The published recipes in configs/: their values against the papers, and docs/algorithms.md against their values."""
+"""Tests the recipes in configs/ against published values, and docs/algorithms.md against the recipes."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from grpo_jax.errors import UserError
 REPO = Path(__file__).parent.parent
 PAGE = (REPO / "docs" / "algorithms.md").read_text()
 
-# What the papers and the authors' scripts publish, by recipe and preset. Each value was read there, not in the config.
+# Values published in the papers and the authors' scripts, by preset. They were taken from there, not from the configs.
 PUBLISHED = {
     "r1zero:deepseek-v3": {  # arXiv 2501.12948v2, 2.1; the clip of 10 is R1's first stage
         "optim.lr": 3e-6,
@@ -208,7 +208,7 @@ ARXIV = {
     "justrl": "2512.16649",
     "rloo": "2402.14740",
 }
-# Settings of the loss for which a paper states no value, and what we took.
+# Our values for settings that a paper does not publish.
 UNPUBLISHED = {
     "deepseekmath": {"loss.clip_low": 0.2, "loss.clip_high": 0.2},
     "cispo": {"loss.clip_high": 0.28},
@@ -241,7 +241,7 @@ def test_a_full_preset_has_the_published_values(name):
 
 @pytest.mark.parametrize("recipe", ARXIV)
 def test_the_tiny_preset_has_the_settings_of_the_recipe(recipe):
-    """Sections that say what is learned agree with the full preset, except for what depends on the model's size."""
+    """The keys that define the recipe agree with the full preset, except for those that depend on the model's size."""
     tiny, full = load(recipe), load(*next(name for name in PUBLISHED if name.startswith(f"{recipe}:")).split(":"))
     scaled = {"loss.constant_length", "rollout.overlong_cache"}
     scaled |= {
@@ -257,7 +257,7 @@ def test_the_tiny_preset_has_the_settings_of_the_recipe(recipe):
 
 @pytest.mark.parametrize("recipe", ARXIV)
 def test_a_tiny_preset_makes_four_updates_of_each_rollout(recipe):
-    """With one update the ratio is 1, and most recipes are the same. DeepSeekMath and the default run have one."""
+    """With one update, the ratio is 1 and most recipes are the same. DeepSeekMath and the default run make only one."""
     values = load(recipe)
     updates = values["train.minibatches"] * values["train.epochs"]
     assert updates == 1 if recipe in ("r1zero", "deepseekmath") else updates >= 4
@@ -271,8 +271,8 @@ def test_a_config_names_its_paper_and_what_is_not_published(recipe):
 
 
 @pytest.mark.parametrize("recipe", UNPUBLISHED)
-def test_values_of_ours_are_named_as_ours(recipe):
-    """The paragraph or sentence that says "ours" names the value of each setting that the paper leaves open."""
+def test_docstrings_state_the_values_that_are_ours(recipe):
+    """The paragraph with "ours" states the value of each setting that the paper does not publish."""
     full = next(name for name in PUBLISHED if name.startswith(f"{recipe}:"))
     values, text = load(*full.split(":")), docstring(recipe)
     assert {key: values[key] for key in UNPUBLISHED[recipe]} == UNPUBLISHED[recipe]

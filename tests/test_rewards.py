@@ -198,7 +198,7 @@ def test_overlong_soft_adds_the_penalty_to_the_total_and_to_the_parts():
 
 
 @pytest.mark.parametrize("overlong", ["keep", "mask"])
-def test_overlong_keep_and_mask_leave_rewards_as_they_are(overlong):
+def test_overlong_keep_and_mask_do_not_change_rewards(overlong):
     rewards = shaped(overlong)
     assert rewards.total.tolist() == [2, 2, -0.5, 2, -3] and list(rewards.parts) == ["accuracy"]
 

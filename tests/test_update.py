@@ -368,7 +368,7 @@ def test_the_settings_have_every_pair_of_values():
 def off_policy():
     """Returns 12 completions of 3 prompts whose ratios are on both sides of every bound, for both signs of advantage.
 
-    The log-probs of the sampler differ by completion and by token from those of the policy, a few of them by far.
+    The log-probs of the sampler differ from those of the policy per completion and per token, in a few cases by far.
     """
     batch, draw = experience(12, samples=4, seed=13), np.random.default_rng(0)
     logps, shape = exact_scores(batch)[0], batch.mask.shape
@@ -387,7 +387,7 @@ def off_policy():
 
 @jax.jit
 def pull_back(params, batch, logps_slope, entropies_slope):
-    """Returns the gradient in the parameters, given that in log-probs and entropies `[N, S]`, from full logits."""
+    """Returns the gradient in the parameters from that in log-probs and entropies `[N, S]`, with full logits."""
 
     def scores(params):
         columns = batch.prompt_lengths[:, None] + jnp.arange(batch.mask.shape[1])
@@ -431,7 +431,7 @@ def pack_with(batch, loss, micro_tokens, shards=1):
     ids=lambda value: "-".join(map(str, value)),
 )
 def test_each_setting_has_the_same_gradient_packed_split_and_on_eight_devices(setting, ways):
-    """A group of 4 completions is spread over micro-batches and shards. The expectation has a row per completion."""
+    """Groups of 4 completions are spread over micro-batches and shards. The reference has one row per completion."""
     ratio, aggregate, kl, kl_corrected, clip_dual, entropy_coef = setting
     loss = LossSection(
         ratio=ratio,
@@ -464,7 +464,7 @@ def test_each_setting_has_the_same_gradient_packed_split_and_on_eight_devices(se
 
 
 def test_a_minibatch_without_completions_has_finite_metrics_and_no_gradient():
-    """Of all completions that could have been in it, none is kept. The program is that of any other minibatch."""
+    """No completion is kept. The empty minibatch has the shapes of any other, so nothing is compiled again."""
     full = packed(experience(), 16)
     shape = packed_shape(8, 1, 5, 6, 16, 1)
     rows = pack_minibatch(take_rows(experience(), np.arange(0)), LOSS, shape, 1).replace(num_sequences=8)
@@ -475,8 +475,8 @@ def test_a_minibatch_without_completions_has_finite_metrics_and_no_gradient():
     assert all(np.isfinite(list(metrics.values()))) and metrics["loss/total"] == 0
 
 
-def test_an_update_without_advantages_is_left_out_while_the_policy_is_the_reference():
-    """Later, the KL term has a gradient of its own, unless no completion is left in the minibatch."""
+def test_an_update_without_advantages_has_no_signal_while_the_policy_is_the_reference():
+    """Afterwards, the KL term has a gradient, unless the minibatch is empty."""
     mesh, new_state, update = sgd_update(REPRESENTATIVE)
     with jax.set_mesh(mesh):
         rows = packed(experience(), 16, num_data_shards(mesh))
@@ -518,8 +518,8 @@ def test_an_update_without_advantages_is_left_out_while_the_policy_is_the_refere
         pytest.param(LossSection(kl_coef=0.1), True, marks=SLOW),
     ],
 )
-def test_which_terms_of_the_loss_are_a_signal_without_advantages(loss, has_signal):
-    """The policy is no longer the reference, whose log-probs differ from it. An entropy bonus needs no log.entropy."""
+def test_which_loss_terms_are_a_signal_without_advantages(loss, has_signal):
+    """The policy differs from the reference. The entropy bonus works without log.entropy."""
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), optax.identity()
     with jax.set_mesh(mesh):
         state = init_train_state(mesh, jax.tree.map(jnp.array, params()), optimizer)

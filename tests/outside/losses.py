@@ -1,12 +1,12 @@
-"""The advantages and the loss of every setting in float64 NumPy, with gradients by hand; nothing here knows `grpo_jax`.
+"""Advantages and losses of every setting in float64 NumPy, with gradients derived by hand, independent of `grpo_jax`.
 
-`loss` follows the equations as they are published: rho = pi / pi_old, q = log pi_ref - log pi, and sg(x) is a value
-that the gradient takes as a constant.
+`loss` follows the published equations: rho = pi / pi_old, q = log pi_ref - log pi, and the gradient treats sg(x) as a
+constant.
 """
 
 import numpy as np
 
-LIMIT = 20.0  # log rho and q are cut to +-20 and have no gradient beyond
+LIMIT = 20.0  # log rho and q are limited to +-20, without a gradient outside
 
 
 def advantages(rewards, mean="group", std="group", ddof=0, eps=0.0):
@@ -20,7 +20,7 @@ def advantages(rewards, mean="group", std="group", ddof=0, eps=0.0):
     for b, g in np.ndindex(rewards.shape):
         group, others = rewards[b], np.delete(rewards[b], g)
         if mean != "batch" and np.all(group == group[0]):
-            continue  # the completions of the group do not differ, so there is nothing to learn from it
+            continue  # equal rewards have advantages of 0
         center = {"group": np.mean(group), "leave_one_out": np.mean(others), "batch": np.mean(rewards)}[mean]
         if std == "none":
             result[b, g] = rewards[b, g] - center
@@ -31,7 +31,7 @@ def advantages(rewards, mean="group", std="group", ddof=0, eps=0.0):
 
 
 def token_weights(mask, aggregate, constant_length=None, groups=None, denominator=None):
-    """Computes what each token's term is multiplied by, one token at a time; 0 where `mask` is 0."""
+    """Computes the weight of each token, one token at a time; 0 where `mask` is 0."""
     weights = np.zeros(mask.shape)
     for i, t in np.argwhere(mask):
         if aggregate == "sequence":
@@ -47,7 +47,7 @@ def token_weights(mask, aggregate, constant_length=None, groups=None, denominato
 
 
 def cut(x):
-    """Returns x limited to +-20 and the slope of that: 1 within the limits and 0 outside."""
+    """Returns x limited to +-20 and the derivative: 1 within the limits and 0 outside."""
     return np.clip(x, -LIMIT, LIMIT), (np.abs(x) <= LIMIT).astype(float)
 
 
@@ -84,7 +84,7 @@ def loss(
 ):
     """Computes the loss, its gradient in `logps` and its metrics.
 
-    `held` is what sg(log pi) stands for; it equals `logps`, except where differences of this function are taken.
+    `held` is the value of sg(log pi). Pass it only to take finite differences of this function; it defaults to `logps`.
     """
     held = logps if held is None else held
     mask = np.asarray(mask, bool)
@@ -127,7 +127,7 @@ def loss(
     weights = token_weights(mask, aggregate, constant_length, groups, denominator)
     total = np.sum(weights * (-surrogate + kl_coef * penalty))
     grad = weights * kl_coef * penalty_slope
-    if ratio == "sequence":  # each token moves the ratio of all tokens of its completion by 1 / |o_i|
+    if ratio == "sequence":  # the log-ratio of a completion changes by 1 / |o_i| with that of each token
         lengths = np.maximum(mask.sum(axis=1, keepdims=True), 1)
         grad -= np.sum(weights * slope, axis=1, keepdims=True) / lengths * in_rho * mask
     else:
