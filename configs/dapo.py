@@ -28,8 +28,11 @@ Published, in section 4.1 unless noted:
 
 Not published: ours are Adam's betas (0.9 and 0.95) and the number of updates (8,000).
 
-Differences: DAPO samples until 512 groups have both correct and wrong answers (dynamic sampling). We drop the other
-groups without replacement, so updates have fewer completions; refilling is not implemented. The reward of -1 or 1 is
+Problems: DAPO-Math-17k. The paper evaluates with 32 completions per problem; we evaluate with one.
+
+Differences: DAPO samples until 512 groups have both correct and wrong answers (dynamic sampling). We drop groups
+of equal rewards and do not replace them, so updates have fewer completions; refilling is not implemented. As R_len is
+part of the reward, we keep a group of correct completions if some of them are overlong. The reward of -1 or 1 is
 implemented as 2 times the accuracy, which differs by a constant that cancels with the group's mean. The script divides
 by the standard deviation with G - 1; the paper and this config use the one with G.
 """

@@ -24,6 +24,8 @@ Published, in appendix A.3 unless noted:
 Not published: ours are the 8B model (Llama-3.1-8B), Adam's betas (0.9 and 0.95), the gradient clip (1) and the number
 of updates (1,000).
 
+Problems: Polaris-53K.
+
 Differences: the paper samples and learns asynchronously, from rollouts that are up to 8 updates old. Here sampling and
 learning alternate, so the ratio of the full preset is 1 up to rounding; rollout.prompts=384 and train.minibatches=8
 keep 48 prompts per update and make rollouts up to 7 updates old. We divide by the standard deviation of the rollout's

@@ -566,6 +566,12 @@ REFUSED = [
     (dict(ratio="difference", clip_dual=3.0), r"clip_dual .*difference.*found 3\.0.*\. [A-Z]"),
     (dict(aggregate="constant"), r"constant_length .*constant.*found [Nn]one.*\. [A-Z]"),
     (dict(aggregate="prompt"), r"groups .*prompt.*found None.*\. [A-Z]"),
+    (
+        dict(aggregate="prompt", groups=jnp.zeros(2, int)),
+        r"groups must have shape \(1,\).*found Array\(\[0, 0\].*\. [A-Z]",
+    ),
+    (dict(aggregate="constant", constant_length=0.5), r"constant_length must be at least 1 .*found 0\.5.*\. [A-Z]"),
+    (dict(clip_dual=0.5), r"clip_dual must be more than 1; found 0\.5\. [A-Z]"),
 ]
 
 

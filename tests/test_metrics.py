@@ -181,18 +181,18 @@ def test_console_line_shows_what_to_watch():
         "loss/total": 5.5,  # not shown: it is about 0 by design
     }
     assert console_line(7, 60, metrics) == (
-        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  length  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
+        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  tokens  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
     )
     del metrics["policy/kl_ref"], metrics["reward/format"]  # as in a run without a reference and with other parts
     assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
-        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  length  41.3  12,346 tokens/s  3.2 s"
+        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  12,346 tokens/s  3.2 s"
     )
     assert console_line(7, 60, metrics | {"optim/no_signal": 1.0}).endswith("  3.2 s  no signal")
 
 
 def test_evaluation_line_shows_every_part():
     metrics = {"eval/length_mean": 41.26, "eval/short": -0.5, "eval/accuracy": 0.25, "time/eval_s": 3.0}
-    assert evaluation_line(metrics) == "short -0.500  accuracy 0.250  length 41.3"
+    assert evaluation_line(metrics) == "short -0.500  accuracy 0.250  tokens 41.3"
 
 
 def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path):

@@ -110,6 +110,8 @@ PUBLISHED = {
         "loss.aggregate": "prompt",
         "loss.kl_coef": 0.0,
         "groups.equal": "drop",
+        "rollout.overlong": "soft",
+        "train.minibatches": 16,
         "optim.b1": 0.9,
         "optim.b2": 0.95,
         "optim.eps": 1e-15,
@@ -211,7 +213,7 @@ ARXIV = {
 # Our values for settings that a paper does not publish.
 UNPUBLISHED = {
     "deepseekmath": {"loss.clip_low": 0.2, "loss.clip_high": 0.2},
-    "cispo": {"loss.clip_high": 0.28},
+    "cispo": {"loss.clip_high": 0.28, "rollout.overlong_cache": 4096},
     "magistral": {"loss.clip_low": 0.2, "rollout.overlong_cache": 4096},
     "rloo": {"loss.clip_high": 0.2},
 }

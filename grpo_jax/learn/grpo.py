@@ -9,7 +9,7 @@ For each prompt the old policy samples a group of G completions o_1 ... o_G with
     k3_it  = pi_ref / pi - log(pi_ref / pi) - 1          estimate of KL(pi || pi_ref)
 
 where i runs over all N completions of the batch. The objective is equation 3 of DeepSeekMath (arXiv 2402.03300, section
-4.1), which DeepSeek-R1 (arXiv 2501.12948, section 2.2) uses as well, with separate lower and upper clip bounds. The
+4.1), which DeepSeek-R1 (arXiv 2501.12948v1, section 2.2) uses as well, with separate lower and upper clip bounds. The
 settings of the config's `loss` section replace its terms one by one: `surrogate` implements the ratios, `estimate_kl`
 the KL estimators, and `token_weights` the averaging over tokens. docs/algorithms.md lists their equations and sources.
 
@@ -250,17 +250,19 @@ def finish_metrics(sums: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, 
     return metrics | means | {"policy/ess_frac": jnp.square(sums["tokens/ratio"]) / squares}
 
 
-def check_settings(loss: LossSection, ref_logps, constant_length, groups) -> None:
+def check_settings(loss: LossSection, sequences: int, ref_logps, constant_length, groups) -> None:
     """Raises a ValueError if a name is unknown, two settings conflict, or an argument of `grpo_loss` is missing."""
     require_choices(loss)
     if loss.clip_dual and loss.ratio in ("detached", "difference"):
         raise ValueError(f"clip_dual must be None with ratio={loss.ratio!r}; found {loss.clip_dual}. Leave it out.")
-    if loss.aggregate == "constant" and not constant_length:
-        raise ValueError(
-            "constant_length must be given with aggregate='constant'; found none. Pass a length in tokens."
-        )
-    if loss.aggregate == "prompt" and groups is None:
-        raise ValueError("groups must be given with aggregate='prompt'; found None. Pass one number per completion.")
+    if loss.clip_dual and loss.clip_dual <= 1:
+        raise ValueError(f"clip_dual must be more than 1; found {loss.clip_dual}. Pass a ratio such as 3.")
+    if loss.aggregate == "constant" and (constant_length is None or constant_length < 1):
+        found = f"found {constant_length}. Pass a length in tokens."
+        raise ValueError(f"constant_length must be at least 1 with aggregate='constant'; {found}")
+    if loss.aggregate == "prompt" and (groups is None or jnp.shape(groups) != (sequences,)):
+        found = f"found {groups!r:.40}. Pass one number per completion."
+        raise ValueError(f"groups must have shape ({sequences},) with aggregate='prompt'; {found}")
     if ref_logps is None and loss.kl_coef:
         raise ValueError(
             f"ref_logps must be given, because kl_coef is {loss.kl_coef}; found None. Pass them, or pass kl_coef=0."
@@ -326,13 +328,13 @@ def grpo_loss(
         kl=kl,
         kl_corrected=kl_corrected,
     )
-    check_settings(loss, ref_logps, constant_length, groups)
     logps, old_logps, advantages = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(advantages)
     if logps.ndim != 2 or jnp.shape(mask) != logps.shape or advantages.shape != logps.shape[:1]:
         raise ValueError(
             "logps and mask must have one shape [N, S], and advantages must have shape [N]; found "
             f"{logps.shape}, {jnp.shape(mask)} and {advantages.shape}. Pass one row and one advantage per completion."
         )
+    check_settings(loss, len(logps), ref_logps, constant_length, groups)
     mask, groups = jnp.asarray(mask), None if groups is None else jnp.asarray(groups)
     tokens = SampledTokens(
         old_logps=old_logps,

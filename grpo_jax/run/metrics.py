@@ -105,7 +105,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
     shown = [f"reward {rewards.pop('mean'):.2f}"]
     shown += [f"{label} {value:.2f}" for label, value in rewards.items()]
-    shown += [f"length {metrics['rollout/length_mean']:5.1f}"]
+    shown += [f"tokens {metrics['rollout/length_mean']:5.1f}"]
     shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
     shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
     shown += ["no signal"] if metrics["optim/no_signal"] else []
@@ -121,7 +121,7 @@ def evaluation_scores(metrics: dict[str, float]) -> dict[str, float]:
 def evaluation_line(metrics: dict[str, float]) -> str:
     """Formats the metrics of an evaluation for the console."""
     shown = [f"{label} {score:.3f}" for label, score in evaluation_scores(metrics).items()]
-    return "  ".join([*shown, f"length {metrics['eval/length_mean']:.1f}"])
+    return "  ".join([*shown, f"tokens {metrics['eval/length_mean']:.1f}"])
 
 
 def before_and_after(workdir: Path) -> str:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config.schema import Config
@@ -107,7 +106,7 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     every = cfg.reference.every_updates
     if not every or run.step % every:
         return run
-    is_reference = jax.device_put(np.bool_(run.experience is None), run.train.is_reference.sharding)
+    is_reference = run.train.is_reference | (run.experience is None)
     reference = replace_params(run.reference, run.train.params)
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 

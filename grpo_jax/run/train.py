@@ -150,6 +150,11 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
         raise UserError(
             f"reward.parts has no effect with rewards=...; found {raw.reward.parts}. Leave out one of them."
         )
+    if rewards and rewards.keys() & {"language", "length"}:
+        raise UserError(
+            "rewards must not have the names 'language' and 'length', which are built-in parts with settings of their "
+            f"own; found {', '.join(map(repr, rewards))}. Rename yours."
+        )
     raw = raw.copy_and_resolve_references()
     if isinstance(problems, str | Path):
         raw.task.name, raw.task.path = "jsonl", str(problems)
