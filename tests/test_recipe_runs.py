@@ -185,7 +185,7 @@ def test_the_policy_is_copied_into_the_memory_of_the_reference(dtype):
 @pytest.mark.parametrize(
     "reward, keys",
     [
-        (0.0, {"loss.kl_coef": 0.1}),
+        (0.0, {"loss.kl_coef": 0.1, "reference.every_updates": 3}),  # also in the middle of rollouts, which have 4
         pytest.param(0.0, {"loss.kl_coef": 0.0}, marks=pytest.mark.slow),
         pytest.param(0.0, {"loss.kl_coef": 0.1, "loss.kl_in": "reward", "loss.kl": "k1"}, marks=pytest.mark.slow),
         # In float32, the mean of 16 rewards of 0.7 is not 0.7.

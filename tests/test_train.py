@@ -313,6 +313,7 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
         ({"rewards": [len]}, r"rewards must be a dict of functions by name; found \[<built-in function len>\]"),
         ({"rewards": {"short": 1}}, "rewards must be a dict of functions by name"),
         ({"rewards": {}}, "rewards must be a dict of functions by name; found {}"),
+        ({"rewards": {"short": len, "length": len}}, "rewards must not have the names .*; found 'short', 'length'. Re"),
         ({"cfg": {"seed": 1}}, r"cfg must be a config like config.default\(\); found \{'seed': 1\}"),
         ({"rewards": {"mean": len}}, "reward.parts must have names that metrics can use"),
         ({"problems": 3}, "problems must be a list of Problem"),
