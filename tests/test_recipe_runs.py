@@ -113,6 +113,7 @@ def replaced_run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_every_checkpoint_holds_the_reference_of_its_step(replaced_run):
     base = jax.tree.leaves(load(find_model("tiny"))[1])
     assert are_equal(restore(replaced_run, "reference"), base)
@@ -126,6 +127,7 @@ def test_every_checkpoint_holds_the_reference_of_its_step(replaced_run):
         )
 
 
+@pytest.mark.slow
 def test_a_rollout_keeps_the_reference_that_it_was_scored_with(replaced_run):
     """Only the first rollout was sampled by the reference itself; the others began at steps 5 and 9."""
     for first, is_reference in ((1, True), (5, False), (9, False)):
@@ -134,14 +136,15 @@ def test_a_rollout_keeps_the_reference_that_it_was_scored_with(replaced_run):
         assert (gap < 1e-5) == is_reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(2, marks=pytest.mark.slow),  # before the first replacement
+        2,  # before the first replacement
         3,  # at the replacement, in the middle of a rollout that was scored with the former reference
-        pytest.param(4, marks=pytest.mark.slow),  # after the replacement, between two rollouts
+        4,  # after the replacement, between two rollouts
         7,  # in the middle of a rollout, after the second replacement
-        pytest.param(9, marks=pytest.mark.slow),
+        9,
     ],
 )
 def test_a_resumed_run_continues_with_the_reference_of_its_checkpoint(replaced_run, tmp_path, step):
@@ -207,22 +210,26 @@ def test_without_a_signal_25_updates_change_nothing_but_the_learning_rate(tmp_pa
         assert column(tmp_path, "reward/kl") == [0] * 25
 
 
-@pytest.mark.parametrize("kl_in, resumed", [("loss", 8), pytest.param("reward", 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kl_in, resumed", [("loss", 7), pytest.param("reward", 12, marks=pytest.mark.slow)])
 def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path, kl_in, resumed):
     """Rewards differ only in the first of four rollouts. The policy replaces the reference after updates 6 and 12.
 
     Update 6 is in the middle of the second rollout, whose last updates still use the base model as the reference. The
     reference of the third rollout is the policy after update 6; that of the fourth is the policy that sampled it.
-    A resumed run knows whether its policy is the reference.
+    A resumed run continues with its reference, and knows whether the policy is equal to it.
     """
     keys = {"loss.kl_coef": 0.1, "loss.kl_in": kl_in, "reference.every_updates": 6}
     differ = np.arange(COMPLETIONS) % 4
-    keys |= {"total_steps": 16, "checkpoint.every_steps": 4, "checkpoint.keep": 4}
+    keys |= {"total_steps": 16, "checkpoint.every_steps": 1, "checkpoint.keep": 16}
     train(tmp_path, vary_first(differ), keys)
     assert column(tmp_path, "optim/no_signal") == [0] * 12 + [1] * 4
     policies = [restore(tmp_path, step, "policy") for step in (4, 8, 12, 16)]
+    ends = {item: restore(tmp_path, 16, item) for item in ("policy", "optimizer", "reference")}
     assert [are_equal(a, b) for a, b in pairwise(policies)] == [False, False, True]
     assert are_equal(restore(tmp_path, 12, "optimizer"), restore(tmp_path, 16, "optimizer"))
+    assert not (tmp_path / "checkpoints" / "5" / "reference").exists()
+    for step in (6, 11):
+        assert are_equal(restore(tmp_path, step, "reference"), restore(tmp_path, 6, "policy"))
     assert are_equal(restore(tmp_path, 16, "reference"), policies[2])
     assert max(column(tmp_path, "policy/kl_ref")[:12]) > 1e-6 > max(column(tmp_path, "policy/kl_ref")[12:])
     if kl_in == "reward":
@@ -231,11 +238,13 @@ def test_the_penalty_is_a_signal_while_the_policy_is_not_the_reference(tmp_path,
         advantages = np.array([record["advantage"] for record in read_records(tmp_path, 5)])
         assert advantages.all() and not any(record["reward"] for record in read_records(tmp_path, 5))
 
-    rows = read_rows(tmp_path)
-    for step in range(resumed + 4, 17, 4):
+    rows, records = read_rows(tmp_path), read_records(tmp_path, 9)
+    for step in range(resumed + 1, 17):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    train(tmp_path, constant(0.0), keys)
-    assert read_rows(tmp_path) == rows and are_equal(restore(tmp_path, 16, "policy"), policies[3])
+    train(tmp_path, constant(0.0), keys | {"checkpoint.keep": 1})
+    assert read_rows(tmp_path) == rows and read_records(tmp_path, 9) == records
+    for item in ("policy", "optimizer", "reference"):
+        assert are_equal(restore(tmp_path, 16, item), ends[item]), item
 
 
 @pytest.mark.slow
@@ -262,10 +271,10 @@ def test_an_empty_minibatch_changes_nothing_and_kept_completions_are_divided_eve
     The KL term is a signal only if the minibatch has a completion: otherwise momentum and weight decay would still act.
     """
     keys = {"groups.equal": "drop", "rollout.overlong": "mask", "loss.kl_coef": 0.1, "optim.weight_decay": 0.1}
-    keys |= {"train.minibatches": 8, "train.epochs": 1, "total_steps": 16}
+    keys |= {"train.minibatches": 8, "train.epochs": 1, "total_steps": 10}
     differ = np.where(np.arange(COMPLETIONS) < 8, np.arange(COMPLETIONS) % 4, 1.0)
     train(
-        tmp_path, vary_first(differ, np.ones(COMPLETIONS)), keys | {"checkpoint.every_steps": 1, "checkpoint.keep": 16}
+        tmp_path, vary_first(differ, np.ones(COMPLETIONS)), keys | {"checkpoint.every_steps": 1, "checkpoint.keep": 10}
     )
     records = read_records(tmp_path, 1)
     kept = [n for n, record in enumerate(records) if n < 8 and not record["truncated"]]
@@ -277,13 +286,13 @@ def test_an_empty_minibatch_changes_nothing_and_kept_completions_are_divided_eve
     assert not any(record["update_steps"] for record in read_records(tmp_path, 9))
 
     rows = read_rows(tmp_path)
-    assert [row["optim/no_signal"] for row in rows] == [0] * count + [1] * (16 - count)
-    assert [row["groups/zero_variance_frac"] for row in rows] == [0.5] * 8 + [1] * 8
+    assert [row["optim/no_signal"] for row in rows] == [0] * count + [1] * (10 - count)
+    assert [row["groups/zero_variance_frac"] for row in rows] == [0.5] * 8 + [1] * 2
     for row in rows[count:]:
         assert row["loss/total"] == row["optim/grad_norm"] == row["policy/kl_ref"] == row["policy/ess_frac"] == 0
     assert not any(row["optim/skipped"] for row in rows)
     for item in ("policy", "optimizer"):
-        saved = [restore(tmp_path, step, item) for step in (count - 1, count, 8, 16)]
+        saved = [restore(tmp_path, step, item) for step in (count - 1, count, 8, 10)]
         assert [are_equal(saved[1], others) for others in saved] == [False, True, True, True], item
 
 
