@@ -528,6 +528,7 @@ def test_which_loss_terms_are_a_signal_without_advantages(loss, has_signal):
         rows = packed(experience().replace(advantages=np.zeros(8, np.float32)))
         state, metrics = update(state, shard_rows(mesh, rows))
     assert (metrics["optim/no_signal"], metrics["optim/skipped"]) == (not has_signal, 0)
+    assert (metrics["optim/grad_norm"] > 0) == has_signal  # a penalty in the reward is not in the loss as well
     moved = any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (params(), state.params)), strict=True))
     assert moved == has_signal
     assert ("policy/kl_ref" in metrics) == (loss.kl_coef > 0)  # also where the penalty is in the reward
