@@ -26,7 +26,7 @@ policy, nor process supervision.
 """
 
 from grpo_jax import config
-from grpo_jax.config.presets import choose_preset, hub_model
+from grpo_jax.config.presets import choose_preset, hub_model, tiny_model
 
 
 def deepseekmath(cfg):
@@ -42,7 +42,9 @@ def tiny():
 
     On 1 device: takes minutes on two CPU cores. Makes one update per rollout, as in the paper.
     """
-    return deepseekmath(config.default())
+    cfg = tiny_model(deepseekmath(config.default()))
+    cfg.rollout.prompts, cfg.train.minibatches = 16, 1
+    return cfg
 
 
 def deepseek_math_7b():

@@ -153,7 +153,7 @@ def as_switch(value: Any) -> Any:
 
 
 def check_reward(cfg: Config) -> None:
-    """Checks that each reward part has a weight, and a label of its own."""
+    """Checks that each reward part has a weight, a label of its own and the settings that it reads."""
     parts, weights = cfg.reward.parts, cfg.reward.weights
     require(
         len(parts) == len(weights),
@@ -167,7 +167,7 @@ def check_reward(cfg: Config) -> None:
         and not set(labels) & set(RESERVED_LABELS)
         and all(label.isidentifier() for label in functions),
         "reward.parts must have names that metrics can use: distinct Python identifiers other than "
-        f"{' and '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
+        f"{', '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
     )
 
     reads_cache = cfg.rollout.overlong == "soft" or "length" in parts

@@ -45,6 +45,7 @@ def evaluate(
         rollout = gather_to_host(rollout)
         texts, rewards = grade_completions(cfg, context, padded, rollout)
         records += sample_records(padded, rollout, texts, rewards, count=len(batch))
-    means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in context.reward_parts}
+    names = records[0]["rewards"]
+    means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in names}
     means["eval/length_mean"] = np.mean([record["length"] for record in records])
     return {name: float(value) for name, value in means.items()}, records

@@ -48,7 +48,7 @@ def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> Pa
     """Packs completions on the host, into rows whose shape has room for `completions` of them."""
     shards = num_data_shards(mesh)
     # If completions are left out, a minibatch may hold parts of more groups than if all groups were complete.
-    are_complete = cfg.groups.equal == "keep" and cfg.rollout.overlong != "mask"
+    are_complete = cfg.train.minibatches == 1 or (cfg.groups.equal == "keep" and cfg.rollout.overlong != "mask")
     shape = packed_shape(
         completions,
         cfg.rollout.samples if are_complete else 1,
