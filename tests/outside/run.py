@@ -362,6 +362,7 @@ def check_evaluations(run):
         expected = run.logps(step, cfg["temperature"], records)
         compare("evaluations", step, "logps", run.recorded("logps", records), expected, LOGP)
         parts = run.cfg["reward"]["parts"]
+        parts = [*parts, "overlong"] if run.cfg["rollout"]["overlong"] == "soft" else parts
         means = {f"eval/{part}": np.mean([record["rewards"][part] for record in records]) for part in parts}
         means["eval/length_mean"] = np.mean([record["length"] for record in records])
         for name, value in means.items():
