@@ -38,7 +38,7 @@ import numpy as np
 from limits import forward_flops, learn_limit_s, square_gflop_s
 
 from grpo_jax.config.flags import run_entry_point
-from grpo_jax.learn.grpo import advantages
+from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
 from grpo_jax.rollout.sampler import place_for_rollout

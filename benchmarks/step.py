@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config.flags import run_entry_point
-from grpo_jax.learn.grpo import advantages
+from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.packing import unpack_completions
 from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.parallel.mesh import gather_to_host, shard_rows
