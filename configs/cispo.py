@@ -51,8 +51,8 @@ def tiny():
 
     python -m grpo_jax.main --config=configs/cispo.py --workdir=runs/cispo
 
-    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout. The last 8 of 56 tokens cost reward
-    (ours).
+    On 1 device: takes about one minute on two CPU cores. Makes four updates per rollout. The last 8 of 56 tokens cost
+    reward (ours). Accuracy on held-out problems rises from about 0.2 to more than 0.97.
     """
     cfg = tiny_model(cispo(config.default()))
     cfg.optim.lr = 1e-4

@@ -43,7 +43,8 @@ def tiny():
 
     python -m grpo_jax.main --config=configs/rloo.py --workdir=runs/rloo
 
-    On 1 device: takes minutes on two CPU cores. Makes four updates per rollout.
+    On 1 device: takes about one minute on two CPU cores. Makes four updates per rollout. Accuracy on held-out problems
+    rises from about 0.2 to more than 0.97.
     """
     return tiny_model(rloo(config.default()))
 

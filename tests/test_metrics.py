@@ -188,6 +188,7 @@ def test_console_line_shows_what_to_watch():
         "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  12,346 tokens/s  3.2 s"
     )
     assert console_line(7, 60, metrics | {"optim/no_signal": 1.0}).endswith("  3.2 s  no signal")
+    assert console_line(7, 60, metrics | {"reward/kl": 2.0}) == console_line(7, 60, metrics)  # not to mistake for KL
 
 
 def test_evaluation_line_shows_every_part():

@@ -58,8 +58,8 @@ from grpo_jax.text.prompt import encode_prompts
 SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 ROLLOUT_TIMES = ("time/rollout_s", "time/reward_s", "time/score_s")  # 0 for updates that do not start a rollout
 LOSS_NOTE = (
-    "loss/total is about 0 by design, because the advantages of a group sum to 0 and the ratio starts at 1. "
-    "Watch reward/* and rollout/length_mean instead."
+    "loss/total does not measure progress; by default it is about 0, because the advantages of a group sum to 0 and the "
+    "ratio starts at 1. Watch reward/* and rollout/length_mean instead."
 )
 
 
@@ -139,7 +139,8 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
     """Returns a copy of a config in which names stand for problems and rewards that are Python objects.
 
     Raises:
-        UserError: `raw` is not a config, `rewards` is not a dict of functions, or they replace parts that `raw` names.
+        UserError: `raw` is not a config, `rewards` is not a dict of functions or uses a reserved name, or they replace
+            parts that `raw` names.
     """
     default = configs.default()
     if not isinstance(raw, type(default)):
