@@ -104,7 +104,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """Formats the metrics of a training step as one line for the console."""
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
     shown = [f"reward {rewards.pop('mean'):.2f}"]
-    shown += [f"{label} {value:.2f}" for label, value in rewards.items() if label != "kl"]  # not to mistake for KL
+    shown += [f"{label} {value:.2f}" for label, value in rewards.items() if label != "kl"]
     shown += [f"tokens {metrics['rollout/length_mean']:5.1f}"]
     shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
     shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
