@@ -58,8 +58,8 @@ from grpo_jax.text.prompt import encode_prompts
 SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 ROLLOUT_TIMES = ("time/rollout_s", "time/reward_s", "time/score_s")  # 0 for updates that do not start a rollout
 LOSS_NOTE = (
-    "loss/total does not measure progress; by default it is about 0, because the advantages of a group sum to 0 and the "
-    "ratio starts at 1. Watch reward/* and rollout/length_mean instead."
+    "loss/total does not measure progress; by default it is about 0, because the advantages of a group sum to 0 and "
+    "the ratio starts at 1. Watch reward/* and rollout/length_mean instead."
 )
 
 
