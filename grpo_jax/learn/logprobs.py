@@ -284,7 +284,13 @@ def logprobs_from_hidden(
 
 
 def packed_logprobs(
-    model_cfg: ModelConfig, params: dict, batch: PackedBatch, temperature: float, **options
+    model_cfg: ModelConfig,
+    params: dict,
+    batch: PackedBatch,
+    temperature: float,
+    *,
+    entropy: bool = True,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[Float[Array, "P W"], Float[Array, "P W"]]:
     """Computes log pi and entropy of the completion tokens in packed rows.
 
@@ -293,7 +299,8 @@ def packed_logprobs(
         params: Parameters of the policy or the reference.
         batch: Packed rows.
         temperature: Sampling temperature.
-        **options: `entropy` and `chunk_tokens` of `logprobs_from_hidden`.
+        entropy: Whether to compute entropies; if False, zeros are returned in their place.
+        chunk_tokens: Number of tokens per data shard that go through the head at a time.
 
     Returns:
         Log-probs and entropies in nats, in float32; 0 on prompts and padding.
@@ -307,6 +314,7 @@ def packed_logprobs(
 
     hidden = take_columns(hidden, take_columns(batch.predict_from, order)[..., None])
     targets, counts = take_columns(batch.tokens, order), is_completion.sum(axis=1)
-    results = logprobs_from_hidden(model_cfg, params, hidden, targets, temperature, counts=counts, **options)
+    options = dict(counts=counts, entropy=entropy, chunk_tokens=chunk_tokens)
+    results = logprobs_from_hidden(model_cfg, params, hidden, targets, temperature, **options)
     inverse_order = jnp.argsort(order, axis=1)
     return tuple(jnp.where(is_completion, take_columns(x, inverse_order), 0.0) for x in results)

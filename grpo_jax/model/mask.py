@@ -78,10 +78,12 @@ def plain_attention(
     keys: Float[Array, "N K E C"],
     values: Float[Array, "N K C _"],
     mask: Bool[Array, "N L C"],
-    **options: float,
+    *,
+    divisor: float,
+    softcap: float = 0.0,
 ) -> Float[Array, "N L H _"]:
     """Computes attention with all scores in memory: the reference that other implementations are tested against.
 
-    Arguments are those of `attention_scores` and `weighted_values`; `options` are `divisor` and `softcap`.
+    The arguments are those of `attention_scores` and `weighted_values`.
     """
-    return weighted_values(attention_scores(q, keys), values, mask, **options)
+    return weighted_values(attention_scores(q, keys), values, mask, divisor=divisor, softcap=softcap)
