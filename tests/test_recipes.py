@@ -1,7 +1,11 @@
 """Tests the recipes in configs/ against published values, and docs/algorithms.md against the recipes."""
 
 import ast
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -298,7 +302,10 @@ def test_an_unknown_preset_is_refused_with_the_list(recipe):
 
 
 def tables() -> list[list[list[str]]]:
-    """Returns the tables of recipes in docs/algorithms.md: rows of cells, the header first, without the ruler."""
+    """Returns the tables of recipes in docs/algorithms.md: rows of cells, the header first, without the ruler.
+
+    The last one has the results of the tiny presets.
+    """
     blocks = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.M)
     rows = [
         [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()] for block in blocks
@@ -321,7 +328,7 @@ def test_the_tables_of_the_page_show_the_full_presets():
     """Each key that a recipe sets has a column, and a cell is empty exactly where a recipe has the default."""
     defaults, shown = flatten(default().to_dict()), set()
     recipes = {name.split(":")[0]: load(*name.split(":")) for name in PUBLISHED}
-    for header, first, *rows in tables():
+    for header, first, *rows in tables()[:-1]:
         keys = [cell.strip("`") for cell in header[1:]]
         shown |= set(keys)
         assert first == ["default", *first[1:]]
@@ -339,6 +346,15 @@ def test_the_tables_of_the_page_show_the_full_presets():
     assert {key for key in changed if key.split(".")[0] in sections} - OF_THE_MODEL == shown
 
 
+def test_the_table_of_results_describes_the_tiny_presets():
+    header, *rows = tables()[-1]
+    assert header[1:3] == ["updates per rollout", "updates"] and [row[0] for row in rows] == list(ARXIV)
+    for recipe, updates_per_rollout, updates, *_ in rows:
+        values = load(recipe)
+        assert values["train.minibatches"] * values["train.epochs"] == int(updates_per_rollout)
+        assert values["total_steps"] == int(updates)
+
+
 def test_keys_and_links_of_the_page_exist():
     keys = flatten(default().to_dict())
     named = set(re.findall(rf"`((?:{'|'.join(default().to_dict())})\.[a-z_0-9]+)(?:=\w+)?`", PAGE))
@@ -348,3 +364,16 @@ def test_keys_and_links_of_the_page_exist():
     assert [path for path in re.findall(r"\]\(([\w./]+)\)", PAGE) if not (REPO / "docs" / path).exists()] == []
     read = {"loss", "advantage", "groups", "reference"}
     assert {key for key in keys if key.split(".")[0] in read} <= named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ARXIV)
+def test_a_tiny_preset_learns(recipe, tmp_path):
+    """The first 36 updates teach the task, and clip tokens if there are several for each rollout."""
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.total_steps=36", "--config.eval.questions=256"]
+    command = [sys.executable, "-m", "grpo_jax.main", f"--config=configs/{recipe}.py", *flags]
+    environ = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device, optimized
+    subprocess.run(command, check=True, cwd=REPO, env=environ, timeout=900, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows[0]["eval/accuracy"] < 0.3 and rows[-1]["eval/accuracy"] > 0.85
+    assert (max(row["policy/clip_frac"] for row in rows[1:]) > 0) == (load(recipe)["train.minibatches"] > 1)
