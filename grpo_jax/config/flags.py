@@ -214,7 +214,8 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. A training run continues from its last checkpoint when started again.", file=sys.stderr)
+        message = "Interrupted. A training run continues from its last checkpoint, if any, when started again."
+        print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)  # an orderly exit would wait for the run's other processes, which may be waiting for this one
