@@ -1,10 +1,10 @@
 """Helpers for config files: choosing a preset by name, and settings that do not depend on the recipe."""
 
-import difflib
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.functions import suggest
 from grpo_jax.errors import UserError
 
 
@@ -20,8 +20,7 @@ def choose_preset(presets: Mapping[str, Callable[[], ConfigDict]], name: str, fi
         UserError: There is no such preset.
     """
     if name not in presets:
-        close = difflib.get_close_matches(name, presets, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "Choose one of them."
+        hint = suggest(name, presets, "{}") or "Choose one of them."
         raise UserError(f"The preset of {file} must be one of {', '.join(presets)}; found {name!r}. {hint}")
     return presets[name]()
 

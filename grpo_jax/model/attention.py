@@ -61,8 +61,12 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
     widths = model_cfg.head_dim, model_cfg.head_dim  # of keys and values
     if latent := model_cfg.latent:
         widths = latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim
-    supported = {"plain": True, "blocks": True, "splash": splash_supports(length)}
-    supported["cudnn"] = length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap)
+    supported = {
+        "plain": True,
+        "blocks": True,
+        "splash": splash_supports(length),
+        "cudnn": length % 2 == 0 and cudnn_supports(model_cfg.compute_dtype, *widths, model_cfg.score_softcap),
+    }
     if supported.get(wanted):
         return wanted
     return "blocks" if length > 2 * BLOCK_SIZE else "plain"

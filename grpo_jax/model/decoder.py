@@ -92,11 +92,14 @@ def unstack_layers(params: dict) -> dict:
 
 
 def apply_layer_stack(
-    model_cfg: ModelConfig, stack, layers: tuple[LayerConfig, ...], x, inputs: dict, cache: KV | None
+    model_cfg: ModelConfig,
+    stack,
+    layers: tuple[LayerConfig, ...],
+    x,
+    inputs: dict[LayerConfig, AttentionInputs],
+    cache: KV | None,
 ):
     """Applies the layers of one layer stack to x [N, L, D].
-
-    `inputs` holds the `AttentionInputs` for each `LayerConfig`.
 
     Returns:
         The output [N, L, D], and the stacked keys and values of the layers, or their updated caches.

@@ -80,18 +80,26 @@ def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: 
 
 
 def start_rollout(
-    model_cfg: ModelConfig, params, prompts: Prompts, key, limits: Int[np.ndarray, "B G"], *, slots: int, **sizes: int
+    model_cfg: ModelConfig,
+    params,
+    prompts: Prompts,
+    key,
+    limits: Int[np.ndarray, "B G"],
+    *,
+    slots: int,
+    columns: int,
+    max_tokens: int,
 ) -> tuple[DecodeState, RolloutQueue]:
     """Divides the sequences among the data shards of the current mesh, prefills and fills the slots.
 
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
-    maximum number of tokens of each completion, and 0 `slots` means one per sequence. `sizes` are the number of
-    `columns` of the cache and `max_tokens`.
+    maximum number of tokens of each completion, and 0 `slots` means one per sequence.
     """
     shards = num_data_shards()
     prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
     slots = min(-(-slots // shards) * shards or len(limits), len(limits))
-    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, slots=slots, **sizes)
+    sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
+    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, **sizes)
 
 
 def generate_rollout(
