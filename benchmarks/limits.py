@@ -55,6 +55,14 @@ def read_gb_s(repeats: int) -> float:
     return size / min(time_calls(lambda: sum_rows(buffer), repeats)) / 1e9
 
 
+def copy_gb_s(repeats: int) -> float:
+    """Returns the best rate in GB/s of copying a large buffer, counting the bytes that are read and written."""
+    size = 2**28 if jax.default_backend() == "cpu" else 2**32  # bytes
+    buffer = jax.random.bits(jax.random.key(0), (size // 4,))
+    copy = jax.jit(jnp.copy)
+    return 2 * size / min(time_calls(lambda: copy(buffer), repeats)) / 1e9
+
+
 def square_gflop_s(dtype: str, repeats: int) -> float:
     """Returns the rate in GFLOP/s of one large matmul."""
     side = 2048 if jax.default_backend() == "cpu" else 8192

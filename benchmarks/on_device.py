@@ -1,0 +1,257 @@
+"""Tells within minutes whether the code computes the right numbers on this machine, how fast it is and what is slowest.
+
+Meant for the first minutes on an accelerator; needs no network and no model. Every part runs in a process of its own
+and has its share of --budget, of which later parts get what earlier ones leave. A part that fails or takes too long is
+ended, and the others go on. Prints one JSON line per measurement, as soon as it is known, and progress on stderr.
+
+{parts}
+
+Every line has `part`, and every measurement `device`, the name of the device. A part ends with a line that has
+
+status    done, failed, late (it took longer than its share), or absent (this machine cannot run it)
+reason    why it failed or is absent
+seconds   its time, without imports
+
+The last line, of the part "summary", has
+
+right     whether every result of `right` is within its bound; absent if there was none
+aims      the figures that have an aim, from the farthest below it to the farthest above: name, measured, aim
+mend      the name of the first, if it is below its aim
+parts     the status of every part
+
+The exit code is 0 if every part is done or absent and all results are right, 3 if not.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parts import json_line
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+WHEELS = ROOT / ".wheels"  # filled by `make wheels`
+
+# The modules that the parts import, with the packages that bring them.
+REQUIRED = {
+    "jax": "jax",
+    "flax": "flax",
+    "optax": "optax",
+    "orbax": "orbax-checkpoint",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "jaxtyping": "jaxtyping",
+    "tqdm": "tqdm",
+    "ml_collections": "ml_collections",
+    "tensorboardX": "tensorboardX",
+}
+
+
+class Part(NamedTuple):
+    """A part of the command."""
+
+    share: int  # seconds of a budget of 240
+    measures: str
+
+
+PARTS = {
+    "right": Part(40, "logits, tokens, an update and attention kernels against values computed in float32 on a CPU"),
+    "learn": Part(25, "the default run: seconds until it answers 95% of held-out sums"),
+    "flags": Part(25, "a decode step with other XLA flags, and the memory of decoding as compiled"),
+    "rollout": Part(50, "decode tokens per second, beside the time that the least bytes take at the rate of a copy"),
+    "update": Part(30, "model FLOPs utilization of the update, relative to the rate of a large matmul"),
+    "step": Part(45, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed and where the time goes"),
+    "peer": Part(25, "the same work with transformers' generate and an AdamW step in torch"),
+}
+PEER_AIM = 3.0  # a step ought to be this many times as fast as the peer's
+
+
+def make_parser():
+    """Builds the parser of the command line."""
+    from grpo_jax.config.flags import OneLineParser
+
+    parts = "\n".join(f"{name:9} {part.measures}" for name, part in PARTS.items())
+    parser = OneLineParser(
+        description=__doc__.format(parts=parts),
+        epilog="example:\n  python benchmarks/on_device.py --only right rollout | tee on_device.jsonl",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", metavar="PART", choices=PARTS, nargs="+", action="extend", help="run only these parts"
+    )
+    parser.add_argument("--budget", metavar="SECONDS", type=float, default=240, help="for all parts; default: 240")
+    parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
+    return parser
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter for the numbers."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def start_worker(name: str, small: bool, env: dict[str, str]) -> subprocess.Popen:
+    """Starts the process of a part, which imports its modules and then waits for `run_part`."""
+    return subprocess.Popen(
+        [sys.executable, str(BENCHMARKS / "worker.py"), name, *(["--small"] if small else [])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,  # so that `end_worker` also ends the processes that the part starts
+    )
+
+
+def end_worker(worker: subprocess.Popen) -> None:
+    """Ends the process of a part and those that it has started."""
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    worker.wait()
+
+
+def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[str, Any]]:
+    """Lets a started part measure for at most `seconds`, prints its lines and returns them."""
+    start, lines = time.time(), []
+
+    def report(text: str) -> None:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # a line that was cut off when its process ended
+            return
+        print(text, end="", flush=True)
+
+    def follow() -> None:
+        for text in worker.stdout:
+            report(text)
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    try:
+        worker.stdin.write(f"{start + seconds}\n")
+        worker.stdin.flush()
+        worker.wait(seconds)
+        ending = {"status": "failed", "reason": f"the process ended with code {worker.returncode}"}
+    except subprocess.TimeoutExpired:
+        ending = {"status": "late"}
+    except BrokenPipeError:
+        ending = {"status": "failed", "reason": "the process ended while it imported its modules"}
+    finally:
+        end_worker(worker)
+        reader.join()
+    if not lines or "status" not in lines[-1]:
+        report(json_line({"part": name, **ending, "seconds": time.time() - start}))
+    return lines
+
+
+def compare_with_peer(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the aim of the whole step, if it and the peer's were measured."""
+    speeds = {line["part"]: line["step_tok_s"] for line in lines if line.get("step_tok_s")}
+    if not {"step", "peer"} <= speeds.keys():
+        return []
+    ratio = speeds["step"] / speeds["peer"]
+    return [{"name": "tokens per second of a step, as a multiple of the peer's", "measured": ratio, "aim": PEER_AIM}]
+
+
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the last line of the command, from the lines of all parts."""
+    aims = [line["aim"] for line in lines if "aim" in line] + compare_with_peer(lines)
+    aims.sort(key=lambda aim: aim["measured"] / aim["aim"])
+    verdicts = [line["ok"] for line in lines if "ok" in line]
+    return {
+        "part": "summary",
+        **({"right": all(verdicts)} if verdicts else {}),
+        "aims": aims,
+        **({"mend": aims[0]["name"]} if aims and aims[0]["measured"] < aims[0]["aim"] else {}),
+        "parts": {line["part"]: line["status"] for line in lines if "status" in line},
+    }
+
+
+def run_parts(names: list[str], small: bool, budget: float, env: dict[str, str]) -> list[dict[str, Any]]:
+    """Runs parts one after another and returns their lines. While one measures, the next imports its modules."""
+    deadline = time.monotonic() + budget
+    lines, workers = [], [start_worker(names[0], small, env)]
+    try:
+        for i, name in enumerate(names):
+            workers += [start_worker(following, small, env) for following in names[i + 1 : i + 2]]
+            shares = [PARTS[later].share for later in names[i:]]
+            seconds = max(1.0, (deadline - time.monotonic()) * shares[0] / sum(shares))
+            print(f"{name}: {PARTS[name].measures} (at most {seconds:.0f} s)", file=sys.stderr, flush=True)
+            lines += run_part(workers[i], name, seconds)
+    finally:
+        for worker in workers:
+            end_worker(worker)
+    return lines
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: A flag is wrong.
+    """
+    from grpo_jax.errors import UserError
+
+    # --only=A B and --only A B mean the same.
+    argv = [piece for argument in argv for piece in argument.split("=", 1 if argument.startswith("--only=") else 0)]
+    flags = make_parser().parse_args(argv)
+    if not 0 < flags.budget < float("inf"):
+        raise UserError(f"--budget must be a positive number of seconds; found {flags.budget}. Change it.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    start, names = time.monotonic(), [name for name in PARTS if name in (flags.only or PARTS)]
+    print(json_line({"part": "versions"} | versions()), end="", flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        env = {
+            "JAX_COMPILATION_CACHE_DIR": cache,  # parts share programs and what autotuning found
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *package_paths()]),
+        }
+        lines = run_parts(names, flags.small, flags.budget, env)
+    summary = summarize(lines)
+    print(json_line(summary | {"seconds": time.monotonic() - start}), end="", flush=True)
+    failed = any(status in ("failed", "late") for status in summary["parts"].values())
+    sys.exit(3 if failed or not summary.get("right", True) else 0)
+
+
+def package_paths() -> list[str]:
+    """Returns where to find the package if it is not installed, and the packages of `make wheels`."""
+    return [str(ROOT), *map(str, sorted(WHEELS.glob("*-none-any.whl")))]  # pure Python can be imported from a wheel
+
+
+def find_packages() -> None:
+    """Makes all packages importable, and ends the process with an error if one is missing."""
+    sys.path += package_paths()
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(
+            f"error: The parts need {', '.join(REQUIRED.values())}; found no {', '.join(missing)}. Run `make install` "
+            "with a network, or `make wheels` where there is one and copy the folder .wheels here.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    find_packages()
+    from grpo_jax.config.flags import run_entry_point
+
+    run_entry_point(main)

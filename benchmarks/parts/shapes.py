@@ -1,0 +1,68 @@
+"""What the parts measure: models with random weights in published shapes, and the device."""
+
+from dataclasses import replace
+
+import jax
+
+from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
+from grpo_jax.model.decoder import init_params
+
+# https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
+SMOLLM2_135M = ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    layers=(LayerConfig(rope=RopeConfig(theta=100000.0)),) * 30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_positions=8192,
+    tie_embeddings=True,
+    compute_dtype="bfloat16",
+)
+
+# https://huggingface.co/Qwen/Qwen2.5-1.5B/blob/main/config.json
+QWEN_1_5B = ModelConfig(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    layers=(LayerConfig(rope=RopeConfig(theta=1000000.0)),) * 28,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    max_positions=131072,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    tie_embeddings=True,
+    family="qwen2",
+    compute_dtype="bfloat16",
+)
+
+
+def shrink(model_cfg: ModelConfig) -> ModelConfig:
+    """Returns a model that two CPU cores can handle: two narrow layers and a small vocabulary, in float32."""
+    return replace(
+        model_cfg,
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        layers=model_cfg.layers[:2],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        compute_dtype="float32",
+    )
+
+
+def random_params(model_cfg: ModelConfig, dtype: str) -> dict:
+    """Returns random parameters in `dtype`, made on the device."""
+
+    def make(key):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(model_cfg, key))
+
+    return jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+
+
+def device_name() -> str:
+    """Returns the kind of the first device."""
+    return jax.devices()[0].device_kind
