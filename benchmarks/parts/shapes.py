@@ -3,9 +3,16 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
+from common import Learner
 
+from grpo_jax.config import Config, check, default
+from grpo_jax.config.presets import hub_model
+from grpo_jax.learn.optimizer import init_train_state, make_optimizer
+from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.decoder import init_params
+from grpo_jax.parallel.mesh import make_mesh
 
 # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
 SMOLLM2_135M = ModelConfig(
@@ -61,6 +68,31 @@ def random_params(model_cfg: ModelConfig, dtype: str) -> dict:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(model_cfg, key))
 
     return jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+
+
+def training_config(
+    *, prompts: int, samples: int, max_prompt_tokens: int, max_tokens: int, micro_tokens: int = 4096
+) -> Config:
+    """Returns the config of `configs/r1zero.py:qwen2.5-1.5b` on one device, with other sizes."""
+    sizes = dict(prompts=prompts, samples=samples, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
+    raw = hub_model(default(), "Qwen/Qwen2.5-1.5B", lr=1e-6, fsdp=1, **sizes)
+    raw.train.micro_tokens = micro_tokens
+    return check(raw)
+
+
+def random_learner(model_cfg: ModelConfig, cfg: Config) -> Learner:
+    """Builds a policy with random weights before its first update, and what updates it, on the first device.
+
+    The caller has to set the mesh.
+    """
+    model_cfg = replace(model_cfg, remat=cfg.train.remat)
+    mesh, params = make_mesh(devices=jax.devices()[:1]), random_params(model_cfg, cfg.model.param_dtype)
+    reference = None
+    if cfg.loss.kl_coef:
+        reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
+    optimizer = make_optimizer(cfg.optim)
+    state = init_train_state(mesh, params, optimizer)
+    return Learner(cfg, model_cfg, mesh, state, reference, make_update(model_cfg, cfg, mesh, state.params, optimizer))
 
 
 def device_name() -> str:
