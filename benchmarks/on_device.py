@@ -128,6 +128,11 @@ def end_worker(worker: subprocess.Popen) -> None:
     worker.wait()
 
 
+def describe_exit(code: int) -> str:
+    """Returns how a process ended, from its return code."""
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[str, Any]]:
     """Lets a started part measure for at most `seconds`, prints its lines and returns them."""
     start, lines = time.time(), []
@@ -149,11 +154,11 @@ def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[s
         worker.stdin.write(f"{start + seconds}\n")
         worker.stdin.flush()
         worker.wait(seconds)
-        ending = {"status": "failed", "reason": f"the process ended with code {worker.returncode}"}
+        ending = {"status": "failed", "reason": f"the process {describe_exit(worker.returncode)}; see stderr"}
     except subprocess.TimeoutExpired:
         ending = {"status": "late"}
     except BrokenPipeError:
-        ending = {"status": "failed", "reason": "the process ended while it imported its modules"}
+        ending = {"status": "failed", "reason": "the process ended before it measured anything"}
     finally:
         end_worker(worker)
         reader.join()
