@@ -2,14 +2,15 @@
 
 import dataclasses
 import os
-from typing import Any, TypeVar
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo_jax.config.functions import function_label
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
 from grpo_jax.config.schema import Config, PretrainConfig
 from grpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 C = TypeVar("C", Config, PretrainConfig)
 
@@ -55,7 +56,7 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_keys(raw: ConfigDict, config_class: type[C]) -> C:
+def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
     """Checks keys, types and allowed values one by one, and builds the frozen config.
 
     Whole numbers become floats where the key is a float, and `~` is expanded in paths.
@@ -97,7 +98,7 @@ def build(config_class: type, values: dict[str, Any], prefix: str = "") -> Any:
     return config_class(**fields)
 
 
-def check(raw: ConfigDict) -> Config:
+def check(raw: "ConfigDict") -> Config:
     """Checks everything about a training config that needs neither the model nor the devices.
 
     Args:
@@ -222,7 +223,7 @@ def check_model(cfg: Config, model_cfg: Any) -> None:
     )
 
 
-def check_pretrain(raw: ConfigDict) -> PretrainConfig:
+def check_pretrain(raw: "ConfigDict") -> PretrainConfig:
     """Checks a pretraining config, as `check` does a training config.
 
     Raises:

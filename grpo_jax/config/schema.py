@@ -8,10 +8,12 @@ part, name the sections.
 import dataclasses
 import math
 from dataclasses import dataclass
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from grpo_jax.config.keys import Resumable, key
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
@@ -327,11 +329,15 @@ class PretrainConfig:
     log: PretrainLogSection = PretrainLogSection()
 
 
-def default() -> ConfigDict:
+def default() -> "ConfigDict":
     """Returns the default training config, which trains the tiny base model on a CPU. Config files start from it."""
+    from ml_collections import ConfigDict  # imported here, because only configs that are not yet checked need it
+
     return ConfigDict(dataclasses.asdict(Config()))
 
 
-def pretrain_default() -> ConfigDict:
+def pretrain_default() -> "ConfigDict":
     """Returns the default config of pretraining."""
+    from ml_collections import ConfigDict
+
     return ConfigDict(dataclasses.asdict(PretrainConfig()))

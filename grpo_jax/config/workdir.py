@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def check_workdir(workdir: Path, cfg: Config) -> None:
@@ -57,12 +58,14 @@ def write_config(workdir: Path, cfg: Config) -> None:
         raise UserError(f"--workdir must be a writable folder, but {error}. Choose another --workdir.") from None
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> "ConfigDict":
     """Reads the config of a run; it is not checked yet.
 
     Raises:
         UserError: The folder has no readable config.json.
     """
+    from ml_collections import ConfigDict
+
     try:
         values = json.loads((Path(workdir) / "config.json").read_text(), object_hook=with_tuples)
         if not isinstance(values, dict):

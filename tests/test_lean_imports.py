@@ -1,0 +1,52 @@
+"""What runs where little is installed: each program below starts in a process in which some packages are missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+# Packages that a GPU machine need not have; the on-device measurements bring two of them.
+OPTIONAL = ["array_record", "beartype", "gguf", "grain", "matplotlib", "pytest", "torch"]
+BROUGHT = ["ml_collections", "tensorboardX"]
+
+PUBLIC_FUNCTIONS = """
+import jax
+from grpo_jax import advantages, forward, grpo_loss, load, sample, save
+
+model_cfg, params = load("tiny")
+rollout = sample(model_cfg, params, [[5, 6], [7]], jax.random.key(0), samples=2, max_tokens=3)
+assert rollout.tokens.shape == (2, 2, 3)
+assert forward(model_cfg, params, rollout.tokens[0]).shape == (2, 3, model_cfg.vocab_size)
+save(sys.argv[1], model_cfg, params)
+"""
+
+ON_DEVICE = """
+import importlib, pkgutil
+sys.path.insert(0, "benchmarks")
+import grpo_jax, on_device, parts, worker
+
+for module in pkgutil.iter_modules(parts.__path__, "parts."):
+    importlib.import_module(module.name)
+grpo_jax.train
+"""
+
+
+def run_without(packages: list[str], program: str, *argv: str) -> None:
+    """Runs a program in which importing any of `packages` fails."""
+    prelude = f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+    environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + program, *argv], cwd=REPO, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_functions_run_without_packages_that_only_training_needs(tmp_path):
+    unused = ["optax", "orbax", *OPTIONAL, *BROUGHT]
+    run_without(unused, PUBLIC_FUNCTIONS, str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_training_and_the_on_device_parts_import_without_optional_packages():
+    run_without(OPTIONAL, ON_DEVICE)
