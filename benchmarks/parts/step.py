@@ -1,11 +1,244 @@
-"""Stub."""
+"""A whole training step of a model in the shape of Qwen2.5-1.5B: its speed, and where the time goes.
 
-from collections.abc import Callable, Iterator
+The step is that of `configs/r1zero.py:qwen2.5-1.5b` with 32 questions of 128 tokens and 16 answers of 1,024 tokens
+each. It calls the functions of training in their order. Weights and questions are random, and no token stops an answer.
+There is no tokenizer for a random vocabulary of this size, so grading reads each token as one of the tiny base model
+(modulo the size of its vocabulary). The rewards are replaced with random numbers afterwards, because equal ones would
+teach nothing.
+
+All programs are compiled first, in parallel. A few tokens and micro-batches then give an estimate of the step. After
+it, one step is timed, which compiles nothing. Every line has the whole table; up to the last line, the stages that have
+not run yet are estimates.
+
+measured       the last stage that has run: estimate, rollout, scoring or update
+place_s, prefill_s, decode_s   the rollout: a copy of the weights, the prompts, the answers
+reward_s       decoding the answers to text and grading them, while the device scores
+pack_s         building the experience, and packing it for scoring and for the update
+score_s        scoring by the reference, except for the time that grading hides
+update_s       the gradient and the optimizer
+step_s         the sum of these times; step_tok_s is completion tokens per second, decode_tok_s the same of decode_s
+mfu            operations that the step needs (see `needed_flops`) per second, relative to square_tflop_s, the rate of a
+               large matmul
+peak_gib       peak memory of the device so far
+decode_ms      milliseconds of a decode step, by the number of columns of the KV cache
+compile_s      seconds that compiling took; `compilations` names the programs that the step compiled nevertheless
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from common import peak_rss_gib
+from limits import forward_flops, square_gflop_s
+
+from grpo_jax.learn.update import make_experience, score_completions
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.parallel.mesh import gather_to_host, shard_rows
+from grpo_jax.rollout.sampler import place_for_rollout, to_rollout
+from grpo_jax.run.stages import draw_completions, start_scoring
+from grpo_jax.run.train import timed
+from grpo_jax.types import Rollout
+from parts.line import extrapolate
 from parts.shapes import device_name  # noqa: F401
+from parts.step_programs import (
+    SEED,
+    Work,
+    all_cache_sizes,
+    compile_programs,
+    count_compilations,
+    decode,
+    grade,
+    make_work,
+    pack_update,
+    random_rollout,
+    score_options,
+    start,
+    visit_cache_sizes,
+)
+
+ESTIMATE_TOKENS = 8  # tokens per slot that are decoded with each size of the KV cache
+ESTIMATE_MICRO_BATCHES = 1, 4
+PHASES = ("place_s", "prefill_s", "decode_s", "reward_s", "pack_s", "score_s", "update_s")
+
+
+def seconds_of(call: Callable, *arguments, **options) -> tuple[float, Any]:
+    """Returns the seconds of a call, and its result."""
+    begin = time.perf_counter()
+    result = jax.block_until_ready(call(*arguments, **options))
+    return time.perf_counter() - begin, result
+
+
+def estimate_rollout(work: Work, placed) -> tuple[dict[str, float], dict[int, float]]:
+    """Measures the start of a rollout, and a few tokens with each size of its cache.
+
+    Returns:
+        place_s, prefill_s and decode_s of the whole rollout; and the milliseconds of a decode step by the columns of
+        the cache.
+    """
+    decode_ms, sizes = {}, all_cache_sizes(work)
+
+    def time_decode(columns: int, placed, state, queue):
+        state = decode(work, placed, state, queue, 0)  # loads the program
+        seconds, state = seconds_of(decode, work, placed, state, queue, ESTIMATE_TOKENS)
+        decode_ms[columns] = 1e3 * seconds / ESTIMATE_TOKENS
+        if columns == sizes[-1]:
+            gather_to_host(to_rollout(state, work.prompts, work.cfg.rollout.samples))  # compiles small programs
+        return state
+
+    prefill_s, _ = seconds_of(start, work, placed)
+    visit_cache_sizes(work, time_decode, placed)
+    tokens = np.diff([work.prompts.tokens.shape[1], *sizes])  # that are decoded with each size
+    decode_s = sum(count * decode_ms[columns] / 1e3 for count, columns in zip(tokens, sizes, strict=True))
+    return {"prefill_s": prefill_s, "decode_s": decode_s}, decode_ms
+
+
+def estimate_learning(work: Work) -> tuple[Work, dict[str, float]]:
+    """Measures all stages after the rollout, but scoring and the update with a few micro-batches only.
+
+    Returns:
+        The policy after these updates, and the seconds of each phase of a whole step.
+    """
+    learner, mesh, times = work.learner, work.context.mesh, {}
+    rollout = random_rollout(work)
+    with timed(times, "experience_s"):
+        experience = make_experience(work.prompts, rollout)
+    with timed(times, "reward_s"):
+        experience = grade(work, experience, rollout)
+    with timed(times, "pack_s"):
+        packed = pack_update(work, experience)
+        shard_rows(mesh, packed)
+    state, scores, updates = learner.state, [], []
+    for count in (ESTIMATE_MICRO_BATCHES[0], *ESTIMATE_MICRO_BATCHES):  # the first loads the programs
+        batch = shard_rows(mesh, packed.replace(num_micro_batches=np.int32(count)))
+        options = score_options(work.cfg)
+        seconds, _ = seconds_of(score_completions, learner.model_cfg, learner.reference, batch, **options)
+        scores.append(seconds)
+        seconds, (state, _) = seconds_of(learner.update, state, batch)
+        updates.append(seconds)
+    count = int(packed.num_micro_batches)
+    score_s = extrapolate(ESTIMATE_MICRO_BATCHES, scores[1:], count)
+    return work._replace(learner=learner._replace(state=state)), {
+        "reward_s": times["reward_s"],
+        "pack_s": times["experience_s"] + 2 * times["pack_s"],
+        "score_s": max(0.0, score_s - times["reward_s"]),
+        "update_s": extrapolate(ESTIMATE_MICRO_BATCHES, updates[1:], count),
+    }
+
+
+def run_rollout(work: Work, times: dict[str, float]) -> Rollout:
+    """Draws the completions of the step, and writes the seconds of decoding into `times`."""
+    rollout_s, rollout = seconds_of(
+        draw_completions, work.cfg, work.context, work.learner.state.params, work.prompts, jax.random.key(SEED)
+    )
+    times["decode_s"] = rollout_s - times["place_s"] - times["prefill_s"]
+    return rollout
+
+
+def run_learning(work: Work, rollout: Rollout, times: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs the rest of the step, writes its seconds into `times`, and yields the name and the results of each stage."""
+    cfg, context, pack = work.cfg, work.context, {}
+    with timed(pack, "experience_s"):
+        experience = make_experience(work.prompts, rollout)
+    with timed(pack, "score_s"):
+        wait_for_ref_logps = start_scoring(cfg, context, work.learner.reference, experience)
+    with timed(times, "reward_s"):
+        experience = grade(work, experience, rollout)
+    with timed(times, "score_s"):
+        experience = experience.replace(ref_logps=wait_for_ref_logps())
+    yield "scoring", {}
+    with timed(pack, "update_s"):
+        batch = jax.block_until_ready(shard_rows(context.mesh, pack_update(work, experience)))
+    times["pack_s"] = sum(pack.values())
+    times["update_s"], (_, metrics) = seconds_of(work.learner.update, work.learner.state, batch)
+    complete = bool((rollout.lengths == cfg.rollout.max_tokens).all())
+    yield "update", {"ok": complete and not metrics["optim/skipped"] and not metrics["optim/no_signal"]}
+
+
+def needed_flops(
+    model_cfg: ModelConfig, placed, prompts: int, prompt_tokens: int, samples: int, max_tokens: int
+) -> int:
+    """Returns the floating-point operations that a step needs, those of attention and of the head included.
+
+    The rollout computes each prompt and each completion token once, scoring both again, and the update three times as
+    many operations as scoring: forward, and twice that backward. What is rematerialized or padded is not counted.
+
+    Args:
+        model_cfg: The model.
+        placed: Parameters placed for the rollout, or their shapes.
+        prompts: Number of prompts.
+        prompt_tokens: Tokens of each prompt.
+        samples: Completions per prompt.
+        max_tokens: Tokens of each completion.
+    """
+    completions = prompts * samples
+    prompt_positions = np.tile(np.arange(prompt_tokens), prompts)
+    positions = np.tile(prompt_tokens + np.arange(max_tokens), completions)
+    # A completion's token is drawn from the output of the token before it; the first, of the prompt's last one.
+    prefill = forward_flops(model_cfg, placed, prompt_positions, 0)
+    decode = forward_flops(model_cfg, placed, positions - 1, len(positions))
+    forward = forward_flops(model_cfg, placed, np.concatenate([prompt_positions, positions]), len(positions))
+    return prefill + decode + 4 * forward
+
+
+def peak_gib() -> float:
+    """Returns the peak memory of the device in GiB; on a CPU, that of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 2**30 if stats else peak_rss_gib()
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields."""
-    yield {"left": seconds_left()}
+    """Yields an estimate of the step, and the step after each of its stages."""
+    work = make_work(small)
+    with jax.set_mesh(work.context.mesh):
+        yield from measure_step(work, seconds_left)
+
+
+def measure_step(work: Work, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    """Yields the measurements of `measure`; the mesh must be set."""
+    compiled, begin, model_cfg = count_compilations(), time.perf_counter(), work.context.model_cfg
+    placement = place_for_rollout, model_cfg, work.learner.state.params, work.context.mesh
+    _, placed = seconds_of(*placement)
+    if not compile_programs(work, placed, seconds_left):
+        yield {"left_out": "the step", "reason": "no time: its programs are not compiled yet"}
+        return
+    compile_s, times = time.perf_counter() - begin, dict.fromkeys(PHASES, 0.0)
+    times["place_s"], _ = seconds_of(*placement)
+    square_tflop_s = square_gflop_s(model_cfg.compute_dtype, repeats=5) / 1e3
+    rollout_times, decode_ms = estimate_rollout(work, placed)
+    sizes = *work.prompts.tokens.shape, work.cfg.rollout.samples, work.cfg.rollout.max_tokens
+    needed_tflop, tokens = needed_flops(model_cfg, placed, *sizes) / 1e12, sizes[0] * sizes[2] * sizes[3]
+    del placed
+    work, learning_times = estimate_learning(work)
+    times |= rollout_times | learning_times
+    setup = {
+        "compile_s": compile_s,
+        "tokens": tokens,
+        "slots": work.context.rollout_plan.slots,
+        "decode_ms": decode_ms,
+        "needed_tflop": needed_tflop,
+        "square_tflop_s": square_tflop_s,
+    }
+
+    def describe(stage: str, **results) -> dict[str, Any]:
+        step_s = sum(times.values())
+        speeds = {"step_s": step_s, "step_tok_s": tokens / step_s, "decode_tok_s": tokens / times["decode_s"]}
+        mfu = needed_tflop / step_s / square_tflop_s
+        return {"measured": stage} | results | speeds | {"mfu": mfu, "peak_gib": peak_gib()} | times | setup
+
+    def left_out(stage: str, phases: Sequence[str]) -> list[dict[str, Any]]:
+        late = sum(times[name] for name in phases) > seconds_left()
+        return [{"left_out": stage, "reason": "no time; its seconds above are estimates"}] if late else []
+
+    yield describe("estimate")
+    if late := left_out("the rollout, scoring and the update", PHASES[:3]):
+        yield from late
+        return
+    earlier, rollout = len(compiled), run_rollout(work, times)
+    yield describe("rollout")
+    if late := left_out("scoring and the update", PHASES[3:]):
+        yield from late
+        return
+    for stage, results in run_learning(work, rollout, times):
+        yield describe(stage, **results, compilations=compiled[earlier:])
