@@ -41,7 +41,8 @@ def open_checkpoint_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
     Closing the manager waits for the last save to finish.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    newest = ocp.checkpoint_managers.LatestN(keep)
+    options = ocp.CheckpointManagerOptions(preservation_policy=newest, enable_async_checkpointing=True)
     items = ("policy", "optimizer", "meta", "experience", "reference")
     return ocp.CheckpointManager(checkpoints_folder(workdir), options=options, item_names=items)
 
@@ -104,7 +105,7 @@ def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, shard
 def saved_steps(workdir: Path) -> list[int]:
     """Returns the steps of a run's checkpoints in ascending order."""
     folder = checkpoints_folder(workdir)
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    return sorted(ocp.path.step.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def newest_step(workdir: Path) -> int:
