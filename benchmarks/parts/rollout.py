@@ -1,11 +1,120 @@
-"""Stub."""
+"""Decode tokens per second, beside the time that the least bytes of a step take at the rate of a copy.
 
+Weights and prompts are random, in the shapes of published models. A line per model and number of slots:
+
+model, parameters  the shape of the weights, which are in bfloat16
+slots              sequences that are decoded together, each of which continues a prompt of 512 tokens
+columns            mean number of tokens of a slot in the KV cache, which has room for `cache_columns`
+decode_ms, tok_s   time of a step, the median of several runs of the compiled loop, and tokens per second
+least_gb           what a step has to read: every weight once, and the keys and values of these tokens
+copy_gb_s          rate of copying a large array, counting the bytes that are read and those that are written
+limit_ms           time of least_gb at that rate
+limit_fraction     limit_ms / decode_ms; 1 is ideal
+temp_gib           memory of the compiled program besides its arguments and results. On a GPU, more than 1 for 128
+                   slots of Qwen2.5-1.5B means that XLA concatenates weights anew for every token
+compile_s          seconds to compile it, together with others; small if an earlier part has compiled it
+"""
+
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from parts.shapes import device_name  # noqa: F401
+import jax
+from learn import temp_gib
+from limits import copy_gb_s, step_bytes
+
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.rollout.sampler import place_for_rollout
+from parts.decoding import RolloutSizes, decode_ms, live_columns, lower_decode
+from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, random_params, shrink  # noqa: F401
+
+MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
+# Models and their numbers of slots, the most important first. The programs of a line compile at the same time.
+BATCHES = (("Qwen2.5-1.5B", (128,)), ("Qwen2.5-1.5B", (512, 32)), ("SmolLM2-135M", (32, 128, 512)))
+STEPS = 80  # of a run
+AIMS = {("Qwen2.5-1.5B", 128): 0.5, ("Qwen2.5-1.5B", 512): 0.5}
+SMALL_BATCHES = (("Qwen2.5-1.5B", (8,)), ("SmolLM2-135M", (8,)))
+SMALL_STEPS = 8
+
+
+def start_compiling(lowered: list) -> list[Future]:
+    """Starts to compile programs at the same time. The futures give a program and the seconds that it took."""
+
+    def compile_timed(program):
+        start = time.perf_counter()
+        return program.compile(), time.perf_counter() - start
+
+    pool = ThreadPoolExecutor(len(lowered))
+    futures = [pool.submit(compile_timed, program) for program in lowered]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def measure_shape(
+    name: str, model_cfg: ModelConfig, sizes: RolloutSizes, compiled: tuple[Any, float], params, steps: int, rate: float
+) -> dict[str, Any]:
+    """Returns the line of a model and a number of slots.
+
+    Args:
+        name: The model's name.
+        model_cfg: The model.
+        sizes: The sizes of the rollout.
+        compiled: The compiled program, and the seconds that it took to compile.
+        params: Parameters placed for the rollout.
+        steps: Number of steps per run.
+        rate: Rate of a copy in GB/s.
+    """
+    program, compile_s = compiled
+    milliseconds, columns = decode_ms(program, model_cfg, sizes, params, steps), live_columns(sizes, steps)
+    least_gb = step_bytes(model_cfg, params, sizes.slots, columns) / 1e9
+    limit_ms = 1e3 * least_gb / rate
+    fields = {
+        "model": name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "slots": sizes.slots,
+        "columns": columns,
+        "cache_columns": sizes.columns,
+        "decode_ms": milliseconds,
+        "tok_s": 1e3 * sizes.slots / milliseconds,
+        "least_gb": least_gb,
+        "copy_gb_s": rate,
+        "limit_ms": limit_ms,
+        "limit_fraction": limit_ms / milliseconds,
+        "temp_gib": temp_gib(program),
+        "compile_s": compile_s,
+    }
+    if (name, sizes.slots) in AIMS:
+        title = f"decoding {sizes.slots} sequences with {name}, as a fraction of the speed of a copy"
+        fields["aim"] = {"name": title, "measured": limit_ms / milliseconds, "aim": AIMS[name, sizes.slots]}
+    return fields
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields."""
-    yield {"left": seconds_left()}
+    """Yields a line per model and number of slots."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    jax.set_mesh(mesh)
+    rate, steps = copy_gb_s(5), SMALL_STEPS if small else STEPS
+    loaded, params, longest = "", None, 0.0
+    for name, slots in SMALL_BATCHES if small else BATCHES:
+        start = time.perf_counter()
+        if seconds_left() < longest:
+            yield {"left_out": [f"{name} with {count} slots" for count in slots], "reason": "no time"}
+            continue
+        model_cfg, sizes = MODELS[name], [RolloutSizes(count) for count in slots]
+        if small:
+            model_cfg, sizes = shrink(model_cfg), [RolloutSizes(count, 4, 32, 64) for count in slots]
+        compiling = start_compiling([lower_decode(model_cfg, each) for each in sizes])
+        if loaded != name:
+            params = None  # frees those of the model before
+            params, loaded = place_for_rollout(model_cfg, random_params(model_cfg, model_cfg.compute_dtype), mesh), name
+        wait(compiling)
+        for each, program in zip(sizes, compiling, strict=True):
+            try:
+                yield measure_shape(name, model_cfg, each, program.result(), params, steps, rate)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                yield {"left_out": f"{name} with {each.slots} slots", "reason": "no memory"}
+        longest = max(longest, time.perf_counter() - start)
