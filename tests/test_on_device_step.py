@@ -1,0 +1,141 @@
+"""The parts `step`, `peer` and `learn` of `benchmarks/on_device.py` count, extrapolate and stop correctly."""
+
+import importlib
+import json
+import threading
+from pathlib import Path
+
+import jax
+import pytest
+
+from grpo_jax import config
+from grpo_jax.model.architecture import LayerConfig, ModelConfig
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.rollout.sampler import place_for_rollout
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """Returns a function that imports a part by name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return lambda name: importlib.import_module(f"parts.{name}")
+
+
+def test_the_flops_of_a_step_are_those_counted_by_hand(part):
+    sizes = dict(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_heads=2, num_kv_heads=1, head_dim=2, max_positions=8
+    )
+    model_cfg = ModelConfig(**sizes, layers=(LayerConfig(),), tie_embeddings=True)
+    placed = jax.eval_shape(lambda params: place_for_rollout(model_cfg, params), param_shapes(model_cfg))
+    kernels = 16 + 8 + 8 + 16 + 3 * 24  # q, k, v, o and the MLP; the head has 40
+    # One prompt of 2 tokens and two completions of 3. A key costs 2 multiplications and 2 additions per number in q.
+    prefill = 2 * kernels * 2 + 4 * 4 * (1 + 2)
+    decode = 2 * ((2 * kernels + 2 * 40) * 3 + 4 * 4 * (2 + 3 + 4))
+    forward = prefill + 2 * ((2 * kernels + 2 * 40) * 3 + 4 * 4 * (3 + 4 + 5))
+    assert (prefill, decode, forward) == (528, 2208, 2832)
+    assert part("step").needed_flops(model_cfg, placed, 1, 2, 2, 3) == prefill + decode + 4 * forward
+
+
+def test_a_small_tokenizer_reads_every_id_of_a_large_vocabulary(part):
+    class Letters:
+        def __len__(self):
+            return 3
+
+        def decode(self, ids, **options):
+            return "".join("abc"[token] for token in ids)
+
+    assert part("step_programs").FoldedTokenizer(Letters()).decode([0, 1, 2, 3, 151935]) == "abcaa"
+
+
+def test_linear_costs_are_extrapolated_exactly(part):
+    assert part("line").extrapolate((1, 4), (2 + 3 * 1, 2 + 3 * 4), 171) == 2 + 3 * 171
+
+
+def test_the_generation_of_a_peer_whose_tokens_cost_linearly_more_is_extrapolated_exactly(part):
+    peer = part("peer")
+
+    def token_s(index):
+        return 0.25 + 0.5 * index
+
+    def seconds(first, last, overhead):
+        return overhead + sum(map(token_s, range(first, last + 1)))
+
+    first_s = [seconds(2, count, overhead=100.0) for count in peer.FEW_TOKENS]  # the prompt yields the first token
+    start = 1024 - peer.FEW_TOKENS[1]
+    last_s = [seconds(start + 1, start + count, overhead=7.0) for count in peer.FEW_TOKENS]
+    assert peer.generation_s(1024, first_s, last_s) == seconds(2, 1024, overhead=100.0)
+
+
+def test_the_peer_is_absent_without_torch(part, monkeypatch):
+    peer = part("peer")
+    monkeypatch.setattr(peer, "INSTALLED", False)
+    with pytest.raises(part("step_programs").NotHere, match="torch is not installed"):
+        list(peer.measure(True, lambda: 100.0))
+
+
+@pytest.fixture
+def run_fake(part, monkeypatch, tmp_path):
+    """Returns a function that measures a run which writes the given lines and then calls `end`."""
+    learn, released = part("learn"), threading.Event()
+
+    def measure(accuracies, end=lambda: None, seconds_left=lambda: 100.0, **settings):
+        def train(cfg, *, workdir):
+            workdir.mkdir()
+            with open(workdir / "metrics.jsonl", "w", buffering=1) as file:
+                for step, accuracy in enumerate(accuracies):
+                    update = {"time/step_s": 0.5 * step, "rollout/length_mean": 10.0 * step} if step else {}
+                    evaluation = {} if accuracy is None else {"eval/accuracy": accuracy}
+                    file.write(json.dumps({"step": step} | update | evaluation) + "\n")
+            end()
+
+        cfg = config.default()
+        cfg.update(settings)
+        monkeypatch.setattr(learn, "train", train)
+        return learn.measure_until(0.95, cfg, tmp_path / "run", seconds_left)
+
+    yield measure, released
+    released.set()
+
+
+def test_learning_is_measured_until_the_first_evaluation_that_reaches_the_goal(run_fake):
+    measure, released = run_fake
+    lines = list(measure([0.2, None, 0.9, None, 0.95, None, 0.99], end=released.wait))
+    assert [(line["updates"], line["accuracy"]) for line in lines] == [(0, 0.2), (2, 0.9), (4, 0.95)]
+    assert ["ok" in line for line in lines] == [False, False, True]
+    assert lines[-1]["ok"] is True
+    # Of updates 1 to 4: 0.5, 1, 1.5 and 2 s; 10, 20, 30 and 40 tokens in each of 16 * 8 completions.
+    assert (lines[-1]["steps_s"], lines[-1]["step_s"], lines[-1]["tok_s"]) == (5.0, 1.25, 128 * 25 / 1.25)
+
+
+def test_a_run_whose_last_evaluation_misses_the_goal_is_not_ok(run_fake):
+    measure, _ = run_fake
+    lines = list(measure([0.2, None, 0.9], total_steps=2))
+    assert [line.get("ok") for line in lines] == [None, False]
+
+
+def test_an_error_of_training_is_one_of_the_part(run_fake):
+    measure, _ = run_fake
+
+    def fail():
+        raise ValueError("no memory")
+
+    lines = measure([0.2], end=fail)
+    assert next(lines)["accuracy"] == 0.2
+    with pytest.raises(ValueError, match="no memory"):
+        next(lines)
+
+
+def test_a_run_that_ends_without_its_last_evaluation_is_an_error(run_fake):
+    measure, _ = run_fake
+    with pytest.raises(RuntimeError, match="without its last evaluation"):
+        list(measure([0.2, None], total_steps=2))
+
+
+def test_a_run_that_is_out_of_time_says_what_it_left_out(run_fake):
+    measure, released = run_fake
+    budget = iter([1.0] * 3 + [0.0] * 100)
+    lines = list(measure([0.2], end=released.wait, seconds_left=lambda: next(budget)))
+    assert [line.get("accuracy") for line in lines] == [0.2, None]
+    assert "left_out" in lines[-1] and not any("ok" in line for line in lines)
