@@ -17,7 +17,7 @@ compile_s          seconds to compile it, together with others; small if an earl
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import place_for_rollout
 from parts.decoding import RolloutSizes, decode_ms, live_columns, lower_decode
+from parts.programs import is_out_of_memory, start_compiling
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, random_params, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
@@ -37,19 +38,6 @@ STEPS = 80  # of a run
 AIMS = {("Qwen2.5-1.5B", 128): 0.5, ("Qwen2.5-1.5B", 512): 0.5}
 SMALL_BATCHES = (("Qwen2.5-1.5B", (8,)), ("SmolLM2-135M", (8,)))
 SMALL_STEPS = 8
-
-
-def start_compiling(lowered: list) -> list[Future]:
-    """Starts to compile programs at the same time. The futures give a program and the seconds that it took."""
-
-    def compile_timed(program):
-        start = time.perf_counter()
-        return program.compile(), time.perf_counter() - start
-
-    pool = ThreadPoolExecutor(len(lowered))
-    futures = [pool.submit(compile_timed, program) for program in lowered]
-    pool.shutdown(wait=False)
-    return futures
 
 
 def measure_shape(
@@ -114,7 +102,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
             try:
                 yield measure_shape(name, model_cfg, each, program.result(), params, steps, rate)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 yield {"left_out": f"{name} with {each.slots} slots", "reason": "no memory"}
         longest = max(longest, time.perf_counter() - start)
