@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.attention import KV
@@ -21,6 +22,7 @@ from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import build_stop_table
+from parts.shapes import random_params
 
 WARM_UP_STEPS, REPEATS = 8, 3
 
@@ -108,6 +110,11 @@ def random_decoding(model_cfg: ModelConfig, sizes: RolloutSizes) -> tuple[Decode
     keys = jax.random.split(jax.random.key(0, impl="rbg"), model_cfg.num_layers)
     prompt_kv = tuple(random_prompt_kv(model_cfg, sizes, key) for key in keys)
     return start_decoding(sizes, random_prompts(model_cfg, sizes), prompt_kv, jax.random.key(1))
+
+
+def place_random_params(model_cfg: ModelConfig, mesh: Mesh | None) -> dict:
+    """Returns random parameters, placed for the rollout like those of a policy in float32."""
+    return place_for_rollout(model_cfg, random_params(model_cfg, "float32"), mesh)
 
 
 def lower_decode(model_cfg: ModelConfig, sizes: RolloutSizes):

@@ -33,10 +33,9 @@ import jax
 from learn import temp_gib
 
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.rollout.sampler import place_for_rollout
 from parts import json_line
-from parts.decoding import RolloutSizes, decode_ms, lower_decode
-from parts.shapes import SMOLLM2_135M, random_params, shrink
+from parts.decoding import RolloutSizes, decode_ms, lower_decode, place_random_params
+from parts.shapes import SMOLLM2_135M, shrink
 
 VARIANTS = {
     "default": "",
@@ -144,7 +143,7 @@ def measure_variant(small: bool) -> Iterator[dict[str, Any]]:
     lowered, start = lower_decode(model_cfg, sizes), time.perf_counter()
     program = lowered.compile()
     compile_s = time.perf_counter() - start
-    params = place_for_rollout(model_cfg, random_params(model_cfg, model_cfg.compute_dtype), mesh)
+    params = place_random_params(model_cfg, mesh)
     milliseconds = decode_ms(program, model_cfg, sizes, params, steps)
     yield {
         "slots": sizes.slots,

@@ -26,10 +26,9 @@ from limits import copy_gb_s, step_bytes
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.rollout.sampler import place_for_rollout
-from parts.decoding import RolloutSizes, decode_ms, live_columns, lower_decode
+from parts.decoding import RolloutSizes, decode_ms, live_columns, lower_decode, place_random_params
 from parts.programs import is_out_of_memory, start_compiling
-from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, random_params, shrink  # noqa: F401
+from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
 # Models and their numbers of slots, the most important first. The programs of a line compile at the same time.
@@ -96,7 +95,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
         compiling = start_compiling([lower_decode(model_cfg, each) for each in sizes])
         if loaded != name:
             params = None  # frees those of the model before
-            params, loaded = place_for_rollout(model_cfg, random_params(model_cfg, model_cfg.compute_dtype), mesh), name
+            params, loaded = place_random_params(model_cfg, mesh), name
         wait(compiling)
         for each, program in zip(sizes, compiling, strict=True):
             try:
