@@ -9,7 +9,7 @@ decode_ms, tok_s   time of a step, the median of several runs of the compiled lo
 least_gb           what a step has to read: every weight once, and the keys and values of these tokens
 copy_gb_s          rate of copying a large array, counting the bytes that are read and those that are written
 limit_ms           time of least_gb at that rate
-limit_fraction     limit_ms / decode_ms; 1 is ideal
+limit_fraction     limit_ms / decode_ms; 1 is ideal, and a model that fits in a processor's cache can pass it
 temp_gib           memory of the compiled program besides its arguments and results. On a GPU, more than 1 for 128
                    slots of Qwen2.5-1.5B means that XLA concatenates weights anew for every token
 compile_s          seconds to compile it, together with others; small if an earlier part has compiled it
@@ -31,12 +31,25 @@ from parts.programs import is_out_of_memory, start_compiling
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
-# Models and their numbers of slots, the most important first. The programs of a line compile at the same time.
-BATCHES = (("Qwen2.5-1.5B", (128,)), ("Qwen2.5-1.5B", (512, 32)), ("SmolLM2-135M", (32, 128, 512)))
+# Models with numbers of slots, the most important first. Those of a batch compile at the same time. That is faster, but
+# XLA, which times kernels as it compiles, may choose worse ones; so those with an aim compile alone.
+BATCHES = (
+    (("Qwen2.5-1.5B", 128),),
+    (("Qwen2.5-1.5B", 512),),
+    (("Qwen2.5-1.5B", 32), ("SmolLM2-135M", 32)),
+    (("SmolLM2-135M", 128), ("SmolLM2-135M", 512)),
+)
 STEPS = 80  # of a run
 AIMS = {("Qwen2.5-1.5B", 128): 0.5, ("Qwen2.5-1.5B", 512): 0.5}
-SMALL_BATCHES = (("Qwen2.5-1.5B", (8,)), ("SmolLM2-135M", (8,)))
+SMALL_BATCHES = ((("Qwen2.5-1.5B", 8),), (("SmolLM2-135M", 8),))
 SMALL_STEPS = 8
+
+
+def choose_shape(name: str, slots: int, small: bool) -> tuple[ModelConfig, RolloutSizes]:
+    """Returns the model and the sizes of the rollout."""
+    if small:
+        return shrink(MODELS[name]), RolloutSizes(slots, samples=4, prompt_tokens=32, columns=64)
+    return MODELS[name], RolloutSizes(slots)
 
 
 def measure_shape(
@@ -83,25 +96,23 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
     mesh = make_mesh(devices=jax.devices()[:1])
     jax.set_mesh(mesh)
     rate, steps = copy_gb_s(5), SMALL_STEPS if small else STEPS
-    loaded, params, longest = "", None, 0.0
-    for name, slots in SMALL_BATCHES if small else BATCHES:
+    params, longest = {}, 0.0
+    for batch in SMALL_BATCHES if small else BATCHES:
         start = time.perf_counter()
         if seconds_left() < longest:
-            yield {"left_out": [f"{name} with {count} slots" for count in slots], "reason": "no time"}
+            yield {"left_out": [f"{name} with {slots} slots" for name, slots in batch], "reason": "no time"}
             continue
-        model_cfg, sizes = MODELS[name], [RolloutSizes(count) for count in slots]
-        if small:
-            model_cfg, sizes = shrink(model_cfg), [RolloutSizes(count, 4, 32, 64) for count in slots]
-        compiling = start_compiling([lower_decode(model_cfg, each) for each in sizes])
-        if loaded != name:
-            params = None  # frees those of the model before
-            params, loaded = place_random_params(model_cfg, mesh), name
+        shapes = [choose_shape(name, slots, small) for name, slots in batch]
+        compiling = start_compiling([lower_decode(*shape) for shape in shapes])
+        params = {name: weights for name, weights in params.items() if name in dict(batch)}  # frees the others
+        for (name, _), (model_cfg, _) in zip(batch, shapes, strict=True):
+            params[name] = params.get(name) or place_random_params(model_cfg, mesh)
         wait(compiling)
-        for each, program in zip(sizes, compiling, strict=True):
+        for (name, slots), shape, program in zip(batch, shapes, compiling, strict=True):
             try:
-                yield measure_shape(name, model_cfg, each, program.result(), params, steps, rate)
+                yield measure_shape(name, *shape, program.result(), params[name], steps, rate)
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                yield {"left_out": f"{name} with {each.slots} slots", "reason": "no memory"}
+                yield {"left_out": f"{name} with {slots} slots", "reason": "no memory"}
         longest = max(longest, time.perf_counter() - start)

@@ -13,13 +13,13 @@ product_tflop_s rate of one large matmul in the same dtype
 mfu             needed_tflop / update_s / product_tflop_s
 temp_gib        memory of the compiled program besides its arguments and results; state_gib is that of the train state
 peak_gib        peak memory of the device so far, where it tells
-compile_s       seconds to compile the program, together with the other one
+compile_s       seconds to compile the program
 """
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout
 from grpo_jax.run.stages import pack_rows
 from grpo_jax.types import PackedBatch, Rollout, TrainState
 from parts import NotHere
-from parts.programs import is_out_of_memory, start_compiling
+from parts.programs import is_out_of_memory
 from parts.shapes import QWEN_1_5B, device_name, random_learner, shrink, training_config  # noqa: F401
 
 
@@ -126,27 +126,25 @@ def measure_rows(sizes: UpdateSizes, small: bool, seconds_left: Callable[[], flo
     learner = random_learner(shrink(QWEN_1_5B) if small else QWEN_1_5B, configs[0])  # the update is the same for all
     jax.set_mesh(learner.mesh)
     batches = [make_batch(cfg, learner, sizes.prompts) for cfg in configs]
-    on_device = [shard_rows(learner.mesh, batch) for batch in batches]
-    compiling = start_compiling([learner.update.lower(learner.state, batch) for batch in on_device])
-    wait(compiling)
     product = square_gflop_s(learner.model_cfg.compute_dtype, 5) / 1e3
     needed = [needed_tflop(learner, batch) for batch in batches]
-    state, learner = learner.state, learner._replace(state=None)  # updates donate the state
-    for i, batch in enumerate(batches):
-        program, compile_s = compiling[i].result()
-        state, update_s = time_updates(program, state, on_device[i], seconds_left)
-        rows, width, tokens = (
-            int(batch.num_micro_batches),
-            batch.tokens.shape[1],
-            int((batch.segments.prompt > 0).sum()),
-        )
-        mfu = needed[i] / update_s / product
+    state, learner, longest = learner.state, learner._replace(state=None), 0.0  # updates donate the state
+    for batch, tflop in zip(batches, needed, strict=True):
+        start, (rows, width) = time.perf_counter(), (int(batch.num_micro_batches), batch.tokens.shape[1])
+        if seconds_left() < longest:
+            yield {"left_out": f"rows of {width}", "reason": "no time"}
+            continue
+        on_device = shard_rows(learner.mesh, batch)
+        program = learner.update.lower(state, on_device).compile()
+        compile_s = time.perf_counter() - start
+        state, update_s = time_updates(program, state, on_device, seconds_left)
+        tokens, mfu = int((batch.segments.prompt > 0).sum()), tflop / update_s / product
         yield {
             "row_tokens": width,
             "rows": rows,
             "tokens": tokens,
             "padding_fraction": 1 - tokens / (rows * width),
-            "needed_tflop": needed[i],
+            "needed_tflop": tflop,
             "update_s": update_s,
             "product_tflop_s": product,
             "mfu": mfu,
@@ -156,6 +154,7 @@ def measure_rows(sizes: UpdateSizes, small: bool, seconds_left: Callable[[], flo
             "compile_s": compile_s,
             **({} if small else {"aim": {"name": f"MFU of an update, rows of {width}", "measured": mfu, "aim": AIM}}),
         }
+        longest = max(longest, time.perf_counter() - start)
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
