@@ -1,11 +1,199 @@
-"""Stub."""
+"""Whether the numbers are right: the tiny base model against values of a CPU, attention against its definition.
 
-from collections.abc import Callable, Iterator
-from typing import Any
+In float32 all matrix products have the highest precision, which accelerators do not use by default; bfloat16 is
+computed as in training. Checks run side by side, because most of their time is compilation, but their lines come in
+the same order each time, the most important first. A line has
 
-from parts.shapes import device_name  # noqa: F401
+check   what was computed, with `dtype`
+error   the largest difference from what was expected; `bound` is the largest allowed, and `ok` compares the two
+reason  why a check has no result; `left_out` names one that was not made
+
+The checks of the tiny base model, whose expected values are in `cpu_values.npz`:
+
+logits           as a fraction of the largest logit
+greedy tokens    and sampled tokens: rounding may change a token where two nearly tie, so the error is the largest
+                 margin in logits by which the expected token was ahead of all others, at the first that differs in a
+                 completion. `differing` counts these completions; `same` is the fraction of tokens before them
+log-probs        of the sampler, until a token differs, as a fraction of the largest logit
+update metrics   as a fraction of each metric; `worst` is the one with the largest error, here and below
+update gradient  as a fraction of the largest entry of each parameter
+update step      as a fraction of the learning rate, for entries whose gradient is large enough to have a certain sign
+
+The others:
+
+attention        by each kernel, forward and backward, as a fraction of the largest entry of the output and of the
+                 gradients of queries, keys and values (`parts/kernels.py`)
+depth            largest gap between the log-probabilities of sampler and trainer, as a fraction of the largest
+                 log-probability; `mean_gap` and `max_gap` are in nats (`parts/depths.py`)
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from cpu_values import Values, decode, first_logits, read_values, update
+from jax.sharding import Mesh
+
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.parallel.mesh import make_mesh, path_name
+from grpo_jax.weights.model_io import load
+from parts.depths import check_depth
+from parts.kernels import check_attention
+from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name  # noqa: F401
+from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
+
+# On a CPU, bfloat16 shifts log-probs by up to 0.14 nats, and with them the ratios that multiply the gradient; metrics
+# are then off by up to 0.10 and gradients by up to 0.06. Other devices add up in another order.
+METRIC_BOUNDS = {"float32": 1e-4, "bfloat16": 0.25}
+GRADIENT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.15}
+# The step of Adam's first update is the sign of the gradient, if that is far from 0. As fractions of the largest entry.
+CERTAIN_GRADIENT = {"float32": 1e-3, "bfloat16": 0.3}
+STEP_BOUND = 1e-4  # the parameters themselves are rounded to 1e-5 learning rates
+
+MAX_THREADS = 8  # with more, the first results come later, because only one thread traces at a time
 
 
-def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields."""
-    yield {"left": seconds_left()}
+class TinyBase(NamedTuple):
+    """The tiny base model on the first device, and what it computes on a CPU."""
+
+    mesh: Mesh
+    model_cfg: ModelConfig
+    params: Any
+    values: Values
+
+    def config_for(self, dtype: str) -> ModelConfig:
+        """Returns the model's config with this dtype of computation."""
+        return replace(self.model_cfg, compute_dtype=dtype)
+
+    @property
+    def largest_logit(self) -> float:
+        """Returns the largest absolute logit in the file."""
+        return float(np.abs(self.values["logits"]).max())
+
+
+def load_tiny_base() -> TinyBase:
+    """Loads the model.
+
+    Raises:
+        ValueError: The values are those of another base model.
+    """
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return TinyBase(mesh, *load("tiny", mesh=mesh), read_values())
+
+
+def check_logits(base: TinyBase, dtype: str) -> Iterator[Result]:
+    """Compares logits."""
+    with precision(dtype):
+        logits = first_logits(base.config_for(dtype), base.params, base.values)
+    error = np.abs(logits - base.values["logits"]).max() / base.largest_logit
+    yield verdict("logits", dtype, error, BOUNDS[dtype])
+
+
+def check_tokens(base: TinyBase, dtype: str) -> Iterator[Result]:
+    """Compares greedy and sampled tokens, and the log-probabilities of the latter."""
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        with precision(dtype):
+            rollout = decode(base.config_for(dtype), base.params, base.values, temperature)
+        tokens, lengths, margins = (base.values[f"{kind}_{name}"] for name in ("tokens", "lengths", "margins"))
+        columns = np.arange(tokens.shape[-1])
+        expected, got = (
+            np.where(columns < length[..., None], ids, -1)
+            for ids, length in ((tokens, lengths), (rollout.tokens, rollout.lengths))
+        )
+        differs = expected != got
+        is_first, is_same = differs & (np.cumsum(differs, axis=-1) == 1), ~np.logical_or.accumulate(differs, axis=-1)
+        is_counted = is_same & (expected >= 0)
+        # No margin explains a completion that ends before or after the expected one without another token.
+        margins = np.where((expected >= 0) & (got >= 0), margins, np.inf)
+        yield verdict(
+            f"{kind} tokens",
+            dtype,
+            margins.max(initial=0.0, where=is_first),
+            2 * BOUNDS[dtype] * base.largest_logit,  # both logits may be off
+            same=float(is_counted.sum() / lengths.sum()),
+            differing=int(is_first.sum()),
+            completions=lengths.size,
+        )
+    gaps = np.abs(rollout.logps - base.values["sampled_logps"])
+    error = gaps.max(initial=0.0, where=is_counted) / base.largest_logit
+    yield verdict("log-probs", dtype, error, BOUNDS[dtype])
+
+
+def check_update(base: TinyBase, dtype: str) -> Iterator[Result]:
+    """Compares the metrics, the gradient and the step of one update."""
+    expected = base.values
+    with precision(dtype):
+        got = update(base.config_for(dtype), base.params, base.mesh, expected)
+
+    def worst(check: str, errors, names, bounds: dict[str, float]) -> Result:
+        index = int(np.argmax(errors))  # of the first that is not a number, if there is one
+        return verdict(check, dtype, errors[index], bounds[dtype], worst=names[index])
+
+    names, want = expected["metric_names"].tolist(), expected["metrics"]
+    metrics = np.array([got["metrics"][got["metric_names"].tolist().index(name)] for name in names])
+    errors = np.abs(metrics - want) / np.where(want == 0, 1.0, np.abs(want))
+    yield worst("update metrics", errors, names, METRIC_BOUNDS)
+
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(base.params)]
+    scaled = expected["gradients"] / expected["largest_gradients"][:, None]
+    errors = np.abs(got["gradients"] / expected["largest_gradients"][:, None] - scaled).max(axis=1)
+    yield worst("update gradient", errors, names, GRADIENT_BOUNDS)
+
+    is_certain = np.abs(scaled) > CERTAIN_GRADIENT[dtype]
+    error = np.abs(got["steps"] - expected["steps"]).max(initial=0.0, where=is_certain)
+    yield verdict("update step", dtype, error, STEP_BOUND, entries=int(is_certain.sum()))
+
+
+def list_checks(base: TinyBase, small: bool) -> dict[str, Callable[[], Iterable[Result]]]:
+    """Returns the checks by name, the most important first."""
+    checks = {}
+    for name, check in (("logits", check_logits), ("tokens", check_tokens), ("update", check_update)):
+        for dtype in DTYPES[:1] if small and name != "logits" else DTYPES:
+            checks[f"{name} {dtype}"] = partial(check, base, dtype)
+    heads = replace(QWEN_1_5B, num_heads=4) if small else QWEN_1_5B
+    for length in (256, 2048) if small else (256, 2048, 8192):
+        checks[f"attention {length}"] = partial(check_attention, heads, length)
+    if not small:
+        checks["attention 256, heads of 64"] = partial(check_attention, SMOLLM2_135M, 256)
+    depths = [(depth, dtype) for depth in (384, 2048, 8192) for dtype in DTYPES]
+    for depth, dtype in [(384, "float32"), (1024, "bfloat16")] if small else depths:
+        checks[f"depth {depth} {dtype}"] = partial(check_depth, base.config_for(dtype), base.params, depth)
+    return checks
+
+
+def run_side_by_side(
+    checks: dict[str, Callable[[], Iterable[Result]]], mesh: Mesh, seconds_left: Callable[[], float]
+) -> Iterator[Result]:
+    """Yields the results of checks in their order. One that raises an error is wrong, and the others go on."""
+
+    def run(check) -> list[Result]:
+        with jax.set_mesh(mesh):
+            return list(check())
+
+    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    futures = {name: pool.submit(run, check) for name, check in checks.items()}
+    for name, future in futures.items():
+        try:
+            yield from future.result(max(0, seconds_left() - 1))
+        except TimeoutError:
+            yield {"left_out": name, "reason": "no time"}
+        except Exception as error:
+            traceback.print_exception(error)
+            yield {"check": name, "ok": False, "reason": f"{type(error).__name__}: {error}"[:1000]}
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[Result]:
+    """Yields the results of all checks.
+
+    Raises:
+        ValueError: The values are those of another base model.
+    """
+    base = load_tiny_base()
+    yield from run_side_by_side(list_checks(base, small), base.mesh, seconds_left)

@@ -1,0 +1,58 @@
+"""How far the log-probabilities of sampler and trainer are apart, by the depth of the context."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from grpo_jax.config.schema import LossSection
+from grpo_jax.learn.packing import packed_shape, unpack_completions
+from grpo_jax.learn.update import make_experience, pack_minibatch, score_completions
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
+from grpo_jax.text.stops import build_stop_table
+from parts.verdicts import BOUNDS, Result, precision, verdict
+
+PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 128
+# Sampler and trainer round in different places, so in bfloat16 both contribute an error. In float32, where a CPU's
+# error is 1e-6, there is room for both. The scale is the largest log-prob, which is about as large as a logit.
+GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}
+
+
+def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarray, "N S"], Float[np.ndarray, "N S"]]:
+    """Returns the log-probabilities, by the sampler and by the trainer, of completions that end at a depth, in nats.
+
+    Prompts are random tokens. Their length is a multiple of 128, because attention kernels need that, and near the
+    depth, so that the cache has a single size.
+    """
+    prompt_tokens = depth - NEW_TOKENS
+    ids = np.random.default_rng(depth).integers(model_cfg.sampleable_vocab_size, size=(PROMPTS, prompt_tokens))
+    prompts = pad_prompts(ids.tolist())
+    rollout = generate_rollout(
+        model_cfg,
+        place_for_rollout(model_cfg, params),
+        prompts,
+        jax.random.key(0),
+        samples=SAMPLES,
+        max_tokens=NEW_TOKENS,
+        temperature=1.0,
+        stop_table=build_stop_table(model_cfg.vocab_size, ()),
+    )
+    experience = make_experience(prompts, rollout)
+    width = prompt_tokens + SAMPLES * NEW_TOKENS  # a row holds a prompt and its completions
+    shape = packed_shape(PROMPTS * SAMPLES, SAMPLES, prompt_tokens, NEW_TOKENS, width, shards=1)
+    batch = pack_minibatch(experience, LossSection(), shape, shards=1)
+    logps = score_completions(model_cfg, params, batch, temperature=1.0, chunk_tokens=512)
+    return experience.sampler_logps, unpack_completions(np.asarray(logps), batch.flat_index, experience.mask.shape)
+
+
+def check_depth(model_cfg: ModelConfig, params, depth: int) -> Iterator[Result]:
+    """Compares sampler and trainer at a depth."""
+    dtype = model_cfg.compute_dtype
+    with precision(dtype):
+        sampler, trainer = logps_at(replace(model_cfg, max_positions=depth), params, depth)
+    gaps = np.abs(sampler - trainer)
+    fields = dict(depth=depth, mean_gap=float(gaps.mean()), max_gap=float(gaps.max()))
+    yield verdict("depth", dtype, gaps.max() / np.abs(trainer).max(), GAP_BOUNDS[dtype], **fields)
