@@ -27,7 +27,7 @@ from parts.shapes import device_name  # noqa: F401
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "r1zero.py"
 EVAL_EVERY = 4  # updates
-GOAL, SMALL_GOAL = 0.95, 0.6
+GOAL, SMALL_GOAL = 0.95, 0.4
 POLL_S = 0.05
 
 
