@@ -170,6 +170,9 @@ def compile_programs(work: Work, placed, seconds_left: Callable[[], float]) -> b
 
     Tracing and lowering are work for Python, so this thread does them while others compile. A call with arguments of
     the same shapes and shardings finds the program afterwards.
+
+    Tuning the matmuls of decoding is the longest part on a GPU. All cache sizes have the same ones, and so has the part
+    `rollout` with as many slots; if it ran before, the cache of compiled programs has the results.
     """
     learner, pool, compiling = work.learner, ThreadPoolExecutor(os.cpu_count()), []
 
