@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from learn import temp_gib
 from grpo_jax.parallel.mesh import make_mesh
 from parts import json_line
 from parts.decoding import RolloutSizes, decode_ms, lower_decode, place_random_params
+from parts.programs import start_compiling
 from parts.shapes import SMOLLM2_135M, shrink
 
 VARIANTS = {
@@ -140,10 +140,9 @@ def measure_variant(small: bool) -> Iterator[dict[str, Any]]:
     model_cfg, sizes, steps = SMOLLM2_135M, RolloutSizes(SLOTS), STEPS
     if small:
         model_cfg, sizes, steps = shrink(model_cfg), SMALL_SIZES, SMALL_STEPS
-    lowered, start = lower_decode(model_cfg, sizes), time.perf_counter()
-    program = lowered.compile()
-    compile_s = time.perf_counter() - start
+    compiling = start_compiling([lower_decode(model_cfg, sizes)])
     params = place_random_params(model_cfg, mesh)
+    program, compile_s = compiling[0].result()
     milliseconds = decode_ms(program, model_cfg, sizes, params, steps)
     yield {
         "slots": sizes.slots,

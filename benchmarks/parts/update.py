@@ -8,7 +8,7 @@ row_tokens      length of a row; each row is a micro-batch
 rows, tokens    number of rows, and tokens in them without padding; padding_fraction is the rest
 needed_tflop    floating-point operations that the update needs, in 1e12: 3 forward passes (see `benchmarks/learn.py`).
                 Rematerialization is not counted
-update_s        time of the update, the median of several
+update_s        time of the update, the mean of two
 product_tflop_s rate of one large matmul in the same dtype
 mfu             needed_tflop / update_s / product_tflop_s
 temp_gib        memory of the compiled program besides its arguments and results; state_gib is that of the train state
@@ -53,7 +53,7 @@ class UpdateSizes(NamedTuple):
 
 
 SMALL_SIZES = UpdateSizes(prompts=1, max_prompt_tokens=32, max_tokens=96, row_tokens=(512,))
-REPEATS = 3
+REPEATS = 2
 AIM = 0.35
 
 
@@ -103,7 +103,7 @@ def needed_tflop(learner: Learner, batch: PackedBatch) -> float:
 
 
 def time_updates(program, state: TrainState, batch: PackedBatch, seconds_left) -> tuple[TrainState, float]:
-    """Returns the state after several updates and the median of their seconds."""
+    """Returns the state after a few updates and the mean of their seconds."""
     state, _ = jax.block_until_ready(program(state, batch.replace(num_micro_batches=np.int32(1))))  # warms up
     seconds = []
     while not seconds or (len(seconds) < REPEATS and seconds_left() > 2 * seconds[-1]):
@@ -111,7 +111,7 @@ def time_updates(program, state: TrainState, batch: PackedBatch, seconds_left) -
         seconds.append(update_s)
     if state.skipped:
         raise RuntimeError("A gradient was not finite, so its update was skipped.")
-    return state, statistics.median(seconds)
+    return state, statistics.mean(seconds)
 
 
 def peak_gib() -> dict[str, float]:
