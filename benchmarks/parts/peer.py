@@ -112,9 +112,13 @@ def random_tokens(model, sequences: int, length: int):
     return torch.randint(model.config.vocab_size, (sequences, length), device=model.device)
 
 
-def generate(model, prompts, new_tokens: int, cache=None):
-    """Samples exactly `new_tokens` tokens after each prompt, of which `cache` holds all tokens but the last."""
-    return model.generate(
+def generate(model, prompts, new_tokens: int, cache=None) -> None:
+    """Samples `new_tokens` tokens after each prompt, of which `cache` may hold all tokens but the last.
+
+    Raises:
+        RuntimeError: A completion has fewer tokens.
+    """
+    sequences = model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         past_key_values=cache,
@@ -124,6 +128,8 @@ def generate(model, prompts, new_tokens: int, cache=None):
         top_p=1.0,
         max_new_tokens=new_tokens,
     )
+    if sequences.shape[1] != prompts.shape[1] + new_tokens:
+        raise RuntimeError(f"generate ought to return {new_tokens} new tokens; found sequences {sequences.shape}")
 
 
 def random_cache(model, sequences: int, length: int):
