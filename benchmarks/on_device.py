@@ -61,18 +61,19 @@ REQUIRED = {
 class Part(NamedTuple):
     """A part of the command."""
 
-    share: int  # seconds of a budget of 240
+    share: int  # of the budget; seconds of one of 240
+    small_share: int  # the same with --small; about twice what two CPU cores need
     measures: str
 
 
 PARTS = {
-    "right": Part(40, "logits, tokens, an update and attention kernels against values computed in float32 on a CPU"),
-    "learn": Part(25, "the default run: seconds until it answers 95% of held-out sums"),
-    "flags": Part(25, "a decode step with other XLA flags, and the memory of decoding as compiled"),
-    "rollout": Part(50, "decode tokens per second, beside the time that the least bytes take at the rate of a copy"),
-    "update": Part(30, "model FLOPs utilization of the update, relative to the rate of a large matmul"),
-    "step": Part(45, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed and where the time goes"),
-    "peer": Part(25, "the same work with transformers' generate and an AdamW step in torch"),
+    "right": Part(35, 60, "logits, tokens, an update and attention kernels against float32 values from a CPU"),
+    "learn": Part(30, 80, "the default run: seconds until it answers 95% of held-out sums"),
+    "flags": Part(20, 15, "a decode step with other XLA flags, and the memory of decoding as compiled"),
+    "rollout": Part(45, 15, "decode tokens per second, beside the time of the least bytes at the rate of a copy"),
+    "update": Part(25, 25, "model FLOPs utilization of the update, relative to the rate of a large matmul"),
+    "step": Part(65, 35, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed, where the time goes"),
+    "peer": Part(20, 10, "the same work with transformers' generate and an AdamW step in torch"),
 }
 PEER_AIM = 3.0  # a step ought to be this many times as fast as the peer's
 
@@ -197,7 +198,7 @@ def run_parts(names: list[str], small: bool, budget: float, env: dict[str, str])
     try:
         for i, name in enumerate(names):
             workers += [start_worker(following, small, env) for following in names[i + 1 : i + 2]]
-            shares = [PARTS[later].share for later in names[i:]]
+            shares = [PARTS[later].small_share if small else PARTS[later].share for later in names[i:]]
             seconds = max(1.0, (deadline - time.monotonic()) * shares[0] / sum(shares))
             print(f"{name}: {PARTS[name].measures} (at most {seconds:.0f} s)", file=sys.stderr, flush=True)
             lines += run_part(workers[i], name, seconds)
@@ -223,9 +224,9 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     start, names = time.monotonic(), [name for name in PARTS if name in (flags.only or PARTS)]
     print(json_line({"part": "versions"} | versions()), end="", flush=True)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
         env = {
-            "JAX_COMPILATION_CACHE_DIR": cache,  # parts share programs and what autotuning found
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # parts share them, and what autotuning found
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *package_paths()]),

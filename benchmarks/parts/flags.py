@@ -35,7 +35,7 @@ from grpo_jax.parallel.mesh import make_mesh
 from parts import json_line
 from parts.decoding import RolloutSizes, decode_ms, lower_decode, place_random_params
 from parts.programs import start_compiling
-from parts.shapes import SMOLLM2_135M, shrink
+from parts.shapes import SMOLLM2_135M, require_accelerator, shrink
 
 VARIANTS = {
     "default": "",
@@ -101,7 +101,12 @@ def device_name() -> str:
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields a line per variant."""
+    """Yields a line per variant.
+
+    Raises:
+        NotHere: The device is a CPU, and the model is not small.
+        RuntimeError: Even the default flags give no result.
+    """
     variants, default_ms = {"default": Variant("", small)}, None
     try:
         for name, flags in VARIANTS.items():
@@ -112,6 +117,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
                 if answer is None:
                     raise RuntimeError(variant.error())
                 Variant.device, platform = answer["device"], answer["platform"]
+                require_accelerator(platform, small)
                 if platform == "gpu":  # these import their modules in the meantime
                     variants |= {name: Variant(VARIANTS[name], small) for name in VARIANTS if name != "default"}
             result = answer and variant.read(seconds_left() - RESERVE)

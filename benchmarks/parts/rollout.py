@@ -93,6 +93,7 @@ def measure_shape(
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Yields a line per model and number of slots."""
+    require_accelerator(jax.default_backend(), small)
     mesh = make_mesh(devices=jax.devices()[:1])
     jax.set_mesh(mesh)
     rate, steps = copy_gb_s(5), SMALL_STEPS if small else STEPS

@@ -13,6 +13,7 @@ from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import make_mesh, path_name
+from parts import NotHere
 
 # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
 SMOLLM2_135M = ModelConfig(
@@ -44,6 +45,12 @@ QWEN_1_5B = ModelConfig(
     family="qwen2",
     compute_dtype="bfloat16",
 )
+
+
+def require_accelerator(platform: str, small: bool) -> None:
+    """Raises NotHere on a CPU, where these models would take hours, unless they are shrunk."""
+    if platform == "cpu" and not small:
+        raise NotHere("models of this size need an accelerator; found a CPU, for which there is --small")
 
 
 def shrink(model_cfg: ModelConfig) -> ModelConfig:

@@ -25,7 +25,7 @@ from grpo_jax.types import Experience, PackedBatch, Rollout
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 from parts import NotHere
-from parts.shapes import QWEN_1_5B, random_learner, shrink, training_config
+from parts.shapes import QWEN_1_5B, random_learner, require_accelerator, shrink, training_config
 
 NEEDED_GIB = 36  # memory of the policy, the reference, Adam's moments, two gradients, and the activations of a row
 SEED = 0
@@ -58,8 +58,9 @@ def make_work(small: bool) -> Work:
     """Builds the policy, the questions and the context of a run.
 
     Raises:
-        NotHere: The device has too little memory.
+        NotHere: The device is a CPU or has too little memory.
     """
+    require_accelerator(jax.default_backend(), small)
     memory_gib = device_memory_bytes() / 2**30
     if not small and memory_gib < NEEDED_GIB:
         raise NotHere(f"a step needs {NEEDED_GIB} GiB of memory on one device; found {memory_gib:.1f}")

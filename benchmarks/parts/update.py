@@ -38,7 +38,7 @@ from grpo_jax.run.stages import pack_rows
 from grpo_jax.types import PackedBatch, Rollout, TrainState
 from parts import NotHere
 from parts.programs import is_out_of_memory
-from parts.shapes import QWEN_1_5B, device_name, random_learner, shrink, training_config  # noqa: F401
+from parts.shapes import QWEN_1_5B, device_name, random_learner, require_accelerator, shrink, training_config  # noqa: F401
 
 
 class UpdateSizes(NamedTuple):
@@ -161,8 +161,9 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
     """Yields a line per length of the rows.
 
     Raises:
-        NotHere: The device does not have enough memory.
+        NotHere: The device is a CPU or does not have enough memory.
     """
+    require_accelerator(jax.default_backend(), small)
     try:
         yield from measure_rows(SMALL_SIZES if small else UpdateSizes(), small, seconds_left)
     except jax.errors.JaxRuntimeError as error:
