@@ -28,7 +28,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh
 from parts.decoding import RolloutSizes, decode_ms, live_columns, lower_decode, place_random_params
 from parts.programs import is_out_of_memory, start_compiling
-from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, shrink  # noqa: F401
+from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, require_accelerator, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
 # Models with numbers of slots, the most important first. Those of a batch compile at the same time. That is faster, but
