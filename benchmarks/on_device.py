@@ -68,11 +68,11 @@ class Part(NamedTuple):
 
 PARTS = {
     "right": Part(35, 60, "logits, tokens, an update and attention kernels against float32 values from a CPU"),
-    "learn": Part(30, 80, "the default run: seconds until it answers 95% of held-out sums"),
+    "learn": Part(40, 80, "the default run: seconds until it answers 95% of held-out sums"),
     "flags": Part(20, 15, "a decode step with other XLA flags, and the memory of decoding as compiled"),
     "rollout": Part(45, 15, "decode tokens per second, beside the time of the least bytes at the rate of a copy"),
     "update": Part(25, 25, "model FLOPs utilization of the update, relative to the rate of a large matmul"),
-    "step": Part(65, 35, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed, where the time goes"),
+    "step": Part(55, 35, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed, where the time goes"),
     "peer": Part(20, 10, "the same work with transformers' generate and an AdamW step in torch"),
 }
 PEER_AIM = 3.0  # a step ought to be this many times as fast as the peer's
