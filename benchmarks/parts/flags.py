@@ -123,7 +123,8 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
             result = answer and variant.read(seconds_left() - RESERVE)
             variant.end()
             if result is None and seconds_left() <= RESERVE:
-                yield {"left_out": list(VARIANTS)[list(VARIANTS).index(name) :], "reason": "no time"}
+                left_out = ", ".join(list(VARIANTS)[list(VARIANTS).index(name) :])
+                yield {"left_out": left_out, "reason": "no time"}
                 return
             if result and name == "default":
                 default_ms = result["decode_ms"]
@@ -131,7 +132,8 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
                 result["speedup"] = default_ms / result["decode_ms"]
             yield {"flags": name, "added_flags": flags, **(result or {"error": variant.error()})}
             if len(variants) == 1:
-                yield {"left_out": list(VARIANTS)[1:], "reason": f"these flags are for GPUs; found a {platform}"}
+                left_out = ", ".join(list(VARIANTS)[1:])
+                yield {"left_out": left_out, "reason": f"these flags are for GPUs; found a {platform}"}
                 return
     finally:
         for variant in variants.values():

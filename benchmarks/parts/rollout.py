@@ -101,7 +101,8 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
     for batch in SMALL_BATCHES if small else BATCHES:
         start = time.perf_counter()
         if seconds_left() < longest:
-            yield {"left_out": [f"{name} with {slots} slots" for name, slots in batch], "reason": "no time"}
+            left_out = ", ".join(f"{name} with {slots} slots" for name, slots in batch)
+            yield {"left_out": left_out, "reason": "no time"}
             continue
         shapes = [choose_shape(name, slots, small) for name, slots in batch]
         compiling = start_compiling([lower_decode(*shape) for shape in shapes])
