@@ -134,6 +134,7 @@ def measure_rollout(part, monkeypatch):
 
     monkeypatch.setattr(rollout, "start_compiling", compile_nothing)
     monkeypatch.setattr(jax, "set_mesh", lambda mesh: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def run(measure_shape, seconds_left):
         monkeypatch.setattr(rollout, "measure_shape", measure_shape)
