@@ -125,10 +125,13 @@ def test_bfloat16_may_choose_another_token_where_two_nearly_tie(check, base):
     n = np.unravel_index(margins.argmin(), margins.shape)
     tokens = base.values["sampled_tokens"].copy()
     tokens[n[0], n[1], n[2] :] += 1
-    result = check("bfloat16", sampled_tokens=tokens)["sampled tokens"]
+    logps = altered(base.values["sampled_logps"], (n[0], n[1], np.s_[n[2] :]), 1.0)  # of other tokens
+    results = check("bfloat16", sampled_tokens=tokens, sampled_logps=logps)
+    result = results["sampled tokens"]
     assert result["ok"] and result["error"] == pytest.approx(margins.min()) and result["differing"] == 1
     counted = base.values["sampled_lengths"]
     assert result["same"] == pytest.approx(1 - (counted[n[:2]] - n[2]) / counted.sum())
+    assert results["log-probs"]["ok"] and results["log-probs"]["error"] == 0
     assert not check("float32", sampled_tokens=tokens)["sampled tokens"]["ok"]
 
 
