@@ -34,8 +34,8 @@ from layouts import runner_up_margin
 
 from grpo_jax.config import Config, check, default
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
-from grpo_jax.learn.packing import packed_shape, unpack_completions
-from grpo_jax.learn.update import make_experience, make_update, pack_minibatch, score_completions
+from grpo_jax.learn.packing import packed_shape
+from grpo_jax.learn.update import make_experience, make_update, pack_minibatch
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import forward
 from grpo_jax.parallel.mesh import make_mesh
@@ -62,7 +62,7 @@ WIDTH = 256  # columns of a row of `forward`; attention kernels need a multiple 
 LOGIT_COLUMNS = 4
 SAMPLED_ENTRIES = 256
 
-ADVANTAGES = (np.arange(16) * 7 % 16 - 7.5).astype(np.float32) / 3  # both signs in each group; the gradient is clipped
+ADVANTAGES = (np.arange(16) * 7 % 16 - 7.5).astype(np.float32) / 3  # large enough that the gradient is clipped
 # Of the policy to `old_logps`: none is near a bound of the clip, log(0.8) and log(1.2), which rounding could cross.
 LOG_RATIOS = np.array([-0.5, -0.02, 0.02, 0.5], np.float32)
 REFERENCE_SCALE = 1.05  # the reference is the base model with all parameters multiplied by this
@@ -134,10 +134,11 @@ def sequence_logits(model_cfg: ModelConfig, params, experience: Experience) -> F
 
 def first_logits(model_cfg: ModelConfig, params, values: Values) -> Float[np.ndarray, "B _ V"]:
     """Returns the logits of each prompt's first completion in `LOGIT_COLUMNS` columns, the last of them its end."""
-    experience = jax.tree.map(lambda x: x[::SAMPLES], experience_of(values, "sampled"))
-    ends = experience.prompt_lengths + experience.mask.sum(axis=1) - 1
+    experience = experience_of(values, "sampled")
+    ends = (experience.prompt_lengths + experience.mask.sum(axis=1) - 1)[::SAMPLES]
     columns = np.linspace(0, ends, LOGIT_COLUMNS, axis=1).astype(int)
-    return np.asarray(sequence_logits(model_cfg, params, experience))[np.arange(len(columns))[:, None], columns]
+    logits = np.asarray(sequence_logits(model_cfg, params, experience))[::SAMPLES]
+    return logits[np.arange(len(columns))[:, None], columns]
 
 
 def pack(cfg: Config, experience: Experience) -> PackedBatch:
@@ -145,15 +146,6 @@ def pack(cfg: Config, experience: Experience) -> PackedBatch:
     sizes = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens, cfg.train.micro_tokens
     shape = packed_shape(len(experience.mask), SAMPLES, *sizes, shards=1)
     return pack_minibatch(experience, cfg.loss, shape, shards=1)
-
-
-def score(model_cfg: ModelConfig, params, experience: Experience) -> Float[np.ndarray, "N S"]:
-    """Computes the log-probabilities of completions as the trainer does."""
-    cfg = update_config()
-    batch = pack(cfg, experience)
-    options = dict(temperature=cfg.rollout.temperature, chunk_tokens=cfg.train.chunk_tokens)
-    logps = np.asarray(score_completions(model_cfg, params, batch, **options))
-    return unpack_completions(logps, batch.flat_index, experience.mask.shape)
 
 
 def sample_entries(tree) -> Float[np.ndarray, "leaves _"]:
@@ -218,6 +210,16 @@ def draw_margins(model_cfg: ModelConfig, params, values: Values) -> Float[np.nda
     return np.asarray(margins).reshape(shape) * experience.mask.reshape(shape)
 
 
+def completion_logps(model_cfg: ModelConfig, params, experience: Experience) -> Float[np.ndarray, "N S"]:
+    """Returns the log-probabilities of N completions; 0 after their end."""
+    logits = completion_logits(model_cfg, params, experience)
+    columns = experience.prompt_lengths[:, None] + np.arange(experience.mask.shape[1])
+    tokens = np.take_along_axis(experience.tokens, columns, axis=1)
+    chosen = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    logps = chosen - np.logaddexp.reduce(logits, axis=-1, dtype=np.float64)
+    return logps.astype(np.float32) * experience.mask
+
+
 def choose_prompts(model_cfg: ModelConfig, params) -> Values:
     """Returns the prompts and the stop table. Rounding is far from changing a greedy token of any of the prompts."""
     tokenizer, rollout = load_tokenizer(find_model("tiny")), update_config().rollout
@@ -250,9 +252,9 @@ def compute_values(mesh: Mesh, model_cfg: ModelConfig, params, inputs: Values) -
     values["logits"] = first_logits(model_cfg, params, values)
     experience = experience_of(values, "sampled")
     offsets = LOG_RATIOS[np.indices(experience.mask.shape).sum(axis=0) % len(LOG_RATIOS)]
-    values["old_logps"] = (score(model_cfg, params, experience) - offsets) * experience.mask
+    values["old_logps"] = completion_logps(model_cfg, params, experience) - offsets * experience.mask
     reference = jax.tree.map(lambda x: REFERENCE_SCALE * x, jax.device_get(params))
-    values["ref_logps"] = score(model_cfg, reference, experience)
+    values["ref_logps"] = completion_logps(model_cfg, reference, experience)
     return values | update(model_cfg, params, mesh, values)
 
 
