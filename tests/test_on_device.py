@@ -195,3 +195,15 @@ def test_the_summary_names_what_is_farthest_below_its_aim(monkeypatch):
     assert [aim["measured"] for aim in ratio["aims"]] == [0.2, 2.0, 0.6] and ratio["mend"] == "low"
     assert summarize(speeds[:1])["aims"] == []
     assert summarize([{"part": "right", "ok": True}, {"part": "right", "ok": False}])["right"] is False
+
+
+@pytest.mark.slow
+def test_small_runs_every_part_on_a_cpu():
+    command = [sys.executable, str(ROOT / "benchmarks" / "on_device.py"), "--small", "--budget=1200"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    lines = [json.loads(line) for line in made.stdout.splitlines()]
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert lines[-1]["right"] is True
+    assert lines[-1]["parts"] in (dict.fromkeys(NAMES, "done") | {"peer": peer} for peer in ("done", "absent"))
+    measured = {line["part"] for line in lines if "device" in line}
+    assert measured >= set(NAMES) - {"peer"}  # torch may not be installed
