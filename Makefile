@@ -1,11 +1,12 @@
-# make r1zero       trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir, ARGS="--config.seed=1" a key
+# make r1zero       trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir and
+#                   ARGS="--config.seed=1" a key
 # make smollm2      trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
 # make lint         checks style and types
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
-# make test-newest  runs the tests with the newest releases, which need Python 3.12 or newer (PYTHON=python3.12)
-# make wheels       downloads what benchmarks/on_device.py needs on a machine without a network to .wheels/
-# Each target but the last creates a virtual environment first if needed; test-newest has its own.
+# make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
+# make wheels       downloads two packages to .wheels/, so that benchmarks/on_device.py can run without a network
+# Each target except `wheels` first creates a virtual environment if needed; `test-newest` has its own.
 
 PYTHON ?= python3
 VENV := .venv
