@@ -1,25 +1,34 @@
-"""Tells within minutes whether the code computes the right numbers on this machine, how fast it is and what is slowest.
+"""Checks that the code computes the right numbers on this machine, measures its speed, and says what to improve first.
 
-Meant for the first minutes on an accelerator; needs no network and no model. Every part runs in a process of its own
-and has its share of --budget, of which later parts get what earlier ones leave. A part that fails or takes too long is
-ended, and the others go on. Prints one JSON line per measurement, as soon as it is known, and progress on stderr.
+Meant for the first minutes on an accelerator; needs neither a network nor a downloaded model. Every part runs in its
+own process and gets a share of --budget; the time that it does not use goes to later parts. A part that fails, crashes
+or takes too long does not stop the others. Prints one JSON line per measurement as soon as it is known, and progress on
+stderr. The parts, in the order in which they run:
 
 {parts}
 
-Every line has `part`, and every measurement `device`, the name of the device. A part ends with a line that has
+Every line has `part`. The first line, of the part "versions", has the versions of Python and of the packages that
+matter. A measurement has `device`, the name of the device, and the fields that the docstring of its part explains in
+benchmarks/parts/. Instead of these, a line may have
+
+left_out  the measurements that were not made
+reason    why not
+
+The last line of a part has
 
 status    done, failed, late (it took longer than its share), or absent (this machine cannot run it)
 reason    why it failed or is absent
 seconds   its time, without imports
 
-The last line, of the part "summary", has
+The last line of all, of the part "summary", has
 
-right     whether every result of `right` is within its bound; absent if there was none
-aims      the figures that have an aim, from the farthest below it to the farthest above: name, measured, aim
-mend      the name of the first, if it is below its aim
+right     whether `ok` is true in every line that has it; missing if none has
+aims      the figures that have an aim, from the farthest below it to the farthest above it: name, measured, aim
+mend      the name of the first of these, if it is below its aim
 parts     the status of every part
+seconds   total time
 
-The exit code is 0 if every part is done or absent and all results are right, 3 if not.
+The exit code is 0 if every part is done or absent and every `ok` is true, and 3 otherwise.
 """
 
 import argparse
@@ -43,7 +52,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 WHEELS = ROOT / ".wheels"  # filled by `make wheels`
 
-# The modules that the parts import, with the packages that bring them.
+# Modules that the parts import, and the packages that provide them.
 REQUIRED = {
     "jax": "jax",
     "flax": "flax",
@@ -61,25 +70,25 @@ REQUIRED = {
 class Part(NamedTuple):
     """A part of the command."""
 
-    share: int  # of the budget; seconds of one of 240
-    small_share: int  # the same with --small; about twice what two CPU cores need
+    share: int  # seconds of a budget of 240; in proportion for other budgets
+    small_share: int  # the same with --small: about twice the seconds that two CPU cores need
     measures: str
 
 
 PARTS = {
-    "right": Part(35, 60, "logits, tokens, an update and attention kernels against float32 values from a CPU"),
-    "learn": Part(40, 80, "the default run: seconds until it answers 95% of held-out sums"),
-    "flags": Part(20, 15, "a decode step with other XLA flags, and the memory of decoding as compiled"),
-    "rollout": Part(45, 15, "decode tokens per second, beside the time of the least bytes at the rate of a copy"),
-    "update": Part(25, 25, "model FLOPs utilization of the update, relative to the rate of a large matmul"),
-    "step": Part(55, 35, "a whole step of 32 questions x 16 answers of 1,024 tokens: its speed, where the time goes"),
-    "peer": Part(20, 10, "the same work with transformers' generate and an AdamW step in torch"),
+    "right": Part(35, 60, "errors of logits, tokens, an update and attention; drift between sampler and trainer"),
+    "learn": Part(40, 80, "the default run: seconds until it answers 95% of held-out sums correctly"),
+    "flags": Part(20, 15, "a decode step with different XLA flags"),
+    "rollout": Part(45, 15, "decode tokens per second, and the fraction of the memory bandwidth that is used"),
+    "update": Part(25, 25, "model FLOPs utilization (MFU) of an update, relative to the rate of a large matmul"),
+    "step": Part(55, 35, "a whole step of 32 prompts x 16 completions of 1,024 tokens: speed, and where time goes"),
+    "peer": Part(20, 10, "the same step with `generate` of transformers and AdamW in torch"),
 }
-PEER_AIM = 3.0  # a step ought to be this many times as fast as the peer's
+PEER_AIM = 3.0  # how many times as fast as the peer's a step ought to be
 
 
 def make_parser():
-    """Builds the parser of the command line."""
+    """Builds the command-line parser."""
     from grpo_jax.config.flags import OneLineParser
 
     parts = "\n".join(f"{name:9} {part.measures}" for name, part in PARTS.items())
@@ -92,13 +101,13 @@ def make_parser():
     parser.add_argument(
         "--only", metavar="PART", choices=PARTS, nargs="+", action="extend", help="run only these parts"
     )
-    parser.add_argument("--budget", metavar="SECONDS", type=float, default=240, help="for all parts; default: 240")
+    parser.add_argument("--budget", metavar="SECONDS", type=float, default=240, help="time for all parts; default: 240")
     parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
     return parser
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that matter for the numbers."""
+    """Returns the versions of Python and of the packages that affect the measurements."""
     found = {"python": sys.version.split()[0]}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "torch"):
         try:
@@ -109,19 +118,19 @@ def versions() -> dict[str, str]:
 
 
 def start_worker(name: str, small: bool, env: dict[str, str]) -> subprocess.Popen:
-    """Starts the process of a part, which imports its modules and then waits for `run_part`."""
+    """Starts the process of a part. It imports its modules and then waits for `run_part`."""
     return subprocess.Popen(
         [sys.executable, str(BENCHMARKS / "worker.py"), name, *(["--small"] if small else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=env,
-        start_new_session=True,  # so that `end_worker` also ends the processes that the part starts
+        start_new_session=True,  # so that `end_worker` also kills the processes that the part starts
     )
 
 
 def end_worker(worker: subprocess.Popen) -> None:
-    """Ends the process of a part and those that it has started."""
+    """Kills the process of a part and those that it has started."""
     try:
         os.killpg(worker.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -130,18 +139,18 @@ def end_worker(worker: subprocess.Popen) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """Returns how a process ended, from its return code."""
-    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    """Describes how a process ended, given its return code."""
+    return f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
 
 def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[str, Any]]:
-    """Lets a started part measure for at most `seconds`, prints its lines and returns them."""
+    """Lets a part measure for at most `seconds` in its waiting process. Prints its lines and returns them."""
     start, lines = time.time(), []
 
     def report(text: str) -> None:
         try:
             lines.append(json.loads(text))
-        except ValueError:  # a line that was cut off when its process ended
+        except ValueError:  # the process was killed in the middle of a line
             return
         print(text, end="", flush=True)
 
@@ -169,7 +178,7 @@ def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[s
 
 
 def compare_with_peer(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the aim of the whole step, if it and the peer's were measured."""
+    """Returns the aim of the whole step in a list, which is empty unless both `step` and `peer` have a speed."""
     speeds = {line["part"]: line["step_tok_s"] for line in lines if line.get("step_tok_s")}
     if not {"step", "peer"} <= speeds.keys():
         return []
@@ -178,7 +187,7 @@ def compare_with_peer(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the last line of the command, from the lines of all parts."""
+    """Returns the summary, given the lines of all parts."""
     aims = [line["aim"] for line in lines if "aim" in line] + compare_with_peer(lines)
     aims.sort(key=lambda aim: aim["measured"] / aim["aim"])
     verdicts = [line["ok"] for line in lines if "ok" in line]
@@ -192,7 +201,7 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_parts(names: list[str], small: bool, budget: float, env: dict[str, str]) -> list[dict[str, Any]]:
-    """Runs parts one after another and returns their lines. While one measures, the next imports its modules."""
+    """Runs parts one after another and returns their lines. While one measures, the next one imports its modules."""
     deadline = time.monotonic() + budget
     lines, workers = [], [start_worker(names[0], small, env)]
     try:
@@ -226,7 +235,7 @@ def main(argv: Sequence[str]) -> None:
     print(json_line({"part": "versions"} | versions()), end="", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         env = {
-            "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # parts share them, and what autotuning found
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # shared by the parts, like the results of autotuning
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *package_paths()]),
@@ -239,18 +248,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def package_paths() -> list[str]:
-    """Returns where to find the package if it is not installed, and the packages of `make wheels`."""
+    """Returns the import paths of grpo_jax, which need not be installed, and of the packages from `make wheels`."""
     return [str(ROOT), *map(str, sorted(WHEELS.glob("*-none-any.whl")))]  # pure Python can be imported from a wheel
 
 
 def find_packages() -> None:
-    """Makes all packages importable, and ends the process with an error if one is missing."""
+    """Makes all packages importable, or exits with an error that names the missing ones."""
     sys.path += package_paths()
     missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
             f"error: The parts need {', '.join(REQUIRED.values())}; found no {', '.join(missing)}. Run `make install` "
-            "with a network, or `make wheels` where there is one and copy the folder .wheels here.",
+            "if this machine has a network; otherwise run `make wheels` elsewhere and copy the folder .wheels here.",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -1,8 +1,8 @@
 """Runs one part of `on_device.py`: `python benchmarks/worker.py PART [--small]`.
 
-The process imports what the part needs, reads from stdin until when it may run (seconds since the epoch), and measures.
-Measurements are lines of JSON on stdout, the last of which has a `status`: "done", "failed" or "absent" (the machine
-cannot run this part). Everything else that is printed goes to stderr. The process ends itself when stdin is closed.
+The process imports what the part needs, then reads its deadline (seconds since the epoch) from stdin and measures.
+Measurements are lines of JSON on stdout; the last line has a `status`: "done", "failed" or "absent" (this machine
+cannot run the part). Everything else that is printed goes to stderr. The process kills itself when stdin is closed.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from parts import NotHere, json_line
 
 
 def end_with_driver() -> None:
-    """Waits until stdin is closed, then ends this process and those that it has started."""
+    """Waits until stdin is closed, then kills this process and those that it has started."""
     sys.stdin.read()
     os.killpg(0, signal.SIGKILL)
 
@@ -25,7 +25,7 @@ def end_with_driver() -> None:
 def main(name: str, small: bool) -> None:
     """Runs the part `name`."""
     results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries that print must not disturb the results
+    os.dup2(2, 1)  # what libraries print must not get between the results
 
     def report(fields: dict) -> None:
         results.write(json_line({"part": name} | fields))
@@ -46,7 +46,7 @@ def main(name: str, small: bool) -> None:
         ending = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:1000]}
     report(ending | {"seconds": time.time() - start})
     sys.stderr.flush()
-    os._exit(0)  # waits for no thread and for no process that the part has started
+    os._exit(0)  # does not wait for threads or processes that the part has started
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 A part is a module with two functions:
 
     measure(small, seconds_left)  yields a dict per measurement, as soon as it is known. `small` asks for shapes that
-                                  two CPU cores can handle. `seconds_left()` is the time until the part is ended, so
-                                  that it can leave out what would not fit.
-    device_name()                 returns the name of the device that it measures on
+                                  two CPU cores can handle. `seconds_left()` returns the time until the part is killed.
+                                  What would not fit is left out: {"left_out": what, "reason": why}
+    device_name()                 returns the name of the device that the part measures on
 
-Two fields of a measurement have a meaning for `on_device.py`:
+`on_device.py` reads two fields of a measurement:
 
     ok    whether the results are right
-    aim   {"name": ..., "measured": ..., "aim": ...}, a figure that ought to be at least `aim`
+    aim   {"name": ..., "measured": ..., "aim": ...}: `measured` ought to be at least `aim`
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class NotHere(Exception):
-    """Raised by a part that this machine cannot run, with the reason. It does not count as a failure."""
+    """Says why this machine cannot run a part, which does not count as a failure."""
 
 
 def round_floats(value: Any) -> Any:

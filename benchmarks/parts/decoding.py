@@ -1,7 +1,7 @@
-"""Measures decoding on its own: a rollout in the middle of decoding, made without prefill.
+"""Measures decode steps without prefill.
 
-Prefill would take longer to compile than decoding takes to measure. The keys and values of the prompts are therefore
-random numbers; everything else is as `grpo_jax.rollout.sampler.start_rollout` makes it.
+Compiling prefill would take longer than measuring the decode steps. The KV cache of the prompts is therefore random;
+everything else is as `grpo_jax.rollout.sampler.start_rollout` returns it.
 """
 
 import statistics
@@ -28,16 +28,16 @@ WARM_UP_STEPS, REPEATS = 8, 3
 
 
 class RolloutSizes(NamedTuple):
-    """The sizes of a rollout in which every sequence has a slot and all prompts are of equal length."""
+    """The sizes of a rollout in which every sequence has a decode slot, and all prompts have the same length."""
 
     slots: int
     samples: int = 16  # completions per prompt; divides `slots`
     prompt_tokens: int = 512
-    columns: int = 768  # of the KV cache: the first size if completions may have 1,024 tokens
+    columns: int = 768  # of the KV cache: its first size in a rollout of up to 1,024 new tokens
 
     @property
     def max_tokens(self) -> int:
-        """Returns the length of every completion, which is also the number of decode steps."""
+        """Returns the most tokens that a completion, and thus a measurement, may have."""
         return self.columns - self.prompt_tokens
 
 
@@ -50,7 +50,7 @@ def random_prompts(model_cfg: ModelConfig, sizes: RolloutSizes) -> Prompts:
 
 @partial(jax.jit, static_argnames=("model_cfg", "sizes"))
 def random_prompt_kv(model_cfg: ModelConfig, sizes: RolloutSizes, key) -> KV:
-    """Returns random keys and values of all prompts in one layer."""
+    """Returns random keys and values of all prompts, for one layer."""
     lead, width = (1, sizes.slots // sizes.samples, model_cfg.num_kv_heads), model_cfg.head_dim
     shapes = (*lead, width, sizes.prompt_tokens), (*lead, sizes.prompt_tokens, width)
     return KV(*(jax.random.uniform(key, shape, model_cfg.compute_dtype, -1, 1) for shape in shapes))
@@ -58,7 +58,7 @@ def random_prompt_kv(model_cfg: ModelConfig, sizes: RolloutSizes, key) -> KV:
 
 @partial(jax.jit, static_argnames=("sizes",))
 def fill_cache(sizes: RolloutSizes, prompt_kv: KV) -> KV:
-    """Copies the keys and values of each prompt into the slots of its completions, in one layer."""
+    """Returns the KV cache of one layer: each prompt's keys and values in the slots of its completions."""
     k, v = (jnp.repeat(x, sizes.samples, axis=1) for x in prompt_kv)
     free = 0, sizes.max_tokens
     return KV(jnp.pad(k, [(0, 0)] * 4 + [free]), jnp.pad(v, [(0, 0)] * 3 + [free, (0, 0)]))
@@ -74,7 +74,7 @@ def sequence_keys(key, prompt_ids, sample_ids):
 def start_decoding(
     sizes: RolloutSizes, prompts: Prompts, prompt_kv: tuple[KV, ...], key
 ) -> tuple[DecodeState, RolloutQueue]:
-    """Returns what `start_rollout` returns, given the keys and values of the prompts: for each layer one KV."""
+    """Returns what `start_rollout` returns, given the keys and values of the prompts, one `KV` per layer."""
     count, sequence = sizes.slots, np.arange(sizes.slots, dtype=np.int32)
     prompt_index, sample_ids = np.divmod(sequence, np.int32(sizes.samples))
 
@@ -113,12 +113,12 @@ def random_decoding(model_cfg: ModelConfig, sizes: RolloutSizes) -> tuple[Decode
 
 
 def place_random_params(model_cfg: ModelConfig, mesh: Mesh | None) -> dict:
-    """Returns random parameters, placed for the rollout like those of a policy in float32."""
+    """Returns random parameters, placed for the rollout like those of a float32 policy."""
     return place_for_rollout(model_cfg, random_params(model_cfg, "float32"), mesh)
 
 
 def lower_decode(model_cfg: ModelConfig, sizes: RolloutSizes):
-    """Returns `decode_tokens` lowered for the current mesh, without allocating its arguments."""
+    """Lowers `decode_tokens` for the current mesh, without allocating its arguments."""
     params = jax.eval_shape(lambda params: place_for_rollout(model_cfg, params), param_shapes(model_cfg))
     state, queue = jax.eval_shape(partial(random_decoding, model_cfg, sizes))
     stop_table = build_stop_table(model_cfg.vocab_size, ())
@@ -127,14 +127,18 @@ def lower_decode(model_cfg: ModelConfig, sizes: RolloutSizes):
 
 
 def decode_ms(program, model_cfg: ModelConfig, sizes: RolloutSizes, params, steps: int) -> float:
-    """Returns the time of a decode step in milliseconds, the median of `REPEATS` runs of the compiled loop.
+    """Returns the milliseconds of a decode step: the median of `REPEATS` runs of the compiled loop.
 
     Args:
         program: The compiled result of `lower_decode`.
         model_cfg: The model.
         sizes: The sizes of the rollout.
         params: Parameters placed for the rollout.
-        steps: Number of steps per run. Each run continues the one before; `WARM_UP_STEPS` steps come first.
+        steps: Number of steps per run. Each run continues where the previous one ended, and all come after
+            `WARM_UP_STEPS` warm-up steps.
+
+    Raises:
+        RuntimeError: Not every slot has sampled a token in every step.
     """
     state, queue = random_decoding(model_cfg, sizes)
     stop_table, milliseconds = jnp.asarray(build_stop_table(model_cfg.vocab_size, ())), []
@@ -145,10 +149,10 @@ def decode_ms(program, model_cfg: ModelConfig, sizes: RolloutSizes, params, step
         milliseconds.append(1e3 * (time.perf_counter() - start) / count)
     sampled = np.asarray(state.num_sampled)
     if (sampled != WARM_UP_STEPS + steps * REPEATS).any():
-        raise RuntimeError(f"Every slot ought to have sampled a token per step; found {sampled.min()} tokens.")
+        raise RuntimeError(f"Every slot must sample a token per step; one has sampled {sampled.min()} in all.")
     return statistics.median(milliseconds[1:])
 
 
 def live_columns(sizes: RolloutSizes, steps: int) -> float:
-    """Returns the mean number of columns per slot that a step attends to, over the steps that `decode_ms` times."""
+    """Returns the number of columns that a slot attends to, averaged over the steps that `decode_ms` times."""
     return sizes.prompt_tokens + WARM_UP_STEPS + (steps * REPEATS - 1) / 2

@@ -1,4 +1,4 @@
-"""How far the log-probabilities of sampler and trainer are apart, by the depth of the context."""
+"""Measures drift, how far the sampler's log-probs are from the trainer's, by depth of the context."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,16 +16,16 @@ from grpo_jax.text.stops import build_stop_table
 from parts.verdicts import BOUNDS, Result, precision, verdict
 
 PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 128
-# Sampler and trainer round in different places, so in bfloat16 both contribute an error. In float32, where a CPU's
-# error is 1e-6, there is room for both. The scale is the largest log-prob, which is about as large as a logit.
+# Relative to the largest log-prob, which is about as large as the largest logit. Sampler and trainer round in different
+# places, so in bfloat16 their errors may add up. In float32 the bound is large enough: a CPU's error is 1e-6.
 GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}
 
 
 def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarray, "N S"], Float[np.ndarray, "N S"]]:
-    """Returns the log-probabilities, by the sampler and by the trainer, of completions that end at a depth, in nats.
+    """Returns the sampler's and the trainer's log-probs of completions that end at a depth of the context, in nats.
 
-    Prompts are random tokens. Their length is a multiple of 128, because attention kernels need that, and near the
-    depth, so that the cache has a single size.
+    Prompts are random tokens. Their length must be a multiple of 128, because attention kernels need that, and is close
+    enough to the depth that the KV cache has a single size.
     """
     prompt_tokens = depth - NEW_TOKENS
     ids = np.random.default_rng(depth).integers(model_cfg.sampleable_vocab_size, size=(PROMPTS, prompt_tokens))
@@ -49,7 +49,7 @@ def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarr
 
 
 def check_depth(model_cfg: ModelConfig, params, depth: int) -> Iterator[Result]:
-    """Compares sampler and trainer at a depth."""
+    """Compares the sampler's and the trainer's log-probs at a depth."""
     dtype = model_cfg.compute_dtype
     with precision(dtype):
         sampler, trainer = logps_at(replace(model_cfg, max_positions=depth), params, depth)

@@ -1,4 +1,4 @@
-"""Attention kernels against the definition, forward and backward, on packed rows."""
+"""Compares attention kernels with the reference implementation, forward and backward, on packed rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +16,14 @@ from grpo_jax.parallel.mesh import mesh_platform
 from grpo_jax.types import Segments
 from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
 
-# Scales queries, so that each attends mostly to a few of its keys, however many it has. Otherwise the output would
-# shrink with the depth of the context, and errors there would not count beside the largest entries.
+# Multiplies queries, so that each attends mostly to a few keys, however many it may attend to. Otherwise the output
+# would shrink with the depth of the context, and errors there would be small compared with the largest entries.
 SHARPNESS = 3.0
-RESULTS = ("output", "q", "keys", "values")  # what is compared: the output and three gradients
+RESULTS = ("output", "q", "keys", "values")  # what is compared: the output, and the gradients of the other three
 
 
 def packed_row(length: int) -> Segments:
-    """Returns a row of prompts with three completions each, and padding in its last sixteenth."""
+    """Returns a row of prompts with three completions each. The last sixteenth of the row is padding."""
     rng, end = np.random.default_rng(length), length - length // 16
     row = Segments(*np.zeros((3, 1, length), np.int32))
     column, prompt, completion = 0, 0, 0
@@ -41,7 +41,7 @@ def packed_row(length: int) -> Segments:
 
 
 def random_heads(model_cfg: ModelConfig, segments: Segments) -> list[Float[Array, "..."]]:
-    """Returns queries, keys, values and a cotangent of the output, which is 0 on padding, in the compute dtype."""
+    """Returns random queries, keys, values and a cotangent of the output (0 on padding), in the compute dtype."""
     heads, kv_heads, width = model_cfg.num_heads, model_cfg.num_kv_heads, model_cfg.head_dim
     length, rng = segments.prompt.shape[1], np.random.default_rng(0)
     shapes = [(1, length, heads, width), (1, kv_heads, width, length), (1, kv_heads, length, width)]
@@ -51,14 +51,14 @@ def random_heads(model_cfg: ModelConfig, segments: Segments) -> list[Float[Array
 
 
 def with_gradients(attention, q, keys, values, cotangent) -> tuple[Array, ...]:
-    """Returns the output of an attention function and the gradients of queries, keys and values."""
+    """Returns the output of an attention function, and the gradients of queries, keys and values."""
     out, vjp = jax.vjp(attention, q, keys, values)
     return out, *vjp(cotangent)
 
 
 @partial(jax.jit, static_argnums=0)
 def define(model_cfg: ModelConfig, heads, segments: Segments) -> tuple[Array, ...]:
-    """Computes output and gradients as they are defined, in float32, for one key head after the other."""
+    """Computes the output and the gradients with the reference implementation in float32, one key head at a time."""
     plain = partial(plain_attention, mask=attention_mask(segments, segments), divisor=model_cfg.effective_score_divisor)
     q, keys, values, cotangent = (x.astype(jnp.float32) for x in heads)
 
@@ -78,7 +78,7 @@ def kernel_errors(model_cfg: ModelConfig, heads, segments: Segments, expected) -
     """Computes attention with the kernel `model_cfg.attention`, as a layer does in training.
 
     Returns:
-        The largest errors of the output and of the gradients, as fractions of the largest entry of each.
+        The largest error of each of `RESULTS`, as a fraction of its largest entry.
     """
     inputs = make_attention_inputs(model_cfg, model_cfg.layers[0], segments)
 
@@ -95,7 +95,7 @@ def kernel_errors(model_cfg: ModelConfig, heads, segments: Segments, expected) -
 
 
 def check_attention(model_cfg: ModelConfig, length: int) -> Iterator[Result]:
-    """Compares all kernels that the platform has for the heads of a model, in rows of `length` tokens."""
+    """Compares the kernels of this platform with the reference implementation, in a row of `length` tokens."""
     segments, vendor = packed_row(length), PLATFORM_KERNELS.get(mesh_platform())
     for dtype in DTYPES:
         model_cfg = replace(model_cfg, compute_dtype=dtype)

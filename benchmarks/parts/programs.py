@@ -1,4 +1,4 @@
-"""Compiles the programs that parts measure."""
+"""Compiles the programs that the parts measure."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,10 +8,10 @@ import jax
 
 
 def start_compiling(lowered: list) -> list[Future[tuple[Any, float]]]:
-    """Starts to compile lowered programs at the same time.
+    """Starts to compile lowered programs, all at the same time.
 
     Returns:
-        A future per program, of the compiled program and the seconds that it took.
+        A future per program, whose result is the compiled program and the seconds that compiling it took.
     """
 
     def compile_timed(program):
@@ -25,5 +25,5 @@ def start_compiling(lowered: list) -> list[Future[tuple[Any, float]]]:
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Returns whether the error says that a program or an array does not fit in the device's memory."""
+    """Returns whether the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)

@@ -1,4 +1,4 @@
-"""What the parts measure: models with random weights in published shapes, and the device."""
+"""Makes the models that the parts measure, with random weights in published shapes, and names the device."""
 
 from dataclasses import replace
 
@@ -48,9 +48,9 @@ QWEN_1_5B = ModelConfig(
 
 
 def require_accelerator(platform: str, small: bool) -> None:
-    """Raises NotHere on a CPU, where these models would take hours, unless they are shrunk."""
+    """Raises NotHere on a CPU, where these models would take hours, unless `small` is set."""
     if platform == "cpu" and not small:
-        raise NotHere("models of this size need an accelerator; found a CPU, for which there is --small")
+        raise NotHere("models of this size need an accelerator; found a CPU. Pass --small")
 
 
 def shrink(model_cfg: ModelConfig) -> ModelConfig:
@@ -69,10 +69,10 @@ def shrink(model_cfg: ModelConfig) -> ModelConfig:
 
 
 def random_params(model_cfg: ModelConfig, dtype: str) -> dict:
-    """Returns random parameters in `dtype`, made on the device.
+    """Returns random parameters in `dtype`, drawn on the device.
 
-    They are uniform with a standard deviation of 0.02, plus 1 for the scales of norms. A TPU takes minutes to compile
-    `init_params` for large models, and seconds for this.
+    They are uniform with a standard deviation of 0.02; scales of norms are 1 plus that. For large models, the TPU
+    compiler takes minutes for `init_params` and seconds for this.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(model_cfg, dtype))
 
@@ -90,7 +90,7 @@ def random_params(model_cfg: ModelConfig, dtype: str) -> dict:
 def training_config(
     *, prompts: int, samples: int, max_prompt_tokens: int, max_tokens: int, micro_tokens: int = 4096
 ) -> Config:
-    """Returns the config of `configs/r1zero.py:qwen2.5-1.5b` on one device, with other sizes."""
+    """Returns the config of `configs/r1zero.py:qwen2.5-1.5b` for one device, with these sizes."""
     sizes = dict(prompts=prompts, samples=samples, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens)
     raw = hub_model(default(), "Qwen/Qwen2.5-1.5B", lr=1e-6, fsdp=1, **sizes)
     raw.train.micro_tokens = micro_tokens
@@ -98,9 +98,9 @@ def training_config(
 
 
 def random_learner(model_cfg: ModelConfig, cfg: Config) -> Learner:
-    """Builds a policy with random weights before its first update, and what updates it, on the first device.
+    """Builds a policy with random weights, its reference and its update on the first device.
 
-    The caller has to set the mesh.
+    The caller has to set the mesh before it calls the update.
     """
     model_cfg = replace(model_cfg, remat=cfg.train.remat)
     mesh, params = make_mesh(devices=jax.devices()[:1]), random_params(model_cfg, cfg.model.param_dtype)

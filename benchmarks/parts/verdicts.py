@@ -1,4 +1,4 @@
-"""The verdicts of the part `right`: bounds, and the precision in which they hold."""
+"""Compares errors with bounds, for the part `right`."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -12,11 +12,11 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def precision(dtype: str):
-    """Returns a context in which matrix products of float32 are not computed in a shorter format."""
+    """Returns a context in which float32 matmuls are computed in full precision."""
     return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
 
 
 def verdict(check: str, dtype: str, error: float, bound: float, **fields) -> Result:
-    """Returns a result. An error that is not a number is out of bounds."""
+    """Returns a result, which is `ok` if the error is at most the bound. NaN is not."""
     result = {"check": check, "dtype": dtype, **fields}
     return result | {"error": float(error), "bound": bound, "ok": bool(error <= bound)}
