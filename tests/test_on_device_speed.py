@@ -1,4 +1,4 @@
-"""The parts `rollout`, `flags` and `update` of `benchmarks/on_device.py` count correctly and run the real programs."""
+"""The parts `rollout`, `flags` and `update` of `benchmarks/on_device.py` count correctly and run what training runs."""
 
 import importlib
 import os
@@ -38,12 +38,12 @@ UNTIED = ModelConfig(
     head_dim=2,
     max_positions=64,
 )
-KERNELS = 2 * (16 + 8 + 8 + 16 + 3 * 24)  # q, k, v, o and the MLP of its layers
+KERNELS = 2 * (16 + 8 + 8 + 16 + 3 * 24)  # q, k, v, o and the MLP of both layers
 
 
 @pytest.fixture
 def part(monkeypatch):
-    """Returns a function that imports a module of the parts by name."""
+    """Returns a function that imports a module of `parts` by name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return lambda name: importlib.import_module(f"parts.{name}")
 
@@ -67,7 +67,7 @@ def test_decoding_without_prefill_starts_and_continues_like_a_rollout(part, monk
     random_kv = tuple(decoding.random_prompt_kv(model_cfg, sizes, key) for _ in queue.prompt_kv)
     assert shapes_and_dtypes(random_kv) == shapes_and_dtypes(queue.prompt_kv)
 
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes stand for arrays
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # so that shapes can stand for arrays
     program = decoding.lower_decode(model_cfg, sizes).compile()
     scalars = np.float32(1), np.int32(0), np.int32(3)
     stop_table = build_stop_table(model_cfg.vocab_size, ())
@@ -84,7 +84,7 @@ def test_live_columns_are_the_mean_over_the_timed_steps(part):
     assert decoding.live_columns(sizes, steps) == np.mean(attended[decoding.WARM_UP_STEPS :])
 
 
-def test_the_time_of_a_step_is_refused_if_slots_were_idle(part):
+def test_idle_slots_are_an_error_instead_of_a_time(part):
     decoding = part("decoding")
     sizes = decoding.RolloutSizes(slots=4, samples=2, prompt_tokens=8, columns=64)
 
@@ -119,7 +119,7 @@ def test_the_least_bytes_of_a_step_are_those_counted_by_hand(part, monkeypatch, 
 
 @pytest.fixture
 def measure_rollout(part, monkeypatch):
-    """Returns a function that runs the part `rollout` with a fake for the measurement of a shape."""
+    """Returns a function that runs the part `rollout` with a fake `measure_shape`."""
     rollout = part("rollout")
     fakes = dict(copy_gb_s=lambda repeats: 1.0, lower_decode=lambda *args: None)
     for name, fake in fakes.items():
@@ -143,8 +143,8 @@ def measure_rollout(part, monkeypatch):
     return run
 
 
-def test_a_rollout_that_would_not_fit_in_the_time_is_left_out(measure_rollout):
-    clock = iter([100, 0.0, 100, 0.0])  # before each batch
+def test_a_rollout_that_would_take_too_long_is_left_out(measure_rollout):
+    clock = iter([100, 0.0, 100, 0.0])  # the time left before each batch
     lines = measure_rollout(lambda name, model_cfg, sizes, *rest: {"slots": sizes.slots}, lambda: next(clock))
     assert lines == [
         {"slots": 128},
@@ -155,19 +155,20 @@ def test_a_rollout_that_would_not_fit_in_the_time_is_left_out(measure_rollout):
     ]
 
 
-def test_a_rollout_without_enough_memory_does_not_stop_the_others(measure_rollout):
+def test_a_rollout_that_runs_out_of_memory_does_not_stop_the_others(measure_rollout):
     def measure_shape(name, model_cfg, sizes, *rest):
         if sizes.slots == 512:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return {"slots": sizes.slots}
 
     lines = measure_rollout(measure_shape, lambda: 100)
-    assert [line.get("slots", line.get("reason")) for line in lines] == [128, "no memory", 32, 32, 128, "no memory"]
+    expected = [128, "out of memory", 32, 32, 128, "out of memory"]
+    assert [line.get("slots", line.get("reason")) for line in lines] == expected
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         measure_rollout(lambda *args: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")), lambda: 100)
 
 
-def test_random_parameters_are_those_of_the_model_with_scales_near_one(part):
+def test_random_parameters_have_the_shapes_of_the_model_and_scales_near_one(part):
     made = part("shapes").random_params(tiny.CONFIG, "bfloat16")
     assert shapes_and_dtypes(made) == shapes_and_dtypes(param_shapes(tiny.CONFIG, "bfloat16"))
     for path, leaf in jax.tree_util.tree_leaves_with_path(made):
@@ -175,11 +176,11 @@ def test_random_parameters_are_those_of_the_model_with_scales_near_one(part):
         assert 0.005 < offset.std() < 0.035 and abs(offset).max() < 0.05, path
 
 
-def test_the_config_of_updates_is_that_of_the_preset(part):
+def test_the_config_is_that_of_the_preset_on_one_device(part):
     preset = check(load_config(f"{ROOT / 'configs' / 'r1zero.py'}:qwen2.5-1.5b"))
     made = part("shapes").training_config(prompts=32, samples=16, max_prompt_tokens=512, max_tokens=1024)
     differing = [name for name, value in vars(preset).items() if value != getattr(made, name)]
-    assert differing == ["mesh"]  # one device instead of all
+    assert differing == ["mesh"]  # the preset uses all devices
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_the_flops_of_an_update_are_those_counted_by_hand(part, packed):
     assert part("update").needed_tflop(learner, batch) == pytest.approx(3 * forward / 1e12, rel=1e-12)
 
 
-# Stands for the process of a variant: a GPU on which a flag decides how long a step takes, or whether it crashes.
+# Replaces the process of a variant: on this GPU, the flags determine how long a step takes and whether it crashes.
 FAKE_VARIANT = """
 import json, os, sys, time
 flags = os.environ["XLA_FLAGS"]
@@ -234,7 +235,7 @@ answer(decode_ms=4.0 if "command_buffer=" in flags else 2.0)
 
 @pytest.fixture
 def run_flags(part, monkeypatch):
-    """Returns a function that runs the part `flags` with fake processes."""
+    """Returns a function that runs the part `flags` with fake variants."""
     flags = part("flags")
     monkeypatch.setenv("XLA_FLAGS", "--of_the_user=1")
 
@@ -260,20 +261,20 @@ def test_other_platforms_measure_the_default_variant_only(run_flags):
     assert lines[1] == {"left_out": "whole loop, without graphs", "reason": "these flags are for GPUs; found a tpu"}
 
 
-def test_a_variant_that_takes_too_long_is_ended_and_left_out(run_flags):
+def test_a_variant_that_takes_too_long_is_killed_and_left_out(run_flags):
     deadline = time.monotonic() + 1.5
     _, lines = run_flags(sleep=60, seconds_left=lambda: deadline - time.monotonic())
     assert lines[2] == {"left_out": "without graphs", "reason": "no time"}
     assert time.monotonic() < deadline + 5
 
 
-def test_the_process_of_the_part_leaves_the_device_to_its_variants(run_flags, part):
+def test_the_part_does_not_occupy_the_device_that_its_variants_need(run_flags, part):
     code = FAKE_VARIANT.replace("PLATFORM", "'gpu'").replace("SLEEP", "0")
     program = f"""
 from parts import flags
 flags.COMMAND = {[sys.executable, "-S", "-c", code]!r}
 print(len(list(flags.measure(False, lambda: 60.0))), flags.device_name())
 """
-    env = os.environ | {"JAX_PLATFORMS": "none_such", "XLA_FLAGS": "--x", "PYTHONPATH": str(ROOT)}  # fails if it starts
+    env = os.environ | {"JAX_PLATFORMS": "none_such", "XLA_FLAGS": "--x", "PYTHONPATH": str(ROOT)}  # JAX cannot start
     done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "3 fake --x\n", done.stderr

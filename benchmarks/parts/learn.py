@@ -1,15 +1,15 @@
-"""The default run: how long it takes until the tiny base model adds.
+"""Measures how long the default run takes until the tiny base model can add.
 
-Runs `configs/r1zero.py` without a preset in a temporary folder, with an evaluation every EVAL_EVERY updates instead of
-only at the start and at the end, until an evaluation on held-out sums reaches the goal. Every evaluation is a line:
+Runs `configs/r1zero.py` without a preset in a temporary folder, evaluates it on held-out sums every EVAL_EVERY updates,
+and ends when the accuracy reaches the goal. There is one line per evaluation:
 
-accuracy    fraction of held-out sums with the right answer
-goal        the accuracy at which this ends
+accuracy    fraction of held-out sums that are answered correctly
+goal        the accuracy at which this part ends
 updates     updates so far
-seconds     since the start of the run: compilation, evaluations and checkpoints included
-steps_s     seconds of the updates alone, with their rollouts and their compilation; step_s is the median of one
-tok_s       completion tokens per second of a median step
-ok          only on the last line: whether the run reached the goal, rather than its last update
+seconds     time since the start of the run, including compilation, evaluations and checkpoints
+steps_s     time of all steps so far, including their rollouts and compilation; step_s is the median
+tok_s       completion tokens per second: mean completion tokens of a step / step_s
+ok          only in the last line: whether the run reached the goal within its updates
 """
 
 import runpy
@@ -32,7 +32,7 @@ POLL_S = 0.05
 
 
 def make_config(small: bool):
-    """Returns the config of the default run with more evaluations; with `small`, of fewer questions."""
+    """Returns the config of the default run with more evaluations, and smaller ones if `small` is set."""
     cfg = runpy.run_path(str(CONFIG))["get_config"]()
     cfg.eval.every_steps = EVAL_EVERY
     if small:
@@ -41,10 +41,10 @@ def make_config(small: bool):
 
 
 def start_training(cfg, workdir: Path) -> tuple[threading.Thread, list[Exception]]:
-    """Starts a run in a thread that does not keep the process alive.
+    """Starts a run in a daemon thread.
 
     Returns:
-        The thread, and a list that will hold the exception if one ends the run.
+        The thread, and a list to which the exception is added if one ends the run.
     """
     failures = []
 
@@ -60,7 +60,7 @@ def start_training(cfg, workdir: Path) -> tuple[threading.Thread, list[Exception
 
 
 def describe(cfg, lines: list[dict]) -> dict[str, Any]:
-    """Returns the measurements of a run from its lines in metrics.jsonl, the last of which has an evaluation."""
+    """Returns the measurements of a run, given its lines of metrics.jsonl up to an evaluation."""
     fields = {"accuracy": lines[-1]["eval/accuracy"], "updates": lines[-1]["step"]}
     updates = [line for line in lines if line["step"] > 0]
     if not updates:
@@ -75,15 +75,16 @@ def describe(cfg, lines: list[dict]) -> dict[str, Any]:
 
 
 def measure_until(goal: float, cfg, workdir: Path, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields the evaluations of a run until one reaches the goal, the run ends or the time is over.
+    """Yields the evaluations of a run until one reaches the goal, the run ends or there is no time left.
 
     Raises:
-        Exception: The one that ended the run.
+        Exception: The exception that ended the run.
+        RuntimeError: The run ended before its last evaluation.
     """
     start, known = time.monotonic(), 0
     thread, failures = start_training(cfg, workdir)
     while seconds_left() > POLL_S:
-        ended = not thread.is_alive()  # before its lines are read, or the last one could be missed
+        ended = not thread.is_alive()  # read before the lines, so that none of a run that has ended is missed
         lines = read_metrics(workdir) if (workdir / "metrics.jsonl").is_file() else []
         for count in range(known + 1, len(lines) + 1):
             if "eval/accuracy" not in lines[count - 1]:
@@ -104,8 +105,8 @@ def measure_until(goal: float, cfg, workdir: Path, seconds_left: Callable[[], fl
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields the evaluations of the default run up to the goal."""
-    # The thread goes on until the process ends, and may write while the folder is removed.
+    """Yields the evaluations of the default run until one reaches the goal."""
+    # The thread runs until the process ends, and may write to the folder while it is removed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         goal = SMALL_GOAL if small else GOAL
         yield from measure_until(goal, make_config(small), Path(folder) / "run", seconds_left)

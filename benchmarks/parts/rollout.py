@@ -1,18 +1,18 @@
-"""Decode tokens per second, beside the time that the least bytes of a step take at the rate of a copy.
+"""Measures decode tokens per second, and which fraction of the memory bandwidth decoding uses.
 
-Weights and prompts are random, in the shapes of published models. A line per model and number of slots:
+Weights and prompts are random; the models have published shapes. There is one line per model and number of slots:
 
-model, parameters  the shape of the weights, which are in bfloat16
-slots              sequences that are decoded together, each of which continues a prompt of 512 tokens
-columns            mean number of tokens of a slot in the KV cache, which has room for `cache_columns`
-decode_ms, tok_s   time of a step, the median of several runs of the compiled loop, and tokens per second
-least_gb           what a step has to read: every weight once, and the keys and values of these tokens
-copy_gb_s          rate of copying a large array, counting the bytes that are read and those that are written
-limit_ms           time of least_gb at that rate
-limit_fraction     limit_ms / decode_ms; 1 is ideal, and a model that fits in a processor's cache can pass it
-temp_gib           memory of the compiled program besides its arguments and results. On a GPU, more than 1 for 128
-                   slots of Qwen2.5-1.5B means that XLA concatenates weights anew for every token
-compile_s          seconds to compile it, together with others; small if an earlier part has compiled it
+model, parameters  name of the model and its number of parameters
+slots              decode slots; the sequence in each continues a prompt of 512 tokens
+columns            mean number of tokens that a slot has in the KV cache, which has room for `cache_columns`
+decode_ms, tok_s   time of a decode step, the median of several runs of the compiled loop; tokens per second
+least_gb           what a decode step has to read: every weight once, and the keys and values of these tokens
+copy_gb_s          bandwidth of copying a large array, which counts the bytes that are read and those that are written
+limit_ms           time to read least_gb at that bandwidth
+limit_fraction     limit_ms / decode_ms; 1 is ideal. A model that fits in the processor's cache can exceed it
+temp_gib           memory of the compiled program besides its arguments and results. On a GPU, more than 1 for
+                   Qwen2.5-1.5B with 128 slots means that XLA concatenates weights again in every decode step
+compile_s          seconds to compile the program, at the same time as others; small if an earlier part compiled it
 """
 
 import time
@@ -31,22 +31,22 @@ from parts.programs import is_out_of_memory, start_compiling
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, require_accelerator, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
-# Models with numbers of slots, the most important first. Those of a batch compile at the same time. That is faster, but
-# XLA, which times kernels as it compiles, may choose worse ones; so those with an aim compile alone.
+# Models and numbers of slots, the most important first. The programs of a batch compile at the same time, which is faster
+# but disturbs XLA's autotuning. Programs whose speed has an aim therefore compile alone.
 BATCHES = (
     (("Qwen2.5-1.5B", 128),),
     (("Qwen2.5-1.5B", 512),),
     (("Qwen2.5-1.5B", 32), ("SmolLM2-135M", 32)),
     (("SmolLM2-135M", 128), ("SmolLM2-135M", 512)),
 )
-STEPS = 80  # of a run
+STEPS = 80  # per run of the compiled loop
 AIMS = {("Qwen2.5-1.5B", 128): 0.5, ("Qwen2.5-1.5B", 512): 0.5}
 SMALL_BATCHES = ((("Qwen2.5-1.5B", 8),), (("SmolLM2-135M", 8),))
 SMALL_STEPS = 8
 
 
 def choose_shape(name: str, slots: int, small: bool) -> tuple[ModelConfig, RolloutSizes]:
-    """Returns the model and the sizes of the rollout."""
+    """Returns the model and the sizes of its rollout."""
     if small:
         return shrink(MODELS[name]), RolloutSizes(slots, samples=4, prompt_tokens=32, columns=64)
     return MODELS[name], RolloutSizes(slots)
@@ -55,16 +55,16 @@ def choose_shape(name: str, slots: int, small: bool) -> tuple[ModelConfig, Rollo
 def measure_shape(
     name: str, model_cfg: ModelConfig, sizes: RolloutSizes, compiled: tuple[Any, float], params, steps: int, rate: float
 ) -> dict[str, Any]:
-    """Returns the line of a model and a number of slots.
+    """Measures a model with a number of slots.
 
     Args:
         name: The model's name.
         model_cfg: The model.
         sizes: The sizes of the rollout.
-        compiled: The compiled program, and the seconds that it took to compile.
+        compiled: The compiled program, and the seconds that compiling it took.
         params: Parameters placed for the rollout.
         steps: Number of steps per run.
-        rate: Rate of a copy in GB/s.
+        rate: Bandwidth of a copy in GB/s.
     """
     program, compile_s = compiled
     milliseconds, columns = decode_ms(program, model_cfg, sizes, params, steps), live_columns(sizes, steps)
@@ -106,7 +106,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
             continue
         shapes = [choose_shape(name, slots, small) for name, slots in batch]
         compiling = start_compiling([lower_decode(*shape) for shape in shapes])
-        params = {name: weights for name, weights in params.items() if name in dict(batch)}  # frees the others
+        params = {name: weights for name, weights in params.items() if name in dict(batch)}  # frees the other models
         for (name, _), (model_cfg, _) in zip(batch, shapes, strict=True):
             params[name] = params.get(name) or place_random_params(model_cfg, mesh)
         wait(compiling)
@@ -116,5 +116,5 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                yield {"left_out": f"{name} with {slots} slots", "reason": "no memory"}
+                yield {"left_out": f"{name} with {slots} slots", "reason": "out of memory"}
         longest = max(longest, time.perf_counter() - start)

@@ -1,19 +1,20 @@
-"""Model FLOPs utilization of the update: its rate of needed floating-point operations, relative to a large matmul's.
+"""Measures the MFU of an update: the rate of the floating-point operations that it needs, relative to a large matmul's.
 
 The update is that of `configs/r1zero.py:qwen2.5-1.5b` for rollouts of 32 prompts of at most 256 tokens with 16
-completions of at most 768 tokens, with random weights in Qwen2.5-1.5B's shape. It gets a few rows that are packed like
-those of such a rollout. A line per length of the rows (`train.micro_tokens`):
+completions of at most 768 tokens each. The weights are random. Only the completions of a few prompts are packed, which
+keeps the update short. There is one line per row length (`train.micro_tokens`):
 
 row_tokens      length of a row; each row is a micro-batch
-rows, tokens    number of rows, and tokens in them without padding; padding_fraction is the rest
-needed_tflop    floating-point operations that the update needs, in 1e12: 3 forward passes (see `benchmarks/learn.py`).
-                Rematerialization is not counted
-update_s        time of the update, the mean of two
+rows, tokens    number of rows, and of the tokens in them without padding; padding_fraction is the fraction of padding
+needed_tflop    floating-point operations that the update needs, in 1e12: those of 3 forward passes as counted in
+                `benchmarks/learn.py`. Rematerialization is not counted
+update_s        mean time of two updates, or the time of one if there is no time for two
 product_tflop_s rate of one large matmul in the same dtype
 mfu             needed_tflop / update_s / product_tflop_s
-temp_gib        memory of the compiled program besides its arguments and results; state_gib is that of the train state
-peak_gib        peak memory of the device so far, where it tells
-compile_s       seconds to compile the program
+temp_gib        memory of the compiled program besides its arguments and results
+state_gib       memory of the train state: the policy and the optimizer state
+peak_gib        peak memory of the device so far; missing if the device does not report it
+compile_s       seconds to lower and compile the program
 """
 
 import math
@@ -42,9 +43,9 @@ from parts.shapes import QWEN_1_5B, device_name, random_learner, require_acceler
 
 
 class UpdateSizes(NamedTuple):
-    """The sizes of the rollouts and of their part that an update gets."""
+    """The sizes of the rollouts, and how much of one an update learns from."""
 
-    prompts: int = 6  # in the update
+    prompts: int = 6  # whose completions an update learns from
     rollout_prompts: int = 32
     samples: int = 16
     max_prompt_tokens: int = 256
@@ -58,7 +59,7 @@ AIM = 0.35
 
 
 def make_config(sizes: UpdateSizes, row_tokens: int) -> Config:
-    """Returns the config of a run with rows of this length."""
+    """Returns the config of a run with rows of `row_tokens` tokens."""
     return training_config(
         prompts=sizes.rollout_prompts,
         samples=sizes.samples,
@@ -69,9 +70,9 @@ def make_config(sizes: UpdateSizes, row_tokens: int) -> Config:
 
 
 def make_batch(cfg: Config, learner: Learner, prompts: int) -> PackedBatch:
-    """Returns a packed batch with the completions of some random prompts, on the host.
+    """Returns a packed batch of random completions of random prompts, on the host.
 
-    Lengths are random: those of prompts are uniform in the upper half, and those of completions are lognormal.
+    Prompt lengths are uniform between half the maximum and the maximum; completion lengths are lognormal.
     """
     rng, rollout, model_cfg = np.random.default_rng(1), cfg.rollout, learner.model_cfg
     longest_prompt, longest = rollout.max_prompt_tokens, rollout.max_tokens
@@ -81,7 +82,7 @@ def make_batch(cfg: Config, learner: Learner, prompts: int) -> PackedBatch:
     tokens = rng.integers(model_cfg.sampleable_vocab_size, size=(*lengths.shape, longest), dtype=np.int32)
     completions = Rollout(
         tokens=tokens,
-        logps=np.full(tokens.shape, -math.log(model_cfg.vocab_size), np.float32),  # about what random weights give
+        logps=np.full(tokens.shape, -math.log(model_cfg.vocab_size), np.float32),  # about what random weights return
         lengths=lengths,
         truncated=np.zeros(lengths.shape, bool),
         prompt_ids=np.arange(prompts),
@@ -96,14 +97,18 @@ def make_batch(cfg: Config, learner: Learner, prompts: int) -> PackedBatch:
 
 
 def needed_tflop(learner: Learner, batch: PackedBatch) -> float:
-    """Returns the floating-point operations that an update with this batch needs, in 1e12."""
+    """Returns the floating-point operations that an update needs for this batch, in 1e12."""
     shapes = jax.eval_shape(lambda params: place_for_rollout(learner.model_cfg, params), learner.state.params)
     positions = batch.segments.position[batch.segments.prompt > 0]
     return 3 * forward_flops(learner.model_cfg, shapes, positions, int((batch.flat_index >= 0).sum())) / 1e12
 
 
 def time_updates(program, state: TrainState, batch: PackedBatch, seconds_left) -> tuple[TrainState, float]:
-    """Returns the state after a few updates and the mean of their seconds."""
+    """Returns the state after a few updates and the mean of their seconds, without the warm-up update.
+
+    Raises:
+        RuntimeError: An update was skipped.
+    """
     state, _ = jax.block_until_ready(program(state, batch.replace(num_micro_batches=np.int32(1))))  # warms up
     seconds = []
     while not seconds or (len(seconds) < REPEATS and seconds_left() > 2 * seconds[-1]):
@@ -115,13 +120,13 @@ def time_updates(program, state: TrainState, batch: PackedBatch, seconds_left) -
 
 
 def peak_gib() -> dict[str, float]:
-    """Returns the field `peak_gib`, if the device tells."""
+    """Returns the field `peak_gib`, if the device reports its peak memory."""
     stats = jax.devices()[0].memory_stats() or {}
     return {"peak_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
 
 
 def measure_rows(sizes: UpdateSizes, small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields a line per length of the rows."""
+    """Yields a line per row length."""
     configs = [make_config(sizes, row_tokens) for row_tokens in sizes.row_tokens]
     learner = random_learner(shrink(QWEN_1_5B) if small else QWEN_1_5B, configs[0])  # the update is the same for all
     jax.set_mesh(learner.mesh)
@@ -158,7 +163,7 @@ def measure_rows(sizes: UpdateSizes, small: bool, seconds_left: Callable[[], flo
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields a line per length of the rows.
+    """Yields a line per row length.
 
     Raises:
         NotHere: The device is a CPU or does not have enough memory.
@@ -169,4 +174,4 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise NotHere("The state of AdamW and an update do not fit in the device's memory.") from error
+        raise NotHere("the train state and an update do not fit in the device's memory") from error
