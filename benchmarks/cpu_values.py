@@ -17,6 +17,7 @@ old_logps          [N, S], log-probabilities that differ from the policy's, so t
 ref_logps          [N, S], the log-probabilities of a reference that differs from the policy
 metrics            of one update from these and `ADVANTAGES`, in the order of metric_names
 gradients          [leaves, SAMPLED_ENTRIES], entries of its gradient, clipped to a norm of 1, by parameter
+gradient_sizes     [leaves, SAMPLED_ENTRIES], their absolute values, from Adam's second moment instead of the first
 largest_gradients  [leaves], the largest entry of each parameter's gradient
 steps              [leaves, SAMPLED_ENTRIES], how the same entries of the parameters change, in learning rates
 """
@@ -57,13 +58,14 @@ DIGITS = (1, 2, 3, 4)  # of the sums, so that prompts differ in length
 PROMPTS_OF_A_LENGTH = 2
 CANDIDATES = 32  # of which those with the largest margins are taken
 SAMPLES = 2  # G
+SLOTS = 12  # fewer than the 16 completions, so that slots are refilled
 SEED = 0
 WIDTH = 256  # columns of a row of `forward`; attention kernels need a multiple of 128
 LOGIT_COLUMNS = 4
 SAMPLED_ENTRIES = 256
 
 ADVANTAGES = (np.arange(16) * 7 % 16 - 7.5).astype(np.float32) / 3  # large enough that the gradient is clipped
-# Of the policy to `old_logps`: none is near a bound of the clip, log(0.8) and log(1.2), which rounding could cross.
+# Of the policy to `old_logps`: none is near a bound of the clip, log(0.8) and log(1.3), which rounding could cross.
 LOG_RATIOS = np.array([-0.5, -0.02, 0.02, 0.5], np.float32)
 REFERENCE_SCALE = 1.05  # the reference is the base model with all parameters multiplied by this
 
@@ -89,10 +91,10 @@ def read_values() -> Values:
 
 
 def update_config() -> Config:
-    """Returns the default config with a loss in which the KL term counts, and with steps above float32's resolution."""
+    """Returns the default config with unequal clip bounds, a KL term that counts and steps that float32 resolves."""
     raw = default()
     raw.rollout.prompts, raw.rollout.samples = len(DIGITS) * PROMPTS_OF_A_LENGTH, SAMPLES
-    raw.loss.kl_coef, raw.optim.lr = 0.1, 0.01
+    raw.loss.kl_coef, raw.loss.clip_high, raw.optim.lr = 0.1, 0.3, 0.01
     return check(raw)
 
 
@@ -113,6 +115,7 @@ def decode(model_cfg: ModelConfig, params, values: Values, temperature: float) -
         max_tokens=update_config().rollout.max_tokens,
         temperature=temperature,
         stop_table=values["stop_table"],
+        slots=SLOTS,
     )
     return jax.device_get(rollout)
 
@@ -167,13 +170,15 @@ def update(model_cfg: ModelConfig, params, mesh: Mesh, values: Values) -> Values
     state = init_train_state(mesh, before, optimizer)
     step = make_update(model_cfg, cfg, mesh, state.params, optimizer)
     state, metrics = jax.device_get(step(state, pack(cfg, experience)))
-    # After the first update, Adam's first moment is 1 - b1 times the gradient.
+    # After the first update, Adam's moments are 1 - b1 times the gradient and 1 - b2 times its square.
     gradients = jax.tree.map(lambda x: x / (1 - cfg.optim.b1), optax.tree.get(state.opt_state, "mu"))
+    sizes = jax.tree.map(lambda x: np.sqrt(x / (1 - cfg.optim.b2)), optax.tree.get(state.opt_state, "nu"))
     steps = jax.tree.map(lambda new, old: (new - old) / cfg.optim.lr, state.params, before)
     return {
         "metric_names": np.array(sorted(metrics)),
         "metrics": np.array([metrics[name] for name in sorted(metrics)], np.float32),
         "gradients": sample_entries(gradients),
+        "gradient_sizes": sample_entries(sizes),
         "largest_gradients": np.array([np.abs(leaf).max() for leaf in jax.tree.leaves(gradients)]),
         "steps": sample_entries(steps),
     }

@@ -16,6 +16,7 @@ from grpo_jax.text.stops import build_stop_table
 from parts.verdicts import BOUNDS, Result, precision, verdict
 
 PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 128
+TEMPERATURE = 0.8  # not 1, with which sampler and trainer would agree even if one of them ignored it
 # Relative to the largest log-prob, which is about as large as the largest logit. Sampler and trainer round in different
 # places, so in bfloat16 their errors may add up. In float32 the bound is large enough: a CPU's error is 1e-6.
 GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}
@@ -37,14 +38,14 @@ def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarr
         jax.random.key(0),
         samples=SAMPLES,
         max_tokens=NEW_TOKENS,
-        temperature=1.0,
+        temperature=TEMPERATURE,
         stop_table=build_stop_table(model_cfg.vocab_size, ()),
     )
     experience = make_experience(prompts, rollout)
     width = prompt_tokens + SAMPLES * NEW_TOKENS  # a row holds a prompt and its completions
     shape = packed_shape(PROMPTS * SAMPLES, SAMPLES, prompt_tokens, NEW_TOKENS, width, shards=1)
     batch = pack_minibatch(experience, LossSection(), shape, shards=1)
-    logps = score_completions(model_cfg, params, batch, temperature=1.0, chunk_tokens=512)
+    logps = score_completions(model_cfg, params, batch, temperature=TEMPERATURE, chunk_tokens=512)
     return experience.sampler_logps, unpack_completions(np.asarray(logps), batch.flat_index, experience.mask.shape)
 
 

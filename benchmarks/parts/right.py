@@ -16,7 +16,7 @@ greedy tokens    and sampled tokens: rounding may change a token where two nearl
                  completion. `differing` counts these completions; `same` is the fraction of tokens before them
 log-probs        of the sampler, until a token differs, as a fraction of the largest logit
 update metrics   as a fraction of each metric; `worst` is the one with the largest error, here and below
-update gradient  as a fraction of the largest entry of each parameter
+update gradient  as a fraction of the largest entry of each parameter, by both of Adam's moments
 update step      as a fraction of the learning rate, for entries whose gradient is large enough to have a certain sign
 
 The others:
@@ -141,11 +141,11 @@ def check_update(base: TinyBase, dtype: str) -> Iterator[Result]:
     yield worst("update metrics", errors, names, METRIC_BOUNDS)
 
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(base.params)]
-    scaled = expected["gradients"] / expected["largest_gradients"][:, None]
-    errors = np.abs(got["gradients"] / expected["largest_gradients"][:, None] - scaled).max(axis=1)
-    yield worst("update gradient", errors, names, GRADIENT_BOUNDS)
+    largest = expected["largest_gradients"][:, None]
+    errors = [np.abs(got[moment] - expected[moment]) / largest for moment in ("gradients", "gradient_sizes")]
+    yield worst("update gradient", np.max(errors, axis=(0, 2)), names, GRADIENT_BOUNDS)
 
-    is_certain = np.abs(scaled) > CERTAIN_GRADIENT[dtype]
+    is_certain = np.abs(expected["gradients"]) > CERTAIN_GRADIENT[dtype] * largest
     error = np.abs(got["steps"] - expected["steps"]).max(initial=0.0, where=is_certain)
     yield verdict("update step", dtype, error, STEP_BOUND, entries=int(is_certain.sum()))
 
