@@ -1,25 +1,25 @@
-"""Computes what the tiny base model does on a CPU in float32, with which `parts/right.py` compares other devices.
+"""Computes values of the tiny base model in float32 on a CPU, with which `parts/right.py` compares other devices.
 
     python benchmarks/cpu_values.py
 
-writes `parts/cpu_values.npz`. Run it after a change of the base model, or of what the package is meant to compute. With
-B prompts, G completions of each, N = B * G and at most S tokens, the file holds
+writes `parts/cpu_values.npz`. Run it after changing the base model or what the package is meant to compute. For B
+prompts with G completions each, N = B * G completions in all, of at most S tokens, the file holds
 
 base               SHA-256 of the base model's weights
-prompt_tokens      [B, T], with prompt_lengths [B]: sums of one to four digits; all else is sampled from these
-stop_table         [A, V], which ends a completion after "</answer>"
-greedy_tokens      [B, G, S], with greedy_lengths [B, G]; all completions of a prompt are the same
-greedy_margins     [B, G, S], how far the logit of each token is above all others
+prompt_tokens      [B, T], with prompt_lengths [B]: prompts for sums of numbers with one to four digits
+stop_table         [A, V], for "</answer>" and the EOS tokens
+greedy_tokens      [B, G, S], with greedy_lengths [B, G]; all completions of a prompt are equal
+greedy_margins     [B, G, S], by how much the logit of each token exceeds all others
 sampled_tokens     [B, G, S], with sampled_lengths [B, G] and sampled_logps [B, G, S], at temperature 1
-sampled_margins    [B, G, S], how much the logits must differ for another draw
-logits             [B, LOGIT_COLUMNS, V], of the first completion of each prompt
-old_logps          [N, S], log-probabilities that differ from the policy's, so that some ratios are clipped
-ref_logps          [N, S], the log-probabilities of a reference that differs from the policy
-metrics            of one update from these and `ADVANTAGES`, in the order of metric_names
-gradients          [leaves, SAMPLED_ENTRIES], entries of its gradient, clipped to a norm of 1, by parameter
-gradient_sizes     [leaves, SAMPLED_ENTRIES], their absolute values, from Adam's second moment instead of the first
-largest_gradients  [leaves], the largest entry of each parameter's gradient
-steps              [leaves, SAMPLED_ENTRIES], how the same entries of the parameters change, in learning rates
+sampled_margins    [B, G, S], the same for the sums of logits and Gumbel noise whose largest is the sampled token
+logits             [B, LOGIT_COLUMNS, V], at a few tokens of the first sampled completion of each prompt
+old_logps          [N, S], log-probs of the old policy, which differ from the policy's so that some ratios are clipped
+ref_logps          [N, S], log-probs of a reference that differs from the policy
+metrics            metrics of one update on the sampled completions with `ADVANTAGES`, in the order of metric_names
+gradients          [leaves, SAMPLED_ENTRIES], some entries of each parameter's gradient, after clipping to a norm of 1
+gradient_sizes     [leaves, SAMPLED_ENTRIES], the absolute values of these entries, from Adam's second moment
+largest_gradients  [leaves], the largest absolute entry of each parameter's gradient
+steps              [leaves, SAMPLED_ENTRIES], the change of the same entries of the parameters, in learning rates
 """
 
 import hashlib
@@ -54,9 +54,9 @@ FILE = Path(__file__).parent / "parts" / "cpu_values.npz"
 
 Values = dict[str, np.ndarray]
 
-DIGITS = (1, 2, 3, 4)  # of the sums, so that prompts differ in length
+DIGITS = (1, 2, 3, 4)  # of the numbers to add, so that prompts differ in length
 PROMPTS_OF_A_LENGTH = 2
-CANDIDATES = 32  # of which those with the largest margins are taken
+CANDIDATES = 32  # prompts per number of digits, of which those with the largest margins are chosen
 SAMPLES = 2  # G
 SLOTS = 12  # fewer than the 16 completions, so that slots are refilled
 SEED = 0
@@ -64,8 +64,8 @@ WIDTH = 256  # columns of a row of `forward`; attention kernels need a multiple 
 LOGIT_COLUMNS = 4
 SAMPLED_ENTRIES = 256
 
-ADVANTAGES = (np.arange(16) * 7 % 16 - 7.5).astype(np.float32) / 3  # large enough that the gradient is clipped
-# Of the policy to `old_logps`: none is near a bound of the clip, log(0.8) and log(1.3), which rounding could cross.
+ADVANTAGES = (np.arange(16) * 7 % 16 - 7.5).astype(np.float32) / 3  # so large that the gradient is clipped
+# log(pi / pi_old) of the tokens. None is near the clip limits, log(0.8) and log(1.3), which rounding could cross.
 LOG_RATIOS = np.array([-0.5, -0.02, 0.02, 0.5], np.float32)
 REFERENCE_SCALE = 1.05  # the reference is the base model with all parameters multiplied by this
 
@@ -79,7 +79,7 @@ def read_values() -> Values:
     """Reads the file.
 
     Raises:
-        ValueError: Its values are those of another base model.
+        ValueError: The file was computed with another base model.
     """
     with np.load(FILE) as file:
         values = dict(file)
@@ -91,7 +91,7 @@ def read_values() -> Values:
 
 
 def update_config() -> Config:
-    """Returns the default config with unequal clip bounds, a KL term that counts and steps that float32 resolves."""
+    """Returns the default config with a larger KL penalty, unequal clip limits, and steps that float32 resolves."""
     raw = default()
     raw.rollout.prompts, raw.rollout.samples = len(DIGITS) * PROMPTS_OF_A_LENGTH, SAMPLES
     raw.loss.kl_coef, raw.loss.clip_high, raw.optim.lr = 0.1, 0.3, 0.01
@@ -99,13 +99,13 @@ def update_config() -> Config:
 
 
 def prompts_of(values: Values) -> Prompts:
-    """Returns the prompts."""
+    """Returns the prompts of the file."""
     lengths = values["prompt_lengths"]
     return Prompts(values["prompt_tokens"], lengths, np.arange(len(lengths), dtype=np.int32))
 
 
 def decode(model_cfg: ModelConfig, params, values: Values, temperature: float) -> Rollout:
-    """Samples completions of the prompts; at temperature 0 all of a prompt are the same."""
+    """Samples completions of the prompts, or decodes greedily at temperature 0."""
     rollout = generate_rollout(
         model_cfg,
         place_for_rollout(model_cfg, params),
@@ -121,14 +121,14 @@ def decode(model_cfg: ModelConfig, params, values: Values, temperature: float) -
 
 
 def experience_of(values: Values, kind: str) -> Experience:
-    """Returns the "greedy" or "sampled" completions, of which the log-probabilities are yet unknown."""
+    """Returns the "greedy" or "sampled" completions, with 0 in place of their log-probs."""
     tokens, lengths, prompts = values[f"{kind}_tokens"], values[f"{kind}_lengths"], prompts_of(values)
     rollout = Rollout(tokens, np.zeros(tokens.shape, np.float32), lengths, np.zeros(lengths.shape, bool), prompts.ids)
     return make_experience(prompts, rollout)
 
 
 def sequence_logits(model_cfg: ModelConfig, params, experience: Experience) -> Float[Array, "N L V"]:
-    """Computes the logits of all tokens of N sequences, padded to `WIDTH` columns."""
+    """Computes the logits at all tokens of N sequences, padded to `WIDTH` columns."""
     lengths = experience.prompt_lengths + experience.mask.sum(axis=1)
     tokens = np.pad(experience.tokens, ((0, 0), (0, WIDTH - experience.tokens.shape[1])))
     mask = np.arange(WIDTH) < lengths[:, None]
@@ -136,7 +136,7 @@ def sequence_logits(model_cfg: ModelConfig, params, experience: Experience) -> F
 
 
 def first_logits(model_cfg: ModelConfig, params, values: Values) -> Float[np.ndarray, "B _ V"]:
-    """Returns the logits of each prompt's first completion in `LOGIT_COLUMNS` columns, the last of them its end."""
+    """Returns the logits at `LOGIT_COLUMNS` tokens of each prompt's first sampled sequence; the last is its end."""
     experience = experience_of(values, "sampled")
     ends = (experience.prompt_lengths + experience.mask.sum(axis=1) - 1)[::SAMPLES]
     columns = np.linspace(0, ends, LOGIT_COLUMNS, axis=1).astype(int)
@@ -145,20 +145,20 @@ def first_logits(model_cfg: ModelConfig, params, values: Values) -> Float[np.nda
 
 
 def pack(cfg: Config, experience: Experience) -> PackedBatch:
-    """Packs the completions as a run with this config does, into two micro-batches."""
+    """Packs the completions as a run with this config does, which gives two micro-batches."""
     sizes = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens, cfg.train.micro_tokens
     shape = packed_shape(len(experience.mask), SAMPLES, *sizes, shards=1)
     return pack_minibatch(experience, cfg.loss, shape, shards=1)
 
 
 def sample_entries(tree) -> Float[np.ndarray, "leaves _"]:
-    """Returns `SAMPLED_ENTRIES` entries of each leaf, evenly spaced."""
+    """Returns `SAMPLED_ENTRIES` evenly spaced entries of each leaf."""
     leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(tree)]
     return np.stack([leaf[np.linspace(0, leaf.size - 1, SAMPLED_ENTRIES).astype(int)] for leaf in leaves])
 
 
 def update(model_cfg: ModelConfig, params, mesh: Mesh, values: Values) -> Values:
-    """Updates the policy once, as training does, and returns the entries of the file from `metrics` on."""
+    """Updates the policy once, as training does, and returns the values of the file from `metrics` on."""
     cfg = update_config()
     model_cfg = replace(model_cfg, remat=cfg.train.remat)
     known = {name: values[name] for name in ("old_logps", "ref_logps")}
@@ -185,14 +185,14 @@ def update(model_cfg: ModelConfig, params, mesh: Mesh, values: Values) -> Values
 
 
 def completion_logits(model_cfg: ModelConfig, params, experience: Experience) -> Float[np.ndarray, "N S V"]:
-    """Returns the logits that each token of N completions is chosen from; undefined after the end of a completion."""
+    """Returns the logits that each token of N completions is sampled from; undefined after the end of a completion."""
     columns = experience.prompt_lengths[:, None] - 1 + np.arange(experience.mask.shape[1])
     logits = np.asarray(sequence_logits(model_cfg, params, experience))[np.arange(len(columns))[:, None], columns]
     return np.where(np.arange(logits.shape[-1]) < model_cfg.sampleable_vocab_size, logits, -np.inf)
 
 
 def greedy_margins(model_cfg: ModelConfig, params, values: Values) -> Float[np.ndarray, "B G S"]:
-    """Returns how far the logit of each greedy token is above all others; 0 after the end of a completion."""
+    """Returns by how much the logit of each greedy token exceeds all others; 0 after the end of a completion."""
     experience = experience_of(values, "greedy")
     ordered = np.sort(completion_logits(model_cfg, params, experience))
     margins = (ordered[..., -1] - ordered[..., -2]) * experience.mask
@@ -200,11 +200,11 @@ def greedy_margins(model_cfg: ModelConfig, params, values: Values) -> Float[np.n
 
 
 def draw_margins(model_cfg: ModelConfig, params, values: Values) -> Float[np.ndarray, "B G S"]:
-    """Returns how much the logits must differ for another draw of each token; 0 after the end of a completion."""
+    """Returns the margins of the sampled tokens, with Gumbel noise added to the logits; 0 after a completion's end."""
     experience = experience_of(values, "sampled")
     shape = len(values["prompt_lengths"]), SAMPLES, experience.mask.shape[1]
 
-    def margin(counters, logits):  # of a prompt, its sample and a token: counters and [V]
+    def margin(counters, logits):  # one token: its prompt, sample and index, and logits [V]
         key = jax.random.key(SEED)
         for counter in counters:
             key = jax.random.fold_in(key, counter)
@@ -216,7 +216,7 @@ def draw_margins(model_cfg: ModelConfig, params, values: Values) -> Float[np.nda
 
 
 def completion_logps(model_cfg: ModelConfig, params, experience: Experience) -> Float[np.ndarray, "N S"]:
-    """Returns the log-probabilities of N completions; 0 after their end."""
+    """Returns the log-probs of N completions; 0 after their end."""
     logits = completion_logits(model_cfg, params, experience)
     columns = experience.prompt_lengths[:, None] + np.arange(experience.mask.shape[1])
     tokens = np.take_along_axis(experience.tokens, columns, axis=1)
@@ -226,7 +226,7 @@ def completion_logps(model_cfg: ModelConfig, params, experience: Experience) -> 
 
 
 def choose_prompts(model_cfg: ModelConfig, params) -> Values:
-    """Returns the prompts and the stop table. Rounding is far from changing a greedy token of any of the prompts."""
+    """Returns the stop table and the prompts whose greedy tokens are the farthest from near-ties."""
     tokenizer, rollout = load_tokenizer(find_model("tiny")), update_config().rollout
     task = [addition_task(digits) for digits in DIGITS]
     problems = [task(index, seed=SEED, split="eval") for task in task for index in range(CANDIDATES)]
@@ -246,7 +246,7 @@ def choose_prompts(model_cfg: ModelConfig, params) -> Values:
 
 
 def compute_values(mesh: Mesh, model_cfg: ModelConfig, params, inputs: Values) -> Values:
-    """Computes the contents of the file from prompts and a stop table."""
+    """Computes the values of the file, given its prompts and its stop table."""
     values = {name: inputs[name] for name in ("prompt_tokens", "prompt_lengths", "stop_table")}
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         rollout = decode(model_cfg, params, values, temperature)

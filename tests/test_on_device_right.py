@@ -1,4 +1,4 @@
-"""The part `right` of `benchmarks/on_device.py` finds this code right, and wrong where it is wrong."""
+"""The part `right` of `benchmarks/on_device.py` accepts the results of this code and detects errors."""
 
 import importlib
 import threading
@@ -29,7 +29,7 @@ def base(right):
 
 @pytest.fixture(scope="module")
 def computed(right, base):
-    """What the file holds, computed here from the file's prompts."""
+    """Returns the values of the file, computed anew from its prompts."""
     with jax.set_mesh(base.mesh), right.precision("float32"):
         compute_values = importlib.import_module("cpu_values").compute_values
         return compute_values(base.mesh, base.model_cfg, base.params, base.values)
@@ -37,7 +37,7 @@ def computed(right, base):
 
 @pytest.fixture
 def check(right, base, monkeypatch):
-    """Returns a function that runs the checks on the values of the file, some of them replaced, as results."""
+    """Returns a function that runs the checks as if the device had computed the file's values, with some replaced."""
 
     def check_with(dtype="float32", **changes):
         got = base.values | changes
@@ -55,12 +55,12 @@ def check(right, base, monkeypatch):
     return check_with
 
 
-def test_the_file_holds_what_this_code_computes(base, computed):
+def test_the_values_are_those_that_this_code_computes(base, computed):
     assert computed.keys() | {"base"} == base.values.keys()
     for name, value in computed.items():
         expected = base.values[name]
         assert value.shape == expected.shape and value.dtype.kind == expected.dtype.kind
-        if name == "steps":  # undefined in sign where the gradient is rounding
+        if name == "steps":  # the sign is undefined where the gradient is a rounding error
             value, expected = (np.where(np.abs(computed["gradients"]) > 1e-5, x, 0) for x in (value, expected))
         if value.dtype.kind == "f":
             assert np.abs(value - expected).max() < 2e-5 * np.abs(expected).max(), name
@@ -68,7 +68,7 @@ def test_the_file_holds_what_this_code_computes(base, computed):
             np.testing.assert_array_equal(value, expected, name)
 
 
-def test_this_code_is_right(right, base, computed, monkeypatch):
+def test_the_results_of_this_code_are_right(right, base, computed, monkeypatch):
     monkeypatch.setattr(right, "update", lambda *_: computed)
     with jax.set_mesh(base.mesh):
         checks = right.check_logits, right.check_tokens, right.check_update
@@ -81,8 +81,8 @@ def test_this_code_is_right(right, base, computed, monkeypatch):
     assert results["greedy tokens"]["same"] == results["sampled tokens"]["same"] == 1
 
 
-def test_the_file_tells_right_from_wrong(right, base):
-    """Rounding in float32 changes no token, and every term of the loss counts."""
+def test_the_values_are_sensitive_to_errors_but_not_to_rounding(right, base):
+    """Rounding in float32 changes no token, and every term of the loss contributes to the update."""
     values = base.values
     margins = np.concatenate([values[f"{kind}_margins"].ravel() for kind in ("greedy", "sampled")])
     assert margins[margins > 0].min() > 4 * right.BOUNDS["float32"] * base.largest_logit
@@ -94,7 +94,7 @@ def test_the_file_tells_right_from_wrong(right, base):
 
 
 def altered(values, index, change):
-    """Returns a copy of an array with `change` added at an index."""
+    """Returns a copy of an array with `change` added at `index`."""
     values = values.copy()
     values[index] += change
     return values
@@ -113,14 +113,14 @@ ALTERATIONS = [
 
 
 @pytest.mark.parametrize("name, array, index, change", ALTERATIONS)
-def test_a_small_error_is_found_and_named(check, base, name, array, index, change):
+def test_only_the_check_of_a_small_error_fails(check, base, name, array, index, change):
     results = check(**{array: altered(base.values[array], index, change)})
     assert [check for check, result in results.items() if not result["ok"]] == [name]
     if base.values[array].dtype.kind == "f":
         assert not check(**{array: altered(base.values[array], index, np.nan)})[name]["ok"]
 
 
-def test_bfloat16_may_choose_another_token_where_two_nearly_tie(check, base):
+def test_another_token_is_right_in_bfloat16_where_two_nearly_tie(check, base):
     margins = np.where(base.values["sampled_margins"] > 0, base.values["sampled_margins"], np.inf)
     n = np.unravel_index(margins.argmin(), margins.shape)
     tokens = base.values["sampled_tokens"].copy()
@@ -142,7 +142,7 @@ def test_a_completion_of_another_length_is_wrong(check, base, change):
     assert not result["ok"] and result["differing"] == 1
 
 
-def test_a_perturbed_parameter_is_found(right, base):
+def test_a_perturbed_parameter_is_detected(right, base):
     params = jax.tree.map(jnp.copy, base.params)
     norm = params["layers"][0]["mlp_norm"]
     norm["scale"] = norm["scale"].at[2].mul(1.001)
@@ -159,7 +159,7 @@ def test_values_of_another_base_model_are_an_error(right, monkeypatch):
 
 @pytest.fixture
 def check_attention(right):
-    """Returns a function that compares the kernel `blocks` in float32, compiled anew."""
+    """Returns a function that compares the kernel `blocks` in float32 after compiling it again."""
     kernels = importlib.import_module("parts.kernels")
     model_cfg = replace(right.SMOLLM2_135M, num_heads=4, num_kv_heads=2, head_dim=8)
 
@@ -176,7 +176,7 @@ def test_attention_is_right(check_attention):
     assert result["ok"] and 0 < result["error"] < 1e-5 and (result["kernel"], result["dtype"]) == ("blocks", "float32")
 
 
-def test_a_wrong_mask_is_found(check_attention, monkeypatch):
+def test_a_wrong_mask_is_detected(check_attention, monkeypatch):
     plan_and_mask = importlib.import_module("grpo_jax.model.blockwise")
     right_mask = plan_and_mask.attention_mask
 
@@ -187,7 +187,7 @@ def test_a_wrong_mask_is_found(check_attention, monkeypatch):
     assert not check_attention()["ok"]
 
 
-def test_a_wrong_gradient_of_a_kernel_is_found(check_attention, monkeypatch):
+def test_a_wrong_gradient_of_a_kernel_is_detected(check_attention, monkeypatch):
     kernel = attention.blockwise_attention
 
     def stop_values(q, keys, values, *args, **options):
@@ -199,7 +199,7 @@ def test_a_wrong_gradient_of_a_kernel_is_found(check_attention, monkeypatch):
     assert not result["ok"] and result["worst"] == "values"
 
 
-def test_every_kernel_of_a_gpu_is_compared_and_what_it_lacks_is_told(right, monkeypatch):
+def test_all_kernels_of_a_gpu_are_compared_and_unsupported_ones_are_left_out(right, monkeypatch):
     kernels = importlib.import_module("parts.kernels")
     for module in (kernels, attention):
         monkeypatch.setattr(module, "mesh_platform", lambda: "gpu")
@@ -221,7 +221,7 @@ def test_packed_rows_have_prompts_completions_and_padding(right):
         assert row.position.max() > length // 5
 
 
-def test_a_gap_between_sampler_and_trainer_is_found(base, monkeypatch):
+def test_drift_between_sampler_and_trainer_is_detected(base, monkeypatch):
     depths = importlib.import_module("parts.depths")
     trainer = -np.ones((4, 128), np.float32) * 8
     for gap, ok in ((0.0004, True), (0.002, False), (np.nan, False)):
@@ -230,7 +230,7 @@ def test_a_gap_between_sampler_and_trainer_is_found(base, monkeypatch):
         assert result["ok"] == ok and (result["depth"], result["dtype"]) == (384, "float32")
 
 
-def test_checks_run_side_by_side_and_report_in_order(right, base, capsys):
+def test_checks_run_in_parallel_and_report_in_order(right, base, capsys):
     first, second, end = (threading.Event() for _ in range(3))
 
     def waiting():
@@ -261,7 +261,7 @@ def test_checks_run_side_by_side_and_report_in_order(right, base, capsys):
     assert "no such kernel" in capsys.readouterr().err
 
 
-def test_small_checks_are_a_part_of_all(right, base):
+def test_small_runs_some_of_the_checks(right, base):
     small, all_checks = (list(right.list_checks(base, small)) for small in (True, False))
     assert all_checks[:2] == ["logits float32", "logits bfloat16"] and len(all_checks) == 16
     assert set(small) - set(all_checks) == {"depth 1024 bfloat16"} and len(small) == 8

@@ -29,8 +29,8 @@ def test_the_flops_of_a_step_are_those_counted_by_hand(part):
     )
     model_cfg = ModelConfig(**sizes, layers=(LayerConfig(),), tie_embeddings=True)
     placed = jax.eval_shape(lambda params: place_for_rollout(model_cfg, params), param_shapes(model_cfg))
-    kernels = 16 + 8 + 8 + 16 + 3 * 24  # q, k, v, o and the MLP; the head has 40
-    # One prompt of 2 tokens and two completions of 3. A key costs 2 multiplications and 2 additions per number in q.
+    kernels = 16 + 8 + 8 + 16 + 3 * 24  # q, k, v, o and the MLP; the head adds 40
+    # One prompt of 2 tokens and two completions of 3. Each key costs 2 multiplications and 2 additions per number in q.
     prefill = 2 * kernels * 2 + 4 * 4 * (1 + 2)
     decode = 2 * ((2 * kernels + 2 * 40) * 3 + 4 * 4 * (2 + 3 + 4))
     forward = prefill + 2 * ((2 * kernels + 2 * 40) * 3 + 4 * 4 * (3 + 4 + 5))
@@ -38,7 +38,7 @@ def test_the_flops_of_a_step_are_those_counted_by_hand(part):
     assert part("step").needed_flops(model_cfg, placed, 1, 2, 2, 3) == prefill + decode + 4 * forward
 
 
-def test_a_small_tokenizer_reads_every_id_of_a_large_vocabulary(part):
+def test_a_folded_tokenizer_decodes_every_id_of_a_large_vocabulary(part):
     class Letters:
         def __len__(self):
             return 3
@@ -53,7 +53,7 @@ def test_linear_costs_are_extrapolated_exactly(part):
     assert part("line").extrapolate((1, 4), (2 + 3 * 1, 2 + 3 * 4), 171) == 2 + 3 * 171
 
 
-def test_the_generation_of_a_peer_whose_tokens_cost_linearly_more_is_extrapolated_exactly(part):
+def test_generation_by_the_peer_is_extrapolated_exactly_if_the_time_per_token_grows_linearly(part):
     peer = part("peer")
 
     def token_s(index):
@@ -62,7 +62,7 @@ def test_the_generation_of_a_peer_whose_tokens_cost_linearly_more_is_extrapolate
     def seconds(first, last, overhead):
         return overhead + sum(map(token_s, range(first, last + 1)))
 
-    first_s = [seconds(2, count, overhead=100.0) for count in peer.FEW_TOKENS]  # the prompt yields the first token
+    first_s = [seconds(2, count, overhead=100.0) for count in peer.FEW_TOKENS]  # prefill samples the first token
     start = 1024 - peer.FEW_TOKENS[1]
     last_s = [seconds(start + 1, start + count, overhead=7.0) for count in peer.FEW_TOKENS]
     assert peer.generation_s(1024, first_s, last_s) == seconds(2, 1024, overhead=100.0)
@@ -77,7 +77,7 @@ def test_the_peer_is_absent_without_torch(part, monkeypatch):
 
 @pytest.fixture
 def run_fake(part, monkeypatch, tmp_path):
-    """Returns a function that measures a run which writes the given lines and then calls `end`."""
+    """Returns a function that measures a run with these accuracies, which then calls `end`; and an event to end it."""
     learn, released = part("learn"), threading.Event()
 
     def measure(accuracies, end=lambda: None, seconds_left=lambda: 100.0, **settings):
@@ -99,7 +99,7 @@ def run_fake(part, monkeypatch, tmp_path):
     released.set()
 
 
-def test_learning_is_measured_until_the_first_evaluation_that_reaches_the_goal(run_fake):
+def test_learning_is_measured_until_an_evaluation_reaches_the_goal(run_fake):
     measure, released = run_fake
     lines = list(measure([0.2, None, 0.9, None, 0.95, None, 0.99], end=released.wait))
     assert [(line["updates"], line["accuracy"]) for line in lines] == [(0, 0.2), (2, 0.9), (4, 0.95)]
@@ -115,7 +115,7 @@ def test_a_run_whose_last_evaluation_misses_the_goal_is_not_ok(run_fake):
     assert [line.get("ok") for line in lines] == [None, False]
 
 
-def test_an_error_of_training_is_one_of_the_part(run_fake):
+def test_an_error_in_training_is_an_error_of_the_part(run_fake):
     measure, _ = run_fake
 
     def fail():
@@ -133,7 +133,7 @@ def test_a_run_that_ends_without_its_last_evaluation_is_an_error(run_fake):
         list(measure([0.2, None], total_steps=2))
 
 
-def test_a_run_that_is_out_of_time_says_what_it_left_out(run_fake):
+def test_a_run_that_is_out_of_time_says_what_is_left_out(run_fake):
     measure, released = run_fake
     budget = iter([1.0] * 3 + [0.0] * 100)
     lines = list(measure([0.2], end=released.wait, seconds_left=lambda: next(budget)))

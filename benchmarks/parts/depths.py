@@ -16,7 +16,7 @@ from grpo_jax.text.stops import build_stop_table
 from parts.verdicts import BOUNDS, Result, precision, verdict
 
 PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 128
-TEMPERATURE = 0.8  # not 1, with which sampler and trainer would agree even if one of them ignored it
+TEMPERATURE = 0.8  # not 1, so that log-probs differ if the sampler or the trainer ignores it
 # Relative to the largest log-prob, which is about as large as the largest logit. Sampler and trainer round in different
 # places, so in bfloat16 their errors may add up. In float32 the bound is large enough: a CPU's error is 1e-6.
 GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}

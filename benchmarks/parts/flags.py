@@ -1,20 +1,23 @@
-"""One decode step of SmolLM2-135M's shape at 32 slots, which launches kernels most of the time, with other XLA flags.
+"""Times a decode step of a small model with different XLA flags: SmolLM2-135M with 32 slots and random weights.
 
-XLA reads XLA_FLAGS once per process, so every variant runs in a process of its own (`python -m parts.flags`), with the
-flags that are already set before its own. This process does not touch the device, whose memory they need. The variants,
-of which only the first is measured on other platforms than GPUs:
+The kernels of this model are so small that launching them may take most of the time. XLA reads XLA_FLAGS once per
+process, so each variant runs in its own process (`python -m parts.flags`), which adds flags to those that are already
+set. The process of the part does not use the device, because the variants need its memory. Only the default variant is
+measured on platforms other than GPUs. The variants:
 
-default           the flags that are set, if any
-whole loop        with one CUDA graph for the whole loop, which reads nothing back to the host
-without graphs    with a launch per kernel
+default           adds no flags
+whole loop        captures the whole decode loop in one CUDA graph, so that the host does not read the loop condition
+without graphs    launches kernels one by one, without CUDA graphs
 
-A line per variant:
+There is one line per variant:
 
-flags      its name; added_flags are those that it adds
-decode_ms  time of a step; tok_s tokens per second; speedup the time of the default variant, relative to it
-temp_gib   memory of the compiled program besides its arguments and results; `rollout` has it for a larger model
+flags      name of the variant; added_flags are the flags that it adds
+slots      decode slots
+decode_ms  time of a decode step; tok_s is tokens per second, and speedup is relative to the default variant
+temp_gib   memory of the compiled program besides its arguments and results; `rollout` reports it for a larger model
 compile_s  seconds to compile the program
-error      instead of these, why the process ended without a result, which may be that XLA knows no such flag
+error      why the process ended without a result; the fields above from slots on are then missing. An XLA that does not
+           know a flag ends the process
 """
 
 import json
@@ -45,13 +48,13 @@ VARIANTS = {
 COMMAND = [sys.executable, "-m", "parts.flags"]
 SLOTS, STEPS = 32, 80
 SMALL_SIZES, SMALL_STEPS = RolloutSizes(8, samples=4, prompt_tokens=32, columns=64), 8
-RESERVE = 1.0  # seconds before the end of the part at which a variant is ended
+RESERVE = 1.0  # seconds before the end of the part at which a variant is killed
 
 
 class Variant:
     """The process of a variant, which imports its modules and then waits for `begin`."""
 
-    device = "unknown"  # as the first process that answers calls it
+    device = "unknown"  # until the first process names it
 
     def __init__(self, flags: str, small: bool):
         """Starts the process."""
@@ -71,11 +74,11 @@ class Variant:
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        except BrokenPipeError:  # it has ended; `read` returns None
+        except BrokenPipeError:  # the process has ended, so `read` will return None
             pass
 
     def read(self, seconds: float) -> dict[str, Any] | None:
-        """Returns the next answer, or None if the process ends without one. It is ended after `seconds`."""
+        """Returns the next answer, or None if the process ends without one. Kills the process after `seconds`."""
         timer = threading.Timer(seconds, self.process.kill)
         timer.start()
         line = self.process.stdout.readline()
@@ -83,20 +86,20 @@ class Variant:
         return json.loads(line) if line.endswith("\n") else None
 
     def end(self) -> None:
-        """Ends the process, and waits until the device is free."""
+        """Kills the process and waits until it has ended, so that the device is free."""
         self.process.kill()
         self.process.wait()
 
     def error(self) -> str:
-        """Returns the line of stderr that says why the process ended."""
+        """Returns the line of stderr that says why the process ended, or its return code."""
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
-        fatal = [line for line in lines if re.match(r"F\d{4}", line)]  # of XLA; a stack trace may follow
+        fatal = [line for line in lines if re.match(r"F\d{4}", line)]  # from XLA, possibly followed by a stack trace
         return (fatal or lines or [f"the process ended with code {self.process.returncode}"])[-1][:1000]
 
 
 def device_name() -> str:
-    """Returns the kind of device, without touching it."""
+    """Returns the kind of the device, without using it."""
     return Variant.device
 
 
@@ -104,8 +107,8 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
     """Yields a line per variant.
 
     Raises:
-        NotHere: The device is a CPU, and the model is not small.
-        RuntimeError: Even the default flags give no result.
+        NotHere: The device is a CPU, and `small` is not set.
+        RuntimeError: The process of the default variant ended without naming its device.
     """
     variants, default_ms = {"default": Variant("", small)}, None
     try:
@@ -118,7 +121,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
                     raise RuntimeError(variant.error())
                 Variant.device, platform = answer["device"], answer["platform"]
                 require_accelerator(platform, small)
-                if platform == "gpu":  # these import their modules in the meantime
+                if platform == "gpu":  # they import their modules while the default is measured
                     variants |= {name: Variant(VARIANTS[name], small) for name in VARIANTS if name != "default"}
             result = answer and variant.read(seconds_left() - RESERVE)
             variant.end()
@@ -141,7 +144,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
 
 
 def measure_variant(small: bool) -> Iterator[dict[str, Any]]:
-    """Yields the device, and then what the flags of this process lead to."""
+    """Yields the platform and the device, and then the measurements with the flags of this process."""
     mesh = make_mesh(devices=jax.devices()[:1])
     jax.set_mesh(mesh)
     yield {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind}
@@ -163,7 +166,7 @@ def measure_variant(small: bool) -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries that print must not disturb the answers
+    os.dup2(2, 1)  # what libraries print must not get between the answers
     sys.stdin.readline()
     for fields in measure_variant("--small" in sys.argv[1:]):
         answers.write(json_line(fields))

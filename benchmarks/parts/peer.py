@@ -1,19 +1,19 @@
-"""The work of the part `step` with plain `transformers` and torch on the same device: what the package is compared to.
+"""Measures the work of the part `step` with plain `transformers` and torch on the same device, for comparison.
 
-The model has the shape of Qwen2.5-1.5B and random weights. It samples with `generate`, scores its completions without a
-gradient, as a reference would, and takes one step of AdamW: the loss is -ratio * advantage, the gradient is clipped.
-Weights, gradients and moments are in bfloat16, which takes less memory and time than the float32 of the package.
-Attention is torch's own (sdpa), AdamW is fused, no activations are recomputed, and a micro-batch has as many sequences
-as fit, at most 8. Grading and packing are left out.
+The model has the shape of Qwen2.5-1.5B and random weights. It samples completions with `generate`, computes their
+log-probs without gradients, as a reference would, and takes one step of AdamW: the loss is -ratio * advantage, and the
+gradient is clipped. Weights, gradients and moments are in bfloat16, which takes less memory and time than the float32
+of grpo_jax. Attention is torch's own (sdpa), AdamW is fused, nothing is rematerialized, and a micro-batch holds as many
+sequences as fit in memory, at most 8. There is no grading and no packing.
 
-A whole step takes minutes, so parts of it are measured and extrapolated along straight lines:
+A whole step takes minutes, so parts of it are timed and extrapolated linearly:
 
-generate_s   all completions: `generate` is timed for a few tokens after the prompt, and for a few tokens at the end of
-             the completion, after a KV cache of random values. The time of a token grows linearly with the context
-score_s      log-probs of all completions, from a few micro-batches
-update_s     the update, from a few micro-batches and one step of the optimizer
-step_tok_s   completion tokens per second of the three together; gen_tok_s is the same of generate_s
-measured     what was run
+generate_s   time to sample all completions, extrapolated from a few tokens after the prompt and a few tokens at the end
+             of a completion, where the KV cache holds random values. The time per token grows linearly with the context
+score_s      time to compute the log-probs of all completions, extrapolated from a few micro-batches
+update_s     time of the update, extrapolated from a few micro-batches and one optimizer step each
+step_s       the sum of these times; step_tok_s is completion tokens per second, gen_tok_s the same for generate_s
+measured     what was timed
 """
 
 import importlib.util
@@ -28,15 +28,15 @@ from parts.line import extrapolate
 
 INSTALLED = importlib.util.find_spec("torch") is not None
 if INSTALLED:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads that wait take the cores of those that work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # otherwise, waiting threads keep cores busy that others need
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (imported here, because it takes seconds)
     from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
 LARGEST_MICRO_BATCH = 8  # sequences
-MICRO_BATCHES = 1, 3  # numbers that are timed
-FEW_TOKENS = 4, 12  # numbers of tokens that `generate` is timed for
-LEARNING_S = 5  # seconds that scoring and the update may take
+MICRO_BATCHES = 1, 3  # how many are timed
+FEW_TOKENS = 4, 12  # how many tokens `generate` is timed for
+LEARNING_S = 5  # seconds that timing scoring and the update may take
 
 
 class Shape(NamedTuple):
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
     model: dict[str, Any]  # arguments of Qwen2Config
 
 
-# The sizes of `parts.shapes`, which cannot be imported without JAX.
+# The same sizes as in `parts.shapes`, which cannot be imported without JAX.
 QWEN_1_5B = Shape(
     sequences=512,
     prompt_tokens=128,
@@ -86,7 +86,7 @@ def device_name() -> str:
 
 
 def seconds_of(call: Callable, *arguments) -> float:
-    """Returns the seconds of a call, until the device has finished."""
+    """Returns the seconds until the device has finished a call."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
@@ -113,10 +113,10 @@ def random_tokens(model, sequences: int, length: int):
 
 
 def generate(model, prompts, new_tokens: int, cache=None) -> None:
-    """Samples `new_tokens` tokens after each prompt, of which `cache` may hold all tokens but the last.
+    """Samples `new_tokens` tokens after each prompt. `cache` may hold the keys and values of all but its last token.
 
     Raises:
-        RuntimeError: A completion has fewer tokens.
+        RuntimeError: The completions have another length.
     """
     sequences = model.generate(
         input_ids=prompts,
@@ -129,7 +129,7 @@ def generate(model, prompts, new_tokens: int, cache=None) -> None:
         max_new_tokens=new_tokens,
     )
     if sequences.shape[1] != prompts.shape[1] + new_tokens:
-        raise RuntimeError(f"generate ought to return {new_tokens} new tokens; found sequences {sequences.shape}")
+        raise RuntimeError(f"generate must return {new_tokens} new tokens; found sequences {tuple(sequences.shape)}")
 
 
 def random_cache(model, sequences: int, length: int):
@@ -147,18 +147,18 @@ def generation_s(new_tokens: int, first_s: Sequence[float], last_s: Sequence[flo
 
     Args:
         new_tokens: Tokens of a completion.
-        first_s: Seconds of `generate` for each number of FEW_TOKENS after the prompt.
-        last_s: Seconds for each number of FEW_TOKENS after what precedes the last FEW_TOKENS[1] of the completion.
+        first_s: Seconds of `generate` for each of FEW_TOKENS, right after the prompt.
+        last_s: Seconds of `generate` for each of FEW_TOKENS, when FEW_TOKENS[1] tokens of the completion are left.
     """
     few, more = FEW_TOKENS
     token_s = [(seconds[1] - seconds[0]) / (more - few) for seconds in (first_s, last_s)]
-    # The mean index in the completion, counted from 1, of the tokens that were timed, and of those after the first few.
+    # Mean indices, counted from 1, of the tokens whose mean time is token_s; first_s[0] covers the first few tokens.
     timed = (few + 1 + more) / 2, (new_tokens - more + few + 1 + new_tokens) / 2
     return first_s[0] + (new_tokens - few) * extrapolate(timed, token_s, (few + 1 + new_tokens) / 2)
 
 
 def time_generation(model, shape: Shape) -> float:
-    """Returns the seconds in which the model generates all completions."""
+    """Returns the seconds that the model takes to generate all completions."""
     prompts = random_tokens(model, shape.sequences, shape.prompt_tokens)
     generate(model, prompts, FEW_TOKENS[0])  # the first call is slower
     first_s = [seconds_of(generate, model, prompts, count) for count in FEW_TOKENS]
@@ -172,20 +172,20 @@ def time_generation(model, shape: Shape) -> float:
 
 
 def completion_logps(model, sequences, new_tokens: int):
-    """Returns the log-probs [sequences, new_tokens] of the last tokens of each sequence."""
+    """Returns the log-probs of the last `new_tokens` tokens of each sequence, [sequences, new_tokens]."""
     logits = model(input_ids=sequences, logits_to_keep=new_tokens + 1, use_cache=False).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(2, sequences[:, -new_tokens:, None])[..., 0]
 
 
 def score(model, shape: Shape, batches: list) -> None:
-    """Computes the log-probs of micro-batches without gradients."""
+    """Computes the log-probs of micro-batches, without gradients."""
     with torch.no_grad():
         for sequences in batches:
             completion_logps(model, sequences, shape.new_tokens)
 
 
 def update(model, shape: Shape, batches: list, optimizer) -> None:
-    """Takes a step of the optimizer with the gradient of micro-batches."""
+    """Accumulates the gradients of micro-batches and takes one optimizer step."""
     for sequences in batches:
         logps = completion_logps(model, sequences, shape.new_tokens)
         advantages = torch.randn(len(sequences), 1, device=model.device)
@@ -197,7 +197,7 @@ def update(model, shape: Shape, batches: list, optimizer) -> None:
 
 
 def fit_micro_batch(model, shape: Shape, optimizer) -> list:
-    """Returns the largest micro-batch, random tokens, that an update has the memory for, MICRO_BATCHES[1] times."""
+    """Returns MICRO_BATCHES[1] equal micro-batches of random tokens, as large as an update has the memory for."""
     size = LARGEST_MICRO_BATCH
     while True:
         batch = random_tokens(model, size, shape.prompt_tokens + shape.new_tokens)
@@ -213,10 +213,10 @@ def fit_micro_batch(model, shape: Shape, optimizer) -> list:
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields generate_s, then score_s and update_s as well.
+    """Yields the speed of generation, and then that of a whole step.
 
     Raises:
-        NotHere: Torch is not installed, or has no device on which this would end.
+        NotHere: Torch is not installed, or finds no GPU and `small` is not set.
     """
     if not INSTALLED:
         raise NotHere("torch is not installed")

@@ -1,30 +1,32 @@
-"""Whether the numbers are right: the tiny base model against values of a CPU, attention against its definition.
+"""Checks that results are right: compares the tiny base model with values from a CPU, and attention with a reference.
 
-In float32 all matrix products have the highest precision, which accelerators do not use by default; bfloat16 is
-computed as in training. Checks run side by side, because most of their time is compilation, but their lines come in
-the same order each time, the most important first. A line has
+In float32, all matmuls have the highest precision, which accelerators do not use by default; bfloat16 is computed as in
+training. The checks run in parallel, because they spend most of their time on compilation, but their lines are always
+in the same order, the most important first. A line has
 
-check   what was computed, with `dtype`
-error   the largest difference from what was expected; `bound` is the largest allowed, and `ok` compares the two
-reason  why a check has no result; `left_out` names one that was not made
+check   what was computed, in `dtype`
+error   the largest difference from the expected values; `bound` is the largest that is allowed
+ok      whether the error is within the bound. If a check fails with an exception, there is only this and a `reason`
 
-The checks of the tiny base model, whose expected values are in `cpu_values.npz`:
+Checks of the tiny base model, whose expected values are in `cpu_values.npz`, with the unit of the error:
 
-logits           as a fraction of the largest logit
-greedy tokens    and sampled tokens: rounding may change a token where two nearly tie, so the error is the largest
-                 margin in logits by which the expected token was ahead of all others, at the first that differs in a
-                 completion. `differing` counts these completions; `same` is the fraction of tokens before them
-log-probs        of the sampler, until a token differs, as a fraction of the largest logit
-update metrics   as a fraction of each metric; `worst` is the one with the largest error, here and below
-update gradient  as a fraction of the largest entry of each parameter, by both of Adam's moments
-update step      as a fraction of the learning rate, for entries whose gradient is large enough to have a certain sign
+logits           fraction of the largest logit
+greedy tokens    logits. Rounding may change a token where two nearly tie. At the first token of a completion that
+                 differs, the error is the margin by which the logit of the expected token exceeds all others.
+                 `differing` of all `completions` have such a token, and `same` is the fraction of tokens before it
+sampled tokens   the same, with the margin of the logits plus the Gumbel noise that they are sampled with
+log-probs        of the sampler, up to the first token that differs: fraction of the largest logit
+update metrics   fraction of each metric. `worst` is the one with the largest error, here and below
+update gradient  fraction of the largest entry of each parameter's gradient, as both of Adam's moments have it
+update step      learning rates. Compares only the `entries` whose gradient is so large that its sign is certain
 
-The others:
+Other checks:
 
-attention        by each kernel, forward and backward, as a fraction of the largest entry of the output and of the
-                 gradients of queries, keys and values (`parts/kernels.py`)
-depth            largest gap between the log-probabilities of sampler and trainer, as a fraction of the largest
-                 log-probability; `mean_gap` and `max_gap` are in nats (`parts/depths.py`)
+attention        one `kernel`, forward and backward, in a row of `length` tokens with heads of `head_dim` (see
+                 `parts/kernels.py`): fraction of the largest entry of the output, or of the gradient of the queries,
+                 keys or values
+depth            drift of completions that end at `depth` (see `parts/depths.py`): fraction of the largest log-prob;
+                 `mean_gap` and `max_gap` are the mean and the largest drift of a token in nats
 """
 
 import os
@@ -48,19 +50,21 @@ from parts.kernels import check_attention
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name  # noqa: F401
 from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
 
-# On a CPU, bfloat16 shifts log-probs by up to 0.14 nats, and with them the ratios that multiply the gradient; metrics
-# are then off by up to 0.10 and gradients by up to 0.06. Other devices add up in another order.
+# On a CPU, bfloat16 changes log-probs by up to 0.14 nats, and with them the ratios that multiply the gradient. Metrics
+# then differ by up to 0.10 and gradients by up to 0.06. The bounds are larger, because other devices sum in another
+# order.
 METRIC_BOUNDS = {"float32": 1e-4, "bfloat16": 0.25}
 GRADIENT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.15}
-# The step of Adam's first update is the sign of the gradient, if that is far from 0. As fractions of the largest entry.
+# Adam's first step is the learning rate times the sign of the gradient. The sign is certain where the gradient exceeds
+# this fraction of its largest entry.
 CERTAIN_GRADIENT = {"float32": 1e-3, "bfloat16": 0.3}
-STEP_BOUND = 1e-4  # the parameters themselves are rounded to 1e-5 learning rates
+STEP_BOUND = 1e-4  # rounding the new parameters to float32 changes a step by about 1e-5 learning rates
 
-MAX_THREADS = 8  # with more, the first results come later, because only one thread traces at a time
+MAX_THREADS = 8  # with more, the first results come later, because only one thread can trace at a time
 
 
 class TinyBase(NamedTuple):
-    """The tiny base model on the first device, and what it computes on a CPU."""
+    """The tiny base model on the first device, and the values that it computes on a CPU."""
 
     mesh: Mesh
     model_cfg: ModelConfig
@@ -68,7 +72,7 @@ class TinyBase(NamedTuple):
     values: Values
 
     def config_for(self, dtype: str) -> ModelConfig:
-        """Returns the model's config with this dtype of computation."""
+        """Returns the model's config with this compute dtype."""
         return replace(self.model_cfg, compute_dtype=dtype)
 
     @property
@@ -78,10 +82,10 @@ class TinyBase(NamedTuple):
 
 
 def load_tiny_base() -> TinyBase:
-    """Loads the model.
+    """Loads the model and the values.
 
     Raises:
-        ValueError: The values are those of another base model.
+        ValueError: The values were computed with another base model.
     """
     mesh = make_mesh(devices=jax.devices()[:1])
     return TinyBase(mesh, *load("tiny", mesh=mesh), read_values())
@@ -96,7 +100,7 @@ def check_logits(base: TinyBase, dtype: str) -> Iterator[Result]:
 
 
 def check_tokens(base: TinyBase, dtype: str) -> Iterator[Result]:
-    """Compares greedy and sampled tokens, and the log-probabilities of the latter."""
+    """Compares greedy and sampled tokens, and the log-probs of the sampled ones."""
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         with precision(dtype):
             rollout = decode(base.config_for(dtype), base.params, base.values, temperature)
@@ -109,13 +113,13 @@ def check_tokens(base: TinyBase, dtype: str) -> Iterator[Result]:
         differs = expected != got
         is_first, is_same = differs & (np.cumsum(differs, axis=-1) == 1), ~np.logical_or.accumulate(differs, axis=-1)
         is_counted = is_same & (expected >= 0)
-        # No margin explains a completion that ends before or after the expected one without another token.
+        # If a completion only ends earlier or later than the expected one, no near-tie explains the difference.
         margins = np.where((expected >= 0) & (got >= 0), margins, np.inf)
         yield verdict(
             f"{kind} tokens",
             dtype,
             margins.max(initial=0.0, where=is_first),
-            2 * BOUNDS[dtype] * base.largest_logit,  # both logits may be off
+            2 * BOUNDS[dtype] * base.largest_logit,  # the logits of both tokens may be off
             same=float(is_counted.sum() / lengths.sum()),
             differing=int(is_first.sum()),
             completions=lengths.size,
@@ -132,7 +136,7 @@ def check_update(base: TinyBase, dtype: str) -> Iterator[Result]:
         got = update(base.config_for(dtype), base.params, base.mesh, expected)
 
     def worst(check: str, errors, names, bounds: dict[str, float]) -> Result:
-        index = int(np.argmax(errors))  # of the first that is not a number, if there is one
+        index = int(np.argmax(errors))  # the first NaN, if there is one
         return verdict(check, dtype, errors[index], bounds[dtype], worst=names[index])
 
     names, want = expected["metric_names"].tolist(), expected["metrics"]
@@ -170,7 +174,7 @@ def list_checks(base: TinyBase, small: bool) -> dict[str, Callable[[], Iterable[
 def run_side_by_side(
     checks: dict[str, Callable[[], Iterable[Result]]], mesh: Mesh, seconds_left: Callable[[], float]
 ) -> Iterator[Result]:
-    """Yields the results of checks in their order. One that raises an error is wrong, and the others go on."""
+    """Runs checks in parallel and yields their results in order. A check that raises an exception is not `ok`."""
 
     def run(check) -> list[Result]:
         with jax.set_mesh(mesh):
@@ -193,7 +197,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[Result]:
     """Yields the results of all checks.
 
     Raises:
-        ValueError: The values are those of another base model.
+        ValueError: The values from a CPU were computed with another base model.
     """
     base = load_tiny_base()
     yield from run_side_by_side(list_checks(base, small), base.mesh, seconds_left)

@@ -31,7 +31,7 @@ from parts.programs import is_out_of_memory, start_compiling
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name, require_accelerator, shrink  # noqa: F401
 
 MODELS = {"Qwen2.5-1.5B": QWEN_1_5B, "SmolLM2-135M": SMOLLM2_135M}
-# Models and numbers of slots, the most important first. The programs of a batch compile at the same time, which is faster
+# Models and numbers of slots, the most important first. Programs of a batch compile at the same time, which saves time
 # but disturbs XLA's autotuning. Programs whose speed has an aim therefore compile alone.
 BATCHES = (
     (("Qwen2.5-1.5B", 128),),

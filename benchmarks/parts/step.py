@@ -1,27 +1,32 @@
-"""A whole training step of a model in the shape of Qwen2.5-1.5B: its speed, and where the time goes.
+"""Measures a whole training step of a model in the shape of Qwen2.5-1.5B: its speed, and where the time goes.
 
-The step is that of `configs/r1zero.py:qwen2.5-1.5b` with 32 questions of 128 tokens and 16 answers of 1,024 tokens
-each. It calls the functions of training in their order. Weights and questions are random, and no token stops an answer.
-There is no tokenizer for a random vocabulary of this size, so grading reads each token as one of the tiny base model
-(modulo the size of its vocabulary). The rewards are replaced with random numbers afterwards, because equal ones would
-teach nothing.
+The step is that of `configs/r1zero.py:qwen2.5-1.5b` with 32 prompts of 128 tokens and 16 completions of 1,024 tokens
+each. It calls the same functions as training, in the same order. Weights and prompts are random, and no token stops a
+completion. Random tokens have no tokenizer, so grading decodes their ids as ids of the tiny base model (modulo its
+vocabulary size). Afterwards the rewards are replaced by random numbers, because equal rewards would give no gradient.
 
-All programs are compiled first, in parallel. A few tokens and micro-batches then give an estimate of the step. After
-it, one step is timed, which compiles nothing. Every line has the whole table; up to the last line, the stages that have
-not run yet are estimates.
+All programs are compiled first, in parallel. The step is then estimated from a few tokens and micro-batches, and run
+once, with nothing left to compile. Every line has all times; those of stages that have not run yet are estimates.
 
 measured       the last stage that has run: estimate, rollout, scoring or update
-place_s, prefill_s, decode_s   the rollout: a copy of the weights, the prompts, the answers
-reward_s       decoding the answers to text and grading them, while the device scores
-pack_s         building the experience, and packing it for scoring and for the update
-score_s        scoring by the reference, except for the time that grading hides
-update_s       the gradient and the optimizer
-step_s         the sum of these times; step_tok_s is completion tokens per second, decode_tok_s the same of decode_s
-mfu            operations that the step needs (see `needed_flops`) per second, relative to square_tflop_s, the rate of a
-               large matmul
-peak_gib       peak memory of the device so far
+place_s        time to copy the weights for the rollout
+prefill_s      time to prefill the prompts
+decode_s       the rest of the rollout
+reward_s       time to decode and grade the completions, while the device computes the reference's log-probs
+pack_s         time to build the experience and to pack it, for scoring and for the update
+score_s        time that scoring with the reference takes in addition to reward_s
+update_s       time of the update
+step_s         the sum of these times; step_tok_s is completion tokens per second, decode_tok_s the same for decode_s
+tokens         completion tokens of the step
+slots          decode slots of the rollout
 decode_ms      milliseconds of a decode step, by the number of columns of the KV cache
-compile_s      seconds that compiling took; `compilations` names the programs that the step compiled nevertheless
+needed_tflop   floating-point operations that the step needs, in 1e12 (see `needed_flops`)
+square_tflop_s rate of a large matmul
+mfu            needed_tflop / step_s / square_tflop_s
+peak_gib       peak memory of the device so far; on a CPU, of the process
+compile_s      seconds to compile all programs
+compilations   names of the programs that the step compiled all the same
+ok             only in the last line: whether all completions have their full length and the update changed the policy
 """
 
 import time
@@ -58,23 +63,23 @@ from parts.step_programs import (
     visit_cache_sizes,
 )
 
-ESTIMATE_TOKENS = 8  # tokens per slot that are decoded with each size of the KV cache
+ESTIMATE_TOKENS = 8  # tokens per slot to decode with each size of the KV cache
 ESTIMATE_MICRO_BATCHES = 1, 4
 PHASES = ("place_s", "prefill_s", "decode_s", "reward_s", "pack_s", "score_s", "update_s")
 
 
 def seconds_of(call: Callable, *arguments, **options) -> tuple[float, Any]:
-    """Returns the seconds of a call, and its result."""
+    """Returns the seconds of a call and its result."""
     begin = time.perf_counter()
     result = jax.block_until_ready(call(*arguments, **options))
     return time.perf_counter() - begin, result
 
 
 def estimate_rollout(work: Work, placed) -> tuple[dict[str, float], dict[int, float]]:
-    """Measures the start of a rollout, and a few tokens with each size of its cache.
+    """Times the start of a rollout, and a few decode steps with each size of the KV cache.
 
     Returns:
-        place_s, prefill_s and decode_s of the whole rollout; and the milliseconds of a decode step by the columns of
+        prefill_s and decode_s of the whole rollout; and the milliseconds of a decode step, by the number of columns of
         the cache.
     """
     decode_ms, sizes = {}, all_cache_sizes(work)
@@ -89,16 +94,16 @@ def estimate_rollout(work: Work, placed) -> tuple[dict[str, float], dict[int, fl
 
     prefill_s, _ = seconds_of(start, work, placed)
     visit_cache_sizes(work, time_decode, placed)
-    tokens = np.diff([work.prompts.tokens.shape[1], *sizes])  # that are decoded with each size
+    tokens = np.diff([work.prompts.tokens.shape[1], *sizes])  # tokens per slot with each size
     decode_s = sum(count * decode_ms[columns] / 1e3 for count, columns in zip(tokens, sizes, strict=True))
     return {"prefill_s": prefill_s, "decode_s": decode_s}, decode_ms
 
 
 def estimate_learning(work: Work) -> tuple[Work, dict[str, float]]:
-    """Measures all stages after the rollout, but scoring and the update with a few micro-batches only.
+    """Times all stages after the rollout, with only a few micro-batches for scoring and the update.
 
     Returns:
-        The policy after these updates, and the seconds of each phase of a whole step.
+        The work with the updated policy, and the estimated seconds of each stage of a whole step.
     """
     learner, mesh, times = work.learner, work.context.mesh, {}
     rollout = random_rollout(work)
@@ -128,7 +133,7 @@ def estimate_learning(work: Work) -> tuple[Work, dict[str, float]]:
 
 
 def run_rollout(work: Work, times: dict[str, float]) -> Rollout:
-    """Draws the completions of the step, and writes the seconds of decoding into `times`."""
+    """Samples the completions of the step, and writes decode_s into `times`."""
     rollout_s, rollout = seconds_of(
         draw_completions, work.cfg, work.context, work.learner.state.params, work.prompts, jax.random.key(SEED)
     )
@@ -137,7 +142,7 @@ def run_rollout(work: Work, times: dict[str, float]) -> Rollout:
 
 
 def run_learning(work: Work, rollout: Rollout, times: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the rest of the step, writes its seconds into `times`, and yields the name and the results of each stage."""
+    """Runs the rest of the step and writes its seconds into `times`. Yields each stage's name and its own fields."""
     cfg, context, pack = work.cfg, work.context, {}
     with timed(pack, "experience_s"):
         experience = make_experience(work.prompts, rollout)
@@ -159,10 +164,11 @@ def run_learning(work: Work, rollout: Rollout, times: dict[str, float]) -> Itera
 def needed_flops(
     model_cfg: ModelConfig, placed, prompts: int, prompt_tokens: int, samples: int, max_tokens: int
 ) -> int:
-    """Returns the floating-point operations that a step needs, those of attention and of the head included.
+    """Returns the floating-point operations that a step needs, including those of attention and of the head.
 
-    The rollout computes each prompt and each completion token once, scoring both again, and the update three times as
-    many operations as scoring: forward, and twice that backward. What is rematerialized or padded is not counted.
+    The rollout computes each prompt and each completion once, and so does scoring. The update takes three times as many
+    operations as scoring: once for the forward pass, twice for the backward pass. Rematerialization and padding are not
+    counted.
 
     Args:
         model_cfg: The model.
@@ -175,7 +181,7 @@ def needed_flops(
     completions = prompts * samples
     prompt_positions = np.tile(np.arange(prompt_tokens), prompts)
     positions = np.tile(prompt_tokens + np.arange(max_tokens), completions)
-    # A completion's token is drawn from the output of the token before it; the first, of the prompt's last one.
+    # Each token is sampled from the output for the previous one, which for the first is the last token of the prompt.
     prefill = forward_flops(model_cfg, placed, prompt_positions, 0)
     decode = forward_flops(model_cfg, placed, positions - 1, len(positions))
     forward = forward_flops(model_cfg, placed, np.concatenate([prompt_positions, positions]), len(positions))
@@ -189,14 +195,14 @@ def peak_gib() -> float:
 
 
 def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields an estimate of the step, and the step after each of its stages."""
+    """Yields an estimate of the step, and then its times after each stage has run."""
     work = make_work(small)
     with jax.set_mesh(work.context.mesh):
         yield from measure_step(work, seconds_left)
 
 
 def measure_step(work: Work, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yields the measurements of `measure`; the mesh must be set."""
+    """Yields the lines of `measure`; the mesh must be set."""
     compiled, begin, model_cfg = count_compilations(), time.perf_counter(), work.context.model_cfg
     placement = place_for_rollout, model_cfg, work.learner.state.params, work.context.mesh
     _, placed = seconds_of(*placement)
@@ -229,7 +235,7 @@ def measure_step(work: Work, seconds_left: Callable[[], float]) -> Iterator[dict
 
     def left_out(stage: str, phases: Sequence[str]) -> list[dict[str, Any]]:
         late = sum(times[name] for name in phases) > seconds_left()
-        return [{"left_out": stage, "reason": "no time; its seconds above are estimates"}] if late else []
+        return [{"left_out": stage, "reason": "no time; its times above are estimates"}] if late else []
 
     yield describe("estimate")
     if late := left_out("the rollout, scoring and the update", PHASES[:3]):

@@ -1,4 +1,4 @@
-"""The step that `step.py` measures: its data, and its programs, compiled ahead of time."""
+"""Makes the data of the step that `step.py` measures, and compiles its programs ahead of time."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from grpo_jax.weights.tokenizer import load_tokenizer
 from parts import NotHere
 from parts.shapes import QWEN_1_5B, random_learner, require_accelerator, shrink, training_config
 
-NEEDED_GIB = 36  # memory of the policy, the reference, Adam's moments, two gradients, and the activations of a row
+NEEDED_GIB = 36  # policy, reference, Adam's moments, two copies of the gradient, and the activations of a row
 SEED = 0
 
 
@@ -42,10 +42,10 @@ class Work(NamedTuple):
 
 
 class FoldedTokenizer:
-    """Decodes ids of a large vocabulary as ids of a small one."""
+    """Decodes token ids of a large vocabulary as ids of a small one."""
 
     def __init__(self, tokenizer):
-        """Wraps a `transformers` tokenizer, the small one."""
+        """Wraps the tokenizer of the small vocabulary."""
         self.tokenizer = tokenizer
 
     def decode(self, ids: list[int], **options) -> str:
@@ -55,7 +55,7 @@ class FoldedTokenizer:
 
 
 def make_work(small: bool) -> Work:
-    """Builds the policy, the questions and the context of a run.
+    """Builds the policy, the prompts and the context of a run.
 
     Raises:
         NotHere: The device is a CPU or has too little memory.
@@ -85,7 +85,7 @@ def make_work(small: bool) -> Work:
 
 
 def grade(work: Work, experience: Experience, rollout: Rollout) -> Experience:
-    """Decodes and grades a rollout as training does, and adds the advantages of random rewards."""
+    """Decodes and grades a rollout as training does, but adds the advantages of random rewards."""
     _, rewards = grade_completions(work.cfg, work.context, work.problems, rollout)
     noise = np.random.default_rng(SEED).standard_normal(len(rewards.total))
     rewards = rewards._replace(total=noise.astype(np.float32))
@@ -95,13 +95,13 @@ def grade(work: Work, experience: Experience, rollout: Rollout) -> Experience:
 
 
 def pack_update(work: Work, experience: Experience) -> PackedBatch:
-    """Packs what the update of a rollout learns from, on the host."""
+    """Packs the minibatch of the update, on the host."""
     (rows,) = plan_minibatches(work.cfg, experience, jax.random.key(SEED), 0)
     return pack_rows(work.cfg, work.context.mesh, take_rows(experience, rows), len(experience.mask))
 
 
 def random_rollout(work: Work) -> Rollout:
-    """Returns a rollout on the host with random answers of full length."""
+    """Returns a rollout of random completions of full length, on the host."""
     shape = len(work.prompts.ids), work.cfg.rollout.samples, work.cfg.rollout.max_tokens
     vocab_size = work.context.model_cfg.vocab_size
     return Rollout(
@@ -114,13 +114,13 @@ def random_rollout(work: Work) -> Rollout:
 
 
 def all_cache_sizes(work: Work) -> list[int]:
-    """Returns the numbers of columns that the KV cache has in a rollout, one after another."""
+    """Returns the numbers of columns that the KV cache has during a rollout, in order."""
     width = work.prompts.tokens.shape[1]
     return cache_sizes(width, width + work.cfg.rollout.max_tokens)
 
 
 def start(work: Work, placed):
-    """Prefills the prompts and fills the slots with the arguments of a rollout."""
+    """Starts the rollout as training does: prefills the prompts and fills the decode slots."""
     return start_rollout(
         work.context.model_cfg,
         placed,
@@ -134,29 +134,29 @@ def start(work: Work, placed):
 
 
 def visit_cache_sizes(work: Work, visit: Callable, placed) -> None:
-    """Starts a rollout and calls `visit(columns, placed, state, queue)` with each size of its cache.
+    """Starts a rollout and calls `visit(columns, placed, state, queue)` for each size of its KV cache.
 
-    Each call has to return the state that the next one gets, with a larger cache.
+    Each call has to return a state, which the next call gets with a larger cache.
     """
     state, queue = start(work, placed)
     for columns in all_cache_sizes(work):
         if columns != state.kv_cache[0].k.shape[-1]:
             layers, state = list(state.kv_cache), state.replace(kv_cache=())
-            for i in range(len(layers)):  # as in a rollout, so that the caches of both sizes never exist in full
+            for i in range(len(layers)):  # one by one, as in a rollout, so that two whole caches never exist at once
                 layers[i] = resize_cache(layers[i], columns)
             state = state.replace(kv_cache=tuple(layers))
         state = visit(columns, placed, state, queue)
 
 
 def decode_arguments(work: Work, placed, state, queue, max_steps: int) -> tuple[tuple, dict]:
-    """Returns the arguments with which a rollout calls `decode_tokens` that does not shrink its cache."""
+    """Returns the arguments with which a rollout calls `decode_tokens`, if it does not shrink its cache."""
     scale, table = np.float32(work.cfg.rollout.temperature), work.context.stop_table
     arguments = work.context.model_cfg, placed, state, queue, table, scale, np.int32(0), np.int32(max_steps)
     return arguments, dict(greedy=False, filter=NO_FILTER)
 
 
 def decode(work: Work, placed, state, queue, max_steps: int):
-    """Decodes a number of tokens per slot and returns the new state. The old one is donated."""
+    """Decodes up to `max_steps` tokens per slot and returns the new state. The old one is donated."""
     arguments, options = decode_arguments(work, placed, state, queue, max_steps)
     return decode_tokens(*arguments, **options)
 
@@ -167,13 +167,13 @@ def score_options(cfg: Config) -> dict[str, Any]:
 
 
 def compile_programs(work: Work, placed, seconds_left: Callable[[], float]) -> bool:
-    """Compiles the programs of a step at the same time. Returns whether they are ready before the time is over.
+    """Compiles all programs of a step, several at a time. Returns False if there is not enough time.
 
-    Tracing and lowering are work for Python, so this thread does them while others compile. A call with arguments of
-    the same shapes and shardings finds the program afterwards.
+    Only one thread can trace and lower at a time, so this one does, while others compile. Later calls with arguments of
+    the same shapes and shardings find the compiled programs.
 
-    Tuning the matmuls of decoding is the longest part on a GPU. All cache sizes have the same ones, and so has the part
-    `rollout` with as many slots; if it ran before, the cache of compiled programs has the results.
+    On a GPU, autotuning the matmuls of decoding takes longest. They are the same for all sizes of the KV cache and in
+    the part `rollout` with as many slots. If that part has run, the compilation cache has the results of autotuning.
     """
     learner, pool, compiling = work.learner, ThreadPoolExecutor(os.cpu_count()), []
 
@@ -189,14 +189,14 @@ def compile_programs(work: Work, placed, seconds_left: Callable[[], float]) -> b
         compiling.append(pool.submit(decode_tokens.lower(*arguments, **options).compile))
         return state
 
-    starting = pool.submit(start_once)  # decoding can be lowered once its results tell how its arguments are sharded
+    starting = pool.submit(start_once)  # lowering decoding needs the shardings of the results
     rollout = random_rollout(work)
     experience = make_experience(work.prompts, rollout)
     batch = shard_rows(work.context.mesh, pack_update(work, experience))
     compiling.append(pool.submit(learner.update.lower(learner.state, batch).compile))
     scoring = score_completions.lower(learner.model_cfg, learner.reference, batch, **score_options(work.cfg))
     compiling.append(pool.submit(scoring.compile))
-    jax.eval_shape(partial(visit_cache_sizes, work, trace_decode), placed)  # lowering will find the traces
+    jax.eval_shape(partial(visit_cache_sizes, work, trace_decode), placed)  # the traces are reused when lowering
     starting.result()
     visit_cache_sizes(work, lower_decode, placed)
     grade(work, experience, rollout)  # compiles the small programs of grading
@@ -208,7 +208,7 @@ def compile_programs(work: Work, placed, seconds_left: Callable[[], float]) -> b
 
 
 def count_compilations() -> list[str]:
-    """Returns a list that grows whenever JAX compiles a program or loads it from the cache of compiled programs."""
+    """Returns a list that gets a name whenever JAX compiles a program or loads one from the compilation cache."""
     compiled = []
 
     def listen(event: str, seconds: float, **details) -> None:
