@@ -34,8 +34,9 @@ def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.m
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     count = len(workdirs)
-    devices = f"--xla_force_host_platform_device_count={4 // count}"
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)}
+    xla_flags = f"--xla_force_host_platform_device_count={4 // count}"
+    xla_flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # as in conftest.py
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "PYTHONPATH": str(ROOT)}
     if count > 1:
         environ |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     processes, files = [], [logs / f"process-{i}.txt" for i in range(count)]
