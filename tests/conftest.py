@@ -17,9 +17,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402  (JAX reads the environment when it is imported)
+# JAX reads the environment when it is imported, which the following imports do.
+from jaxtyping import install_import_hook
 
-import tests.strict  # noqa: E402, F401  (install_import_hook refers to it by name)
+import tests.strict  # noqa: F401  (install_import_hook refers to it by name)
 
 # jaxtyping and beartype check the annotations of these modules, also while they are traced.
 CHECKED = (

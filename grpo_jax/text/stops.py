@@ -54,7 +54,7 @@ def build_stop_table(
         order = np.argsort(-lengths, kind="stable")  # longest first: step i then touches a prefix of the columns
         joined = np.frombuffer(b"".join(pieces), np.uint8)
         starts = (np.cumsum(lengths) - lengths)[order]
-        for position in range(lengths.max()):
+        for position in range(int(lengths.max())):
             longer = np.count_nonzero(lengths > position)
             table[:, :longer] = byte_table[table[:, :longer], joined[starts[:longer] + position]]
         table[:, order] = table.copy()
