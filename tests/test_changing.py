@@ -192,7 +192,7 @@ def changed_run(tmp_path_factory):
     flags = {word.split("=")[0]: word for word in words if word.startswith("--config.")}  # the last one of each key
     assert len(flags) == 6
     settings = [flag.removeprefix("--config.") for flag in flags.values()]
-    # Among this many completions, the log-probs of some tokens differ between the sampler and the trainer.
+    # With this many completions, there is drift: some log-probs of the sampler and the trainer differ.
     settings += ["rollout.prompts=4", "rollout.samples=4", "model.compute_dtype=bfloat16"]
     metrics = train_copy(folder, *settings, "loss.kl_coef=0", "train.minibatches=1")
     return folder, metrics

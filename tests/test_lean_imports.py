@@ -1,4 +1,4 @@
-"""What runs where little is installed: each program below starts in a process in which some packages are missing."""
+"""The package runs where optional packages are missing: each program below starts in a process without some of them."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-# Packages that a GPU machine need not have; the on-device measurements bring two of them.
+# Packages that a machine with a GPU need not have, and those that `make wheels` downloads for it.
 OPTIONAL = ["array_record", "beartype", "gguf", "grain", "matplotlib", "pytest", "torch"]
 BROUGHT = ["ml_collections", "tensorboardX"]
 
@@ -33,7 +33,7 @@ grpo_jax.train
 
 
 def run_without(packages: list[str], program: str, *argv: str) -> None:
-    """Runs a program in which importing any of `packages` fails."""
+    """Runs a program in a process in which importing any of `packages` fails."""
     prelude = f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
     environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
     done = subprocess.run(

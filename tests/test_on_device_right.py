@@ -29,7 +29,7 @@ def base(right):
 
 @pytest.fixture(scope="module")
 def computed(right, base):
-    """Returns the values of the file, computed anew from its prompts."""
+    """Returns the values of the file, computed again from its prompts."""
     with jax.set_mesh(base.mesh), right.precision("float32"):
         compute_values = importlib.import_module("cpu_values").compute_values
         return compute_values(base.mesh, base.model_cfg, base.params, base.values)

@@ -8,24 +8,24 @@ check   what was computed, in `dtype`
 error   the largest difference from the expected values; `bound` is the largest that is allowed
 ok      whether the error is within the bound. If a check fails with an exception, there is only this and a `reason`
 
-Checks of the tiny base model, whose expected values are in `cpu_values.npz`, with the unit of the error:
+Checks of the tiny base model, whose expected values are in `cpu_values.npz`:
 
-logits           fraction of the largest logit
-greedy tokens    logits. Rounding may change a token where two nearly tie. At the first token of a completion that
-                 differs, the error is the margin by which the logit of the expected token exceeds all others.
-                 `differing` of all `completions` have such a token, and `same` is the fraction of tokens before it
-sampled tokens   the same, with the margin of the logits plus the Gumbel noise that they are sampled with
-log-probs        of the sampler, up to the first token that differs: fraction of the largest logit
-update metrics   fraction of each metric. `worst` is the one with the largest error, here and below
-update gradient  fraction of the largest entry of each parameter's gradient, as both of Adam's moments have it
-update step      learning rates. Compares only the `entries` whose gradient is so large that its sign is certain
+logits           error relative to the largest logit
+greedy tokens    error in logits: at the first token of a completion that differs, the margin by which the logit of the
+                 expected token exceeds all others. Rounding changes a token only if this is small. `differing` of all
+                 `completions` have such a token, and `same` is the fraction of tokens before it
+sampled tokens   the same at temperature 1, with the Gumbel noise of the draw added to the logits
+log-probs        of the sampled tokens, up to the first that differs: error relative to the largest logit
+update metrics   error relative to each metric. `worst` is the one with the largest error, here and below
+update gradient  error relative to the largest entry of each parameter's gradient, in both of Adam's moments
+update step      error relative to the learning rate, in the `entries` whose gradient is so large that its sign is certain
 
 Other checks:
 
 attention        one `kernel`, forward and backward, in a row of `length` tokens with heads of `head_dim` (see
-                 `parts/kernels.py`): fraction of the largest entry of the output, or of the gradient of the queries,
-                 keys or values
-depth            drift of completions that end at `depth` (see `parts/depths.py`): fraction of the largest log-prob;
+                 `parts/kernels.py`): error relative to the largest entry of the output, or of the gradient of the
+                 queries, keys or values
+depth            drift of completions that end at `depth` (see `parts/depths.py`), relative to the largest log-prob;
                  `mean_gap` and `max_gap` are the mean and the largest drift of a token in nats
 """
 

@@ -2,8 +2,8 @@
 
 The step is that of `configs/r1zero.py:qwen2.5-1.5b` with 32 prompts of 128 tokens and 16 completions of 1,024 tokens
 each. It calls the same functions as training, in the same order. Weights and prompts are random, and no token stops a
-completion. Random tokens have no tokenizer, so grading decodes their ids as ids of the tiny base model (modulo its
-vocabulary size). Afterwards the rewards are replaced by random numbers, because equal rewards would give no gradient.
+completion. There is no tokenizer for random tokens, so grading decodes their ids as ids of the tiny base model (modulo
+the size of its vocabulary). The rewards are then replaced by random numbers, because equal rewards give no gradient.
 
 All programs are compiled first, in parallel. The step is then estimated from a few tokens and micro-batches, and run
 once, with nothing left to compile. Every line has all times; those of stages that have not run yet are estimates.

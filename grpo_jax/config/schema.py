@@ -331,7 +331,7 @@ class PretrainConfig:
 
 def default() -> "ConfigDict":
     """Returns the default training config, which trains the tiny base model on a CPU. Config files start from it."""
-    from ml_collections import ConfigDict  # imported here, because only configs that are not yet checked need it
+    from ml_collections import ConfigDict  # imported here, because a checked config does not need it
 
     return ConfigDict(dataclasses.asdict(Config()))
 
