@@ -12,7 +12,7 @@ greedy_tokens      [B, G, S], with greedy_lengths [B, G]; all completions of a p
 greedy_margins     [B, G, S], by how much the logit of each token exceeds all others
 sampled_tokens     [B, G, S], with sampled_lengths [B, G] and sampled_logps [B, G, S], at temperature 1
 sampled_margins    [B, G, S], the same for the sums of logits and Gumbel noise whose largest is the sampled token
-logits             [B, LOGIT_COLUMNS, V], at a few tokens of the first sampled completion of each prompt
+logits             [B, LOGIT_COLUMNS, V], at a few tokens of each prompt's first sampled sequence, from start to end
 old_logps          [N, S], log-probs of the old policy, which differ from the policy's so that some ratios are clipped
 ref_logps          [N, S], log-probs of a reference that differs from the policy
 metrics            metrics of one update on the sampled completions with `ADVANTAGES`, in the order of metric_names

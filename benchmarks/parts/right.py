@@ -6,7 +6,7 @@ in the same order, the most important first. A line has
 
 check   what was computed, in `dtype`
 error   the largest difference from the expected values; `bound` is the largest that is allowed
-ok      whether the error is within the bound. If a check fails with an exception, there is only this and a `reason`
+ok      whether the error is within the bound. If the check raised an exception, `reason` says which
 
 Checks of the tiny base model, whose expected values are in `cpu_values.npz`:
 
@@ -18,7 +18,7 @@ sampled tokens   the same at temperature 1, with the Gumbel noise of the draw ad
 log-probs        of the sampled tokens, up to the first that differs: error relative to the largest logit
 update metrics   error relative to each metric. `worst` is the one with the largest error, here and below
 update gradient  error relative to the largest entry of each parameter's gradient, in both of Adam's moments
-update step      error relative to the learning rate, in the `entries` whose gradient is so large that its sign is certain
+update step      error relative to the learning rate, in `entries` with a gradient so large that its sign is certain
 
 Other checks:
 
@@ -130,7 +130,7 @@ def check_tokens(base: TinyBase, dtype: str) -> Iterator[Result]:
 
 
 def check_update(base: TinyBase, dtype: str) -> Iterator[Result]:
-    """Compares the metrics, the gradient and the step of one update."""
+    """Compares the metrics, the gradient and the parameter changes of one update."""
     expected = base.values
     with precision(dtype):
         got = update(base.config_for(dtype), base.params, base.mesh, expected)
