@@ -75,9 +75,10 @@ def timed(call, *args):
     return result, time.perf_counter() - start
 
 
-def temp_gib(program) -> float:
-    """Returns the memory in GiB that a compiled program needs besides its arguments and results."""
-    return program.memory_analysis().temp_size_in_bytes / 2**30
+def temp_gib(program) -> float | None:
+    """Returns the memory in GiB that a compiled program needs besides its arguments and results, or None if unknown."""
+    analysis = program.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes / 2**30
 
 
 def main(argv: Sequence[str]) -> None:

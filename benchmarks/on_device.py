@@ -189,6 +189,7 @@ def compare_with_peer(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the summary, given the lines of all parts."""
     aims = [line["aim"] for line in lines if "aim" in line] + compare_with_peer(lines)
+    aims = [aim for aim in aims if aim["measured"] is not None]  # None stands for a number that is not finite
     aims.sort(key=lambda aim: aim["measured"] / aim["aim"])
     verdicts = [line["ok"] for line in lines if "ok" in line]
     return {
@@ -233,12 +234,14 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     start, names = time.monotonic(), [name for name in PARTS if name in (flags.only or PARTS)]
     print(json_line({"part": "versions"} | versions()), end="", flush=True)
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     with tempfile.TemporaryDirectory() as folder:
         env = {
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # shared by the parts, like the results of autotuning
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *package_paths()]),
+            # Absolute, because a part may start processes in another folder.
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [*filter(None, inherited), *package_paths()])),
         }
         lines = run_parts(names, flags.small, flags.budget, env)
     summary = summarize(lines)

@@ -39,7 +39,7 @@ def start(tmp_path):
             body = bodies.get(name, f'yield {{"number": {NAMES.index(name)}}}')
             (folder / "parts" / f"{name}.py").write_text(FAKE.format(body=body))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": os.path.relpath(ROOT)}
         return subprocess.Popen([sys.executable, str(folder / "on_device.py"), *argv], **pipes, env=env)
 
     return start_command
@@ -128,6 +128,13 @@ def test_later_parts_get_the_time_that_earlier_ones_leave(start):
     assert right == pytest.approx(130 * 35 / 55, abs=10) and peer == pytest.approx(130, abs=20)
 
 
+def test_parts_find_the_packages_from_any_folder(start):
+    command = start({"flags": 'yield {"paths": os.environ["PYTHONPATH"].split(os.pathsep)}'}, "--only=flags")
+    lines, _ = finish(command)
+    (paths,) = (line["paths"] for line in lines if "paths" in line)
+    assert paths[0] == str(ROOT) and all(map(os.path.isabs, paths))  # the command was given a relative path
+
+
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_run_has_printed_its_measurements_and_leaves_no_process(start, sent, code):
     command = start({"learn": HANGS}, "--only=right", "--only=learn", "--only=peer")
@@ -190,6 +197,7 @@ def test_the_summary_names_the_figure_farthest_below_its_aim(monkeypatch):
     summary = summarize(lines)
     assert summary["aims"] == [low, high] and summary["mend"] == "low" and summary["parts"] == {"update": "done"}
     assert "mend" not in summarize(lines[:1]) and "right" not in summary
+    assert summarize([{"part": "update", "aim": low | {"measured": None}}])["aims"] == []  # it was not finite
     speeds = [{"part": "step", "step_tok_s": 200.0}, {"part": "peer", "step_tok_s": 100.0}]
     ratio = summarize(lines + speeds)
     assert [aim["measured"] for aim in ratio["aims"]] == [0.2, 2.0, 0.6] and ratio["mend"] == "low"

@@ -247,11 +247,16 @@ def run_flags(part, monkeypatch):
     return run
 
 
-def test_a_variant_that_crashes_does_not_stop_the_others(run_flags):
+def test_memory_that_the_compiler_does_not_tell_is_unknown(part):
+    assert part("rollout").temp_gib(SimpleNamespace(memory_analysis=lambda: None)) is None
+
+
+def test_a_variant_that_crashes_does_not_stop_the_others(run_flags, capfd):
     flags, (default, crashed, without) = run_flags()
     assert flags.device_name() == "fake --of_the_user=1"
     assert default == {"flags": "default", "added_flags": "", "decode_ms": 2.0, "speedup": 1.0}
     assert crashed["flags"] == "whole loop" and crashed["error"].startswith("F0101")
+    assert "@ 0x1  main" in capfd.readouterr().err
     assert without["flags"] == "without graphs" and without["speedup"] == 0.5
 
 

@@ -48,6 +48,7 @@ VARIANTS = {
 COMMAND = [sys.executable, "-m", "parts.flags"]
 SLOTS, STEPS = 32, 80
 SMALL_SIZES, SMALL_STEPS = RolloutSizes(8, samples=4, prompt_tokens=32, columns=64), 8
+MAX_ERROR_LINES = 50  # of a variant's stderr that are printed
 RESERVE = 1.0  # seconds before the end of the part at which a variant is killed
 
 
@@ -91,9 +92,10 @@ class Variant:
         self.process.wait()
 
     def error(self) -> str:
-        """Returns the line of stderr that says why the process ended, or its return code."""
+        """Prints the end of the process's stderr, and returns the line that says why it ended, or its return code."""
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
+        print(*lines[-MAX_ERROR_LINES:], sep="\n", file=sys.stderr)
         fatal = [line for line in lines if re.match(r"F\d{4}", line)]  # from XLA, possibly followed by a stack trace
         return (fatal or lines or [f"the process ended with code {self.process.returncode}"])[-1][:1000]
 

@@ -202,7 +202,8 @@ def fit_micro_batch(model, shape: Shape, optimizer) -> list:
     while True:
         batch = random_tokens(model, size, shape.prompt_tokens + shape.new_tokens)
         try:
-            update(model, shape, [batch], optimizer)
+            for _ in range(2):  # the moments of the first update and the gradient of a first micro-batch take memory
+                update(model, shape, [batch] * 2, optimizer)
             return [batch] * MICRO_BATCHES[1]
         except torch.OutOfMemoryError:
             if size == 1:
