@@ -158,12 +158,13 @@ def test_values_of_another_base_model_are_an_error(right, monkeypatch):
 
 
 @pytest.fixture
-def check_attention(right):
-    """Returns a function that compares the kernel `blocks` in float32 after compiling it again."""
+def check_attention(right, monkeypatch):
+    """Returns a function that compares the kernel `blocks` in a dtype after compiling it again."""
     kernels = importlib.import_module("parts.kernels")
     model_cfg = replace(right.SMOLLM2_135M, num_heads=4, num_kv_heads=2, head_dim=8)
 
-    def check():
+    def check(dtype="float32"):
+        monkeypatch.setattr(kernels, "DTYPES", (dtype,))
         kernels.kernel_errors.clear_cache()
         return next(kernels.check_attention(model_cfg, 256))
 
@@ -197,6 +198,14 @@ def test_a_wrong_gradient_of_a_kernel_is_detected(check_attention, monkeypatch):
     monkeypatch.setattr(attention, "blockwise_attention", stop_values)
     result = check_attention()
     assert not result["ok"] and result["worst"] == "values"
+
+
+def test_scores_that_are_rounded_to_bfloat16_are_detected(check_attention, monkeypatch):
+    blockwise = importlib.import_module("grpo_jax.model.blockwise")
+    exact = blockwise.block_scores
+    assert check_attention("bfloat16")["ok"]
+    monkeypatch.setattr(blockwise, "block_scores", lambda *args: jax.lax.reduce_precision(exact(*args), 8, 7))
+    assert not check_attention("bfloat16")["ok"]
 
 
 def test_all_kernels_of_a_gpu_are_compared_and_unsupported_ones_are_left_out(right, monkeypatch):
