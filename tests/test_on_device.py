@@ -25,7 +25,7 @@ def measure(small, seconds_left):
     {body}
 """
 # The body of a part that starts a process, reports both process ids, and then hangs.
-HANGS = 'child = subprocess.Popen(["sleep", "60"]); yield {"pids": [os.getpid(), child.pid]}; time.sleep(60)'
+HANGS = 'child = subprocess.Popen(["sleep", "120"]); yield {"pids": [os.getpid(), child.pid]}; time.sleep(120)'
 
 
 @pytest.fixture
@@ -119,6 +119,22 @@ def test_wrong_results_fail_the_command(start):
     command = start({"right": 'yield {"ok": True}; yield {"ok": False}'}, "--only=right")
     lines, _ = finish(command)
     assert command.returncode == 3 and lines[-1]["right"] is False and lines[-1]["parts"] == {"right": "done"}
+
+
+def test_a_part_that_takes_too_long_fails_the_command(start):
+    command = start({"right": HANGS}, "--only=right", "--budget=1")
+    lines, _ = finish(command)
+    assert command.returncode == 3 and lines[-1]["parts"] == {"right": "late"}
+
+
+def test_a_line_that_is_cut_off_is_dropped(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    code = """input(); print('{"x": 1}'); print('{"x": '); print('{"x": 2}'); print('{"x": 3', end="")"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen([sys.executable, "-S", "-c", code], **pipes, start_new_session=True)
+    lines = importlib.import_module("on_device").run_part(worker, "right", 60.0)
+    assert [line.get("x", line.get("status")) for line in lines] == [1, 2, "failed"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
 
 
 def test_later_parts_get_the_time_that_earlier_ones_leave(start):
