@@ -64,6 +64,7 @@ from parts.step_programs import (
 )
 
 ESTIMATE_TOKENS = 8  # tokens per slot to decode with each size of the KV cache
+WARM_UP_TOKENS = 4  # before these, because a GPU loads kernels and captures graphs when they first run
 ESTIMATE_MICRO_BATCHES = 1, 4
 PHASES = ("place_s", "prefill_s", "decode_s", "reward_s", "pack_s", "score_s", "update_s")
 
@@ -85,7 +86,7 @@ def estimate_rollout(work: Work, placed) -> tuple[dict[str, float], dict[int, fl
     decode_ms, sizes = {}, all_cache_sizes(work)
 
     def time_decode(columns: int, placed, state, queue):
-        state = decode(work, placed, state, queue, 0)  # loads the program
+        _, state = seconds_of(decode, work, placed, state, queue, WARM_UP_TOKENS)
         seconds, state = seconds_of(decode, work, placed, state, queue, ESTIMATE_TOKENS)
         decode_ms[columns] = 1e3 * seconds / ESTIMATE_TOKENS
         if columns == sizes[-1]:
