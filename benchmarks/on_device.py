@@ -189,7 +189,7 @@ def compare_with_peer(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the summary, given the lines of all parts."""
     aims = [line["aim"] for line in lines if "aim" in line] + compare_with_peer(lines)
-    aims = [aim for aim in aims if aim["measured"] is not None]  # None stands for a number that is not finite
+    aims = [aim for aim in aims if aim["measured"] is not None]  # None means that it is not finite
     aims.sort(key=lambda aim: aim["measured"] / aim["aim"])
     verdicts = [line["ok"] for line in lines if "ok" in line]
     return {

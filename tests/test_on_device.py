@@ -213,7 +213,7 @@ def test_the_summary_names_the_figure_farthest_below_its_aim(monkeypatch):
     summary = summarize(lines)
     assert summary["aims"] == [low, high] and summary["mend"] == "low" and summary["parts"] == {"update": "done"}
     assert "mend" not in summarize(lines[:1]) and "right" not in summary
-    assert summarize([{"part": "update", "aim": low | {"measured": None}}])["aims"] == []  # it was not finite
+    assert summarize([{"part": "update", "aim": low | {"measured": None}}])["aims"] == []  # not finite
     speeds = [{"part": "step", "step_tok_s": 200.0}, {"part": "peer", "step_tok_s": 100.0}]
     ratio = summarize(lines + speeds)
     assert [aim["measured"] for aim in ratio["aims"]] == [0.2, 2.0, 0.6] and ratio["mend"] == "low"

@@ -200,7 +200,7 @@ def test_a_wrong_gradient_of_a_kernel_is_detected(check_attention, monkeypatch):
     assert not result["ok"] and result["worst"] == "values"
 
 
-def test_scores_that_are_rounded_to_bfloat16_are_detected(check_attention, monkeypatch):
+def test_attention_scores_rounded_to_bfloat16_are_detected(check_attention, monkeypatch):
     blockwise = importlib.import_module("grpo_jax.model.blockwise")
     exact = blockwise.block_scores
     assert check_attention("bfloat16")["ok"]

@@ -247,7 +247,7 @@ def run_flags(part, monkeypatch):
     return run
 
 
-def test_memory_that_the_compiler_does_not_tell_is_unknown(part):
+def test_memory_that_the_compiler_does_not_report_is_unknown(part):
     assert part("rollout").temp_gib(SimpleNamespace(memory_analysis=lambda: None)) is None
 
 

@@ -48,7 +48,7 @@ VARIANTS = {
 COMMAND = [sys.executable, "-m", "parts.flags"]
 SLOTS, STEPS = 32, 80
 SMALL_SIZES, SMALL_STEPS = RolloutSizes(8, samples=4, prompt_tokens=32, columns=64), 8
-MAX_ERROR_LINES = 50  # of a variant's stderr that are printed
+MAX_ERROR_LINES = 50  # how many lines of a variant's stderr are printed
 RESERVE = 1.0  # seconds before the end of the part at which a variant is killed
 
 
@@ -92,7 +92,7 @@ class Variant:
         self.process.wait()
 
     def error(self) -> str:
-        """Prints the end of the process's stderr, and returns the line that says why it ended, or its return code."""
+        """Prints the end of stderr. Returns the line that says why the process ended, or else its return code."""
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
         print(*lines[-MAX_ERROR_LINES:], sep="\n", file=sys.stderr)

@@ -202,7 +202,7 @@ def fit_micro_batch(model, shape: Shape, optimizer) -> list:
     while True:
         batch = random_tokens(model, size, shape.prompt_tokens + shape.new_tokens)
         try:
-            for _ in range(2):  # the moments of the first update and the gradient of a first micro-batch take memory
+            for _ in range(2):  # the second update has AdamW's moments in memory, its second micro-batch a gradient too
                 update(model, shape, [batch] * 2, optimizer)
             return [batch] * MICRO_BATCHES[1]
         except torch.OutOfMemoryError:

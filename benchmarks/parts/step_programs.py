@@ -200,7 +200,7 @@ def compile_programs(work: Work, placed, seconds_left: Callable[[], float]) -> b
     starting.result()
     visit_cache_sizes(work, lower_decode, placed)
     grade(work, experience, rollout)  # compiles the small programs of grading
-    ready, waiting = wait(compiling, max(0.0, seconds_left() - 1))  # a second to report what is missing
+    ready, waiting = wait(compiling, max(0.0, seconds_left() - 1))  # leaves a second to report what is missing
     pool.shutdown(wait=False)
     for program in ready:
         program.result()
