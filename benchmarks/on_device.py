@@ -150,7 +150,7 @@ def run_part(worker: subprocess.Popen, name: str, seconds: float) -> list[dict[s
     def report(text: str) -> None:
         try:
             lines.append(json.loads(text))
-        except ValueError:  # the process was killed in the middle of a line
+        except ValueError:  # an incomplete line, such as the last one of a killed process
             return
         print(text, end="", flush=True)
 

@@ -51,7 +51,7 @@ def test_a_folded_tokenizer_decodes_every_id_of_a_large_vocabulary(part):
     assert part("step_programs").FoldedTokenizer(Letters()).decode([0, 1, 2, 3, 151935]) == "abcaa"
 
 
-def test_decode_steps_are_timed_after_a_few_with_the_same_cache(part, monkeypatch):
+def test_decode_steps_are_timed_after_a_warm_up_with_the_same_cache(part, monkeypatch):
     step, calls = part("step"), []
     prompts = SimpleNamespace(tokens=np.zeros((1, 128)))
     work = SimpleNamespace(prompts=prompts, cfg=SimpleNamespace(rollout=SimpleNamespace(samples=1)))
@@ -62,7 +62,7 @@ def test_decode_steps_are_timed_after_a_few_with_the_same_cache(part, monkeypatc
     monkeypatch.setattr(step, "seconds_of", lambda call, *arguments: (4.0, calls.append((call, arguments[-1]))))
     monkeypatch.setattr(step, "to_rollout", lambda *arguments: None)
     times, decode_ms = step.estimate_rollout(work, None)
-    tokens = [count for call, count in calls if call is step.decode]  # all of them have ended before the next begin
+    tokens = [count for call, count in calls if call is step.decode]  # each finishes before the next begins
     assert tokens[1::2] == [step.ESTIMATE_TOKENS] * 2 and min(tokens[::2]) > 1
     each = 4.0 / step.ESTIMATE_TOKENS
     assert decode_ms == {192: 1e3 * each, 256: 1e3 * each}

@@ -64,7 +64,7 @@ from parts.step_programs import (
 )
 
 ESTIMATE_TOKENS = 8  # tokens per slot to decode with each size of the KV cache
-WARM_UP_TOKENS = 4  # before these, because a GPU loads kernels and captures graphs when they first run
+WARM_UP_TOKENS = 4  # decoded first and not timed, because a GPU loads kernels and captures graphs in a first run
 ESTIMATE_MICRO_BATCHES = 1, 4
 PHASES = ("place_s", "prefill_s", "decode_s", "reward_s", "pack_s", "score_s", "update_s")
 
