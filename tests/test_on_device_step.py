@@ -69,6 +69,11 @@ def test_decode_steps_are_timed_after_a_warm_up_with_the_same_cache(part, monkey
     assert times == {"prefill_s": 4.0, "decode_s": 128 * each}
 
 
+@pytest.mark.parametrize("name", ["right", "learn", "step"])
+def test_parts_that_load_a_tokenizer_import_transformers_before_they_are_timed(part, name):
+    assert {"AutoTokenizer", "CONFIG_MAPPING"} <= vars(part(name)).keys()
+
+
 def test_linear_costs_are_extrapolated_exactly(part):
     assert part("line").extrapolate((1, 4), (2 + 3 * 1, 2 + 3 * 4), 171) == 2 + 3 * 171
 

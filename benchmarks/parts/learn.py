@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tensorboardX  # noqa: F401  (so that the time of importing it is not measured)
+from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401  (likewise)
+
 from grpo_jax.run.metrics import read_metrics
 from grpo_jax.run.train import train
 from parts.shapes import device_name  # noqa: F401

@@ -41,6 +41,7 @@ import jax
 import numpy as np
 from cpu_values import Values, decode, first_logits, read_values, update
 from jax.sharding import Mesh
+from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401  (imported here, because it takes seconds)
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh, path_name

@@ -37,6 +37,7 @@ import jax
 import numpy as np
 from common import peak_rss_gib
 from limits import forward_flops, square_gflop_s
+from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401  (imported here, because it takes seconds)
 
 from grpo_jax.learn.update import make_experience, score_completions
 from grpo_jax.model.architecture import ModelConfig
