@@ -24,6 +24,7 @@ from grpo_jax.rollout.draws import NO_FILTER
 from grpo_jax.rollout.sampler import place_for_rollout, start_rollout
 from grpo_jax.rollout.slots import decode_tokens
 from grpo_jax.text.stops import build_stop_table
+from grpo_jax.types import TrainState
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,21 @@ def part(monkeypatch):
     """Returns a function that imports a module of `parts` by name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return lambda name: importlib.import_module(f"parts.{name}")
+
+
+@pytest.fixture
+def work_for(monkeypatch):
+    """Returns a function that gives a fake device some seconds of work, which pass when JAX waits for it."""
+    clock, pending = [0.0], []
+
+    def wait(result):
+        clock[0] += sum(pending)
+        pending.clear()
+        return result
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    return pending.append
 
 
 def shapes_and_dtypes(tree):
@@ -93,6 +109,35 @@ def test_idle_slots_are_an_error_instead_of_a_time(part):
 
     with pytest.raises(RuntimeError, match="a token per step"):
         decoding.decode_ms(idle, tiny.CONFIG, sizes, None, 2)
+
+
+def test_the_time_of_a_step_is_the_median_of_the_runs_after_the_warm_up(part, work_for):
+    decoding = part("decoding")
+    sizes, step_ms = decoding.RolloutSizes(slots=4, samples=2, prompt_tokens=8, columns=64), iter([50.0, 2.0, 9.0, 4.0])
+
+    def program(params, state, queue, stop_table, temperature, shrink_at, steps):
+        work_for(steps * next(step_ms) / 1e3)
+        return state.replace(num_sampled=state.num_sampled + steps)
+
+    assert decoding.decode_ms(program, tiny.CONFIG, sizes, None, 5) == pytest.approx(4.0)
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("limits")
+
+
+def test_calls_are_timed_until_the_device_is_done_and_without_the_first(limits, work_for):
+    seconds = iter([30.0, 2.0, 3.0])
+    assert limits.time_calls(lambda: work_for(next(seconds)), 2) == [2.0, 3.0]
+
+
+def test_the_rates_of_a_copy_and_of_a_matmul_count_all_bytes_and_operations(limits, monkeypatch):
+    monkeypatch.setattr(limits, "time_calls", lambda call, repeats: [4.0, 1.0, 2.0])
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape: np.empty(shape, np.uint32))  # takes no memory
+    assert limits.copy_gb_s(3) == 2 * 2**28 / 1.0 / 1e9
+    assert limits.square_gflop_s("float32", 3) == 2 * 2048**3 / 2.0 / 1e9
 
 
 @pytest.mark.parametrize(
@@ -216,6 +261,47 @@ def test_the_flops_of_an_update_are_those_counted_by_hand(part, packed):
     # A key costs 2 multiplications and 2 additions per number in a query, in each of the 2 layers.
     forward = 2 * KERNELS * tokens + 2 * 4 * 10 * sampled + 2 * 4 * (2 * 2) * keys
     assert part("update").needed_tflop(learner, batch) == pytest.approx(3 * forward / 1e12, rel=1e-12)
+
+
+@pytest.fixture
+def measure_update(part, packed, monkeypatch, work_for):
+    """Returns a function that runs the part `update` with a fake program.
+
+    The program takes 1.5 s per micro-batch, and 30 s more when it is called for the first time.
+    """
+    update, (learner, _) = part("update"), packed
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), learner.state.params)
+
+    def program(state, batch):
+        work_for(1.5 * int(batch.num_micro_batches) + 30 * (state.step == 0))
+        return state.replace(step=state.step + 1), {}
+
+    def measure(skipped):
+        state = TrainState(np.int32(0), params, (), np.int32(skipped), is_reference=np.bool_(True))
+        compiled = SimpleNamespace(compile=lambda: program)
+        fake = learner._replace(state=state, update=SimpleNamespace(lower=lambda *args: compiled))
+        monkeypatch.setattr(update, "random_learner", lambda *args: fake)
+        monkeypatch.setattr(update, "square_gflop_s", lambda dtype, repeats: {UNTIED.compute_dtype: 500.0}[dtype])
+        monkeypatch.setattr(update, "temp_gib", lambda program: 0.0)
+        monkeypatch.setattr(jax, "set_mesh", lambda mesh: None)
+        sizes = update.UpdateSizes(2, 2, samples=4, max_prompt_tokens=8, max_tokens=12, row_tokens=(56,))
+        return list(update.measure_rows(sizes, False, lambda: 1000.0))
+
+    return measure
+
+
+def test_the_mfu_of_an_update_is_that_of_needed_operations_after_the_warm_up(part, packed, measure_update):
+    (line,) = measure_update(skipped=0)
+    needed, tokens = part("update").needed_tflop(*packed), int((packed[1].segments.prompt > 0).sum())
+    assert (line["rows"], line["row_tokens"], line["tokens"]) == (2, 56, tokens)
+    assert line["padding_fraction"] == pytest.approx(1 - tokens / 112)
+    assert line["update_s"] == 3.0 and line["product_tflop_s"] == 0.5
+    assert line["mfu"] == line["aim"]["measured"] == pytest.approx(needed / 3.0 / 0.5)
+
+
+def test_a_skipped_update_is_an_error(measure_update):
+    with pytest.raises(RuntimeError, match="not finite"):
+        measure_update(skipped=1)
 
 
 # Replaces the process of a variant: on this GPU, the flags determine how long a step takes and whether it crashes.

@@ -3,6 +3,8 @@
 import importlib
 import json
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +74,86 @@ def test_decode_steps_are_timed_after_a_warm_up_with_the_same_cache(part, monkey
 @pytest.mark.parametrize("name", ["right", "learn", "step"])
 def test_parts_that_load_a_tokenizer_import_transformers_before_they_are_timed(part, name):
     assert {"AutoTokenizer", "CONFIG_MAPPING"} <= vars(part(name)).keys()
+
+
+@pytest.fixture
+def work_for(monkeypatch):
+    """Returns a function that gives a fake device some seconds of work, which pass when JAX waits for it."""
+    clock, pending = [0.0], []
+
+    def wait(result):
+        clock[0] += sum(pending)
+        pending.clear()
+        return result
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    return pending.append
+
+
+@pytest.fixture
+def work():
+    """Returns the sizes of a step with 2 prompts of 64 tokens and 3 completions of 128."""
+    return SimpleNamespace(
+        cfg=SimpleNamespace(rollout=SimpleNamespace(samples=3, max_tokens=128)),
+        context=SimpleNamespace(
+            model_cfg=SimpleNamespace(compute_dtype="bfloat16"), mesh=None, rollout_plan=SimpleNamespace(slots=6)
+        ),
+        learner=SimpleNamespace(state=SimpleNamespace(params=None)),
+        prompts=SimpleNamespace(tokens=np.zeros((2, 64), np.int32)),
+    )
+
+
+@pytest.fixture
+def measure_step(part, monkeypatch, work_for, work):
+    """Returns a function that measures a step of fake stages and returns its lines."""
+    step = part("step")
+
+    def run_learning(work, rollout, times, compiled):
+        compiled.append("late")
+        times["score_s"] = 16.0
+        yield "scoring", {}
+        times["update_s"] = 17.0
+        yield "update", {"ok": True}
+
+    def measure(seconds_left=lambda: 1000.0):
+        placements, compiled = iter([90.0, 1.0]), ["early"]
+        learning = dict(reward_s=4.0, pack_s=5.0, score_s=6.0, update_s=7.0)
+        fakes = dict(
+            count_compilations=lambda: compiled,
+            place_for_rollout=lambda *args: work_for(next(placements)),
+            compile_programs=lambda *args: True,
+            square_gflop_s=lambda dtype, repeats: {"bfloat16": 2000.0}[dtype],
+            estimate_rollout=lambda *args: (dict(prefill_s=2.0, decode_s=3.0), {192: 250.0}),
+            needed_flops=lambda model_cfg, placed, *sizes: {(2, 64, 3, 128): 84e12}[sizes],
+            estimate_learning=lambda work: (work, learning),
+            draw_completions=lambda *args: work_for(16.0),  # placement and prefill included
+            run_learning=partial(run_learning, compiled=compiled),
+            peak_gib=lambda: 1.0,
+        )
+        for name, fake in fakes.items():
+            monkeypatch.setattr(step, name, fake)
+        return list(step.measure_step(work, seconds_left))
+
+    return measure
+
+
+def test_the_times_of_a_step_add_up_and_replace_the_estimates(part, measure_step):
+    lines = measure_step()
+    totals = [("estimate", 28.0), ("rollout", 38.0), ("scoring", 48.0), ("update", 58.0)]
+    assert [(line["measured"], line["step_s"]) for line in lines] == totals
+    last = lines[-1]
+    assert [last[name] for name in part("step").PHASES] == [1.0, 2.0, 13.0, 4.0, 5.0, 16.0, 17.0]
+    assert (last["tokens"], last["slots"], last["compile_s"], last["ok"]) == (2 * 3 * 128, 6, 90.0, True)
+    assert last["step_tok_s"] == 768 / 58 and last["decode_tok_s"] == 768 / 13 and last["mfu"] == 84 / 58 / 2
+    assert last["compilations"] == ["late"]
+
+
+def test_a_step_leaves_out_stages_for_which_there_is_no_time(measure_step):
+    seconds_left = iter([6.5, 21.5])  # the rollout is expected to take 6 s, and the rest 22 s
+    lines = measure_step(lambda: next(seconds_left))
+    assert [line.get("measured") for line in lines] == ["estimate", "rollout", None]
+    assert lines[-1]["left_out"] == "scoring and the update"
 
 
 def test_linear_costs_are_extrapolated_exactly(part):
