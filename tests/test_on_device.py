@@ -73,7 +73,7 @@ def wait_until_gone(pids: list[int]) -> None:
 
 def test_every_part_reports_and_the_summary_comes_last(start):
     threads = "import threading; threading.Thread(target=time.sleep, args=(120,)).start(); yield {}"
-    command = start({"learn": thread, "step": 'yield {"small": small}'}, "--small")
+    command = start({"learn": threads, "step": 'yield {"small": small}'}, "--small")
     lines, err = finish(command)
     assert command.returncode == 0, err
     assert lines[0]["part"] == "versions" and lines[0]["python"] == sys.version.split()[0] and lines[0]["jax"]
