@@ -5,20 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).parent.parent
 # Packages that a machine with a GPU need not have, and those that `make wheels` downloads for it.
 OPTIONAL = ["array_record", "beartype", "gguf", "grain", "matplotlib", "pytest", "torch"]
 BROUGHT = ["ml_collections", "tensorboardX"]
 
 PUBLIC_FUNCTIONS = """
-import jax
 from grpo_jax import advantages, forward, grpo_loss, load, sample, save
 
 model_cfg, params = load("tiny")
+save(sys.argv[1], model_cfg, params)
+"""
+
+SAMPLING = """
+import jax
+
 rollout = sample(model_cfg, params, [[5, 6], [7]], jax.random.key(0), samples=2, max_tokens=3)
 assert rollout.tokens.shape == (2, 2, 3)
 assert forward(model_cfg, params, rollout.tokens[0]).shape == (2, 3, model_cfg.vocab_size)
-save(sys.argv[1], model_cfg, params)
 """
 
 ON_DEVICE = """
@@ -42,10 +48,18 @@ def run_without(packages: list[str], program: str, *argv: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_public_functions_run_without_packages_that_only_training_needs(tmp_path):
-    unused = ["optax", "orbax", *OPTIONAL, *BROUGHT]
-    run_without(unused, PUBLIC_FUNCTIONS, str(tmp_path / "saved"))
+# Packages that only training, configs and GGUF files need.
+UNUSED = ["optax", "orbax", *OPTIONAL, *BROUGHT]
+
+
+def test_a_model_can_be_loaded_and_saved_without_packages_that_only_training_needs(tmp_path):
+    run_without(UNUSED, PUBLIC_FUNCTIONS, str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_sampling_runs_without_packages_that_only_training_needs(tmp_path):
+    run_without(UNUSED, PUBLIC_FUNCTIONS + SAMPLING, str(tmp_path / "saved"))
 
 
 def test_training_and_the_on_device_parts_import_without_optional_packages():

@@ -68,6 +68,7 @@ def shapes_and_dtypes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
+@pytest.mark.slow
 def test_decoding_without_prefill_starts_and_continues_like_a_rollout(part, monkeypatch):
     decoding, model_cfg = part("decoding"), replace(tiny.CONFIG, compute_dtype="bfloat16")
     sizes = decoding.RolloutSizes(slots=4, samples=2, prompt_tokens=32, columns=36)
@@ -359,6 +360,7 @@ def test_a_variant_that_takes_too_long_is_killed_and_left_out(run_flags):
     assert time.monotonic() < deadline + 5
 
 
+@pytest.mark.slow
 def test_the_part_does_not_occupy_the_device_that_its_variants_need(run_flags, part):
     code = FAKE_VARIANT.replace("PLATFORM", "'gpu'").replace("SLEEP", "0")
     program = f"""
