@@ -235,7 +235,7 @@ def main(argv: Sequence[str]) -> None:
     start, names = time.monotonic(), [name for name in PARTS if name in (flags.only or PARTS)]
     print(json_line({"part": "versions"} | versions()), end="", flush=True)
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         env = {
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # shared by the parts, like the results of autotuning
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

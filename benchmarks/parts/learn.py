@@ -32,6 +32,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "r1zero.py"
 EVAL_EVERY = 4  # updates
 GOAL, SMALL_GOAL = 0.95, 0.4
 POLL_S = 0.05
+RESERVE_S = 0.5  # before the end of the part, to report and to remove the files
 
 
 def make_config(small: bool):
@@ -86,7 +87,7 @@ def measure_until(goal: float, cfg, workdir: Path, seconds_left: Callable[[], fl
     """
     start, known = time.monotonic(), 0
     thread, failures = start_training(cfg, workdir)
-    while seconds_left() > POLL_S:
+    while seconds_left() > RESERVE_S:
         ended = not thread.is_alive()  # read before the lines, so that none of a run that has ended is missed
         lines = read_metrics(workdir) if (workdir / "metrics.jsonl").is_file() else []
         for count in range(known + 1, len(lines) + 1):
