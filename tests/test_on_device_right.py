@@ -245,8 +245,8 @@ def test_drift_between_sampler_and_trainer_is_detected(base, monkeypatch):
     trainer = -np.ones((4, 128), np.float32) * 8
     for gap, ok in ((0.0004, True), (0.002, False), (np.nan, False)):
         monkeypatch.setattr(depths, "logps_at", lambda *_, gap=gap: (altered(trainer, (1, 1), gap), trainer))
-        (result,) = depths.check_depth(base.model_cfg, base.params, 384)
-        assert result["ok"] == ok and (result["depth"], result["dtype"]) == (384, "float32")
+        (result,) = depths.check_depth(base.model_cfg, base.params, 512)
+        assert result["ok"] == ok and (result["depth"], result["dtype"]) == (512, "float32")
 
 
 def test_checks_run_in_parallel_and_report_in_order(right, base, capsys):

@@ -15,7 +15,7 @@ from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_ro
 from grpo_jax.text.stops import build_stop_table
 from parts.verdicts import BOUNDS, Result, precision, verdict
 
-PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 128
+PROMPTS, SAMPLES, NEW_TOKENS = 2, 2, 256
 TEMPERATURE = 0.8  # not 1, so that log-probs differ if the sampler or the trainer ignores it
 # Relative to the largest log-prob, which is about as large as the largest logit. Sampler and trainer round in different
 # places, so in bfloat16 their errors may add up. In float32 the bound is large enough: a CPU's error is 1e-6.
@@ -25,8 +25,8 @@ GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}
 def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarray, "N S"], Float[np.ndarray, "N S"]]:
     """Returns the sampler's and the trainer's log-probs of completions that end at a depth of the context, in nats.
 
-    Prompts are random tokens. Their length must be a multiple of 128, because attention kernels need that, and is close
-    enough to the depth that the KV cache has a single size.
+    Prompts are random tokens. Their length must be a multiple of 128, because attention kernels need that. At a depth of
+    512 the KV cache grows once; at larger ones it has a single size, so that few programs are compiled.
     """
     prompt_tokens = depth - NEW_TOKENS
     ids = np.random.default_rng(depth).integers(model_cfg.sampleable_vocab_size, size=(PROMPTS, prompt_tokens))

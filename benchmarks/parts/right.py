@@ -166,8 +166,8 @@ def list_checks(base: TinyBase, small: bool) -> dict[str, Callable[[], Iterable[
         checks[f"attention {length}"] = partial(check_attention, heads, length)
     if not small:
         checks["attention 256, heads of 64"] = partial(check_attention, SMOLLM2_135M, 256)
-    depths = [(depth, dtype) for depth in (384, 2048, 8192) for dtype in DTYPES]
-    for depth, dtype in [(384, "float32"), (1024, "bfloat16")] if small else depths:
+    depths = [(depth, dtype) for depth in (512, 2048, 8192) for dtype in DTYPES]
+    for depth, dtype in [(512, "float32"), (1024, "bfloat16")] if small else depths:
         checks[f"depth {depth} {dtype}"] = partial(check_depth, base.config_for(dtype), base.params, depth)
     return checks
 
