@@ -25,8 +25,8 @@ GAP_BOUNDS = BOUNDS | {"bfloat16": 2 * BOUNDS["bfloat16"]}
 def logps_at(model_cfg: ModelConfig, params, depth: int) -> tuple[Float[np.ndarray, "N S"], Float[np.ndarray, "N S"]]:
     """Returns the sampler's and the trainer's log-probs of completions that end at a depth of the context, in nats.
 
-    Prompts are random tokens. Their length must be a multiple of 128, because attention kernels need that. At a depth of
-    512 the KV cache grows once; at larger ones it has a single size, so that few programs are compiled.
+    Prompts are random tokens. Their length must be a multiple of 128, because attention kernels need that. The KV cache
+    grows once at a depth of 512. At larger ones it has a single size, so that few programs are compiled.
     """
     prompt_tokens = depth - NEW_TOKENS
     ids = np.random.default_rng(depth).integers(model_cfg.sampleable_vocab_size, size=(PROMPTS, prompt_tokens))
