@@ -1,8 +1,9 @@
 """Runs one part of `on_device.py`: `python benchmarks/worker.py PART [--small]`.
 
-The process imports what the part needs, then reads its deadline (seconds since the epoch) from stdin and measures.
-Measurements are lines of JSON on stdout; the last line has a `status`: "done", "failed" or "absent" (this machine
-cannot run the part). Everything else that is printed goes to stderr. The process kills itself when stdin is closed.
+The process imports and prepares what the part needs, then reads its deadline (seconds since the epoch) from stdin and
+measures. Measurements are lines of JSON on stdout; the last line has a `status`: "done", "failed" or "absent" (this
+machine cannot run the part). Everything else that is printed goes to stderr. The process kills itself when stdin is
+closed.
 """
 
 import importlib
@@ -34,6 +35,8 @@ def main(name: str, small: bool) -> None:
     start, ending = time.time(), {"status": "done"}
     try:
         module = importlib.import_module(f"parts.{name}")
+        if hasattr(module, "prepare"):
+            module.prepare(small)
         deadline = float(sys.stdin.readline() or 0)
         start = time.time()
         threading.Thread(target=end_with_driver, daemon=True).start()

@@ -18,6 +18,9 @@ FAKE = """
 import json, os, signal, subprocess, sys, time
 from parts import NotHere
 
+prepared = []
+prepare = prepared.append
+
 def device_name():
     return "fake"
 
@@ -73,14 +76,14 @@ def wait_until_gone(pids: list[int]) -> None:
 
 def test_every_part_reports_and_the_summary_comes_last(start):
     threads = "import threading; threading.Thread(target=time.sleep, args=(120,)).start(); yield {}"
-    command = start({"learn": threads, "step": 'yield {"small": small}'}, "--small")
+    command = start({"learn": threads, "step": 'yield {"small": small, "prepared": prepared}'}, "--small")
     lines, err = finish(command)
     assert command.returncode == 0, err
     assert lines[0]["part"] == "versions" and lines[0]["python"] == sys.version.split()[0] and lines[0]["jax"]
     order = [line["part"] for line in lines[1:-1]]
     assert order == [name for name in NAMES for _ in range(2)]
     assert of_part(lines, "flags")[0] == {"part": "flags", "device": "fake", "number": 2}
-    assert of_part(lines, "step")[0]["small"] is True
+    assert of_part(lines, "step")[0]["small"] is True and of_part(lines, "step")[0]["prepared"] == [True]
     assert lines[-1]["parts"] == dict.fromkeys(NAMES, "done") and lines[-1]["aims"] == []
     assert "right" not in lines[-1] and "mend" not in lines[-1]
 

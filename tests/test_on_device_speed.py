@@ -326,9 +326,12 @@ def run_flags(part, monkeypatch):
     flags = part("flags")
     monkeypatch.setenv("XLA_FLAGS", "--of_the_user=1")
 
-    def run(platform="gpu", sleep=0, seconds_left=lambda: 60.0):
+    def run(platform="gpu", sleep=0, seconds_left=lambda: 60.0, prepare=False):
         code = FAKE_VARIANT.replace("PLATFORM", repr(platform)).replace("SLEEP", str(sleep))
         monkeypatch.setattr(flags, "COMMAND", [sys.executable, "-S", "-c", code])
+        monkeypatch.setattr(flags.Variant, "prepared", None)
+        if prepare:
+            flags.prepare(False)
         return flags, list(flags.measure(False, seconds_left))
 
     return run
@@ -345,6 +348,12 @@ def test_a_variant_that_crashes_does_not_stop_the_others(run_flags, capfd):
     assert crashed["flags"] == "whole loop" and crashed["error"].startswith("F0101")
     assert "@ 0x1  main" in capfd.readouterr().err
     assert without["flags"] == "without graphs" and without["speedup"] == 0.5
+
+
+def test_a_process_that_was_prepared_measures_the_default_variant(run_flags):
+    flags, lines = run_flags(prepare=True)
+    assert len(lines) == 3 and lines[0]["decode_ms"] == 2.0
+    assert flags.Variant.prepared.process.poll() is not None  # otherwise it still waits
 
 
 def test_other_platforms_measure_the_default_variant_only(run_flags):

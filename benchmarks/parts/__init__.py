@@ -1,11 +1,12 @@
 """The parts of `on_device.py`. `worker.py` runs each in a process of its own.
 
-A part is a module with two functions:
+A part is a module with two functions, and may have a third:
 
     measure(small, seconds_left)  yields a dict per measurement, as soon as it is known. `small` asks for shapes that
                                   two CPU cores can handle. `seconds_left()` returns the time until the part is killed.
                                   What would not fit is left out: {"left_out": what, "reason": why}
     device_name()                 returns the name of the device that the part measures on
+    prepare(small)                does what takes time and does not need the device, while an earlier part measures
 
 `on_device.py` reads two fields of a measurement:
 
