@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def start(tmp_path):
             (folder / "parts" / f"{name}.py").write_text(FAKE.format(body=body))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         env = os.environ | {"PYTHONPATH": os.path.relpath(ROOT)}
-        env.pop("PYTHONUNBUFFERED", None)  # would hide what is not flushed
+        for name in ("PYTHONUNBUFFERED", "JAX_COMPILATION_CACHE_DIR"):  # hide unflushed lines, and caches of each part
+            env.pop(name, None)
         return subprocess.Popen([sys.executable, str(folder / "on_device.py"), *argv], **pipes, env=env)
 
     return start_command
@@ -140,6 +142,25 @@ def test_a_line_that_is_cut_off_is_dropped(monkeypatch, capsys):
     lines = importlib.import_module("on_device").run_part(worker, "right", 60.0)
     assert [line.get("x", line.get("status")) for line in lines] == [1, 2, "failed"]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_a_process_that_ends_while_it_waits_is_a_failed_part(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen([sys.executable, "-S", "-c", ""], **pipes, start_new_session=True)
+    worker.wait()
+    (line,) = importlib.import_module("on_device").run_part(worker, "right", 60.0)
+    assert (line["status"], line["reason"]) == ("failed", "the process ended before it measured anything")
+
+
+def test_parts_share_compiled_programs_and_find_packages_in_wheels(start, tmp_path):
+    (tmp_path / ".wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / ".wheels" / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "NUMBER = 7")
+    body = 'import carried; yield {"number": carried.NUMBER, "cache": os.environ["JAX_COMPILATION_CACHE_DIR"]}'
+    lines, err = finish(start({"right": body, "peer": body}, "--only", "right", "peer"))
+    right, peer = (of_part(lines, name)[0] for name in ("right", "peer"))
+    assert right["number"] == peer["number"] == 7 and right["cache"] == peer["cache"], err
 
 
 def test_later_parts_get_the_time_that_earlier_ones_leave(start):

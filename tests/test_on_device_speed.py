@@ -277,27 +277,32 @@ def measure_update(part, packed, monkeypatch, work_for):
         work_for(1.5 * int(batch.num_micro_batches) + 30 * (state.step == 0))
         return state.replace(step=state.step + 1), {}
 
-    def measure(skipped):
+    def measure(skipped=0, small=False):
         state = TrainState(np.int32(0), params, (), np.int32(skipped), is_reference=np.bool_(True))
         compiled = SimpleNamespace(compile=lambda: program)
-        fake = learner._replace(state=state, update=SimpleNamespace(lower=lambda *args: compiled))
+        fake = learner._replace(
+            model_cfg=replace(UNTIED, compute_dtype="bfloat16"),
+            state=state,
+            update=SimpleNamespace(lower=lambda *args: compiled),
+        )
         monkeypatch.setattr(update, "random_learner", lambda *args: fake)
-        monkeypatch.setattr(update, "square_gflop_s", lambda dtype, repeats: {UNTIED.compute_dtype: 500.0}[dtype])
+        monkeypatch.setattr(update, "square_gflop_s", lambda dtype, repeats: {"bfloat16": 500.0}[dtype])
         monkeypatch.setattr(update, "temp_gib", lambda program: 0.0)
         monkeypatch.setattr(jax, "set_mesh", lambda mesh: None)
         sizes = update.UpdateSizes(2, 2, samples=4, max_prompt_tokens=8, max_tokens=12, row_tokens=(56,))
-        return list(update.measure_rows(sizes, False, lambda: 1000.0))
+        return list(update.measure_rows(sizes, small, lambda: 1000.0))
 
     return measure
 
 
 def test_the_mfu_of_an_update_is_that_of_needed_operations_after_the_warm_up(part, packed, measure_update):
-    (line,) = measure_update(skipped=0)
+    (line,), (small_line,) = measure_update(), measure_update(small=True)
     needed, tokens = part("update").needed_tflop(*packed), int((packed[1].segments.prompt > 0).sum())
     assert (line["rows"], line["row_tokens"], line["tokens"]) == (2, 56, tokens)
     assert line["padding_fraction"] == pytest.approx(1 - tokens / 112)
     assert line["update_s"] == 3.0 and line["product_tflop_s"] == 0.5
     assert line["mfu"] == line["aim"]["measured"] == pytest.approx(needed / 3.0 / 0.5)
+    assert small_line["mfu"] == line["mfu"] and "aim" not in small_line
 
 
 def test_a_skipped_update_is_an_error(measure_update):
