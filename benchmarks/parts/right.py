@@ -53,8 +53,9 @@ from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
 
 # On a CPU, bfloat16 changes log-probs by up to 0.14 nats, and with them the ratios that multiply the gradient. Metrics
 # then differ by up to 0.10 and gradients by up to 0.06. The bounds are larger, because other devices sum in another
-# order.
-METRIC_BOUNDS = {"float32": 1e-4, "bfloat16": 0.25}
+# order. In float32, an error of 1e-6 of the largest logit changes some metrics by 1e-4 of their values, as they are
+# differences of log-probs.
+METRIC_BOUNDS = {"float32": 1e-3, "bfloat16": 0.25}
 GRADIENT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.15}
 # Adam's first step is the learning rate times the sign of the gradient. The sign is certain where the gradient exceeds
 # this fraction of its largest entry.
