@@ -86,7 +86,8 @@ def work_for(monkeypatch):
         pending.clear()
         return result
 
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: clock[0])
     monkeypatch.setattr(jax, "block_until_ready", wait)
     return pending.append
 
@@ -154,6 +155,66 @@ def test_a_step_leaves_out_stages_for_which_there_is_no_time(measure_step):
     lines = measure_step(lambda: next(seconds_left))
     assert [line.get("measured") for line in lines] == ["estimate", "rollout", None]
     assert lines[-1]["left_out"] == "scoring and the update"
+
+
+@pytest.fixture
+def learning_stages(part, monkeypatch, work_for):
+    """Replaces all stages after a rollout, except the update, by fakes that take 1 to 6 s."""
+
+    def host(seconds, result=None):
+        work_for(seconds)
+        return jax.block_until_ready(result)
+
+    experience = SimpleNamespace(replace=lambda ref_logps: experience)
+    packed = SimpleNamespace(num_micro_batches=11, replace=lambda num_micro_batches: int(num_micro_batches))
+    fakes = dict(
+        random_rollout=lambda work: None,
+        make_experience=lambda *args: host(1.0, experience),
+        start_scoring=lambda *args: host(2.0, lambda: host(3.0)),
+        grade=lambda *args: host(4.0, experience),
+        pack_update=lambda *args: host(5.0, packed),
+        shard_rows=lambda mesh, batch: host(6.0, batch),
+        score_options=lambda cfg: {},
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(part("step"), name, fake)
+
+
+@pytest.mark.parametrize("skipped, no_signal, length", [(0, 0, 128), (1, 0, 128), (0, 1, 128), (0, 0, 127)])
+def test_all_stages_after_a_rollout_are_timed(part, learning_stages, work_for, work, skipped, no_signal, length):
+    def update(state, batch):
+        work_for(7.0)
+        return state, {"optim/skipped": skipped, "optim/no_signal": no_signal}
+
+    work.learner.update, work.learner.reference, times = update, None, {}
+    rollout = SimpleNamespace(lengths=np.array([[128, length]]))
+    stages = list(part("step").run_learning(work, rollout, times))
+    assert stages == [("scoring", {}), ("update", {"ok": (skipped, no_signal, length) == (0, 0, 128)})]
+    assert times == {"reward_s": 4.0, "score_s": 3.0, "pack_s": 1.0 + 2.0 + 5.0 + 6.0, "update_s": 7.0}
+
+
+def test_scoring_and_the_update_are_extrapolated_from_few_micro_batches(
+    part, learning_stages, monkeypatch, work_for, work
+):
+    warm = set()
+
+    def run(name, seconds):
+        work_for(seconds + 50 * (name not in warm))
+        warm.add(name)
+        return name, None
+
+    step, learner = part("step"), work.learner
+    monkeypatch.setattr(step, "score_completions", lambda model_cfg, params, count: run("score", 2.0 + 3.0 * count))
+    learner.update = lambda state, count: run("update", 1.0 + 2.0 * count)
+    learner.model_cfg = learner.reference = None
+    learner._replace = work._replace = SimpleNamespace
+    _, times = step.estimate_learning(work)
+    assert times == {
+        "reward_s": 4.0,
+        "pack_s": 1.0 + 2 * (5.0 + 6.0),  # once for scoring and once for the update
+        "score_s": 2.0 + 3.0 * 11 - 4.0,  # grading hides a part of it
+        "update_s": 1.0 + 2.0 * 11,
+    }
 
 
 def test_linear_costs_are_extrapolated_exactly(part):
