@@ -240,6 +240,7 @@ def main(argv: Sequence[str]) -> None:
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",  # shared by the parts, like the results of autotuning
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **os.environ,
+            "TMPDIR": folder,  # so that nothing is left of a part that is killed
             # Absolute, because a part may start processes in another folder.
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [*filter(None, inherited), *package_paths()])),
         }

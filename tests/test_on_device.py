@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NAMES = ["right", "learn", "flags", "rollout", "update", "step", "peer"]
 FAKE = """
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, tempfile, time
 from parts import NotHere
 
 prepared = []
@@ -28,8 +28,10 @@ def device_name():
 def measure(small, seconds_left):
     {body}
 """
-# The body of a part that starts a process, reports both process ids, and then hangs.
-HANGS = 'child = subprocess.Popen(["sleep", "120"]); yield {"pids": [os.getpid(), child.pid]}; time.sleep(120)'
+# The body of a part that starts a process, makes a folder, reports both, and then hangs.
+HANGS = """child = subprocess.Popen(["sleep", "120"])
+    yield {"pids": [os.getpid(), child.pid], "folder": tempfile.mkdtemp()}
+    time.sleep(120)"""
 
 
 @pytest.fixture
@@ -113,6 +115,7 @@ def test_a_part_that_fails_crashes_or_takes_too_long_does_not_stop_the_others(st
     assert of_part(lines, "peer")[0] == {"part": "peer", "device": "fake", "nan": None, "pi": 3.142}
     assert "ValueError: broken" in err and "noise" in err
     wait_until_gone(of_part(lines, "flags")[0]["pids"])
+    assert not Path(of_part(lines, "flags")[0]["folder"]).exists()
 
 
 def test_a_part_that_cannot_be_imported_fails_alone(start):
