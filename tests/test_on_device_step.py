@@ -253,7 +253,7 @@ def run_fake(part, monkeypatch, tmp_path):
             workdir.mkdir()
             with open(workdir / "metrics.jsonl", "w", buffering=1) as file:
                 for step, accuracy in enumerate(accuracies):
-                    update = {"time/step_s": 0.5 * step, "rollout/length_mean": 10.0 * step} if step else {}
+                    update = {"time/step_s": 0.5 * step**2, "rollout/length_mean": 10.0 * step} if step else {}
                     evaluation = {} if accuracy is None else {"eval/accuracy": accuracy}
                     file.write(json.dumps({"step": step} | update | evaluation) + "\n")
             end()
@@ -267,14 +267,21 @@ def run_fake(part, monkeypatch, tmp_path):
     released.set()
 
 
+def test_the_run_that_learns_is_the_default_one_with_more_evaluations(part):
+    learn = part("learn")
+    made, default = learn.make_config(small=False), config.default()
+    default.eval.every_steps = learn.EVAL_EVERY
+    assert made.to_dict() == default.to_dict()
+
+
 def test_learning_is_measured_until_an_evaluation_reaches_the_goal(run_fake):
     measure, released = run_fake
     lines = list(measure([0.2, None, 0.9, None, 0.95, None, 0.99], end=released.wait))
     assert [(line["updates"], line["accuracy"]) for line in lines] == [(0, 0.2), (2, 0.9), (4, 0.95)]
     assert ["ok" in line for line in lines] == [False, False, True]
     assert lines[-1]["ok"] is True
-    # Of updates 1 to 4: 0.5, 1, 1.5 and 2 s; 10, 20, 30 and 40 tokens in each of 16 * 8 completions.
-    assert (lines[-1]["steps_s"], lines[-1]["step_s"], lines[-1]["tok_s"]) == (5.0, 1.25, 128 * 25 / 1.25)
+    # Of updates 1 to 4: 0.5, 2, 4.5 and 8 s; 10, 20, 30 and 40 tokens in each of 16 * 8 completions.
+    assert (lines[-1]["steps_s"], lines[-1]["step_s"], lines[-1]["tok_s"]) == (15.0, 3.25, 128 * 25 / 3.25)
 
 
 def test_a_run_whose_last_evaluation_misses_the_goal_is_not_ok(run_fake):
