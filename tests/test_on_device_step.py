@@ -236,6 +236,18 @@ def test_generation_by_the_peer_is_extrapolated_exactly_if_the_time_per_token_gr
     assert peer.generation_s(1024, first_s, last_s) == seconds(2, 1024, overhead=100.0)
 
 
+def test_the_peer_has_the_shape_of_the_model(part):
+    model_cfg, shape = part("shapes").QWEN_1_5B, part("peer").QWEN_1_5B
+    assert shape.model == dict(
+        vocab_size=model_cfg.vocab_size,
+        hidden_size=model_cfg.hidden_size,
+        intermediate_size=model_cfg.intermediate_size,
+        num_hidden_layers=model_cfg.num_layers,
+        num_attention_heads=model_cfg.num_heads,
+        num_key_value_heads=model_cfg.num_kv_heads,
+    )
+
+
 def test_the_peer_is_absent_without_torch(part, monkeypatch):
     peer = part("peer")
     monkeypatch.setattr(peer, "INSTALLED", False)
