@@ -115,8 +115,8 @@ ALTERATIONS = [
     ("sampled tokens", "sampled_tokens", (1, 1, 5), 1),
     ("log-probs", "sampled_logps", (1, 1, 5), 0.002),
     ("update metrics", "metrics", 1, 0.01),
-    ("update gradient", "gradients", (4, 17), 1e-5),
-    ("update gradient", "gradient_sizes", (4, 17), 1e-5),
+    ("update gradient", "gradients", (4, 17), 2e-5),
+    ("update gradient", "gradient_sizes", (4, 17), 2e-5),
     ("update step", "steps", (0, np.s_[:]), 0.001),
 ]
 

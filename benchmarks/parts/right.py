@@ -51,12 +51,12 @@ from parts.kernels import check_attention
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name  # noqa: F401
 from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
 
-# On a CPU, bfloat16 changes log-probs by up to 0.14 nats, and with them the ratios that multiply the gradient. Metrics
-# then differ by up to 0.10 and gradients by up to 0.06. The bounds are larger, because other devices sum in another
-# order. In float32, an error of 1e-6 of the largest logit changes some metrics by 1e-4 of their values, as they are
-# differences of log-probs.
+# An error of the logits, as a fraction of the largest, becomes about 40 times as large a fraction of a gradient, and
+# 100 times of a metric that is a difference of log-probs. Devices sum in different orders: two versions of XLA on a CPU
+# differ by 7e-7 of the largest logit in float32. In bfloat16, metrics differ from float32 by up to 0.10 on a CPU, and
+# gradients by up to 0.06.
 METRIC_BOUNDS = {"float32": 1e-3, "bfloat16": 0.25}
-GRADIENT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.15}
+GRADIENT_BOUNDS = {"float32": 2e-4, "bfloat16": 0.15}
 # Adam's first step is the learning rate times the sign of the gradient. The sign is certain where the gradient exceeds
 # this fraction of its largest entry.
 CERTAIN_GRADIENT = {"float32": 1e-3, "bfloat16": 0.3}
