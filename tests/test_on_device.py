@@ -28,6 +28,10 @@ def device_name():
 def measure(small, seconds_left):
     {body}
 """
+# Runs a command that Ctrl-C interrupts, even if the tests run in the background, where a shell makes it ignored.
+WITH_INTERRUPTS = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
 # The body of a part that starts a process, makes a folder, reports both, and then hangs.
 HANGS = """child = subprocess.Popen(["sleep", "120"])
     yield {"pids": [os.getpid(), child.pid], "folder": tempfile.mkdtemp()}
@@ -48,7 +52,8 @@ def start(tmp_path):
         env = os.environ | {"PYTHONPATH": os.path.relpath(ROOT)}
         for name in ("PYTHONUNBUFFERED", "JAX_COMPILATION_CACHE_DIR"):  # hide unflushed lines, and caches of each part
             env.pop(name, None)
-        return subprocess.Popen([sys.executable, str(folder / "on_device.py"), *argv], **pipes, env=env)
+        command = [sys.executable, str(folder / "on_device.py"), *argv]
+        return subprocess.Popen([sys.executable, "-c", WITH_INTERRUPTS, *command], **pipes, env=env)
 
     return start_command
 
