@@ -52,6 +52,7 @@ def run_without(packages: list[str], program: str, *argv: str) -> None:
 UNUSED = ["optax", "orbax", *OPTIONAL, *BROUGHT]
 
 
+@pytest.mark.slow
 def test_a_model_can_be_loaded_and_saved_without_packages_that_only_training_needs(tmp_path):
     run_without(UNUSED, PUBLIC_FUNCTIONS, str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()

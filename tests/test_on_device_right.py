@@ -197,6 +197,7 @@ def test_a_wrong_mask_is_detected(check_attention, monkeypatch):
     assert not check_attention()["ok"]
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_of_a_kernel_is_detected(check_attention, monkeypatch):
     kernel = attention.blockwise_attention
 
