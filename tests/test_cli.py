@@ -123,9 +123,9 @@ def asking(path: Path, *questions: str) -> str:
             ['--config.reward.parts=["acuracy"]', "--config.reward.weights=[1]"],
             "reward.parts must be 'accuracy', .*found 'acuracy'. Did you mean 'accuracy'",
         ),
-        (["--config.task.name=jsonl"], "task.path must be a JSONL file.*Set --config.task.path"),
+        (["--config.task.name=file"], "task.path must name a file of problems.*Set --config.task.path"),
         (
-            ["--config.task.name=jsonl", "--config.task.path=none.jsonl"],
+            ["--config.task.name=file", "--config.task.path=none.jsonl"],
             "one JSON object per line; could not read none.jsonl: .*No such file",
         ),
         (
@@ -183,7 +183,7 @@ def test_a_question_that_is_too_long_is_refused_before_training(tmp_path, place)
         tmp_path / "run",
         R1ZERO,
         *LITTLE,
-        "--config.task.name=jsonl",
+        "--config.task.name=file",
         *paths,
         says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.* Raise rollout.max_prompt_tokens",
     )
@@ -202,7 +202,7 @@ def test_a_broken_problem_file_is_refused_before_training(tmp_path):
         ),
         ([f"--config.task.path={few}"], "few.jsonl must have at least 10"),
     ):
-        refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=jsonl", *paths, says=says)
+        refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=file", *paths, says=says)
 
 
 @pytest.mark.parametrize(

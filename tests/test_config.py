@@ -150,7 +150,7 @@ def f(cfg, rollout, mesh: Mesh, optim: OptimSection, settings: "x.y" = cfg.seed)
 def test_the_default_config_passes_and_keeps_its_values():
     assert dataclasses.asdict(check(default())) == default().to_dict() == dataclasses.asdict(Config())
     assert check(default()) == Config() and check_pretrain(pretrain_default()) == PretrainConfig()
-    cfg = check(changed(seed=3, optim__lr=0.5, task__name="jsonl", task__path="q.jsonl"))
+    cfg = check(changed(seed=3, optim__lr=0.5, task__name="file", task__path="q.jsonl"))
     assert (cfg.seed, cfg.optim.lr, cfg.task.path, cfg.rollout.prompts) == (3, 0.5, "q.jsonl", 16)
 
 
@@ -294,7 +294,7 @@ LENGTH_PART = dict(reward__parts='["accuracy", "length"]')
                 ("f.py:a b", "a b"),
             )
         ),
-        (dict(task__name="jsonl"), "task.path must be a JSONL file.*found none. Set --config.task.path=FILE.jsonl"),
+        (dict(task__name="file"), "task.path must name a file of problems.*found none. Set --config.task.path=FILE"),
         (dict(task__digits=10), "task.digits must be at least 1 and at most 9; found 10"),
         (
             dict(rollout__samples=1),
@@ -404,7 +404,7 @@ def test_a_wrong_value_or_combination_is_refused(values, says):
         dict(loss__kl_coef=0),
         dict(eval__temperature=0),
         dict(train__minibatches=32),
-        dict(task__name="jsonl", task__path="q.jsonl"),
+        dict(task__name="file", task__path="q.jsonl"),
         dict(task__name="my.py:task"),
         dict(reward__parts='["m:accuracy"]', reward__weights="[-0.5]"),
         dict(loss__clip_dual=1.001),
@@ -426,18 +426,18 @@ def test_values_at_their_bounds_pass(values):
 
 # A key without effect, the values that give it one, and the switch that takes it away.
 IDLE = [
-    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='addition'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='addition'"),
-    ("task.digits", "2", {"task.name": "addition"}, "task.name='jsonl'"),
-    ("task.shots", "2", {"task.name": "addition"}, "task.name='jsonl'"),
+    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='addition'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='addition'"),
+    ("task.digits", "2", {"task.name": "addition"}, "task.name='file'"),
+    ("task.shots", "2", {"task.name": "addition"}, "task.name='file'"),
     ("task.digits", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
     ("task.shots", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
-    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='my.py:primes'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='~/my.py:primes'"),
+    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='my.py:primes'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='~/my.py:primes'"),
     ("task.digits", "2", {"task.name": "addition"}, "task.name='python'"),
     ("task.shots", "2", {"task.name": "addition"}, "task.name='python'"),
-    ("task.path", "q.jsonl", {"task.name": "jsonl"}, "task.name='python'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "jsonl", "task.path": "q.jsonl"}, "task.name='python'"),
+    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='python'"),
+    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='python'"),
     ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
     (
         "optim.end_lr_fraction",
@@ -506,7 +506,7 @@ def test_a_key_that_another_switches_off_is_refused(key, value, others, switch):
     name, _, off = switch.partition("=")
     config = default()
     override_key(config, name, off.strip("'"))
-    if off == "'jsonl'":
+    if off == "'file'":
         config.task.path = "q.jsonl"
     check(config)
     override_key(config, key, value)
@@ -599,7 +599,7 @@ def test_a_flag_that_is_not_a_list_is_refused(text):
 
 def test_paths_expand_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = changed(task__name="jsonl", task__path="~/q.jsonl", task__eval_path="~/e.jsonl", model__path="~/model")
+    config = changed(task__name="file", task__path="~/q.jsonl", task__eval_path="~/e.jsonl", model__path="~/model")
     cfg = check(config)
     assert (cfg.task.path, cfg.task.eval_path, cfg.model.path) == tuple(
         f"{tmp_path}/{name}" for name in ("q.jsonl", "e.jsonl", "model")
@@ -693,7 +693,7 @@ def test_prompt_and_completion_must_fit_the_model():
 
 def test_the_config_of_a_run_is_read_back(tmp_path):
     mine = dict(reward__parts='["m:f", "format"]', reward__weights="[1, 2]")
-    cfg = check(changed(optim__lr=1e-5, task__name="jsonl", task__path="q.jsonl", **mine))
+    cfg = check(changed(optim__lr=1e-5, task__name="file", task__path="q.jsonl", **mine))
     write_config(tmp_path / "a" / "run", cfg)
     assert check(read_config(tmp_path / "a" / "run")) == cfg
     check_workdir(tmp_path / "a" / "run", cfg)  # the same command resumes

@@ -83,9 +83,9 @@ CASES = {
     "task.name": Case("addition", "FOLDER/functions.py:successor", PROMPTS),
     "task.digits": Case(3, 2, PROMPTS),
     "task.shots": Case(0, 1, PROMPTS, {"rollout.max_prompt_tokens": 128}),
-    "task.path": Case("FOLDER/a.jsonl", "FOLDER/b.jsonl", PROMPTS, {"task.name": "jsonl"}),
+    "task.path": Case("FOLDER/a.jsonl", "FOLDER/b.jsonl", PROMPTS, {"task.name": "file"}),
     "task.eval_path": Case(
-        "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "jsonl", "task.path": "FOLDER/a.jsonl"}
+        "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "file", "task.path": "FOLDER/a.jsonl"}
     ),
     "reward.parts": Case(
         ("accuracy", "format"), ("accuracy", "FOLDER/functions.py:brevity"), ("train reward", "eval reward", "metrics")

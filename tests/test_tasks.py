@@ -146,7 +146,7 @@ def test_the_task_follows_the_config(tmp_path):
     cfg.task.digits, cfg.task.shots = 2, 1
     assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == addition([3], 5, "eval", digits=2, shots=1)[0]
     cfg = default()
-    cfg.task.name, cfg.task.path = "jsonl", write_twenty(tmp_path / "q.jsonl")
+    cfg.task.name, cfg.task.path = "file", write_twenty(tmp_path / "q.jsonl")
     assert questions(resolve_task(check(cfg).task), range(18)) == questions(file_task(cfg.task.path, ""), range(18))
     cfg.task.eval_path = write_problems(tmp_path / "e.jsonl", [{"question": "held", "answer": "1"}])
     assert questions(resolve_task(check(cfg).task), range(1), split="eval") == ["held"]
@@ -161,7 +161,7 @@ def test_a_config_may_name_a_function_of_the_user_as_its_task(tmp_path):
 
 def test_the_error_for_an_unknown_task_says_how_to_resume_a_run_on_a_list():
     with pytest.raises(
-        UserError, match=r"task.name must be 'addition', 'jsonl', .*'adition'. Did you mean 'addition'\?$"
+        UserError, match=r"task.name must be 'addition', 'file', .*'adition'. Did you mean 'addition'\?$"
     ):
         resolve_task(TaskSection(name="adition"))
     with pytest.raises(UserError, match=r"found 'python'. .* To resume a run of grpo_jax.train with problems=...,"):

@@ -32,7 +32,7 @@ SUMS += [(384, 315), (169, 473), (7, 8), (691, 498), (787, 934), (12, 34)]
 # No key has a value with which ignoring the key would go unnoticed, such as a weight of 1. Slots are refilled, and an
 # update has several micro-batches. Evaluation asks the questions of training, at the temperature of training.
 COMMON = """
-    task.name=jsonl rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
+    task.name=file rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
     train.micro_tokens=128 train.chunk_tokens=64 optim.lr=2e-4 optim.b1=0.8 optim.b2=0.99
     optim.schedule=linear optim.warmup_steps=3 optim.decay_steps=12 optim.end_lr_fraction=0.1 optim.weight_decay=0.1
     optim.grad_clip=1.5 eval.questions=10 eval.temperature=0.7 log.every_steps=1 log.samples=-1

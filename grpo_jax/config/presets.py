@@ -74,7 +74,7 @@ def hub_model(
     cfg.model.path, cfg.model.compute_dtype = path, "bfloat16"
     if cfg.loss.kl_coef:
         cfg.model.reference_dtype = "bfloat16"
-    cfg.task.name, cfg.task.path = "jsonl", "questions.jsonl"
+    cfg.task.name, cfg.task.path = "file", "questions.jsonl"
     cfg.rollout.prompts, cfg.rollout.samples = prompts, samples
     cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens = max_prompt_tokens, max_tokens
     cfg.train.minibatches, cfg.train.micro_tokens = minibatches, 4096

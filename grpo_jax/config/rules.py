@@ -30,11 +30,13 @@ USERS_FUNCTION = "module:function"
 
 PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 
+FILE_KEYS = ("task.path", "task.eval_path", "task.question", "task.answer", "task.choices")
+
 # Keys that have no effect while another key has certain values: (the other key, its values, the keys without effect).
 NO_EFFECT: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
-    ("task.name", ("addition",), ("task.path", "task.eval_path")),
-    ("task.name", ("jsonl",), ("task.digits", "task.shots")),
-    ("task.name", (USERS_FUNCTION, PYTHON_TASK), ("task.digits", "task.shots", "task.path", "task.eval_path")),
+    ("task.name", ("addition",), FILE_KEYS),
+    ("task.name", ("file",), ("task.digits", "task.shots")),
+    ("task.name", (USERS_FUNCTION, PYTHON_TASK), ("task.digits", "task.shots", *FILE_KEYS)),
     ("optim.schedule", ("constant",), ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", ("adafactor",), ("optim.b1", "optim.b2", "optim.eps", "optim.mu_dtype")),
     ("optim.name", ("lion",), ("optim.eps",)),
@@ -114,8 +116,8 @@ def check(raw: "ConfigDict") -> Config:
     cfg = check_keys(raw, Config)
     check_effects(cfg)
     require(
-        cfg.task.name != "jsonl" or bool(cfg.task.path),
-        "task.path must be a JSONL file while task.name='jsonl'; found none. Set --config.task.path=FILE.jsonl.",
+        cfg.task.name != "file" or bool(cfg.task.path),
+        "task.path must name a file of problems while task.name='file'; found none. Set --config.task.path=FILE.",
     )
     check_reward(cfg)
     require(

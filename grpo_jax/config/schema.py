@@ -79,12 +79,42 @@ class TaskSection:
 
     name: str = key(
         "addition",
-        "`addition` generates sums, `jsonl` reads a file; module:function or path/file.py:function is your own task",
+        "`addition` generates sums, `file` reads task.path; module:function or path/file.py:function is your own task",
     )
     digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
     shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
-    path: str = key("", "JSONL file of problems, one object per line with `question` and `answer`", path=True)
-    eval_path: str = key("", "JSONL file of held-out problems; if empty, every tenth line of task.path", path=True)
+    path: str = key(
+        "",
+        "problems: a JSONL, JSON, CSV or parquet file (`.gz` too), or a Hugging Face dataset (folder or hub id)",
+        path=True,
+    )
+    eval_path: str = key("", "held-out problems, like task.path; if empty, a tenth of task.path", path=True)
+    question: str = key("", "field of the question, dotted if nested; if empty, that of a known kind of file")
+    answer: str = key("", "field of the expected answer, likewise")
+    choices: str = key("", "field of the choices of a multiple-choice question, likewise")
+    max_unreadable: float = key(
+        0.01,
+        "largest fraction of rows that may be left out because no completion could match their answer",
+        at_least=0,
+        at_most=1,
+        resumable=True,
+    )
+    too_long: str = key(
+        "refuse",
+        "problems whose prompts exceed rollout.max_prompt_tokens: `refuse` to train, or `drop` them",
+        choices=("refuse", "drop"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSection:
+    """How a question becomes a prompt."""
+
+    template: str = key(
+        "r1zero",
+        "`r1zero` is the template of the paper, `chat` the model's chat template; FILE is a text with `{question}`",
+        path=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +128,10 @@ class RewardSection:
     )
     weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))
     language: str = key("en", "language that the part `language` rewards, by its script", choices=LANGUAGES)
+    format_empty: bool = key(False, "whether the part `format` rewards an empty think or answer, or the template's own")
+    deadline: float = key(
+        10.0, "seconds after which a verifier of yours is stopped; the completion gets 0", more_than=0, resumable=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +140,9 @@ class RolloutSection:
 
     prompts: int = key(16, "B, number of prompts per rollout", at_least=1)
     samples: int = key(8, "G, number of completions per prompt", at_least=2, because=GROUP_OF_TWO)
-    max_prompt_tokens: int = key(80, "T, longest prompt in tokens; a longer prompt is an error", at_least=1)
+    max_prompt_tokens: int = key(
+        80, "T, longest prompt in tokens (see task.too_long); 0 for that of the problems", at_least=0
+    )
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)
     stop_strings: tuple[str, ...] = key(("</answer>",), "strings that end a completion, like EOS", check=STOP_STRINGS)
@@ -228,7 +264,7 @@ class EvalSection(Resumable):
     """The evaluation on held-out problems."""
 
     every_steps: int = key(0, "updates between evaluations; 0 for only before the first and after the last", at_least=0)
-    questions: int = key(256, "number of held-out problems", at_least=1)
+    questions: int = key(256, "number of held-out problems; 0 for no evaluation", at_least=0)
     temperature: float = key(1.0, "sampling temperature; 0 decodes greedily", at_least=0)
     top_k: int = key(0, "samples from the k most likely tokens; 0 for all", at_least=0)
     top_p: float = key(1.0, "samples from the fewest tokens with this total probability", more_than=0, at_most=1)
@@ -253,6 +289,7 @@ class Config:
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
+    prompt: PromptSection = PromptSection()
     reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
     groups: GroupsSection = GroupsSection()

@@ -158,7 +158,7 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
         )
     raw = raw.copy_and_resolve_references()
     if isinstance(problems, str | Path):
-        raw.task.name, raw.task.path = "jsonl", str(problems)
+        raw.task.name, raw.task.path = "file", str(problems)
     elif problems is not None:
         raw.task.name = PYTHON_TASK
     if rewards:

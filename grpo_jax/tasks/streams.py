@@ -30,10 +30,10 @@ def resolve_task(task_cfg: TaskSection) -> Task:
     """
     if task_cfg.name == "addition":
         return addition_task(task_cfg.digits, task_cfg.shots)
-    if task_cfg.name == "jsonl":
+    if task_cfg.name == "file":
         return file_task(task_cfg.path, task_cfg.eval_path)
     hint = TASK_RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
-    return resolve_function(task_cfg.name, "task.name", {"addition": addition_task, "jsonl": file_task}, hint)
+    return resolve_function(task_cfg.name, "task.name", {"addition": addition_task, "file": file_task}, hint)
 
 
 def make_task(problems: Any, task_cfg: TaskSection) -> Task:

@@ -5,19 +5,30 @@ letters are explained in `grpo_jax.types`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Int
 
 
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A question with its expected answer: `Problem("What is 2 + 2?", "4")`."""
+    """A question with its expected answer: `Problem("What is 2 + 2?", "4")`.
 
-    question: str
+    The question is a text, or the messages of a conversation whose last one is the user's.
+    """
+
+    question: str | list[Message]
     answer: str  # the accuracy reward compares completions with it
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the task knows about the problem
+    id: str = ""  # where the problem comes from, such as "questions.jsonl line 17"
 
 
 class Prompts(NamedTuple):
