@@ -6,11 +6,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.errors import UserError
+from grpo_jax.text.decoding import decode_completion, decode_completions
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import (
     completion_eos_ids,
-    decode_completion,
-    decode_completions,
     encode_prompts,
     encode_text,
     format_prompt,

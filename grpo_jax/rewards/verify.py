@@ -1,7 +1,7 @@
 """Accuracy and format of completions, each 0 or 1. Their sum is the reward (DeepSeek-R1, section 2.2.2).
 
 Verifiers read the text from the end of the prompt (`Assistant:`) to the stop, as decoded by
-`grpo_jax.text.prompt.decode_completion`. Whitespace at either end makes no difference.
+`grpo_jax.text.decoding.decode_completion`. Whitespace at either end makes no difference.
 """
 
 from collections.abc import Sequence

@@ -9,8 +9,9 @@ from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import start_rollout
 from grpo_jax.rollout.slots import decode_tokens
 from grpo_jax.run.context import RunContext
+from grpo_jax.text.decoding import decode_completion
 from grpo_jax.text.problem import Problem
-from grpo_jax.text.prompt import decode_completion, encode_prompts
+from grpo_jax.text.prompt import encode_prompts
 
 TOKENS_PER_PIECE = 4  # tokens decoded between two pieces of text
 

@@ -16,8 +16,9 @@ from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
 from grpo_jax.rewards.parts import Rewards, compute_rewards, shape_overlong
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
+from grpo_jax.text.decoding import decode_completions
 from grpo_jax.text.problem import Problem, Prompts
-from grpo_jax.text.prompt import decode_completions, format_prompt
+from grpo_jax.text.prompt import format_prompt
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
 

@@ -4,7 +4,8 @@ Modules, in reading order:
 
     problem      `Problem` and `Prompts`, the values that tasks and encoding produce
     answers      extracts, parses and compares answers
-    prompt       R1-Zero's template, encoding of prompts, decoding of completions
+    prompt       R1-Zero's template, encoding of prompts
+    decoding     turns the tokens of completions into text
     stops        stop strings as a transition table over tokens
 
 No module of this package imports JAX.

@@ -1,10 +1,10 @@
-"""R1-Zero's prompt template, and the conversion between text and token ids.
+"""R1-Zero's prompt template, and the encoding of prompts.
 
 The template shapes only the format of a completion and says nothing about its content. A completion is the text from
 the end of the prompt (`Assistant:`) to the stop.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,41 +72,3 @@ def encode_prompts(tokenizer: Any, problems: Sequence[Problem], ids: Sequence[in
         tokens[row, : len(encoded)] = encoded
         lengths[row] = len(encoded)
     return Prompts(tokens=tokens, lengths=lengths, ids=np.asarray(ids, np.int32))
-
-
-def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decodes token ids verbatim: special tokens are kept and no white space is cleaned up."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def decode_completion(
-    tokenizer: Any, tokens: Iterable[int], stop_ids: Sequence[int], stop_strings: Sequence[str] = ("</answer>",)
-) -> str:
-    r"""Decodes the tokens of a completion into the text that the rewards read.
-
-    A final stop id is left out. If the last token completes a stop string, the text ends with that string: a token may
-    bring further characters with it (`>\n\n` is one token in many vocabularies), and the model could not have stopped
-    between them.
-
-    Args:
-        tokenizer: A `transformers` tokenizer.
-        tokens: The sampled token ids, the stopping one included.
-        stop_ids: Token ids that end a completion.
-        stop_strings: Strings that end a completion.
-    """
-    ids = [int(token) for token in tokens]
-    if ids and ids[-1] in stop_ids:
-        ids = ids[:-1]
-    text = decode_ids(tokenizer, ids)
-    ends = [text.find(string) + len(string) for string in stop_strings if string in text]
-    if ends and not any(string in decode_ids(tokenizer, ids[:-1]) for string in stop_strings):
-        text = text[: min(ends)]
-    return text
-
-
-def decode_completions(
-    tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray, stop_ids: Sequence[int], stop_strings: Sequence[str]
-) -> list[str]:
-    """Decodes N completions, given as tokens [N, S] and lengths [N], with `decode_completion`."""
-    completions = zip(tokens, lengths, strict=True)
-    return [decode_completion(tokenizer, row[:length], stop_ids, stop_strings) for row, length in completions]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int16
 
-from grpo_jax.text.prompt import decode_ids
+from grpo_jax.text.decoding import decode_ids
 
 STOPPED = -1
 
