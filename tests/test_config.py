@@ -210,7 +210,6 @@ def test_a_value_outside_of_its_bounds_is_refused(config_class, key, value):
 POSITIVE = (
     "total_steps",
     "rollout.prompts",
-    "rollout.max_prompt_tokens",
     "rollout.max_tokens",
     "train.minibatches",
     "train.epochs",
@@ -221,7 +220,6 @@ POSITIVE = (
     "optim.max_skips",
     "checkpoint.every_steps",
     "checkpoint.keep",
-    "eval.questions",
     "log.every_steps",
     "task.digits",
     "optim.eps",
@@ -243,6 +241,9 @@ NOT_NEGATIVE = (
     "advantage.eps",
     "loss.entropy_coef",
     "reference.every_updates",
+    "rollout.max_prompt_tokens",
+    "eval.questions",
+    "task.max_unreadable",
 )
 
 
@@ -426,18 +427,23 @@ def test_values_at_their_bounds_pass(values):
 
 # A key without effect, the values that give it one, and the switch that takes it away.
 IDLE = [
-    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='addition'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='addition'"),
-    ("task.digits", "2", {"task.name": "addition"}, "task.name='file'"),
-    ("task.shots", "2", {"task.name": "addition"}, "task.name='file'"),
-    ("task.digits", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
-    ("task.shots", "2", {"task.name": "addition"}, "task.name='my.module:primes'"),
-    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='my.py:primes'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='~/my.py:primes'"),
-    ("task.digits", "2", {"task.name": "addition"}, "task.name='python'"),
-    ("task.shots", "2", {"task.name": "addition"}, "task.name='python'"),
-    ("task.path", "q.jsonl", {"task.name": "file"}, "task.name='python'"),
-    ("task.eval_path", "q.jsonl", {"task.name": "file", "task.path": "q.jsonl"}, "task.name='python'"),
+    *(
+        (key, value, {"task.name": "file", "task.path": "q.jsonl"}, f"task.name={off!r}")
+        for key, value in (
+            ("task.path", "q.jsonl"),
+            ("task.eval_path", "e.jsonl"),
+            ("task.question", "problem"),
+            ("task.answer", "solution"),
+            ("task.choices", "options"),
+        )
+        for off in ("addition", "my.py:primes", "~/my.py:primes", "python")
+    ),
+    *(
+        (key, "2", {"task.name": "addition"}, f"task.name={off!r}")
+        for key in ("task.digits", "task.shots")
+        for off in ("file", "my.module:primes", "python")
+    ),
+    ("eval.every_steps", "5", {"eval.questions": "8"}, "eval.questions=0"),
     ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
     (
         "optim.end_lr_fraction",
@@ -731,6 +737,8 @@ MAY_CHANGE = {
     "model.attention",
     "log.entropy",
     "optim.max_skips",
+    "reward.deadline",
+    "task.max_unreadable",
 }
 
 

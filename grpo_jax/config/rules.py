@@ -40,6 +40,7 @@ NO_EFFECT: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("optim.schedule", ("constant",), ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", ("adafactor",), ("optim.b1", "optim.b2", "optim.eps", "optim.mu_dtype")),
     ("optim.name", ("lion",), ("optim.eps",)),
+    ("eval.questions", (0,), ("eval.every_steps",)),
     ("eval.temperature", (0,), ("eval.top_k", "eval.top_p", "eval.min_p")),
     ("advantage.std", ("none",), ("advantage.ddof", "advantage.eps")),
     ("loss.ratio", ("token", "sequence", "sequence_token"), ("loss.clip_difference",)),
