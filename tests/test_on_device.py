@@ -107,6 +107,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_crashes_or_takes_too_long_does_not_stop_the_others(start):
     command = start(FAILURES, "--budget=30")
     lines, err = finish(command)
