@@ -43,7 +43,7 @@ from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.tasks.addition import addition_task
 from grpo_jax.text.problem import Prompts
-from grpo_jax.text.prompt import completion_eos_ids, encode_prompts
+from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import Experience, PackedBatch, Rollout
 from grpo_jax.weights.model_io import load
@@ -93,6 +93,7 @@ def read_values() -> Values:
 def update_config() -> Config:
     """Returns the default config with a larger KL penalty, unequal clip limits, and steps that float32 resolves."""
     raw = default()
+    raw.rollout.max_prompt_tokens = 80
     raw.rollout.prompts, raw.rollout.samples = len(DIGITS) * PROMPTS_OF_A_LENGTH, SAMPLES
     raw.loss.kl_coef, raw.loss.clip_high, raw.optim.lr = 0.1, 0.3, 0.01
     return check(raw)
@@ -230,7 +231,7 @@ def choose_prompts(model_cfg: ModelConfig, params) -> Values:
     tokenizer, rollout = load_tokenizer(find_model("tiny")), update_config().rollout
     task = [addition_task(digits) for digits in DIGITS]
     problems = [task(index, seed=SEED, split="eval") for task in task for index in range(CANDIDATES)]
-    prompts = encode_prompts(tokenizer, problems, range(len(problems)), rollout.max_prompt_tokens)
+    prompts = encode_prompts(PromptFormat(tokenizer), problems, range(len(problems)), rollout.max_prompt_tokens)
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     values = {
         "prompt_tokens": prompts.tokens,

@@ -11,14 +11,15 @@ from grpo_jax.config import flags
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import EVALUATION_KEY, build_context
+from grpo_jax.run.context import EVALUATION_KEY, build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import evaluation_line
 from grpo_jax.run.policy import load_policy
+from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import fold_in_all
 from grpo_jax.tasks.problem_file import read_problems
+from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
-from grpo_jax.text.prompt import encode_prompts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,13 +38,11 @@ def main(argv: Sequence[str]) -> None:
     cfg = configs.check(raw)
     reward_parts = resolve_parts(cfg)
     join_processes(os.environ)
-    context = build_context(cfg, reward_parts=reward_parts)
-    configs.check_model(cfg, context.model_cfg)
-    if options.questions:
-        problems = read_problems(options.questions)
-    else:
-        problems = held_out_problems(resolve_task(cfg.task), cfg.eval.questions)
-    encode_prompts(context.tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)  # checks lengths
+    task = ProblemList([], read_problems(options.questions)) if options.questions else resolve_task(cfg.task)
+    base = read_base_model(cfg)
+    cfg, task, _ = fit_prompts(cfg, base, task)
+    context = build_context(cfg, base, reward_parts=reward_parts)
+    problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh):
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)

@@ -11,11 +11,12 @@ from grpo_jax.config import flags
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import is_multiprocess
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import GENERATION_KEY, build_context
+from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model
 from grpo_jax.run.generation import stream_completion
 from grpo_jax.run.policy import load_policy
+from grpo_jax.run.prompt_limit import fit_prompts
+from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.text.problem import Problem
-from grpo_jax.text.prompt import encode_prompts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         'python -m grpo_jax.generate --workdir=runs/r1zero --prompt="What is 347 + 589?"',
         of_a_run=True,
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question, which is inserted into the template")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question, which is inserted into prompt.template")
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy; default: rollout.temperature; eval.top_k, top_p, min_p apply"
     )
@@ -40,10 +41,9 @@ def main(argv: Sequence[str]) -> None:
     cfg = configs.check(raw)
     if is_multiprocess(os.environ):
         raise UserError("generate runs in one process; found the variables of several. Start it on its own.")
-    context = build_context(cfg)
-    configs.check_model(cfg, context.model_cfg)
-    # Checks the prompt's length before the policy is loaded.
-    encode_prompts(context.tokenizer, [Problem(options.prompt, "", {})], [0], cfg.rollout.max_prompt_tokens)
+    base = read_base_model(cfg)
+    cfg, _, _ = fit_prompts(cfg, base, ProblemList([], [Problem(options.prompt, "", id="--prompt")]))
+    context = build_context(cfg, base)
     with jax.set_mesh(context.mesh):
         _, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)

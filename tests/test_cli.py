@@ -116,7 +116,7 @@ def asking(path: Path, *questions: str) -> str:
             "one that may be -1; found mesh.data=-1 mesh.fsdp=-1 mesh.expert=1 mesh.tensor=1",
         ),
         (["--config.model.path=no/such/model"], "No model folder found at no/such/model. Set model.path"),
-        (["--config.rollout.max_tokens=500"], r"at most the model's 512 positions .*found \d+ \+ 500. Lower one"),
+        (["--config.rollout.max_tokens=500"], r"the model's 512 positions .* Set rollout.max_tokens=439"),
         (["--config.task.name=adition"], "task.name must be 'addition', .*found 'adition'. Did you mean 'addition'"),
         (["--config.task.name=none.py:primes"], "task.name must .*found no file none.py. Correct the path"),
         (
@@ -130,7 +130,8 @@ def asking(path: Path, *questions: str) -> str:
         ),
         (
             ["--config.rollout.max_prompt_tokens=40"],
-            r"at most rollout.max_prompt_tokens=40 tokens; .*problem \d+ .* has \d+\. Raise rollout.max_prompt_tokens",
+            r"max_prompt_tokens=40 tokens; 512 of 512 have more: problem 0 has 73, .*, problem 4 has 73, "
+            r"\.\.\.\. Set rollout.max_prompt_tokens=73\.$",
         ),
         (["--config.job=pretrain"], "job"),
         (["--config.job=sft"], "job"),
@@ -174,7 +175,7 @@ def test_a_question_that_is_too_long_is_refused_before_training(tmp_path, place)
     questions = [f"q{i}" for i in range(20)]
     other = ["q"]
     wrong, index = {"training line": (questions, 3), "held-out line": (questions, 9), "eval_path": (other, 0)}[place]
-    wrong[index] = "word " * 90
+    wrong[index] = "word " * 20
     paths = [f"--config.task.path={asking(tmp_path / 'q.jsonl', *questions)}"]
     if place == "eval_path":
         paths.append(f"--config.task.eval_path={asking(tmp_path / 'e.jsonl', *other)}")
@@ -184,8 +185,10 @@ def test_a_question_that_is_too_long_is_refused_before_training(tmp_path, place)
         R1ZERO,
         *LITTLE,
         "--config.task.name=file",
+        "--config.rollout.max_prompt_tokens=80",
         *paths,
-        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*'word word.* Raise rollout.max_prompt_tokens",
+        says=r"max_prompt_tokens=80 tokens; 1 of \d+ have more: .* has \d+\. "
+        r"Set rollout.max_prompt_tokens=\d+, or leave them out with task.too_long=drop\.$",
     )
 
 
@@ -255,7 +258,10 @@ def test_reading_a_run_needs_its_config_and_a_checkpoint(tmp_path, entry, argv):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ("--config.rollout.max_tokens=500", r"at most the model's 512 positions .*found \d+ \+ 500"),
+        (
+            "--config.rollout.max_tokens=500",
+            r"the model's 512 positions minus rollout.max_tokens=500; .* Set rollout.max_tokens",
+        ),
         ("--config.rollout.sample=4", "Did you mean --config.rollout.samples"),
         ("--config.mesh.data=3", "mesh.data=3"),
         (
@@ -288,7 +294,16 @@ def test_reading_a_run_needs_a_config_or_a_workdir():
     [
         ([], "--prompt must hold a question; found none. Pass --prompt="),
         (["--prompt="], "--prompt must hold a question; found none"),
-        (["--prompt=" + "word " * 90], r"at most rollout.max_prompt_tokens=\d+ tokens; .*Raise rollout.max_prompt_tok"),
+        (
+            ["--prompt=" + "word " * 20, "--config.rollout.max_prompt_tokens=80"],
+            r"max_prompt_tokens=80 tokens; 1 of 1 have more: --prompt has \d+\. Set rollout.max_prompt_tok",
+        ),
+        (
+            ["--prompt=" + "word " * 600],
+            r"at most 456 tokens, the model's 512 positions minus .*--prompt has \d+\. Shorten",
+        ),
+        (["--prompt=\udc80"], r"must be valid Unicode; --prompt has the lone surrogate '\\udc80'\. Remove it"),
+        (["--prompt=hello", "--config.prompt.template=none.txt"], "could not read 'none.txt'"),
         (["--prompt=hello", "--temperature=-1"], "--temperature must be a number of 0 or more; found -1.0"),
         (["--prompt=hello", "--temperature=nan"], "--temperature must be a number of 0 or more; found nan"),
         (["--prompt=hello", "--temperature=warm"], "argument --temperature: invalid float value: 'warm'"),
@@ -314,8 +329,9 @@ def test_a_mistake_in_the_questions_to_evaluate_is_refused(tmp_path):
     refused(
         evaluate.main,
         run,
-        f"--questions={asking(path, 'q', 'word ' * 90)}",
-        says=r"at most rollout.max_prompt_tokens=\d+ tokens; .*problem 1 .*Raise rollout.max_prompt_tokens",
+        f"--questions={asking(path, 'q', 'word ' * 20)}",
+        "--config.rollout.max_prompt_tokens=80",
+        says=r"max_prompt_tokens=80 tokens; 1 of 2 have more: .* has \d+\. Set rollout.max_prompt_tokens=",
     )
 
 
@@ -367,7 +383,7 @@ def command(folder: Path, module: str, *argv: str) -> subprocess.CompletedProces
         ("main", ["--config.rollout.sam\nple=4"], "Did you mean --config.rollout.samples?"),  # a newline in the message
         ("evaluate", ["--config.rollout.max_tokens=4"], "Train first"),
         # The tokenizer's library has warnings of its own, one of them for texts of more than the model's 512 tokens.
-        ("generate", ["--prompt=" + "word " * 600], "Raise rollout.max_prompt_tokens"),
+        ("generate", ["--prompt=" + "word " * 600], "the model's 512 positions"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, says):

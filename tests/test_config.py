@@ -439,6 +439,10 @@ IDLE = [
         for off in ("addition", "my.py:primes", "~/my.py:primes", "python")
     ),
     *(
+        ("task.too_long", "drop", {"task.name": "file", "task.path": "q.jsonl"}, f"task.name={off!r}")
+        for off in ("addition", "my.py:primes")
+    ),
+    *(
         (key, "2", {"task.name": "addition"}, f"task.name={off!r}")
         for key in ("task.digits", "task.shots")
         for off in ("file", "my.module:primes", "python")

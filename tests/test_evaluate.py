@@ -6,7 +6,7 @@ import pytest
 from grpo_jax.config import check, default
 from grpo_jax.rewards.parts import PARTS
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import build_context
+from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
@@ -18,7 +18,7 @@ PARAM_BYTES = 4 * 853_120  # of the tiny model in float32
 def make_config(*, kl_coef=0.001, **eval_keys):
     raw = default()
     raw.loss.kl_coef = kl_coef
-    raw.rollout.max_tokens = 6
+    raw.rollout.max_prompt_tokens, raw.rollout.max_tokens = 80, 6
     raw.rollout.prompts, raw.rollout.samples = 4, 2
     for key, value in eval_keys.items():
         raw["eval"][key] = value
@@ -27,7 +27,7 @@ def make_config(*, kl_coef=0.001, **eval_keys):
 
 @pytest.fixture(scope="module")
 def context():
-    return build_context(make_config(), reward_parts=PARTS)
+    return build_context(make_config(), read_base_model(make_config()), reward_parts=PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_each_problem_has_its_own_draws(context, placed_params):
 @pytest.mark.parametrize("kl_coef, copies", [(0.001, 3), (0.0, 2)])
 def test_training_counts_the_optimizer_state_and_the_reference(context, kl_coef, copies):
     """Besides the policy there are two moments and, with a KL term, the reference. The few extra bytes are counters."""
-    training = build_context(make_config(kl_coef=kl_coef), training=True)
+    cfg = make_config(kl_coef=kl_coef)
+    training = build_context(cfg, read_base_model(cfg), training=True)
     extra = context.rollout_plan.free_bytes - training.rollout_plan.free_bytes
     assert copies * PARAM_BYTES <= extra < copies * PARAM_BYTES + 100

@@ -99,7 +99,7 @@ CASES = {
     ),
     "rollout.prompts": Case(4, 8, ("train prompt", "init_decode", "update")),
     "rollout.samples": Case(4, 8, ("train completion", "init_decode", "update")),
-    "rollout.max_prompt_tokens": Case(80, 96, ("init_decode", "update")),
+    "rollout.max_prompt_tokens": Case(0, 96, ("init_decode", "update")),
     "rollout.max_tokens": Case(24, 8, (*COMPLETIONS, "update")),
     "rollout.temperature": Case(1.0, 2.0, ("train completion", *LEARNING)),
     "rollout.stop_strings": Case(("</answer>",), (">",), COMPLETIONS),

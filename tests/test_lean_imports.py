@@ -9,7 +9,18 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 # Packages that a machine with a GPU need not have, and those that `make wheels` downloads for it.
-OPTIONAL = ["array_record", "beartype", "datasets", "gguf", "grain", "matplotlib", "mpmath", "pyarrow", "pytest", "torch"]
+OPTIONAL = [
+    "array_record",
+    "beartype",
+    "datasets",
+    "gguf",
+    "grain",
+    "matplotlib",
+    "mpmath",
+    "pyarrow",
+    "pytest",
+    "torch",
+]
 BROUGHT = ["ml_collections", "tensorboardX"]
 
 PUBLIC_FUNCTIONS = """

@@ -29,6 +29,7 @@ SHORT = int((prefill_activation_bytes(MODEL, 80) + 2**21) / 0.9)  # leaves 2 MiB
 def plan(monkeypatch, *, total=TOTAL, held=0, mesh=None, **rollout):
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: total)
     cfg = default()
+    cfg.rollout.max_prompt_tokens = 80
     for key, value in rollout.items():
         cfg.rollout[key] = value
     return plan_rollout(check(cfg), MODEL, mesh or make_mesh(devices=jax.devices()[:1]), held)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.mesh import constrain, drop_indivisible_axes, make_mesh
-from grpo_jax.run.context import build_context
+from grpo_jax.run.context import build_context, read_base_model
 
 
 def test_minus_one_becomes_the_remaining_devices():
@@ -26,9 +26,10 @@ def test_sizes_that_do_not_match_the_devices_are_refused(sizes):
 
 def test_a_run_logs_each_dropped_axis_once(caplog):
     cfg = default()
-    cfg.mesh.data, cfg.mesh.tensor = 1, 8
+    cfg.mesh.data, cfg.mesh.tensor, cfg.rollout.max_prompt_tokens = 1, 8, 80
+    cfg = check(cfg)
     with caplog.at_level(logging.WARNING, logger="grpo_jax"):
-        build_context(check(cfg), training=True)
+        build_context(cfg, read_base_model(cfg), training=True)
     dropped = [message for message in caplog.messages if "is not split over" in message]
     assert dropped and len(dropped) == len(set(dropped))
 

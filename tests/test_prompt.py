@@ -1,40 +1,67 @@
-"""The prompt template, BOS and EOS in encoded prompts, and the decoded text that the rewards read."""
+"""Prompt templates, special tokens in encoded prompts, and the decoded text that the rewards read."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.errors import UserError
 from grpo_jax.text.decoding import decode_completion, decode_completions
 from grpo_jax.text.problem import Problem
-from grpo_jax.text.prompt import (
-    completion_eos_ids,
-    encode_prompts,
-    encode_text,
-    format_prompt,
-)
+from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts, format_prompt
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 BOS, EOS = "<s>", "</s>"
 
 
-def byte_tokenizer(template: str = "$A", merges=()) -> PreTrainedTokenizerFast:
+CHAT = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def byte_tokenizer(template: str = "$A", merges=(), special=(), chat=None) -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per byte and one per merge.
 
     Args:
         template: What the post-processor turns a text $A into.
         merges: Pairs of pieces that form one token.
+        special: Special tokens besides BOS and EOS.
+        chat: The chat template.
     """
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.add_special_tokens([BOS, EOS, *special])
     ends = [(name, tokenizer.token_to_id(name)) for name in (BOS, EOS)]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, chat_template=chat)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a tokenizer that adds BOS and EOS, with a chat template that writes BOS itself."""
+    return byte_tokenizer(f"{BOS} $A {EOS}", special=["<|im_start|>", "<|im_end|>"], chat=CHAT)
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text without BOS and EOS."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, question, template="r1zero") -> list[int]:
+    return PromptFormat(tokenizer, str(template)).encode([Problem(question, "")], ["q.jsonl line 1"])[0]
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A template that is the question alone."""
+    (tmp_path / "bare.txt").write_text("{question}")
+    return tmp_path / "bare.txt"
 
 
 def test_the_template_is_that_of_r1_zero():
@@ -52,40 +79,177 @@ def test_braces_in_a_question_are_ordinary_text(question):
     assert format_prompt(question) == format_prompt("Q").replace("User: Q.", f"User: {question}.")
 
 
-def test_bos_comes_exactly_once_if_the_tokenizer_adds_it():
+def test_bos_comes_exactly_once_if_the_tokenizer_adds_it(tmp_path):
     tokenizer = byte_tokenizer(f"{BOS} $A")
-    for text in ("hello", BOS + "hello"):  # the second text starts with its own
-        ids = encode_text(tokenizer, text)
+    for template in ("{question}", BOS + "{question}"):  # the second text starts with its own
+        (tmp_path / "t.txt").write_text(template)
+        ids = encode(tokenizer, "hello", tmp_path / "t.txt")
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.decode(ids[1:]) == "hello"
 
 
-def test_bos_is_not_added_if_the_tokenizer_has_one_but_does_not_add_it():
+def test_bos_is_not_added_if_the_tokenizer_has_one_but_does_not_add_it(bare):
     tokenizer = byte_tokenizer()
-    ids = encode_text(tokenizer, "hello")
+    ids = encode(tokenizer, "hello", bare)
     assert tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in ids
     assert len(ids) == len("hello")
 
 
-def test_without_bos_and_eos_only_the_text_is_encoded():
+def test_without_bos_and_eos_only_the_text_is_encoded(bare):
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
-    assert tokenizer.decode(encode_text(tokenizer, "hello")) == "hello"
+    assert tokenizer.decode(encode(tokenizer, "hello", bare)) == "hello"
 
 
-def test_eos_that_the_tokenizer_appends_is_removed():
+def test_eos_that_the_tokenizer_appends_is_removed(tmp_path, bare):
     tokenizer = byte_tokenizer(f"{BOS} $A {EOS}")
     assert tokenizer("hello")["input_ids"][-1] == tokenizer.eos_token_id  # there is something to remove
-    ids = encode_text(tokenizer, "hello")
+    ids = encode(tokenizer, "hello", bare)
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids[1:]) == "hello"
+
+
+def test_a_file_is_a_template_to_the_character(tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeff{x} é\r\n{question} {0}{question}\n".encode())
+    prompts = PromptFormat(byte_tokenizer(), str(tmp_path / "t.txt"))
+    assert prompts.text(Problem("{question} {x}", "")) == "{x} é\r\n{question} {x} {0}{question} {x}\n"
+
+
+def test_a_template_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "none.txt").write_text("Question: {Question}")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9 {question}")
+    for name, says in (
+        ("r1zer0", "must be 'r1zero', 'chat' or a UTF-8 text file; could not read 'r1zer0': .*No such file"),
+        ("latin.txt", "could not read .*latin.txt.*can't decode byte 0xe9"),
+        ("none.txt", r"none.txt must contain \{question\}, .*found none. Add it"),
+        ("", "could not read .*directory"),
+        ("a\0b", "could not read .*null byte"),
+    ):
+        with pytest.raises(UserError, match=says):
+            PromptFormat(byte_tokenizer(), name if name in ("r1zer0", "a\0b") else str(tmp_path / name))
+    with pytest.raises(UserError, match="chat needs a tokenizer with a chat template; found none"):
+        PromptFormat(byte_tokenizer(), "chat")
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "2 + 2?"}]},
+]
+
+
+def test_a_conversation_continues_the_template():
+    text = PromptFormat(byte_tokenizer()).text(Problem(TURNS, "4"))
+    assert text == "Be brief.\n\n" + format_prompt("1 + 1?. Assistant: 2 User: And 2 + 2?")
+    single = PromptFormat(byte_tokenizer()).text(Problem([{"role": "user", "content": "Q"}], ""))
+    assert single == format_prompt("Q")
+
+
+def test_a_chat_template_is_given_the_messages_and_nothing_is_added():
+    tokenizer = chat_tokenizer()
+    plain = [*TURNS[:3], {"role": "user", "content": "And 2 + 2?"}]
+    for question, messages in ((TURNS, plain), ("Q é", [{"role": "user", "content": "Q é"}])):
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert encode(tokenizer, question, "chat") == expected
+        assert expected.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in expected
+    assert PromptFormat(tokenizer, "chat").text(Problem("Q", "")) == (
+        BOS + "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_date_in_llamas_chat_templates_is_the_same_on_every_day():
+    tokenizer = byte_tokenizer(chat="{{ date_string or strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    assert PromptFormat(tokenizer, "chat").text(Problem("Q", "")) == "26 Jul 2024 Q"
+
+
+def test_what_a_chat_template_raises_names_the_problem():
+    tokenizer = byte_tokenizer(chat="{{ raise_exception('System role\nnot supported') }}")
+    says = (
+        "chat template must accept the messages of q.jsonl line 1; it raised TemplateError: System role not supported"
+    )
+    with pytest.raises(UserError, match=says):
+        encode(tokenizer, "Q", "chat")
+
+
+@pytest.mark.parametrize(
+    "question, says",
+    [
+        ([], "last message must be the user's; that of q.jsonl line 1 is"),
+        (TURNS[:3], "last message must be the user's; that of q.jsonl line 1 is .*assistant"),
+        ([{"role": "user"}], "must have a role .* and a text as content; those of q.jsonl line 1 are"),
+        ([{"content": "Q"}], "must have a role"),
+        ([{"role": "tool", "content": "Q"}], "must have a role .*'tool'"),
+        ([{"role": ["user"], "content": "Q"}], "must have a role"),
+        ([{"role": "user", "content": None}], "must have a role .*None"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "must have a role .*image"),
+        (["Q"], "must have a role"),
+        (5, "must have a role"),
+        ("a\ud800", r"valid Unicode; q.jsonl line 1 has the lone surrogate '\\ud800'"),
+        ([{"role": "user", "content": "\udfff"}], "valid Unicode; q.jsonl line 1"),
+    ],
+)
+@pytest.mark.parametrize("template", ["r1zero", "chat"])
+def test_malformed_messages_are_refused_with_the_problem(question, says, template):
+    with pytest.raises(UserError, match=says) as raised:
+        encode(chat_tokenizer(), question, template)
+    assert "\n" not in str(raised.value)
+
+
+SPELLED = f"{BOS}a<|im_end|>\n<|im_start|>system {EOS}{EOS}"
+
+
+@pytest.mark.parametrize("template", ["r1zero", "chat", "{question}", BOS + "<|im_start|>{question}<|im_end|>" + EOS])
+def test_special_tokens_spelled_out_in_a_question_stay_text(tmp_path, template):
+    """The template's own are special: replacing the question's by other text leaves the same special tokens."""
+    if "{" in template:
+        (tmp_path / "t.txt").write_text(template)
+        template = tmp_path / "t.txt"
+    tokenizer = chat_tokenizer()
+    special = tokenizer.convert_tokens_to_ids([BOS, EOS, "<|im_start|>", "<|im_end|>"])
+
+    def special_ids(question):
+        return [token for token in encode(tokenizer, question, template) if token in special]
+
+    text = PromptFormat(tokenizer, str(template)).text(Problem(SPELLED, ""))
+    assert tokenizer.decode(encode(tokenizer, SPELLED, template)) in (text, BOS + text)
+    assert special_ids(SPELLED) == special_ids("a b")
+    last = {"role": "user", "content": SPELLED}
+    assert special_ids([*TURNS[:3], last]) == special_ids(TURNS)
+    spelled = [turn | {"content": SPELLED} for turn in TURNS]
+    assert special_ids(spelled) == special_ids(TURNS)
+
+
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_the_ids_around_the_templates_tokens_are_those_of_the_whole_text(tmp_path, rstrip):
+    """Only the ids of the special token that the question spells out differ from those of the whole text."""
+    tokenizer = byte_tokenizer(f"{BOS} $A", merges=MERGES)
+    tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=rstrip)], special_tokens=True)
+    (tmp_path / "t.txt").write_text("<|user|>\n {question}>\n\n<|user|>")
+    ids, (user,) = encode(tokenizer, f"a{EOS}b", tmp_path / "t.txt"), tokenizer.convert_tokens_to_ids(["<|user|>"])
+    whole = tokenizer(f"<|user|>\n a{EOS}b>\n\n<|user|>")["input_ids"]
+    assert ids.count(user) == 2 and tokenizer.eos_token_id in whole
+    at = whole.index(tokenizer.eos_token_id)
+    assert ids == [*whole[:at], *encode_text(tokenizer, "<"), *encode_text(tokenizer, "/s>"), *whole[at + 1 :]]
+
+
+def test_lengths_are_those_of_the_encoded_prompts():
+    tokenizer = chat_tokenizer()
+    problems = [Problem("word " * (i % 7) + EOS * (i % 5 == 0), "") for i in range(2100)]  # more than a chunk
+    names = [str(i) for i in range(2100)]
+    for template in ("r1zero", "chat"):
+        prompts = PromptFormat(tokenizer, template)
+        lengths = prompts.lengths(problems, names)
+        assert lengths.tolist() == [len(ids) for ids in prompts.encode(problems, names)]
+        assert len(set(lengths.tolist())) > 7
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_prompts_are_padded_on_the_right():
     problems = [Problem("a", "", {}), Problem("abc", "", {})]
     tokenizer = byte_tokenizer(f"{BOS} $A {EOS}")
     width = len(format_prompt("abc")) + 1  # BOS; all bytes are ASCII
-    prompts = encode_prompts(tokenizer, problems, [40, 41], width + 3)
+    prompts = encode_prompts(PromptFormat(tokenizer), problems, [40, 41], width + 3)
     assert prompts.tokens.shape == (2, width + 3)
     assert prompts.lengths.tolist() == [width - 2, width]
     assert prompts.ids.tolist() == [40, 41]
@@ -95,11 +259,14 @@ def test_prompts_are_padded_on_the_right():
 
 
 def test_a_prompt_of_max_tokens_fits_and_a_longer_one_is_a_user_error():
-    problems = [Problem("abc", "", {})]
-    width = len(format_prompt("abc"))
-    assert encode_prompts(byte_tokenizer(), problems, [7], width).lengths.tolist() == [width]
-    with pytest.raises(UserError, match=f"problem 7 .*'abc'.* has {width}. Raise rollout.max_prompt_tokens"):
-        encode_prompts(byte_tokenizer(), problems, [7], width - 1)
+    width, prompts = len(format_prompt("abc")), PromptFormat(byte_tokenizer())
+    assert encode_prompts(prompts, [Problem("abc", "")], [7], width).lengths.tolist() == [width]
+    for problem, name in (
+        (Problem("abc", ""), "problem 7"),
+        (Problem("abc", "", id="q.jsonl line 3"), "q.jsonl line 3"),
+    ):
+        with pytest.raises(UserError, match=f"that of {name} has {width}. Raise rollout.max_prompt_tokens"):
+            encode_prompts(prompts, [problem], [7], width - 1)
 
 
 # These make `>\n\n` one token, as in many vocabularies. Byte-level tokenizers write a newline as Ċ.

@@ -28,7 +28,8 @@ from grpo_jax.rollout.sampler import (
     to_rollout,
 )
 from grpo_jax.rollout.slots import decode_tokens, init_decode, prefill_batch_size, prefill_prompts, resize_cache
-from grpo_jax.text.prompt import encode_text, format_prompt
+from grpo_jax.text.problem import Problem
+from grpo_jax.text.prompt import PromptFormat
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
@@ -257,7 +258,7 @@ def test_stop_strings_end_a_completion_however_they_are_tokenized():
     """A completion of the tiny base ends with the token that completes a string, and not before."""
     model_cfg, tiny_weights = load(find_model("tiny"))
     tokenizer = load_tokenizer(find_model("tiny"))
-    prompt = encode_text(tokenizer, format_prompt("What is 1 + 2?"))
+    prompt = PromptFormat(tokenizer).encode([Problem("What is 1 + 2?", "3")], [""])[0]
     strings = ["</think> <answer>", "hink> I", "carry 1. "]
     made = sample(model_cfg, tiny_weights, [prompt], jax.random.key(0), samples=8, max_tokens=24, stop_strings=strings)
     for tokens, length, truncated in zip(made.tokens[0], made.lengths[0], made.truncated[0], strict=True):

@@ -264,8 +264,11 @@ def test_an_exception_in_a_task_is_reported_with_its_location():
 
 
 def test_prompts_of_a_whole_list_and_of_the_start_of_an_endless_task_are_checked():
-    assert problems_to_check(ProblemList(listed(3), listed(1)), 0) == [*listed(3), *listed(1)]
-    assert problems_to_check(addition_task(3), 7) == addition(range(CHECKED_PROBLEMS), seed=7)
+    assert problems_to_check(ProblemList(listed(3), listed(2)), 0, 1) == (listed(3), listed(2))
+    train, held_out = problems_to_check(addition_task(3), 7, 5)
+    assert train == addition(range(CHECKED_PROBLEMS), seed=7)
+    assert held_out == held_out_problems(addition_task(3), 5)
+    assert problems_to_check(addition_task(3), 7, 0) == (train, [])
 
 
 def test_problems_compare_by_value_and_cannot_be_changed():

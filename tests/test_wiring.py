@@ -21,7 +21,6 @@ import grpo_jax.run.train
 from grpo_jax import load, sample
 from grpo_jax.main import main
 from grpo_jax.run.context import EVALUATION_KEY, GENERATION_KEY, SAMPLING_KEY, SHUFFLING_KEY
-from grpo_jax.text.prompt import encode_text
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 REPO = Path(__file__).parent.parent
@@ -137,7 +136,7 @@ def count_redrawn(workdir):
     tokenizer, model_cfg = load_tokenizer(BASE), load(BASE)[0]
     with ocp.StandardCheckpointer() as checkpointer:
         params = jax.tree.map(np.asarray, checkpointer.restore(workdir / "checkpoints" / "4" / "policy"))
-    prompts = {record["prompt_id"]: encode_text(tokenizer, record["prompt"]) for record in records}
+    prompts = {record["prompt_id"]: tokenizer(record["prompt"])["input_ids"] for record in records}
     rollout = sample(
         replace(model_cfg, tokenizer_vocab_size=len(tokenizer.get_vocab())),
         params,

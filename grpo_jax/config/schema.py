@@ -141,7 +141,7 @@ class RolloutSection:
     prompts: int = key(16, "B, number of prompts per rollout", at_least=1)
     samples: int = key(8, "G, number of completions per prompt", at_least=2, because=GROUP_OF_TWO)
     max_prompt_tokens: int = key(
-        80, "T, longest prompt in tokens (see task.too_long); 0 for that of the problems", at_least=0
+        0, "T, longest prompt in tokens (see task.too_long); 0 for that of the problems", at_least=0
     )
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)

@@ -18,9 +18,7 @@ from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
-from grpo_jax.tasks.streams import held_out_problems, problems_to_check
-from grpo_jax.tasks.task import Task
-from grpo_jax.text.prompt import completion_eos_ids, encode_prompts
+from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import open_model_tensors
 from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
@@ -30,11 +28,20 @@ from grpo_jax.weights.tokenizer import load_tokenizer
 SAMPLING_KEY, EVALUATION_KEY, SHUFFLING_KEY, GENERATION_KEY = range(4)
 
 
+class BaseModel(NamedTuple):
+    """What is read of the base model before its weights and before any device work."""
+
+    source: Path  # a Hugging Face folder or a GGUF file
+    model_cfg: ModelConfig
+    prompt_format: PromptFormat  # with the tokenizer
+
+
 class RunContext(NamedTuple):
     """The objects that a run needs besides its config. All of them are known before any device work."""
 
     source: Path  # the base model: a Hugging Face folder or a GGUF file
     model_cfg: ModelConfig
+    prompt_format: PromptFormat
     tokenizer: Any
     stop_ids: tuple[int, ...]  # the EOS ids that end a completion
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
@@ -43,13 +50,28 @@ class RunContext(NamedTuple):
     reward_parts: Mapping[str, RewardPart]  # by label; empty where nothing is graded
 
 
+def read_base_model(cfg: Config) -> BaseModel:
+    """Finds the base model, and reads its config, its tokenizer and the prompt template.
+
+    Raises:
+        UserError: One of them cannot be found or read.
+    """
+    source = find_model(cfg.model.path)
+    return BaseModel(source, read_model_config(source), PromptFormat(load_tokenizer(source), cfg.prompt.template))
+
+
 def build_context(
-    cfg: Config, *, reward_parts: Mapping[str, RewardPart] | None = None, training: bool = False
+    cfg: Config,
+    base: BaseModel,
+    *,
+    reward_parts: Mapping[str, RewardPart] | None = None,
+    training: bool = False,
 ) -> RunContext:
     """Builds the context of a run and checks that the model fits the config and the devices.
 
     Args:
-        cfg: A checked config.
+        cfg: A checked config, in which `rollout.max_prompt_tokens` is not 0 (see `grpo_jax.run.prompt_limit`).
+        base: The base model, from `read_base_model`.
         reward_parts: The reward parts by label, if completions will be graded.
         training: Whether the optimizer state and the reference take memory besides the policy.
 
@@ -57,11 +79,10 @@ def build_context(
         The context, whose rollout plan says how many decode slots fit in the remaining memory.
 
     Raises:
-        UserError: The model folder, the tokenizer, the mesh or the memory does not fit the config.
+        UserError: The model, the tokenizer, the mesh or the memory does not fit the config.
     """
-    source = find_model(cfg.model.path)
-    model_cfg = read_model_config(source)
-    tokenizer = load_tokenizer(source)
+    source, model_cfg, prompt_format = base
+    tokenizer = prompt_format.tokenizer
     model_cfg = apply_model_options(cfg, source, model_cfg, tokenizer, training)
     open_model_tensors(source, model_cfg)  # raises here if a tensor is missing or has the wrong shape
     mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert)
@@ -69,7 +90,7 @@ def build_context(
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training), strict=training)
-    return RunContext(source, model_cfg, tokenizer, stop_ids, stop_table, mesh, plan, reward_parts or {})
+    return RunContext(source, model_cfg, prompt_format, tokenizer, stop_ids, stop_table, mesh, plan, reward_parts or {})
 
 
 def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, tokenizer, training: bool) -> ModelConfig:
@@ -106,15 +127,3 @@ def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bo
         reference = param_shapes(model_cfg, cfg.model.reference_dtype)
         total += bytes_per_device(reference, tree_shardings(mesh, reference))
     return total
-
-
-def check_prompt_lengths(cfg: Config, tokenizer, task: Task) -> None:
-    """Checks that prompts fit in `rollout.max_prompt_tokens`, before training starts.
-
-    All problems of a file or a list are checked. Any other task may be endless, so only its first problems are.
-
-    Raises:
-        UserError: A prompt is too long, or the task fails or holds out no problems.
-    """
-    for problems in (problems_to_check(task, cfg.seed), held_out_problems(task, cfg.eval.questions)):
-        encode_prompts(tokenizer, problems, range(len(problems)), cfg.rollout.max_prompt_tokens)

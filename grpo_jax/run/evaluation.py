@@ -40,11 +40,11 @@ def evaluate(
         # A short last batch is filled up so that it has the compiled shape; the copies give no records.
         padded = batch + batch[-1:] * (batch_size - len(batch))
         prompt_ids = range(start, start + batch_size)
-        prompts = encode_prompts(context.tokenizer, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
+        prompts = encode_prompts(context.prompt_format, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
         rollout = generate_rollout(context.model_cfg, params, prompts, key, samples=1, filter=filter, **sampling)
         rollout = gather_to_host(rollout)
         texts, rewards = grade_completions(cfg, context, padded, rollout)
-        records += sample_records(padded, rollout, texts, rewards, count=len(batch))
+        records += sample_records(context, padded, rollout, texts, rewards, count=len(batch))
     names = records[0]["rewards"]
     means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in names}
     means["eval/length_mean"] = np.mean([record["length"] for record in records])

@@ -26,7 +26,7 @@ def stream_completion(cfg: Config, context: RunContext, params, question: str, k
         question: The question, which is inserted into the template.
         key: The random key.
     """
-    prompts = encode_prompts(context.tokenizer, [Problem(question, "", {})], [0], cfg.rollout.max_prompt_tokens)
+    prompts = encode_prompts(context.prompt_format, [Problem(question, "")], [0], cfg.rollout.max_prompt_tokens)
     max_tokens = cfg.rollout.max_tokens
     limits = np.full((1, 1), max_tokens)
     columns = prompts.tokens.shape[1] + max_tokens  # the cache never has to grow

@@ -18,7 +18,6 @@ from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
 from grpo_jax.text.decoding import decode_completions
 from grpo_jax.text.problem import Problem, Prompts
-from grpo_jax.text.prompt import format_prompt
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
 
@@ -172,11 +171,17 @@ def measure_rollout(
 
 
 def sample_records(
-    problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], rewards: Rewards, count: int
+    context: RunContext,
+    problems: Sequence[Problem],
+    rollout: Rollout,
+    texts: Sequence[str],
+    rewards: Rewards,
+    count: int,
 ) -> list[dict]:
     """Returns the records of the first `count` completions of a rollout, as plain Python values.
 
     Args:
+        context: The run's context.
         problems: The B problems of the rollout.
         rollout: Their N = B * G completions, as host arrays.
         texts: The text of each completion.
@@ -193,7 +198,7 @@ def sample_records(
                 "prompt_id": int(rows["prompt_ids"][n]),
                 "sample_id": int(rows["sample_ids"][n]),
                 "question": problem.question,
-                "prompt": format_prompt(problem.question),
+                "prompt": context.prompt_format.text(problem),
                 "completion": texts[n],
                 "tokens": rows["tokens"][n, :length].tolist(),
                 "logps": rows["logps"][n, :length].tolist(),

@@ -26,9 +26,10 @@ from grpo_jax.rewards.parts import RewardPart, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
 from grpo_jax.run.console import RunLog, describe_run, num_records
-from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext, build_context, check_prompt_lengths
+from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext, build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import before_and_after, evaluation_line, read_metrics, write_samples
+from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import (
     add_advantages,
     draw_completions,
@@ -114,9 +115,9 @@ def train(
     task = make_task(problems, cfg.task)
     reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
     join_processes(os.environ)
-    context = build_context(cfg, reward_parts=reward_parts, training=True)
-    configs.check_model(cfg, context.model_cfg)
-    check_prompt_lengths(cfg, context.tokenizer, task)
+    base = read_base_model(cfg)
+    fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
+    context = build_context(fitted, base, reward_parts=reward_parts, training=True)
     done = newest_step(workdir)
     if done > cfg.total_steps:
         raise UserError(
@@ -125,10 +126,11 @@ def train(
         )
     if jax.process_index() == 0:
         configs.write_config(workdir, cfg)
+        print(prompt_lengths)
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
     with jax.set_mesh(context.mesh):
-        metrics = run_updates(cfg, context, task, workdir)
+        metrics = run_updates(fitted, context, task, workdir)
     if jax.process_index() == 0:
         print(before_and_after(workdir))
         print(f"\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}")
@@ -252,7 +254,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             if run.experience is None:
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
-                prompts = encode_prompts(context.tokenizer, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
+                prompts = encode_prompts(context.prompt_format, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
                 run = wait_for_update(run)  # so that the time of sampling does not include it
                 with timed(times, "time/rollout_s"):
                     key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
@@ -275,7 +277,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
             if rollout_metrics and num_records(cfg, step):
-                records = sample_records(problems, rollout, texts, rewards, num_records(cfg, step))
+                records = sample_records(context, problems, rollout, texts, rewards, num_records(cfg, step))
                 recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
             train_state, update_metrics = update(run.train, batch)
             if recording:

@@ -27,13 +27,17 @@ def addition_task(digits: int, shots: int = 0) -> Task:
 
     Args:
         digits: Number of digits of both numbers.
-        shots: Number of solved examples in front of each question; none of them is held out.
+        shots: Number of solved examples in front of each question; none of them is held out or has the same answer.
     """
 
     def problem(index: int, *, seed: int, split: str) -> Problem:
         rng = np.random.default_rng([seed, index, int(split == "eval")])
         a, b = draw_pair(rng, digits, held_out=split == "eval")
-        solved = [draw_pair(rng, digits, held_out=False) for _ in range(shots)]
+        solved: list[tuple[int, int]] = []
+        while len(solved) < shots:
+            x, y = draw_pair(rng, digits, held_out=False)
+            if x + y != a + b:  # or the example would show the answer
+                solved.append((x, y))
         examples = "".join(SOLVED_EXAMPLE.format(a=x, b=y, c=x + y) for x, y in solved)
         return Problem(f"{examples}What is {a} + {b}?", str(a + b), {"a": a, "b": b})
 

@@ -138,8 +138,13 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     return problems
 
 
-def problems_to_check(task: Task, seed: int) -> list[Problem]:
-    """Returns problems whose prompts are checked before training: all of a list, or the first of an endless task."""
+def problems_to_check(task: Task, seed: int, questions: int) -> tuple[list[Problem], list[Problem]]:
+    """Returns the (training, held-out) problems whose prompts are checked before training.
+
+    They are all problems of a list. Another task may be endless: they are its first problems and the held-out problems
+    that are evaluated.
+    """
     if isinstance(task, ProblemList):
-        return [*task.train, *task.held_out]
-    return draw_problems(task, range(CHECKED_PROBLEMS), seed=seed, split="train")
+        return list(task.train), list(task.held_out)
+    train = draw_problems(task, range(CHECKED_PROBLEMS), seed=seed, split="train")
+    return train, held_out_problems(task, questions) if questions else []

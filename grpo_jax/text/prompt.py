@@ -1,16 +1,21 @@
-"""R1-Zero's prompt template, and the encoding of prompts.
+"""Prompt templates, and the encoding of prompts.
 
-The template shapes only the format of a completion and says nothing about its content. A completion is the text from
-the end of the prompt (`Assistant:`) to the stop.
+R1-Zero's template shapes only the format of a completion and says nothing about its content. A completion is the text
+from the end of the prompt (`Assistant:`) to the stop.
 """
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
 
 from grpo_jax.errors import UserError
-from grpo_jax.text.problem import Problem, Prompts
+from grpo_jax.text.problem import Message, Problem, Prompts
 
 # From DeepSeek-R1 (Nature, doi 10.1038/s41586-025-09422-z), Methods.
 R1_ZERO_TEMPLATE = (
@@ -21,10 +26,19 @@ R1_ZERO_TEMPLATE = (
     "User: {question}. Assistant:"
 )
 
+# What stands between the turns of a conversation that continues the template's `User: {question}. Assistant:`.
+BEFORE_TURN = {"user": " User: ", "assistant": ". Assistant: "}
 
-def format_prompt(question: str) -> str:
-    """Inserts a question into the template. Braces in the question are ordinary text."""
-    return R1_ZERO_TEMPLATE.replace("{question}", question)
+CHAT_DATE = "26 Jul 2024"  # the default of Llama's chat templates, so that prompts do not change from day to day
+
+HIDDEN = "c8d5a1c3f0b94c0e9c1f6d2b7e5a4938-"  # begins what stands for a special token that a question spells out
+
+CHUNK_PROMPTS = 1024  # prompts that are encoded together when all are measured
+
+
+def format_prompt(question: str, template: str = R1_ZERO_TEMPLATE) -> str:
+    """Inserts a question into a template. Braces in the question are ordinary text."""
+    return template.replace("{question}", question)
 
 
 def completion_eos_ids(tokenizer: Any, model_eos: Sequence[int] = ()) -> tuple[int, ...]:
@@ -33,23 +47,182 @@ def completion_eos_ids(tokenizer: Any, model_eos: Sequence[int] = ()) -> tuple[i
     return tuple(sorted({*model_eos, *tokenizer_eos}))
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encodes a text with exactly one BOS in front if the tokenizer adds BOS, and without a trailing EOS."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    bos = tokenizer.bos_token_id
+def read_template(name: str, tokenizer: Any) -> str | None:
+    """Returns the template that `prompt.template` names, as a text with `{question}`; None for the chat template.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or the file cannot be read or has no `{question}`.
+    """
+    if name == "r1zero":
+        return R1_ZERO_TEMPLATE
+    if name == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(
+                "prompt.template=chat needs a tokenizer with a chat template; found none in the model's files. Use "
+                "'r1zero' or a file of your own."
+            )
+        return None
+    try:
+        text = Path(name).read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"prompt.template must be 'r1zero', 'chat' or a UTF-8 text file; could not read {name!r}: {error}. Correct "
+            "the path or the file."
+        ) from None
+    if "{question}" not in text:
+        raise UserError(f"{name} must contain {{question}}, which stands for the question; found none. Add it.")
+    return text
+
+
+def join_parts(content: Any) -> str:
+    """Returns the content of a message as one text; raises a KeyError or TypeError if it has parts of another kind."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def read_messages(problem: Problem, name: str) -> list[Message]:
+    """Returns the question of a problem as messages whose contents are texts; `name` is what errors call the problem.
+
+    Raises:
+        UserError: A message has another form, the last one is not the user's, or a text cannot be encoded.
+    """
+    question = problem.question
+    found: Any = [Message(role="user", content=question)] if isinstance(question, str) else question
+    try:
+        messages = [Message(role=message["role"], content=join_parts(message["content"])) for message in found]
+        unknown = {message["role"] for message in messages} - {"system", "user", "assistant"}
+    except (KeyError, TypeError):
+        unknown, messages = {"malformed"}, []
+    if unknown:
+        raise UserError(
+            "Messages must have a role (system, user or assistant) and a text as content; those of "
+            f"{name} are {found!r:.100}. Correct them."
+        )
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"The last message must be the user's; that of {name} is {found[-1:]!r:.100}. Correct it.")
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"A question must be valid Unicode; {name} has the lone surrogate {error.object[error.start]!r}. Remove it."
+        ) from None
+    return messages
+
+
+class PromptFormat:
+    """The tokenizer and the template of a run, which turn problems into prompts.
+
+    A conversation continues the template's `{question}` as in `What is 1 + 1?. Assistant: 2 User: What is 2 + 2?`, and
+    a system text stands before the prompt; a chat template is given the messages.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "r1zero"):
+        """Makes the format from a `transformers` tokenizer and a value of `prompt.template`; see `read_template`."""
+        self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
+        special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+        patterns = (
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in sorted(special, key=lambda token: len(token.content), reverse=True)
+        )
+        self.special = re.compile(f"({'|'.join(patterns) or '(?!)'})")  # the text of a special token
+
+    def text(self, problem: Problem, name: str = "the problem") -> str:
+        """Returns the prompt of a problem as a text; `name` is what errors call the problem."""
+        return self.render(read_messages(problem, name), name)
+
+    def render(self, messages: list[Message], name: str) -> str:
+        """Returns the prompt of a conversation as a text."""
+        if self.template is not None:
+            system = "".join(f"{message['content']}\n\n" for message in messages if message["role"] == "system")
+            turns = [message for message in messages if message["role"] != "system"]
+            text = "".join(BEFORE_TURN[turn["role"]] + turn["content"] for turn in turns)
+            return system + format_prompt(text.removeprefix(BEFORE_TURN["user"]), self.template)
+        options = dict(tokenize=False, add_generation_prompt=True, date_string=CHAT_DATE)
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template raises what it likes
+            raise UserError(
+                f"The tokenizer's chat template must accept the messages of {name}; it raised "
+                f"{' '.join(f'{type(error).__name__}: {error}'.split())[:200]}. Correct that row, or use another "
+                "prompt.template."
+            ) from None
+
+    def encode(self, problems: Sequence[Problem], names: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each prompt.
+
+        Special tokens that a question spells out are encoded as text; those that the template spells out are special.
+
+        Raises:
+            UserError: See `read_messages` and `render`.
+        """
+        named = [(read_messages(problem, name), name) for problem, name in zip(problems, names, strict=True)]
+        texts = [self.render(messages, name) for messages, name in named]
+        if not texts:
+            return []
+        adds_ends = self.template is not None  # a chat template writes BOS itself
+        options = dict(add_special_tokens=adds_ends, return_attention_mask=False, verbose=False)
+        batch = self.tokenizer(texts, **options)["input_ids"]
+        if adds_ends:
+            batch = [trim_ends(self.tokenizer, ids, text) for ids, text in zip(batch, texts, strict=True)]
+        for row, (messages, name) in enumerate(named):
+            if any(self.special.search(message["content"]) for message in messages):
+                batch[row] = self.encode_spelled(messages, name)
+        return batch
+
+    def encode_spelled(self, messages: list[Message], name: str) -> list[int]:
+        """Encodes a prompt whose question spells out special tokens, which stay text."""
+        spelled: list[str] = []
+
+        def hide(match: re.Match) -> str:
+            spelled.append(match[0])
+            return f"{HIDDEN}{len(spelled) - 1}."
+
+        hidden = [
+            Message(role=message["role"], content=self.special.sub(hide, message["content"])) for message in messages
+        ]
+        ids: list[int] = []
+        for i, part in enumerate(self.special.split(self.render(hidden, name))):  # every other part is the template's
+            part = re.sub(HIDDEN + r"(\d+)\.", lambda match: spelled[int(match[1])], part)
+            adds_ends = i == 0 and self.template is not None
+            options = dict(add_special_tokens=adds_ends, split_special_tokens=i % 2 == 0, verbose=False)
+            piece = self.tokenizer(part, **options)["input_ids"]
+            ids += trim_ends(self.tokenizer, piece) if adds_ends else piece
+        return trim_ends(self.tokenizer, ids, self.tokenizer.eos_token or "")
+
+    def lengths(self, problems: Sequence[Problem], names: Sequence[str]) -> Int[np.ndarray, " N"]:
+        """Returns the number of tokens of each of N prompts, using all CPU cores."""
+        before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+        lengths = np.zeros(len(problems), np.int32)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        try:
+            with tqdm(total=len(problems), desc="Measuring prompts", delay=2, leave=False) as bar:
+                for start in range(0, len(problems), CHUNK_PROMPTS):
+                    chunk = slice(start, start + CHUNK_PROMPTS)
+                    encoded = self.encode(problems[chunk], names[chunk])
+                    lengths[chunk] = [len(ids) for ids in encoded]
+                    bar.update(len(encoded))
+        finally:  # a process that is forked later must not wait for threads that it does not have
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+        return lengths
+
+
+def trim_ends(tokenizer: Any, ids: list[int], text: str = "") -> list[int]:
+    """Returns the ids of a text with at most one BOS in front, and without an EOS that the text does not end with."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:  # the text itself starts with the BOS string
         ids = ids[1:]
     # Some tokenizers append EOS to every text. The model would take a prompt that ends with EOS as finished.
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
+    if eos is not None and (ids[-2:] == [eos, eos] or (ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token))):
         ids = ids[:-1]
     return ids
 
 
-def encode_prompts(tokenizer: Any, problems: Sequence[Problem], ids: Sequence[int], max_tokens: int) -> Prompts:
+def encode_prompts(
+    prompt_format: PromptFormat, problems: Sequence[Problem], ids: Sequence[int], max_tokens: int
+) -> Prompts:
     """Encodes problems as prompts, padded on the right to `max_tokens`.
 
     Args:
-        tokenizer: A `transformers` tokenizer.
+        prompt_format: The tokenizer and the template.
         problems: The B problems.
         ids: Index of each problem in its task.
         max_tokens: Width T of the result.
@@ -58,17 +231,17 @@ def encode_prompts(tokenizer: Any, problems: Sequence[Problem], ids: Sequence[in
         The prompts: int32 tokens [B, T], with their lengths [B] and ids [B].
 
     Raises:
-        UserError: A prompt is longer than `max_tokens`. Prompts are never truncated.
+        UserError: A prompt is longer than `max_tokens`, or a question cannot be encoded. Prompts are never truncated.
     """
     tokens = np.zeros((len(problems), max_tokens), np.int32)
-    lengths = np.zeros(len(problems), np.int32)
-    for row, (problem, problem_id) in enumerate(zip(problems, ids, strict=True)):
-        encoded = encode_text(tokenizer, format_prompt(problem.question))
-        if len(encoded) > max_tokens:
+    names = [problem.id or f"problem {index}" for problem, index in zip(problems, ids, strict=True)]
+    encoded = prompt_format.encode(problems, names)
+    for row, name, prompt in zip(tokens, names, encoded, strict=True):
+        if len(prompt) > max_tokens:
             raise UserError(
-                f"A prompt may have at most rollout.max_prompt_tokens={max_tokens} tokens; the prompt of problem "
-                f"{problem_id} ({problem.question[:60]!r}) has {len(encoded)}. Raise rollout.max_prompt_tokens."
+                f"A prompt may have at most rollout.max_prompt_tokens={max_tokens} tokens; that of {name} has "
+                f"{len(prompt)}. Raise rollout.max_prompt_tokens."
             )
-        tokens[row, : len(encoded)] = encoded
-        lengths[row] = len(encoded)
+        row[: len(prompt)] = prompt
+    lengths = np.asarray([len(prompt) for prompt in encoded], np.int32)
     return Prompts(tokens=tokens, lengths=lengths, ids=np.asarray(ids, np.int32))

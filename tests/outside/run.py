@@ -112,7 +112,10 @@ class Run:
     def arrange(self, records):
         """Returns the prompts and completions of records as arrays, whose width is the same for the whole run."""
         max_tokens = self.cfg["rollout"]["max_tokens"]
-        tokens = np.zeros((len(records), self.cfg["rollout"]["max_prompt_tokens"] + max_tokens), int)
+        longest_prompt = (
+            self.cfg["rollout"]["max_prompt_tokens"] or 80
+        )  # 0 follows the task, by default the built-in sums
+        tokens = np.zeros((len(records), longest_prompt + max_tokens), int)
         prompts = [self.tokenizer.encode(record["prompt"]).ids for record in records]
         for row, prompt, record in zip(tokens, prompts, records, strict=True):
             row[: len(prompt) + len(record["tokens"])] = prompt + record["tokens"]

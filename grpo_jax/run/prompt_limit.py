@@ -1,0 +1,94 @@
+"""The longest prompt of a run: `rollout.max_prompt_tokens`, or what the problems need if that is 0."""
+
+import copy
+import logging
+from dataclasses import replace
+from itertools import compress
+
+import numpy as np
+from jaxtyping import Int
+
+from grpo_jax.config.rules import check_model
+from grpo_jax.config.schema import Config
+from grpo_jax.errors import UserError
+from grpo_jax.run.context import BaseModel
+from grpo_jax.tasks.problem_list import ProblemList
+from grpo_jax.tasks.streams import CHECKED_PROBLEMS, problems_to_check
+from grpo_jax.tasks.task import Task
+
+LIMIT_MULTIPLE = 16  # a limit that follows the problems is a multiple of this
+NAMED_PROMPTS = 5  # prompts that are too long are named up to this number
+
+log = logging.getLogger(__name__)
+
+
+def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task, str]:
+    """Chooses the prompt limit of a run, and leaves out the problems that exceed it if the config says so.
+
+    All problems of a list are measured. Any other task may be endless, so only its first problems are, and half the
+    difference between the longest and the shortest prompt is added for later ones.
+
+    Args:
+        cfg: A checked config.
+        base: The base model.
+        task: The task of the run.
+
+    Returns:
+        (cfg, task, line): The config with the limit as `rollout.max_prompt_tokens`, the task, and a line that says how
+        long the prompts are.
+
+    Raises:
+        UserError: A prompt is too long, and `task.too_long` does not leave it out; or the task fails or holds out no
+            problems; or the model has too few positions.
+    """
+    check_model(cfg, base.model_cfg)
+    is_list, positions = isinstance(task, ProblemList), base.model_cfg.max_positions
+    leaves_out = is_list and cfg.task.too_long == "drop"
+    splits = problems_to_check(task, cfg.seed, cfg.eval.questions)
+    names = [
+        [problem.id or f"{kind} {i}" for i, problem in enumerate(split)]
+        for kind, split in zip(("problem", "held-out problem"), splits, strict=True)
+    ]
+    lengths = [base.prompt_format.lengths(*pair) for pair in zip(splits, names, strict=True)]
+    limit = cfg.rollout.max_prompt_tokens
+    if not limit:
+        most = positions - cfg.rollout.max_tokens
+        # A resumed run may evaluate more questions, and must have the same limit.
+        counted = np.concatenate(lengths if is_list else [split[:CHECKED_PROBLEMS] for split in lengths])
+        counted = counted[counted <= most] if leaves_out else counted
+        longest = int(counted.max(initial=0)) or most
+        room = 0 if is_list else (longest - int(counted.min())) // 2
+        limit = min(most, -(-(longest + room) // LIMIT_MULTIPLE) * LIMIT_MULTIPLE)
+    are_short = [split <= limit for split in lengths]
+    measured = np.concatenate(lengths)
+    kept = measured[measured <= limit]
+    if len(kept) < len(measured):
+        if not leaves_out or any(short.size and not short.any() for short in are_short):
+            raise UserError(describe_too_long(cfg, positions, limit, [*names[0], *names[1]], measured, is_list))
+        task = copy.copy(task)
+        task.train, task.held_out = (list(compress(*pair)) for pair in zip(splits, are_short, strict=True))
+        left_out = f"{len(measured) - len(kept):,} of {len(measured):,} problems"
+        log.warning(f"Left out {left_out}, whose prompts have more than {limit} tokens.")
+    line = f"Prompts of {kept.min()} to {kept.max()} tokens; rollout.max_prompt_tokens {limit}"
+    return replace(cfg, rollout=replace(cfg.rollout, max_prompt_tokens=limit)), task, line
+
+
+def describe_too_long(
+    cfg: Config, positions: int, limit: int, names: list[str], lengths: Int[np.ndarray, " N"], is_list: bool
+) -> str:
+    """Describes which of N prompts are longer than the limit, and what would take all of them."""
+    rows, longest = np.flatnonzero(lengths > limit), int(lengths.max())
+    named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]] + ["..."] * (len(rows) > NAMED_PROMPTS)
+    most = positions - cfg.rollout.max_tokens
+    expected, changes = f"rollout.max_prompt_tokens={limit} tokens", [f"rollout.max_prompt_tokens={longest}"]
+    if limit == most and not cfg.rollout.max_prompt_tokens:
+        expected = (
+            f"{limit} tokens, the model's {positions} positions minus rollout.max_tokens={cfg.rollout.max_tokens}"
+        )
+        changes = []
+    changes += [f"rollout.max_tokens={positions - longest}"] * (longest > most)
+    advice = f"Set {' and '.join(changes)}" if longest < positions else "Shorten them"
+    if is_list and cfg.task.too_long == "refuse" and len(rows) < len(lengths):
+        advice += ", or leave them out with task.too_long=drop"
+    found = f"{len(rows):,} of {len(lengths):,} have more: {', '.join(named)}"
+    return f"A prompt may have at most {expected}; {found}. {advice}."
