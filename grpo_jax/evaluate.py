@@ -2,14 +2,18 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
 from grpo_jax import config as configs
 from grpo_jax.config import flags
+from grpo_jax.config.workdir import read_config
+from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import join_processes
-from grpo_jax.rewards.parts import resolve_parts
+from grpo_jax.rewards.parts import accuracy_part, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import EVALUATION_KEY, build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
@@ -17,7 +21,7 @@ from grpo_jax.run.metrics import evaluation_line
 from grpo_jax.run.policy import load_policy
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import fold_in_all
-from grpo_jax.tasks.problem_file import read_problems
+from grpo_jax.tasks.problem_file import read_with_notes
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
 
@@ -29,16 +33,24 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--questions",
-        metavar="FILE.jsonl",
+        metavar="FILE",
         type=os.path.expanduser,
-        help="your own problems, one JSON object per line with `question` and `answer`",
+        help="your own problems: JSON lines, JSON, CSV, parquet or a Hugging Face dataset, like task.path",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, raw, workdir = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
     reward_parts = resolve_parts(cfg)
     join_processes(os.environ)
-    task = ProblemList([], read_problems(options.questions)) if options.questions else resolve_task(cfg.task)
+    graded = accuracy_part in reward_parts.values()
+    if options.questions:
+        problems, note = read_with_notes(options.questions, cfg.task, graded=graded)
+        task = ProblemList([], problems, [note])
+    else:
+        check_held_out(cfg, workdir)
+        task = resolve_task(cfg, graded=graded)
+    if jax.process_index() == 0:
+        print(*getattr(task, "notes", ()), sep="\n", file=sys.stderr)
     base = read_base_model(cfg)
     cfg, task, _ = fit_prompts(cfg, base, task)
     context = build_context(cfg, base, reward_parts=reward_parts)
@@ -54,6 +66,16 @@ def main(argv: Sequence[str]) -> None:
         print(
             f"{'Base model' if options.base else f'Policy after step {step}'}, {len(problems)} questions, "
             f"temperature {cfg.eval.temperature}: {evaluation_line(metrics)}"
+        )
+
+
+def check_held_out(cfg: configs.Config, workdir: Path) -> None:
+    """Raises a UserError if the run in a workdir holds out no problems, so that it may have trained on all of them."""
+    has_run = (workdir / "config.json").is_file()
+    if 0 in (cfg.eval.questions, read_config(workdir).eval.questions if has_run else cfg.eval.questions):
+        raise UserError(
+            f"An evaluation needs held-out problems, and the run in {workdir} has none, because its eval.questions is "
+            "0. Pass --questions=FILE."
         )
 
 

@@ -20,7 +20,10 @@ def main(argv: Sequence[str]) -> None:
         "Trains a language model with rule-based rewards (GRPO). Run it again with the same workdir to resume.",
         "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
     )
-    _, raw, workdir = flags.parse_flags(parser, argv)
+    parser.add_argument(
+        "--accept-changed-files", action="store_true", help="resume although files of problems have changed since"
+    )
+    options, raw, workdir = flags.parse_flags(parser, argv)
     if raw.job == "pretrain":
         from grpo_jax.tiny.pretrain import pretrain
 
@@ -28,12 +31,15 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("Pretraining runs in one process; found the variables of several. Start it on its own.")
         pretrain(check_pretrain(raw), workdir)
         return
-    configs.check_workdir(workdir, configs.check(raw))
+    cfg = configs.check(raw)
+    configs.check_workdir(workdir, cfg)
+    if cfg.task.name == "file":
+        print(f"Reading {cfg.task.path}", flush=True)
 
     # Imported here so that a mistake in the flags is reported without waiting for these imports.
     from grpo_jax.run.train import train
 
-    train(raw, workdir=workdir)
+    train(raw, workdir=workdir, accept_changed_files=options.accept_changed_files)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks: problems depend on seed and index alone, splits share no problem, files are checked line by line."""
+"""Tasks: problems depend on seed and index alone, and no question is both trained on and held out."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.config import check, default
-from grpo_jax.config.schema import TaskSection
+from grpo_jax.config.schema import Config, EvalSection, TaskSection
 from grpo_jax.errors import UserError
 from grpo_jax.rewards import accuracy, format
 from grpo_jax.tasks import Problem, read_problems
 from grpo_jax.tasks.addition import addition_task, is_held_out
 from grpo_jax.tasks.problem_file import file_task
-from grpo_jax.tasks.problem_list import ProblemList
+from grpo_jax.tasks.problem_list import ProblemList, split_problems
 from grpo_jax.tasks.streams import (
     CHECKED_PROBLEMS,
     draw_problems,
@@ -30,8 +30,12 @@ def write_problems(path, rows) -> str:
 
 
 def write_twenty(path) -> str:
-    """Writes the problems q0 to q19, of which the tenth and the twentieth (q9 and q19) are held out."""
+    """Writes the problems q0 to q19, of which q9 and q14 are held out."""
     return write_problems(path, [{"question": f"q{i}", "answer": i} for i in range(20)])
+
+
+def file_problems(path, eval_path="", **options) -> ProblemList:
+    return file_task(TaskSection(name="file", path=str(path), eval_path=str(eval_path)), **options)
 
 
 def questions(task, indices, seed=0, split="train") -> list[str]:
@@ -97,8 +101,8 @@ def test_held_out_rule_on_hand_computed_pairs():
 
 
 def test_an_epoch_of_a_file_visits_each_training_problem_once(tmp_path):
-    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
-    training = {f"q{i}" for i in range(20) if i not in (9, 19)}
+    task = file_problems(write_twenty(tmp_path / "q.jsonl"))
+    training = {f"q{i}" for i in range(20) if i not in (9, 14)}
     epochs = [questions(task, range(18 * e, 18 * (e + 1))) for e in range(3)]
     assert all(set(epoch) == training for epoch in epochs)
     # With 18! orders, two epochs do not agree by chance.
@@ -107,113 +111,161 @@ def test_an_epoch_of_a_file_visits_each_training_problem_once(tmp_path):
 
 def test_the_order_of_a_file_is_the_same_in_every_version(tmp_path):
     """A run resumed with another version of the package must ask the same problems. The last 8 are in the 2nd epoch."""
-    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
-    assert questions(task, range(8), seed=3) == ["q4", "q18", "q17", "q7", "q5", "q3", "q1", "q13"]
-    assert questions(task, range(18, 26), seed=3) == ["q15", "q1", "q16", "q7", "q14", "q11", "q17", "q4"]
-    assert questions(task, range(2), split="eval") == ["q19", "q9"]
+    task = file_problems(write_twenty(tmp_path / "q.jsonl"))
+    assert questions(task, range(8), seed=3) == ["q4", "q19", "q18", "q7", "q5", "q3", "q1", "q13"]
+    assert questions(task, range(18, 26), seed=3) == ["q16", "q1", "q17", "q7", "q15", "q11", "q18", "q4"]
+    assert questions(task, range(2), split="eval") == ["q14", "q9"]
 
 
-def test_every_tenth_problem_of_a_file_is_held_out(tmp_path):
-    task = file_task(write_twenty(tmp_path / "q.jsonl"), "")
-    assert set(questions(task, range(2), split="eval")) == {"q9", "q19"}
+def test_held_out_problems_of_a_file_end(tmp_path):
+    task = file_problems(write_twenty(tmp_path / "q.jsonl"))
+    assert set(questions(task, range(2), split="eval")) == {"q9", "q14"}
     with pytest.raises(IndexError):
         task(2, seed=0, split="eval")
 
 
 def test_a_file_task_depends_on_seed_and_index_alone(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
-    forwards = questions(file_task(path, ""), range(40), seed=3)
-    assert questions(file_task(path, ""), reversed(range(40)), seed=3) == forwards[::-1]
-    assert questions(file_task(path, ""), range(40), seed=4) != forwards
+    forwards = questions(file_problems(path), range(40), seed=3)
+    assert questions(file_problems(path), reversed(range(40)), seed=3) == forwards[::-1]
+    assert questions(file_problems(path), range(40), seed=4) != forwards
 
 
 def test_with_an_eval_path_no_problem_of_the_training_file_is_held_out(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
     other = write_problems(tmp_path / "e.jsonl", [{"question": "held", "answer": "1"}])
-    task = file_task(path, other)
+    task = file_problems(path, other)
     assert questions(task, range(1), split="eval") == ["held"]
     assert set(questions(task, range(20))) == {f"q{i}" for i in range(20)}
-
-
-def test_a_file_of_fewer_than_ten_problems_needs_an_eval_path(tmp_path):
-    path = write_problems(tmp_path / "q.jsonl", [{"question": f"q{i}", "answer": i} for i in range(9)])
-    with pytest.raises(UserError, match=r"task.path .* must have at least 10; found 9. .*set task.eval_path"):
-        file_task(path, "")
 
 
 def test_the_task_follows_the_config(tmp_path):
     cfg = default()
     cfg.task.digits, cfg.task.shots = 2, 1
-    assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == addition([3], 5, "eval", digits=2, shots=1)[0]
+    assert resolve_task(check(cfg))(3, seed=5, split="eval") == addition([3], 5, "eval", digits=2, shots=1)[0]
     cfg = default()
     cfg.task.name, cfg.task.path = "file", write_twenty(tmp_path / "q.jsonl")
-    assert questions(resolve_task(check(cfg).task), range(18)) == questions(file_task(cfg.task.path, ""), range(18))
+    assert questions(resolve_task(check(cfg)), range(18)) == questions(file_problems(cfg.task.path), range(18))
     cfg.task.eval_path = write_problems(tmp_path / "e.jsonl", [{"question": "held", "answer": "1"}])
-    assert questions(resolve_task(check(cfg).task), range(1), split="eval") == ["held"]
+    assert questions(resolve_task(check(cfg)), range(1), split="eval") == ["held"]
 
 
 def test_a_config_may_name_a_function_of_the_user_as_its_task(tmp_path):
     cfg = default()
     (tmp_path / "my.py").write_text("def primes(index, *, seed, split): return index, seed, split")
     cfg.task.name = f"{tmp_path}/my.py:primes"
-    assert resolve_task(check(cfg).task)(3, seed=5, split="eval") == (3, 5, "eval")
+    assert resolve_task(check(cfg))(3, seed=5, split="eval") == (3, 5, "eval")
 
 
 def test_the_error_for_an_unknown_task_says_how_to_resume_a_run_on_a_list():
     with pytest.raises(
         UserError, match=r"task.name must be 'addition', 'file', .*'adition'. Did you mean 'addition'\?$"
     ):
-        resolve_task(TaskSection(name="adition"))
+        resolve_task(Config(task=TaskSection(name="adition")))
     with pytest.raises(UserError, match=r"found 'python'. .* To resume a run of grpo_jax.train with problems=...,"):
-        resolve_task(TaskSection(name="python"))
+        resolve_task(Config(task=TaskSection(name="python")))
 
 
 def test_problems_may_be_a_path_a_list_a_task_or_what_the_config_names(tmp_path):
-    task_cfg = TaskSection(digits=1)
-    assert make_task(None, task_cfg)(0, seed=0, split="train") == addition([0], digits=1)[0]
+    cfg = Config(task=TaskSection(digits=1))
+    assert make_task(None, cfg)(0, seed=0, split="train") == addition([0], digits=1)[0]
     path = write_twenty(tmp_path / "q.jsonl")
     for source in (path, Path(path)):
-        assert questions(make_task(source, task_cfg), range(18)) == questions(file_task(path, ""), range(18))
-    assert questions(make_task(tuple(read_problems(path)), task_cfg), range(18)) == questions(
-        file_task(path, ""), range(18)
-    )
+        assert questions(make_task(source, cfg), range(18)) == questions(file_problems(path), range(18))
+    assert questions(make_task(tuple(read_problems(path)), cfg), range(18)) == questions(file_problems(path), range(18))
     task = addition_task(2)
-    assert make_task(task, task_cfg) is task
+    assert make_task(task, cfg) is task
     with pytest.raises(UserError, match=r"problems must be a list of Problem, .*; found int. Pass one of these"):
-        make_task(5, task_cfg)
+        make_task(5, cfg)
 
 
 def listed(count) -> list[Problem]:
     return [Problem(f"q{i}", str(i)) for i in range(count)]
 
 
-def test_every_tenth_problem_of_a_long_list_is_held_out(caplog):
-    task = make_task(listed(25), TaskSection())
-    assert {problem.question for problem in held_out_problems(task, 256)} == {"q9", "q19"}
-    assert set(questions(task, range(23))) == {f"q{i}" for i in range(25)} - {"q9", "q19"}
-    assert not caplog.records
+def test_a_list_is_divided_like_a_file():
+    task = make_task(listed(25), Config())
+    assert {problem.question for problem in held_out_problems(task, 256)} == {"q9", "q14", "q24"}
+    assert set(questions(task, range(22))) == {f"q{i}" for i in range(25)} - {"q9", "q14", "q24"}
+    assert task.notes == ("22 problems for training, 3 held out",)
 
 
-def test_a_short_list_is_also_used_for_evaluation_with_a_warning(caplog):
-    task = make_task(listed(9), TaskSection())
-    everything = {f"q{i}" for i in range(9)}
-    assert set(questions(task, range(9))) == {p.question for p in held_out_problems(task, 256)} == everything
-    assert [record.getMessage() for record in caplog.records] == [
-        "Fewer than 10 problems: none is held out, so evaluation asks the training problems."
-    ]
+def test_about_a_tenth_of_the_questions_is_held_out_and_the_same_ones_of_more():
+    few, many = (split_problems(listed(count), hold_out=True) for count in (2000, 3000))
+    assert 170 < len(few.held_out) < 230
+    assert [problem.question for problem in many.held_out[: len(few.held_out)]] == [p.question for p in few.held_out]
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_of_several_questions_at_least_one_is_held_out_and_one_trained_on(count):
+    task = split_problems([Problem(f"What is {count} + {i}?", "1") for i in range(count)], hold_out=True)
+    assert task.train and task.held_out
+
+
+def test_copies_of_a_question_are_on_one_side():
+    """Whatever their spacing, case and compatibility characters are, as text or in a message."""
+    copies = ("What is 2 + {}?", " what is\n2 +  {}? ", "WHAT IS 2 + {}?", "What\xa0is \uff12 + {}?")
+    problems = [Problem(copy.format(i), "1") for i in range(100) for copy in copies]
+    problems += [Problem([{"role": "user", "content": copies[0].format(i)}], "1") for i in range(100)]
+    task = split_problems(problems, hold_out=True)
+    sides = [{re.search(r"(\d+)\?", str(p.question))[1] for p in side} for side in (task.train, task.held_out)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    assert task.notes == (
+        f"{5 * len(sides[0])} problems for training, {5 * len(sides[1])} held out; 400 repeat a question",
+    )
+
+
+def test_with_no_evaluation_every_problem_is_trained_on():
+    cfg = Config(eval=EvalSection(questions=0))
+    task = make_task(listed(25), cfg)
+    assert (len(task.train), task.held_out, held_out_problems(task, 0)) == (25, [], [])
+
+
+def test_a_single_question_cannot_be_divided():
+    task = make_task([Problem("1 + 1?", "2"), Problem("1 + 1?", "2")], Config())
+    with pytest.raises(UserError, match=r"at least one held-out problem; found none .*eval.questions=0 for no eval"):
+        held_out_problems(task, 256)
+
+
+def test_held_out_questions_of_another_file_are_not_trained_on(tmp_path):
+    held_out = [{"question": "Q3 ", "answer": "3"}, {"question": "held", "answer": "1"}]
+    task = file_problems(write_twenty(tmp_path / "q.jsonl"), write_problems(tmp_path / "e.jsonl", held_out))
+    assert {p.question for p in task.train} == {f"q{i}" for i in range(20)} - {"q3"}
+    assert [p.question for p in task.held_out] == ["Q3 ", "held"]
+    assert task.notes[2] == "19 problems for training, 2 held out; 1 left out because they are held out"
+
+
+def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
+    path = write_twenty(tmp_path / "q.jsonl")
+    for same in (path, write_twenty(tmp_path / "copy.jsonl")):
+        with pytest.raises(UserError, match=r"task.eval_path must hold other problems than task.path; found the same"):
+            file_problems(path, same)
+    more = write_problems(tmp_path / "more.jsonl", [{"question": f"q{i}", "answer": i} for i in range(21)])
+    with pytest.raises(UserError, match="All 20 problems are also held out, so none is left for training"):
+        file_problems(path, more)
+
+
+def test_answers_of_a_list_that_nothing_could_match_are_left_out_up_to_the_limit(tmp_path):
+    problems = [*listed(99), Problem("q", " ")]
+    task = make_task(problems, Config())
+    assert len(task.train) + len(task.held_out) == 99
+    assert task.notes[0].startswith("99 problems, 1 unreadable (problems[99] ")
+    with pytest.raises(UserError, match=r"All rows of problems .*found 1 of 99 without: problems\[98\]"):
+        make_task(problems[1:], Config())
+    assert len(make_task(problems[1:], Config(), graded=False).train) > 80
 
 
 @pytest.mark.parametrize(
     "problems, says",
     [
-        ([], "problems must hold at least one Problem; found an empty list"),
+        ([], "problems must have at least one problem; found none"),
         ([Problem("q", "1"), ("q", "1")], r"problems\[1\] must be a grpo_jax.tasks.Problem; found \('q', '1'\). Write"),
         ([Problem("q", 1)], r"problems\[0\] must have a string as answer; found 1. Write it as text"),
     ],
 )
 def test_a_list_must_hold_problems(problems, says):
     with pytest.raises(UserError, match=says):
-        make_task(problems, TaskSection())
+        make_task(problems, Config())
 
 
 def test_held_out_problems_are_asked_in_the_order_of_seed_0():
@@ -230,7 +282,7 @@ def test_a_task_may_end_in_evaluation_only():
     assert held_out_problems(task, 256) == listed(3)
     with pytest.raises(UserError, match=r"The task 'task' must return a Problem for index 3, .*raised IndexError"):
         draw_problems(task, range(5), seed=0, split="train")
-    with pytest.raises(UserError, match="at least one held-out problem; found none, because it raised an IndexError"):
+    with pytest.raises(UserError, match="at least one held-out problem; found none for split 'eval'"):
         held_out_problems(lambda index, **_: [][index], 256)
 
 
@@ -239,7 +291,7 @@ def test_a_task_may_end_in_evaluation_only():
     [
         (None, "must be a grpo_jax.tasks.Problem; found None. Write"),
         ("q", "must be a grpo_jax.tasks.Problem; found 'q'"),
-        (Problem(1, "2"), "must have a string as question; found 1. Write"),
+        (Problem(1, "2"), "must have a text, or messages .* as question; found 1. Write"),
         (Problem("1", 2.5), "must have a string as answer; found 2.5. Write"),
     ],
 )
@@ -275,92 +327,3 @@ def test_problems_compare_by_value_and_cannot_be_changed():
     assert Problem("q", "1") == Problem("q", "1", {}) != Problem("q", "2")
     with pytest.raises(AttributeError):
         Problem("q", "1").answer = "2"
-
-
-def test_other_fields_of_a_line_become_metadata(tmp_path):
-    row = {"question": "q", "answer": "1", "level": 3, "source": {"book": "b"}}
-    (problem,) = read_problems(write_problems(tmp_path / "q.jsonl", [row]))
-    assert problem.metadata == {"level": 3, "source": {"book": "b"}}
-
-
-@pytest.mark.parametrize(
-    "written, text",
-    [
-        ("72", "72"),
-        ("-3", "-3"),
-        ("3.5", "3.5"),
-        ('"72"', "72"),
-        ('"x = 1"', "x = 1"),
-        ("0.00001", "0.00001"),  # 1e-05 would be graded as a word
-    ],
-)
-def test_numeric_answers_become_text(tmp_path, written, text):
-    path = tmp_path / "q.jsonl"
-    path.write_text(f'{{"question": "q", "answer": {written}}}\n')
-    assert read_problems(str(path))[0].answer == text
-
-
-def test_lines_end_at_newlines_only(tmp_path):
-    """JSON strings may contain line and paragraph separators and NEL, at which str.splitlines would split."""
-    text = "a\N{LINE SEPARATOR}b\N{PARAGRAPH SEPARATOR}c\N{NEXT LINE}d"
-    path = write_problems(tmp_path / "q.jsonl", [{"question": text, "answer": "1"}, {"question": "q", "answer": "2"}])
-    assert [problem.question for problem in read_problems(path)] == [text, "q"]
-
-
-def test_empty_lines_and_windows_line_endings_are_skipped(tmp_path):
-    path = tmp_path / "q.jsonl"
-    path.write_bytes(b'{"question": "q", "answer": "1"}\r\n\r\n  \n{"question": "r", "answer": "2"}')
-    assert [problem.question for problem in read_problems(str(path))] == ["q", "r"]
-
-
-GOOD = '{"question": "q", "answer": "1"}\n'
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "must have at least one problem; found none"),
-        ("\n \n", "must have at least one problem; found none"),
-        (GOOD + "{", "line 2 must be a JSON object; found invalid JSON: Expecting property name"),
-        (GOOD + GOOD + '{"question": "q", "ans', "line 3 must be .*: Unterminated string"),
-        (GOOD + "[1, 2]", r"line 2 must be a JSON object; found '\[1, 2\]'"),
-        (GOOD + '{"answer": "1"}', r"line 2 must have the field 'question'; found the fields \['answer'\]"),
-        (GOOD + '{"question": "q"}', r"line 2 must have the field 'answer'; found the fields \['question'\]"),
-        (GOOD + '{"question": 5, "answer": "1"}', "line 2 must have a string in the field 'question'; found 5"),
-        (GOOD + '{"question": "q", "answer": true}', "line 2 .* a string or a number .* 'answer'; found True"),
-        (GOOD + '{"question": "q", "answer": null}', "line 2 .* 'answer'; found None"),
-        (GOOD + '{"question": "q", "answer": ["1"]}', r"line 2 .* 'answer'; found \['1'\]"),
-    ],
-)
-def test_malformed_files_raise_a_user_error_that_names_the_line(tmp_path, text, message):
-    path = tmp_path / "q.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message) as raised:
-        read_problems(str(path))
-    assert str(path) in str(raised.value)
-
-
-def test_unreadable_files_raise_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        read_problems(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match=r"UTF-8 file with one JSON object per line; .*Is a directory"):
-        read_problems(str(tmp_path))
-    (tmp_path / "q.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(UserError, match="utf-8"):
-        read_problems(str(tmp_path / "q.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "row", [{"question": " ", "answer": 1}, {"question": "1?", "answer": " "}, {"question": "1?", "answer": "9" * 201}]
-)
-def test_problems_that_no_completion_could_solve_are_refused(tmp_path, row):
-    (tmp_path / "q.jsonl").write_text('{"question": "1?", "answer": 1}\n' + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="line 2 must have a question, and an answer of 1 to 200 characters"):
-        read_problems(str(tmp_path / "q.jsonl"))
-
-
-def test_no_more_problems_are_held_out_than_the_file_has(tmp_path):
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(30)))
-    task = file_task(str(tmp_path / "q.jsonl"), "")
-    assert sorted(problem.question for problem in held_out_problems(task, 256)) == ["19?", "29?", "9?"]
-    assert len(held_out_problems(task, 2)) == 2

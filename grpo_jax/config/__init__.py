@@ -26,6 +26,15 @@ A config file is written with ml_collections and starts from `default()`:
 
 from grpo_jax.config.rules import check, check_model
 from grpo_jax.config.schema import Config, default, pretrain_default
-from grpo_jax.config.workdir import check_workdir, write_config
+from grpo_jax.config.workdir import check_files, check_workdir, write_config
 
-__all__ = ["Config", "check", "check_model", "check_workdir", "default", "pretrain_default", "write_config"]
+__all__ = [
+    "Config",
+    "check",
+    "check_files",
+    "check_model",
+    "check_workdir",
+    "default",
+    "pretrain_default",
+    "write_config",
+]

@@ -30,6 +30,10 @@ USERS_FUNCTION = "module:function"
 
 PYTHON_TASK = "python"  # task.name of a run whose problems were passed to grpo_jax.train
 
+TEMPLATES = ("r1zero", "chat")  # values of prompt.template that are not files
+
+RESOLVED_PATHS = ("task.path", "task.eval_path", "prompt.template")
+
 FILE_KEYS = ("task.path", "task.eval_path", "task.question", "task.answer", "task.choices")
 
 # Keys that have no effect while another key has certain values: (the other key, its values, the keys without effect).
@@ -83,6 +87,8 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
         because = f", because {spec.because}" if spec.because else ""
         require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
         values[name] = os.path.expanduser(value) if spec.path else value
+        if name in RESOLVED_PATHS and value not in TEMPLATES and os.path.exists(values[name]):
+            values[name] = os.path.abspath(values[name])  # so that a run can be resumed from another folder
     return build(config_class, values)
 
 

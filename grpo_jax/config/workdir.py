@@ -1,6 +1,7 @@
 """Writes the config of a run to its workdir, compares it when the run is resumed, and reads it for other commands."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,11 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
                 f"key {name}. Choose another --workdir."
             )
         for name, spec in key_specs(Config).items():
-            if before[name] != now[name] and not spec.resumable:
+            # With no evaluation, a run also trains on what it would otherwise hold out.
+            splits = (
+                name == "eval.questions" and bool(before[name]) != bool(now[name]) and now["task.name"] != "addition"
+            )
+            if before[name] != now[name] and (splits or not spec.resumable):
                 fix = format_as_flag(name, before[name])
                 if name in ("task.name", "reward.parts", "reward.weights"):
                     fix += ", or the same problems and rewards if grpo_jax.train was called with some"
@@ -43,17 +48,51 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
         )
 
 
-def write_config(workdir: Path, cfg: Config) -> None:
-    """Writes config.json atomically: the config with which the run continues.
+def digest_files(path: str) -> dict[str, str]:
+    """Returns the SHA-256 of a file, or of each file of a folder, by absolute path; none if `path` is neither."""
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    digests = {}
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as opened:
+            digests[str(file.absolute())] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def check_files(workdir: Path, digests: dict[str, str], *, accept: bool = False) -> None:
+    """Checks that the files that a run reads are those with which it was started.
+
+    Args:
+        workdir: The folder of the run.
+        digests: SHA-256 by absolute path, as `digest_files` returns it.
+        accept: Whether the run may go on with other files.
+
+    Raises:
+        UserError: Files have changed since.
+    """
+    path = workdir / "files.json"
+    before = json.loads(path.read_text()) if path.is_file() else digests
+    changed = sorted({name for name, _ in before.items() ^ digests.items()})
+    if changed and not accept:
+        more = f" and {len(changed) - 1} others have" if len(changed) > 1 else " has"
+        raise UserError(
+            f"A run is resumed with the files that it was started with; {changed[0]}{more} changed since the run in "
+            f"{workdir} was started. Restore it, choose another --workdir, or pass --accept-changed-files."
+        )
+
+
+def write_config(workdir: Path, cfg: Config, digests: dict[str, str] | None = None) -> None:
+    """Writes config.json, the config with which the run continues, and files.json, the digests of the files it reads.
 
     Raises:
         UserError: The folder is not writable.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / "config.json.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
+        for name, content in (("files.json", digests), ("config.json", dataclasses.asdict(cfg))):
+            if content:
+                partial = workdir / f"{name}.partial"
+                partial.write_text(json.dumps(content, indent=2) + "\n")
+                partial.replace(workdir / name)  # atomic
     except OSError as error:
         raise UserError(f"--workdir must be a writable folder, but {error}. Choose another --workdir.") from None
 

@@ -128,7 +128,7 @@ def before_and_after(workdir: Path) -> str:
     """Formats a table of a run's first and last evaluation, and a completion of each for the same question."""
     evaluations = [line for line in read_metrics(workdir) if "eval/length_mean" in line]
     if not evaluations:
-        return "metrics.jsonl holds no evaluation"
+        return "No evaluation, because no problems were held out"
     first, last = evaluations[0], evaluations[-1]
     rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     scores = {label: f"eval/{label}" for label in evaluation_scores(first)} | {"length (tokens)": "eval/length_mean"}

@@ -22,7 +22,7 @@ from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
 from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, join_processes
-from grpo_jax.rewards.parts import RewardPart, resolve_parts
+from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
 from grpo_jax.run.console import RunLog, describe_run, num_records
@@ -87,6 +87,7 @@ def train(
     workdir: str | Path,
     problems: Sequence[Problem] | str | Path | Task | None = None,
     rewards: dict[str, RewardPart] | None = None,
+    accept_changed_files: bool = False,
 ) -> dict[str, float]:
     """Trains to `total_steps`, resuming from the newest checkpoint of the workdir if it has one.
 
@@ -96,11 +97,12 @@ def train(
     Args:
         cfg: A config as `grpo_jax.config.default()` returns it.
         workdir: The folder of the run, which must be new or that of an earlier run.
-        problems: The problems to learn from instead of those that `cfg.task` names: a list, the path of a JSONL file,
-            or a task, which is a function `f(index, *, seed, split) -> Problem`.
+        problems: The problems to learn from instead of those that `cfg.task` names: a list, a path (see
+            `grpo_jax.tasks.read_problems`), or a task, which is a function `f(index, *, seed, split) -> Problem`.
         rewards: The reward parts by label, instead of those that `cfg.reward.parts` names. Each is a function
             `f(problems, texts, lengths) -> float32[N]`. `cfg.reward.weights` holds their weights in this order; if it
             has its default value, every weight is 1.
+        accept_changed_files: Whether to resume although files of problems have changed since the run was started.
 
     Returns:
         The metrics of the last update, as on the last line of metrics.jsonl.
@@ -112,8 +114,10 @@ def train(
     cfg = configs.check(name_python_inputs(cfg, problems, rewards))
     workdir = Path(workdir).expanduser()
     configs.check_workdir(workdir, cfg)
-    task = make_task(problems, cfg.task)
     reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
+    task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
+    notes, digests = getattr(task, "notes", ()), getattr(task, "digests", {})
+    configs.check_files(workdir, digests, accept=accept_changed_files)
     join_processes(os.environ)
     base = read_base_model(cfg)
     fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
@@ -125,8 +129,8 @@ def train(
             f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir."
         )
     if jax.process_index() == 0:
-        configs.write_config(workdir, cfg)
-        print(prompt_lengths)
+        configs.write_config(workdir, cfg, digests)
+        print(*notes, prompt_lengths, sep="\n", flush=True)
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
     with jax.set_mesh(context.mesh):
@@ -171,7 +175,9 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
 
 
 def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> dict[str, float]:
-    """Evaluates the policy, writes its samples and prints its scores; returns the eval metrics."""
+    """Evaluates the policy, writes its samples and prints its scores; returns the eval metrics, if any is held out."""
+    if not setup.held_out:
+        return {}
     start = time.monotonic()
     placed = place_for_rollout(context.model_cfg, run.train.params, context.mesh)
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
@@ -245,7 +251,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
         setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log)
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
-            log.write(0, evaluate_step(cfg, context, setup, run))
+            if setup.held_out:
+                log.write(0, evaluate_step(cfg, context, setup, run))
             log.say(LOSS_NOTE)
         plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:

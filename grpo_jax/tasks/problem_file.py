@@ -1,87 +1,135 @@
-"""Problems from a file, one JSON object per line."""
+"""Problems from a file or a data set, and the limit on rows that cannot be used."""
 
-import json
-from decimal import Decimal
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from os.path import basename
 
+from tqdm import tqdm
+
+from grpo_jax.config.schema import TaskSection
+from grpo_jax.config.workdir import digest_files
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.problem_list import ProblemList, hold_out_tenths
-from grpo_jax.text.answers import MAX_ANSWER_CHARS
+from grpo_jax.tasks.problem_list import ProblemList, split_problems
+from grpo_jax.tasks.rows import read_rows
+from grpo_jax.tasks.shapes import Fields, read_problem
+from grpo_jax.text.answers import read_expected
 from grpo_jax.text.problem import Problem
 
-
-def answer_text(answer: str | int | float) -> str:
-    """Writes an answer as text, numbers without an exponent: the rewards would read 1e-05 as a word."""
-    return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
+SHOWN_REASONS, SHOWN_ROWS = 3, 4  # how many of them an error quotes
 
 
-def parse_problem(line: str, location: str) -> Problem:
-    """Parses a line of a file of problems; `location` names the line in errors.
+def read_problems(
+    path: str, *, question: str | None = None, answer: str | None = None, choices: str | None = None
+) -> list[Problem]:
+    """Reads problems from JSON lines, a JSON array, CSV or parquet, each also gzipped, or a Hugging Face dataset.
 
-    Raises:
-        UserError: The line is not a JSON object with a usable `question` and `answer`.
-    """
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{location} must be a JSON object; found invalid JSON: {error}. Correct that line.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{location} must be a JSON object; found {line[:40]!r}. Correct that line.")
-    for field, types, kind in (("question", (str,), "a string"), ("answer", (str, int, float), "a string or a number")):
-        if field not in row:
-            raise UserError(f"{location} must have the field {field!r}; found the fields {sorted(row)}. Add it.")
-        if not isinstance(row[field], types) or isinstance(row[field], bool):
-            raise UserError(
-                f"{location} must have {kind} in the field {field!r}; found {repr(row[field])[:40]}. Correct that line."
-            )
-    question, answer = row.pop("question"), answer_text(row.pop("answer"))
-    if not question.strip() or not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
-        raise UserError(
-            f"{location} must have a question, and an answer of 1 to {MAX_ANSWER_CHARS} characters; found "
-            f"{question[:40]!r} and {answer[:40]!r}. Correct that line."
-        )
-    return Problem(question, answer, metadata=row)
-
-
-def read_problems(path: str) -> list[Problem]:
-    """Reads a file of problems: one JSON object per line with `question` and `answer`.
-
-    Empty lines are skipped. All other fields of an object become the problem's metadata.
-
-    Raises:
-        UserError: The file cannot be read, it has no problems, or a line is malformed; the message names the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Problems must come in a UTF-8 file with one JSON object per line; could not read {path}: {error}. "
-            "Correct the path or the file."
-        ) from None
-    problems = [parse_problem(line, f"{path} line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not problems:
-        raise UserError(f"{path} must have at least one problem; found none. Add one JSON object per line.")
-    return problems
-
-
-def file_task(path: str, eval_path: str) -> ProblemList:
-    """Returns the task that asks the problems of a file.
+    The fields of known data sets are found by their names; all fields that are not part of the question or the answer
+    become metadata. Rows with an answer that no completion could match are left out.
 
     Args:
-        path: File of problems.
-        eval_path: File of held-out problems; if empty, every tenth problem of `path` is held out.
+        path: A file, the folder of a dataset, or a hub id `owner/name[:config[:split]]`.
+        question: The field of the question, dotted if nested, such as `extra_info.question` or `prompt.0.content`.
+        answer: The field of the expected answer, likewise.
+        choices: The field of the choices of a multiple-choice question, likewise.
 
     Raises:
-        UserError: A file is malformed, or `path` has too few problems to hold any out.
+        UserError: The file cannot be read, a row is malformed, or more than 1% of the rows cannot be used.
     """
-    problems = read_problems(path)
-    if eval_path:
-        return ProblemList(problems, read_problems(eval_path))
-    train, held_out = hold_out_tenths(problems)
-    if not held_out:
+    task_cfg = TaskSection(question=question or "", answer=answer or "", choices=choices or "")
+    return read_with_notes(str(path), task_cfg, graded=True)[0]
+
+
+def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[list[Problem], str]:
+    """Reads problems as `read_problems` does.
+
+    Args:
+        path: The file or dataset.
+        task_cfg: The config's `task` section, with the names of fields and the limit on rows that cannot be used.
+        graded: Whether the accuracy reward compares completions with the answers.
+
+    Returns:
+        The problems, and a line that says what was taken for what.
+    """
+    name, fields = basename(path.rstrip("/")), Fields(task_cfg.question, task_cfg.answer, task_cfg.choices)
+    said: Counter[str] = Counter()
+
+    def read() -> Iterator[tuple[str, Problem | ValueError]]:
+        for place, row in tqdm(read_rows(path), f"Reading {name}", unit=" rows", mininterval=2, delay=2, leave=False):
+            try:
+                problem, how = read_problem(row, fields, graded=graded)
+                said[how] += 1
+                yield place, Problem(problem.question, problem.answer, problem.metadata, f"{name} {place}")
+            except ValueError as error:
+                yield place, error
+
+    problems, unreadable = keep_readable(path, read(), task_cfg.max_unreadable, graded=graded)
+    sources = "; ".join(f"{how} ({count:,} rows)" if len(said) > 1 else how for how, count in said.most_common())
+    return problems, f"{name}: {sources}, {len(problems):,} rows{unreadable}"
+
+
+def keep_readable(
+    source: str, rows: Iterable[tuple[str, Problem | ValueError]], limit: float, *, graded: bool
+) -> tuple[list[Problem], str]:
+    """Returns the problems that can be used, and a phrase about the others.
+
+    Args:
+        source: What errors call the file or the list.
+        rows: Places, each with a problem or with the reason why there is none.
+        limit: Largest fraction of rows that may be left out.
+        graded: Whether completions are compared with the answers, so that each must be one that some completion could
+            match.
+
+    Raises:
+        UserError: There are no rows, or more than the limit cannot be used.
+    """
+    problems: list[Problem] = []
+    reasons: dict[str, list[str]] = {}
+    for place, value in rows:
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            if graded:
+                read_expected(value.answer)
+            problems.append(value)
+        except ValueError as error:
+            reasons.setdefault(str(error), []).append(place)
+    count = sum(map(len, reasons.values()))
+    total = count + len(problems)
+    if not total:
+        raise UserError(f"{source} must have at least one problem; found none. Add some.")
+    listed = "; ".join(
+        ", ".join([*places[:SHOWN_ROWS], *([f"{len(places) - SHOWN_ROWS:,} more"] * (len(places) > SHOWN_ROWS))])
+        + f" {reason}"
+        for reason, places in list(reasons.items())[:SHOWN_REASONS]
+    )
+    if count > limit * total:
         raise UserError(
-            f"Every tenth problem of task.path is held out, so {path} must have at least 10; found {len(problems)}. "
-            "Add some, or set task.eval_path."
+            f"All rows of {source} but a fraction of task.max_unreadable={limit} must have a question and an answer "
+            f"that a completion could match; found {count:,} of {total:,} without: {listed}. Correct them, or name the "
+            "fields with --config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD."
         )
-    return ProblemList(train, held_out)
+    return problems, f", {count:,} unreadable ({listed})" if count else ""
+
+
+def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = True) -> ProblemList:
+    """Returns the task that asks the problems of `task.path`.
+
+    Args:
+        task_cfg: The config's `task` section.
+        hold_out: Whether to hold out a tenth of the problems if there is no `task.eval_path`.
+        graded: Whether the accuracy reward compares completions with the answers.
+
+    Raises:
+        UserError: A file cannot be used, or both are the same.
+    """
+    path, eval_path = task_cfg.path, task_cfg.eval_path
+    digests, eval_digests = digest_files(path), digest_files(eval_path) if eval_path else {}
+    if path == eval_path or (digests and sorted(digests.values()) == sorted(eval_digests.values())):
+        raise UserError(
+            f"task.eval_path must hold other problems than task.path; found the same ones in {path} and {eval_path}. "
+            "Name another file, or leave out task.eval_path to hold out a tenth of task.path."
+        )
+    problems, note = read_with_notes(path, task_cfg, graded=graded)
+    held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
+    notes = [note, eval_note] if eval_path else [note]
+    return split_problems(problems, held_out, hold_out=hold_out, notes=notes, digests=digests | eval_digests)

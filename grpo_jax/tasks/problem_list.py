@@ -1,16 +1,32 @@
-"""A task whose problems are given as a list."""
+"""A task whose problems are given as a list, and the rule that holds some of them out."""
 
+import hashlib
+import unicodedata
 from collections.abc import Sequence
 
+from grpo_jax.errors import UserError
 from grpo_jax.text.problem import Problem
 
 
 class ProblemList:
     """A task with finitely many problems. Training asks all of them in each epoch, in a new order."""
 
-    def __init__(self, train: Sequence[Problem], held_out: Sequence[Problem]):
-        """Makes a task of training problems and held-out problems. Neither sequence may be empty."""
-        self.train, self.held_out = train, held_out
+    def __init__(
+        self,
+        train: Sequence[Problem],
+        held_out: Sequence[Problem],
+        notes: Sequence[str] = (),
+        digests: dict[str, str] | None = None,
+    ):
+        """Makes a task.
+
+        Args:
+            train: Training problems, at least one.
+            held_out: Held-out problems.
+            notes: Lines that say how the problems were read and divided, to print before training.
+            digests: SHA-256 of each file that the problems come from, by absolute path.
+        """
+        self.train, self.held_out, self.notes, self.digests = train, held_out, notes, digests or {}
 
     def __call__(self, index: int, *, seed: int, split: str) -> Problem:
         """Returns a problem; see `grpo_jax.tasks.task.Task`."""
@@ -22,7 +38,48 @@ class ProblemList:
         return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()[index]
 
 
-def hold_out_tenths(problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """Divides problems into (train, held_out), where every tenth problem is held out."""
-    train = [problem for i, problem in enumerate(problems) if i % 10 != 9]
-    return train, list(problems[9::10])
+def question_hash(problem: Problem) -> int:
+    """Returns a hash of a question that is the same for copies with other spacing, case or forms of characters."""
+    question = problem.question
+    text = question if isinstance(question, str) else "\n".join(turn["content"] for turn in question)
+    normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return int.from_bytes(hashlib.sha256(normalized.encode(errors="replace")).digest()[:8])
+
+
+def split_problems(
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem] | None = None,
+    *,
+    hold_out: bool,
+    notes: Sequence[str] = (),
+    digests: dict[str, str] | None = None,
+) -> ProblemList:
+    """Divides problems into training and held-out problems, so that no question is on both sides.
+
+    Args:
+        problems: All problems.
+        held_out: The held-out problems, if they are given. Others with the same questions are not trained on.
+        hold_out: Whether to hold out about a tenth of the questions otherwise, chosen by their hashes: at least one,
+            but not all, if there are several.
+        notes: Lines that say how the problems were read; one with the counts is added.
+        digests: See `ProblemList`.
+
+    Raises:
+        UserError: No problem is left for training.
+    """
+    hashes = [question_hash(problem) for problem in problems]
+    distinct = set(hashes)
+    if held_out is not None:
+        chosen = set(map(question_hash, held_out))
+    else:
+        chosen = {value for value in distinct if value % 10 == 0 and hold_out}
+        if hold_out and len(distinct) > 1 and len(chosen) in (0, len(distinct)):
+            chosen = {min(distinct)}
+    train = [problem for problem, value in zip(problems, hashes, strict=True) if value not in chosen]
+    if not train:
+        raise UserError(f"All {len(problems):,} problems are also held out, so none is left for training. Add others.")
+    removed = [problem for problem, value in zip(problems, hashes, strict=True) if value in chosen]
+    note = f"{len(train):,} problems for training, {len(removed if held_out is None else held_out):,} held out"
+    note += f"; {len(removed):,} left out because they are held out" if held_out is not None and removed else ""
+    note += f"; {len(hashes) - len(distinct):,} repeat a question" if len(distinct) < len(hashes) else ""
+    return ProblemList(train, removed if held_out is None else held_out, (*notes, note), digests)

@@ -1,17 +1,18 @@
 """Finds the task of a run, which a config names or Python code passes, and takes problems from it."""
 
-import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config.functions import describe_error, resolve_function
 from grpo_jax.config.rules import PYTHON_TASK
-from grpo_jax.config.schema import TaskSection
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.addition import addition_task
-from grpo_jax.tasks.problem_file import file_task
-from grpo_jax.tasks.problem_list import ProblemList, hold_out_tenths
+from grpo_jax.tasks.problem_file import file_task, keep_readable
+from grpo_jax.tasks.problem_list import ProblemList, split_problems
+from grpo_jax.tasks.shapes import check_question
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
@@ -19,68 +20,65 @@ CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are
 
 TASK_RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
 
-log = logging.getLogger(__name__)
 
-
-def resolve_task(task_cfg: TaskSection) -> Task:
-    """Returns the task that a config names: `addition`, `jsonl`, or a function of the user's, which is itself a task.
+def resolve_task(cfg: Config, *, graded: bool = True) -> Task:
+    """Returns the task that a config names: `addition`, `file`, or a function of the user's, which is itself a task.
 
     Raises:
-        UserError: There is no such task, or its file of problems is malformed.
+        UserError: There is no such task, or its file of problems cannot be used.
     """
+    task_cfg = cfg.task
     if task_cfg.name == "addition":
         return addition_task(task_cfg.digits, task_cfg.shots)
     if task_cfg.name == "file":
-        return file_task(task_cfg.path, task_cfg.eval_path)
+        return file_task(task_cfg, hold_out=cfg.eval.questions > 0, graded=graded)
     hint = TASK_RESUME_HINT if task_cfg.name == PYTHON_TASK else ""
     return resolve_function(task_cfg.name, "task.name", {"addition": addition_task, "file": file_task}, hint)
 
 
-def make_task(problems: Any, task_cfg: TaskSection) -> Task:
+def make_task(problems: Any, cfg: Config, *, graded: bool = True) -> Task:
     """Returns the task of a run.
 
     Args:
-        problems: None for the task that the config names, a list of problems, the path of a file with one JSON object
-            per line, or a task.
-        task_cfg: The config's `task` section.
+        problems: None for the task that the config names, a list of problems, the path of a file of problems, or a
+            task.
+        cfg: The run's config.
+        graded: Whether the accuracy reward compares completions with the answers of a file or a list, so that each must
+            be one that some completion could match.
 
     Raises:
-        UserError: `problems` is none of these, or a problem is malformed.
+        UserError: `problems` is none of these, or a problem cannot be used.
     """
-    if problems is None:
-        return resolve_task(task_cfg)
     if isinstance(problems, str | Path):
-        return file_task(str(Path(problems).expanduser()), task_cfg.eval_path)
+        path = str(Path(problems).expanduser())
+        cfg, problems = replace(cfg, task=replace(cfg.task, name="file", path=path)), None
+    if problems is None:
+        return resolve_task(cfg, graded=graded)
     if isinstance(problems, list | tuple):
-        return list_task(problems)
+        return list_task(problems, cfg, graded=graded)
     if callable(problems):
         return problems
     raise UserError(
-        f"problems must be a list of Problem, the path of a JSONL file, or a task; found {type(problems).__name__}. "
+        f"problems must be a list of Problem, the path of a file, or a task; found {type(problems).__name__}. "
         "Pass one of these."
     )
 
 
-def list_task(problems: list[Problem] | tuple[Problem, ...]) -> ProblemList:
-    """Returns a task that asks the problems of a list and holds out every tenth.
-
-    If there are fewer than ten, none is held out, and evaluation asks all of them.
+def list_task(problems: list[Problem] | tuple[Problem, ...], cfg: Config, *, graded: bool) -> ProblemList:
+    """Returns a task that asks the problems of a list and holds out about a tenth of them (see `split_problems`).
 
     Raises:
-        UserError: The list is empty, or an element is not a problem.
+        UserError: The list is empty, an element is not a problem, or too many answers are such that no completion could
+            match them.
     """
-    for i, problem in enumerate(problems):
-        check_problem(problem, f"problems[{i}]")
-    if not problems:
-        raise UserError("problems must hold at least one Problem; found an empty list. Add some.")
-    train, held_out = hold_out_tenths(problems)
-    if not held_out:
-        log.warning("Fewer than 10 problems: none is held out, so evaluation asks the training problems.")
-    return ProblemList(train, held_out or train)
+    named = [(f"problems[{i}]", check_problem(problem, f"problems[{i}]")) for i, problem in enumerate(problems)]
+    kept, unreadable = keep_readable("problems", named, cfg.task.max_unreadable, graded=graded)
+    notes = (f"{len(kept):,} problems{unreadable}",) if unreadable else ()
+    return split_problems(kept, hold_out=cfg.eval.questions > 0, notes=notes)
 
 
 def check_problem(value: Any, name: str) -> Problem:
-    """Returns `value` if it is a `Problem` whose question and answer are strings.
+    """Returns `value` if it is a `Problem` whose question is a string or messages, and whose answer is a string.
 
     Args:
         value: The value to check.
@@ -93,9 +91,13 @@ def check_problem(value: Any, name: str) -> Problem:
         raise UserError(
             f"{name} must be a grpo_jax.tasks.Problem; found {value!r:.60}. Write it like Problem('1 + 1?', '2')."
         )
-    for field, text in (("question", value.question), ("answer", value.answer)):
-        if not isinstance(text, str):
-            raise UserError(f"{name} must have a string as {field}; found {text!r:.60}. Write it as text.")
+    try:
+        if not isinstance(value.question, str):
+            check_question(value.question)
+        if not isinstance(value.answer, str):
+            raise ValueError(f"must have a string as answer; found {value.answer!r:.60}")
+    except ValueError as error:
+        raise UserError(f"{name} {error}. Write it as text.") from None
     return value
 
 
@@ -124,16 +126,16 @@ def draw_problems(task: Task, indices: Iterable[int], *, seed: int, split: str) 
 
 
 def held_out_problems(task: Task, count: int) -> list[Problem]:
-    """Returns up to `count` held-out problems, the same ones for every seed of a run.
+    """Returns up to `count` held-out problems, the same ones for every seed of a run; none for a count of 0.
 
     Raises:
         UserError: The task has none, or fails (see `draw_problems`).
     """
     problems = draw_problems(task, range(count), seed=0, split="eval")
-    if not problems:
+    if count and not problems:
         raise UserError(
-            "A task must have at least one held-out problem; found none, because it raised an IndexError for index 0 "
-            "of split 'eval'. Return a problem there."
+            "A task must have at least one held-out problem; found none for split 'eval'. Add problems with other "
+            "questions, return one for index 0 of that split, or set --config.eval.questions=0 for no evaluation."
         )
     return problems
 

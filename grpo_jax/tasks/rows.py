@@ -1,0 +1,176 @@
+"""Reads the rows of a file: JSON lines, a JSON document, CSV or parquet, each also gzipped, or a Hugging Face dataset.
+
+The format of a file is recognized by its content, not by its name. A row is a dict of JSON values, and comes with its
+place, such as "line 17" (where it starts) or "row 17" (counted from 1).
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import textwrap
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from grpo_jax.errors import UserError
+
+MAX_DEPTH = 100  # levels of nesting in a row
+BATCH_ROWS = 1024  # rows of a parquet file or a dataset that are converted at a time
+DATASET_ID = re.compile(r"(?!.*\.(jsonl?|csv|tsv|txt|parquet|gz)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
+
+
+class RepeatedKey(NamedTuple):
+    """Stands for a JSON object that has a key twice, until it is known in which row."""
+
+    key: str
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a file or of a Hugging Face dataset (a folder, or a hub id `owner/name[:config[:split]]`).
+
+    Raises:
+        UserError: The file cannot be read, or a row is malformed; the message names the row.
+    """
+    is_dataset = Path(path).is_dir() or (not Path(path).exists() and DATASET_ID.fullmatch(path))
+    place = ""
+    try:
+        for place, row in read_dataset(path) if is_dataset else read_file(path):
+            if not isinstance(row, dict | RepeatedKey):
+                raise ValueError(f"{place} must be an object with named fields; found {row!a:.40}")
+            yield place, plain(row, place)
+    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
+        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+        if isinstance(error, UnicodeEncodeError):  # of `plain`
+            text = ascii(error.object[max(0, error.start - 20) : error.end])
+            reason = f"{place} has half of a surrogate pair, or bytes that are not UTF-8, in {text}"
+        raise UserError(f"Problems could not be read from {path}: {reason}. Correct the path or the file.") from None
+
+
+def plain(value: Any, place: str, depth: int = 0) -> Any:
+    """Returns a value of a row in types that JSON has.
+
+    Raises:
+        ValueError: It has a key twice in one object, text that is not Unicode, or more than `MAX_DEPTH` levels.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode().decode()
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, RepeatedKey):
+        raise ValueError(f"{place} has the key {value.key!a} twice in an object")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{place} has more than {MAX_DEPTH} levels of nesting")
+    if isinstance(value, dict):
+        return {plain(str(name), place): plain(element, place, depth + 1) for name, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(element, place, depth + 1) for element in value]
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def read_file(path: str) -> Iterator[tuple[str, Any]]:
+    """Yields the places and rows of a file in any of the formats."""
+    with open(path, "rb") as raw:
+        stream: Any = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        head = stream.peek(4096)
+        if head[:4] == b"PAR1":
+            yield from read_parquet(raw if stream is raw else io.BytesIO(stream.read()))
+            return
+        encoding = json.detect_encoding(head[:4])  # UTF-8, or UTF-16 or UTF-32 with or without a byte order mark
+        # Bytes that are not UTF-8 become surrogates, which `plain` finds; the line is known there.
+        text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
+        is_json = head.decode(encoding, "ignore").lstrip()[:1] in ("", "[", "{") or ".json" in path.lower()
+        yield from read_json(text) if is_json else read_table(text)
+
+
+def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of JSON lines, or those of one list, which may be the only list of an object."""
+    values = parse_lines(text)
+    first = list(islice(values, 2))
+    if len(first) != 1:
+        yield from chain(first, values)
+        return
+    value = first[0][1]
+    lists = [value] if isinstance(value, list) else []
+    if isinstance(value, dict):
+        lists = [
+            v for v in value.values() if isinstance(v, list) and isinstance((v or [0])[0], dict) and "role" not in v[0]
+        ]
+    yield from number_rows(lists[0]) if len(lists) == 1 else first
+
+
+def parse_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
+    """Yields the value of each line that is not empty, or of the whole text if its first line is not JSON."""
+    is_first = True
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            if not is_first:
+                raise ValueError(f"line {number} is {error}") from None
+            value = parse_json("\n" * (number - 1) + line + text.read())
+        yield f"line {number}", value
+        is_first = False
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON; an object that has a key twice becomes a `RepeatedKey`."""
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
+        names = [name for name, _ in pairs]
+        return dict(pairs) if len(set(names)) == len(names) else RepeatedKey(max(names, key=names.count))
+
+    try:
+        return json.loads(text, object_pairs_hook=as_dict)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a CSV file with a header; the delimiter is a comma, a tab or a semicolon."""
+    header = next((line for line in text if line.strip()), "")
+    reader = csv.reader(chain([header], text), delimiter=max(",\t;", key=header.count), strict=True)
+    names, end = next(reader), reader.line_num
+    for values in reader:
+        place, end = f"line {end + 1}", reader.line_num
+        if values and (len(values) != len(names) or len(set(names)) < len(names)):
+            raise ValueError(f"{place} has {len(values)} columns; the header has {len(set(names))} different ones")
+        if values:
+            yield place, dict(zip(names, values, strict=True))
+
+
+def read_parquet(file: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a parquet file, which is open for reading."""
+    import pyarrow.parquet as pq
+
+    batches = pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+    return number_rows(chain.from_iterable(batch.to_pylist() for batch in batches))
+
+
+def read_dataset(path: str) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a dataset. The package `datasets` has ceased to run code that comes with one."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("it needs the package that `pip install datasets` installs") from None
+    name, config, split = (path, "", "") if Path(path).is_dir() else (*path.split(":"), "", "")[:3]
+    try:
+        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(name)
+            data = data["train"] if isinstance(data, dict) else data
+        else:
+            data = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # of any of the libraries that it uses
+        raise ValueError(f"the package `datasets` raised {type(error).__name__}: {error}") from None
+    batches = data.with_format("arrow").iter(BATCH_ROWS)
+    return number_rows(chain.from_iterable(batch.to_pylist() for batch in batches))
+
+
+def number_rows(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yields rows with their places, counted from 1."""
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))

@@ -1,0 +1,257 @@
+r"""The fields of known data sets: makes a problem of a row.
+
+Field names are compared in lower case with "_" for a blank, so `correct_answer` also stands for `Correct Answer`. A
+dotted name is a field of a field. Of each table, the first field counts that a row has and that is not empty:
+
+    question   GSM8K, AIME, OlympiadBench, ASDiv, SVAMP, multiple choice, reasoning-gym
+    problem    MATH, MATH-500, NuminaMath, OpenR1, DeepScaleR, Big-Math, Polaris, Omni-MATH, AMC
+    prompt     DAPO, verl and TRL: a text or messages
+    query      AGIEval, as evaluation harnesses publish it
+
+    reward_model.ground_truth   DAPO, verl
+    final_answer                OlympiadBench: a list
+    answer                      most; the last line of GSM8K's, after `####`
+    solution                    MATH, NuminaMath-CoT: the last `\boxed`; TRL: the answer itself
+
+    choices   MMLU: an answer is an index; ARC: texts and labels in an object, `answerKey` is a label
+    options   MMLU-Pro, AQuA, AGIEval (SAT, Gaokao): an answer is a letter
+"""
+
+import hashlib
+import json
+import math
+import re
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from grpo_jax.text.answers import read_braced
+from grpo_jax.text.problem import Message, Problem
+
+QUESTIONS = ("question", "problem", "prompt", "query")
+CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # what stands before the question, and the space between
+ANSWERS = ("reward_model.ground_truth", "final_answer", "answer", "expected_answer", "ground_truth", "solution")
+CHOICES = ("choices", "options")
+CHOICE_ANSWERS = ("correct_answer", "answerkey", "answer_index", "answer_idx", "correct", "label", "gold", *ANSWERS)
+GPQA = ("correct_answer", "incorrect_answer_1", "incorrect_answer_2", "incorrect_answer_3")
+
+# Tasks of reasoning-gym with several correct answers, of which a row holds at most one, or with a score of their own.
+OWN_VERIFIERS = """
+    arc_1d arc_agi binary_matrix boxnet codeio countdown cryptarithm emoji_mystery figlet_font futoshiki game_of_life
+    graph_color group_anagrams intermediate_integration jugs kakurasu knight_swap manipulate_matrix mini_sudoku n_queens
+    number_sorting palindrome_generation palindrome_partitioning polynomial_equations polynomial_multiplication
+    pool_matrix propositional_logic puzzle24 quantum_lock rearc rotate_matrix rubiks_cube rush_hour shortest_path
+    simple_integration sokoban spiral_matrix sudoku survo tower_of_hanoi word_ladder
+""".split()
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_WORDS = 8  # a `solution` with more, and without a box, is a proof rather than an answer
+NO_ANSWER = ("", "proof", "notfound")  # what NuminaMath-1.5 writes where a problem has no answer
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+([^{}$]+))")
+_LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+_LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(\S.*)", re.DOTALL)
+
+
+class Fields(NamedTuple):
+    """Names of the fields of a problem, dotted if nested; an empty name stands for those of known data sets."""
+
+    question: str = ""
+    answer: str = ""
+    choices: str = ""
+
+
+def read_problem(row: dict[str, Any], fields: Fields, *, graded: bool = True) -> tuple[Problem, str]:
+    """Makes a problem of a row.
+
+    Args:
+        row: The row.
+        fields: The fields that the user named.
+        graded: Whether the accuracy reward compares completions with the answer. If not, the answer may be missing, or
+            anything that JSON can hold.
+
+    Returns:
+        The problem without its id, and a phrase that says what was taken for what.
+
+    Raises:
+        ValueError: The row has no usable question or answer.
+    """
+    verifier = needed_verifier(row)
+    if graded and verifier:
+        raise ValueError(f"needs the verifier {verifier!r}: its question has other correct answers than the row's")
+    field, value = find(row, *([fields.question] if fields.question else QUESTIONS))
+    require_field(field, "question", fields.question, row)
+    question, used, said = check_question(value), [field], [f"question from `{field}`"]
+    for name, space in {} if fields.question else CONTEXTS.items():
+        name, context = find(row, name)
+        if isinstance(context, str) and isinstance(question, str):
+            question, used, said = context + space + question, [name, *used], [f"question from `{name}` and `{field}`"]
+    texts, labels, names = find_choices(row, fields.choices, question) if isinstance(question, str) else ([], [], [])
+    field, value = find(row, *([fields.answer] if fields.answer else CHOICE_ANSWERS if texts else ANSWERS))
+    if graded or texts:
+        require_field(field, "answer", fields.answer, row)
+    how = ""
+    if texts and isinstance(question, str):
+        index = pick_choice(value, texts, labels)
+        answer = f"({LETTERS[index]}) {texts[index]}"
+        question = "\n".join([question, *(f"({LETTERS[i]}) {text}" for i, text in enumerate(texts))])
+        said += [f"choices from `{'`, `'.join(names)}`"]
+    elif graded:
+        answer, how = read_answer(value, field)
+    else:
+        answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    used += [field, *names]
+    metadata = {name: value for name, value in row.items() if name not in used}
+    return Problem(question, answer, metadata), ", ".join([*said, f"answer from `{field}`{how}"])
+
+
+def find(row: dict[str, Any], *names: str) -> tuple[str, Any]:
+    """Returns the first of the named fields that a row has and that is not empty, as (name, value), or ("", None)."""
+    for path in spell_names(tuple(row), names):
+        value = lookup(row, path)
+        if value not in (None, []) and str(value).strip():
+            return path, value
+    return "", None
+
+
+@lru_cache
+def spell_names(fields: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
+    """Returns those of the names whose first part is a field of a row, spelled as the row spells it."""
+    spelled = {field.strip().lower().replace(" ", "_"): field for field in reversed(fields)}
+    spelled |= {field: field for field in fields}
+    parts = [(name, "", "") if name in fields else name.partition(".") for name in names]
+    return [spelled[head] + dot + rest for head, dot, rest in parts if head in spelled]
+
+
+def lookup(value: Any, path: str) -> Any:
+    """Returns the value at a dotted path of keys and list indices, or None if there is none."""
+    if path in value:
+        return value[path]
+    for part in path.split("."):
+        if isinstance(value, str) and value[:1] == "{":  # some data sets write objects as text
+            value = parse_text(value)
+        value = dict(enumerate(value)) if isinstance(value, list) else value
+        value = value.get(int(part) if part.isdecimal() else part) if isinstance(value, dict) else None
+    return value
+
+
+def parse_text(text: str) -> Any:
+    """Returns the value of JSON text, or the text itself if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def require_field(found: str, role: str, named: str, row: dict[str, Any]) -> None:
+    """Raises a ValueError that lists the fields of a row if it has no field, or an empty one, for a role."""
+    if not found:
+        nested = {name: value if isinstance(value, dict) else {"": value} for name, value in row.items()}
+        names = [f"{name}.{part}".rstrip(".") for name, value in nested.items() for part in value]
+        what = f"nothing in the field {named!r}" if named else f"no field that is known to hold the {role}"
+        raise ValueError(f"has {what}; its fields are {', '.join(names[:30])}")
+
+
+def needed_verifier(row: dict[str, Any]) -> str:
+    """Returns the name of the verifier that a row needs because comparing with one answer would be wrong, or ""."""
+    for place in ("", "reward_model.ground_truth."):
+        if find(row, place + "target")[0] and find(row, place + "nums", place + "numbers")[0]:
+            return "countdown"
+    name = str(find(row, "metadata.source_dataset", "data_source")[1]).rpartition("/")[2]
+    return name if name in OWN_VERIFIERS else ""
+
+
+def check_question(value: Any) -> str | list[Message]:
+    """Returns a question: a text, or messages with nothing but roles and contents.
+
+    Raises:
+        ValueError: It is neither, or the last message is not the user's.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    try:
+        messages: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        roles = {turn["role"] for turn in messages} - {"system", "user", "assistant"}
+        if not roles and all(isinstance(turn["content"], str) for turn in messages) and messages[-1]["role"] == "user":
+            return messages
+    except (KeyError, TypeError, IndexError):
+        pass
+    raise ValueError(f"must have a text, or messages of which the last is the user's, as question; found {value!a:.60}")
+
+
+def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[str], list[str], list[str]]:
+    """Returns the choices of a row, what its answer may call them, and the fields where they are; all empty if none."""
+    columns = [find(row, name) for name in GPQA]
+    if all(name for name, _ in columns) and not named:
+        # The right answer is the first column; an order by hashes hides that and is always the same.
+        texts = sorted(
+            (write_value(v) for _, v in columns), key=lambda text: hashlib.sha256((question + text).encode()).digest()
+        )
+        return texts, texts, [name for name, _ in columns]
+    name, value = find(row, *([named] if named else CHOICES))
+    names, labels = [name], []
+    if isinstance(value, dict):
+        labels, value = value.get("label", list(value)), value.get("text", list(value.values()))
+    elif not name and all(row.get(letter) for letter in "ABCD"):
+        names = [letter for letter in "ABCDE" if row.get(letter)]
+        value = [row[letter] for letter in names]
+    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
+        if named:
+            raise ValueError(f"must have 2 to {len(LETTERS)} choices in the field {named!r}; found {value!a:.40}")
+        return [], [], []
+    texts = [write_value(choice) for choice in value]
+    lettered = [_LETTERED.fullmatch(text) for text in texts]  # AQuA and AGIEval write "A)21" and "(A)21"
+    if [match and match[1] for match in lettered] == list(LETTERS[: len(texts)]):
+        texts = [match[2] for match in lettered if match]
+    return texts, [str(label) for label in labels], names
+
+
+def pick_choice(answer: Any, texts: list[str], labels: list[str]) -> int:
+    """Returns the index of the choice that an answer names: by index, label, letter or text.
+
+    Raises:
+        ValueError: It names none, or two of them.
+    """
+    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    if isinstance(answer, int | float) and answer in range(len(texts)):
+        return int(answer)
+    written = write_value(answer).strip()
+    letter = _LETTER.fullmatch(written)
+    if written in labels:
+        return labels.index(written)
+    if letter and letter[1].upper() in LETTERS[: len(texts)]:
+        return LETTERS.index(letter[1].upper())
+    named = [index for index, text in enumerate(texts) if written in (text.strip(), str(index))]
+    if len(named) != 1:
+        raise ValueError(f"has the answer {written!a:.40}, which names {len(named)} of its choices")
+    return named[0]
+
+
+def write_value(value: Any) -> str:
+    """Writes a text or a finite number as text, numbers without an exponent; raises a ValueError for anything else."""
+    if isinstance(value, bool | float | dict | list | None) and not (type(value) is float and math.isfinite(value)):
+        raise ValueError(f"must have a text or a number as its answer; found {value!a:.40}")
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+
+
+def read_answer(value: Any, field: str) -> tuple[str, str]:
+    r"""Returns the final answer in a field, and a phrase that says where in it, such as " (last `\boxed`)".
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(value, str) and value.lstrip()[:2] == '["':  # Skywork-OR1 writes lists as text
+        value = parse_text(value)
+    if isinstance(value, list):
+        answers = [read_answer(element, field) for element in value]
+        return ", ".join(answer for answer, _ in answers), answers[-1][1]
+    text, how = write_value(value).strip(), ""
+    boxes = list(_BOX.finditer(text))
+    if "####" in text:
+        text, how = text.rpartition("####")[2].strip(), " (after the last `####`)"
+    elif boxes:
+        braced = read_braced(text, boxes[-1].end()) if boxes[-1][1] else boxes[-1][2]
+        text, how = (braced or "").strip(), " (last `\\boxed`)"
+    if text.lower() in NO_ANSWER or (field.lower() == "solution" and not how and len(text.split()) > MAX_WORDS):
+        raise ValueError(f"has no final answer in the field {field!r}{how}")
+    return text, how
