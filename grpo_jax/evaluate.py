@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
         check_held_out(cfg, workdir)
         task = resolve_task(cfg, graded=graded)
     if jax.process_index() == 0:
-        print(*getattr(task, "notes", ()), sep="\n", file=sys.stderr)
+        for note in getattr(task, "notes", ()):
+            print(note, file=sys.stderr)
     base = read_base_model(cfg)
     cfg, task, _ = fit_prompts(cfg, base, task)
     context = build_context(cfg, base, reward_parts=reward_parts)

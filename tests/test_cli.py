@@ -126,7 +126,7 @@ def asking(path: Path, *questions: str) -> str:
         (["--config.task.name=file"], "task.path must name a file of problems.*Set --config.task.path"),
         (
             ["--config.task.name=file", "--config.task.path=none.jsonl"],
-            "one JSON object per line; could not read none.jsonl: .*No such file",
+            "Problems could not be read from none.jsonl: .*No such file",
         ),
         (
             ["--config.rollout.max_prompt_tokens=40"],
@@ -196,14 +196,15 @@ def test_a_broken_problem_file_is_refused_before_training(tmp_path):
     good = asking(tmp_path / "q.jsonl", *(f"q{i}" for i in range(20)))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n')
-    few = asking(tmp_path / "few.jsonl", "a", "b")
+    one = asking(tmp_path / "one.jsonl", "a", "A ")
     for paths, says in (
-        ([f"--config.task.path={bad}"], "bad.jsonl line 2 must have the field 'answer'"),
+        ([f"--config.task.path={bad}"], "bad.jsonl but .* found 1 of 2 without: line 2 has no field .* the answer"),
         (
             [f"--config.task.path={good}", f"--config.task.eval_path={bad}"],
-            "bad.jsonl line 2 must have the field 'answer'",
+            "bad.jsonl but .* found 1 of 2 without: line 2 has no field .* the answer",
         ),
-        ([f"--config.task.path={few}"], "few.jsonl must have at least 10"),
+        ([f"--config.task.path={one}"], "Some problems must be left for training; found only 1 different"),
+        ([f"--config.task.path={good}", f"--config.task.eval_path={good}"], "task.eval_path must hold other problems"),
     ):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=file", *paths, says=says)
 
@@ -318,13 +319,13 @@ def test_a_mistake_in_generating_is_refused(tmp_path, argv, says):
 def test_a_mistake_in_the_questions_to_evaluate_is_refused(tmp_path):
     run, path = tmp_path / "run", tmp_path / "q.jsonl"
     write_config(run, Config())
-    refused(evaluate.main, run, f"--questions={path}", says="could not read .*q.jsonl: .*No such file")
-    path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "solution": 1}\n')
+    refused(evaluate.main, run, f"--questions={path}", says="could not be read from .*q.jsonl: .*No such file")
+    path.write_text('{"question": "q", "answer": 1}\n{"question": "q", "result": 1}\n')
     refused(
         evaluate.main,
         run,
         f"--questions={path}",
-        says=r"q.jsonl line 2 must have the field 'answer'; found the fields \['question', 'solution'\]",
+        says="q.jsonl but .* line 2 has no field that is known to hold the answer; its fields are question, result",
     )
     refused(
         evaluate.main,

@@ -222,9 +222,8 @@ def test_with_no_evaluation_every_problem_is_trained_on():
 
 
 def test_a_single_question_cannot_be_divided():
-    task = make_task([Problem("1 + 1?", "2"), Problem("1 + 1?", "2")], Config())
-    with pytest.raises(UserError, match=r"at least one held-out problem; found none .*eval.questions=0 for no eval"):
-        held_out_problems(task, 256)
+    with pytest.raises(UserError, match=r"left for training; found only 1 different .* set --config.eval.questions=0"):
+        make_task([Problem("1 + 1?", "2"), Problem("1 + 1?", "2")], Config())
 
 
 def test_held_out_questions_of_another_file_are_not_trained_on(tmp_path):
@@ -241,7 +240,7 @@ def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
         with pytest.raises(UserError, match=r"task.eval_path must hold other problems than task.path; found the same"):
             file_problems(path, same)
     more = write_problems(tmp_path / "more.jsonl", [{"question": f"q{i}", "answer": i} for i in range(21)])
-    with pytest.raises(UserError, match="All 20 problems are also held out, so none is left for training"):
+    with pytest.raises(UserError, match="left for training; found only 20 different"):
         file_problems(path, more)
 
 

@@ -60,7 +60,7 @@ def split_problems(
         problems: All problems.
         held_out: The held-out problems, if they are given. Others with the same questions are not trained on.
         hold_out: Whether to hold out about a tenth of the questions otherwise, chosen by their hashes: at least one,
-            but not all, if there are several.
+            but not all.
         notes: Lines that say how the problems were read; one with the counts is added.
         digests: See `ProblemList`.
 
@@ -73,11 +73,14 @@ def split_problems(
         chosen = set(map(question_hash, held_out))
     else:
         chosen = {value for value in distinct if value % 10 == 0 and hold_out}
-        if hold_out and len(distinct) > 1 and len(chosen) in (0, len(distinct)):
+        if hold_out and len(chosen) in (0, len(distinct)):
             chosen = {min(distinct)}
     train = [problem for problem, value in zip(problems, hashes, strict=True) if value not in chosen]
     if not train:
-        raise UserError(f"All {len(problems):,} problems are also held out, so none is left for training. Add others.")
+        raise UserError(
+            f"Some problems must be left for training; found only {len(distinct):,} different questions, all "
+            "held out. Add other ones, or set --config.eval.questions=0 for no evaluation."
+        )
     removed = [problem for problem, value in zip(problems, hashes, strict=True) if value in chosen]
     note = f"{len(train):,} problems for training, {len(removed if held_out is None else held_out):,} held out"
     note += f"; {len(removed):,} left out because they are held out" if held_out is not None and removed else ""

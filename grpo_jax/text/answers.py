@@ -8,6 +8,7 @@ from fractions import Fraction
 
 MAX_ANSWER_CHARS = 200  # a longer answer counts as none, and no problem may expect a longer one
 
+_DIGIT = re.compile(r"\d")
 _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
@@ -88,3 +89,10 @@ def answers_match(answer: str, expected: str) -> bool:
     if value is not None and expected_value is not None:
         return value == expected_value
     return bool(answer) and answer == expected
+
+
+def read_expected(answer: str) -> str:
+    """Returns an expected answer, or raises a ValueError if no completion could match it."""
+    if not answer.strip() or len(answer) > MAX_ANSWER_CHARS or (len(answer.split()) > 8 and not _DIGIT.search(answer)):
+        raise ValueError("has an answer that no completion could match")
+    return answer
