@@ -28,8 +28,6 @@ WELL_FORMED = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
         (f" \n\t{WELL_FORMED}\n\n ", True),  # white space at either end
         ("<think>a</think><answer>2</answer>", True),
         ("<think>a</think>\n\n<answer>2</answer>", True),
-        ("<think></think><answer>2</answer>", True),  # the content does not matter
-        ("<think>a</think><answer></answer>", True),
         ("<think> a < b > c {x} <b>2</b> </think> <answer> nothing </answer>", True),
         ("", False),
         ("2", False),
@@ -61,6 +59,21 @@ def test_format_requires_each_tag_once_in_order_and_nothing_outside(text, well_f
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "<think></think><answer>2</answer>",
+        "<think> \n </think> <answer>2</answer>",
+        "<think>a</think><answer></answer>",
+        "<think> reasoning process here </think> <answer> 2 </answer>",
+        "<think> a </think> <answer> answer here </answer>",
+        "<think> ... </think> <answer> 2 </answer>",
+    ],
+)
+def test_empty_tags_and_the_template_itself_are_well_formed_only_if_allowed(text):
+    assert format([text]) == 0 and format([text], empty=True) == 1
+
+
+@pytest.mark.parametrize(
     "text, expected, parts",
     [
         (WELL_FORMED, "2", (1, 1)),
@@ -70,7 +83,7 @@ def test_format_requires_each_tag_once_in_order_and_nothing_outside(text, well_f
         ("<think> 2 </think> <answer> 3 </answer>", "2", (0, 1)),  # only the answer counts
         ("<think> 2 </think> 2", "2", (0, 0)),
         ("", "2", (0, 0)),
-        ("<think></think><answer></answer>", "", (0, 1)),  # an empty answer is never correct
+        ("<think> a </think><answer></answer>", "", (0, 0)),  # an empty answer is never correct
     ],
 )
 def test_accuracy_and_format_are_independent(text, expected, parts):
@@ -98,7 +111,7 @@ def resolve(*parts, language="en", max_tokens=56, cache=0):
 
 
 def test_rewards_are_float32_per_completion_and_total_is_their_weighted_sum():
-    texts = [WELL_FORMED, "<answer> 2 </answer>", "<think></think><answer>5</answer>", "nothing"]
+    texts = [WELL_FORMED, "<answer> 2 </answer>", "<think>a</think><answer>5</answer>", "nothing"]
     rewards = grade(resolve("format", "accuracy"), [0.5, 2.0], texts)
     assert list(rewards.parts) == ["format", "accuracy"]  # in the order of the config
     np.testing.assert_array_equal(rewards.parts["accuracy"], [1, 1, 0, 0])

@@ -3,7 +3,10 @@
 Modules, in reading order:
 
     problem      `Problem` and `Prompts`, the values that tasks and encoding produce
-    answers      extracts, parses and compares answers
+    notation     rewrites an answer in one notation
+    expressions  parses mathematical expressions
+    equality     compares a parsed answer with the expected one
+    answers      extracts and judges answers
     prompt       R1-Zero's template, encoding of prompts
     decoding     turns the tokens of completions into text
     stops        stop strings as a transition table over tokens

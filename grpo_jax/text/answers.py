@@ -1,98 +1,266 @@
-"""Extracts the answer from a completion and compares it with the expected one.
+"""Extracts the answer from a completion and judges it against the expected one.
 
-Text is parsed and never evaluated. Every function runs in time linear in the length of its input.
+Nothing in a text is executed. Every function runs in time linear in the length of a completion, and in bounded time on
+what it takes for the answer.
 """
 
+import contextlib
+import functools
 import re
+from datetime import datetime
 from fractions import Fraction
+from typing import Any, NamedTuple
 
-MAX_ANSWER_CHARS = 200  # a longer answer counts as none, and no problem may expect a longer one
+from grpo_jax.text.equality import difference, list_members
+from grpo_jax.text.expressions import FUNCTIONS, Tree, parse, tokenize
+from grpo_jax.text.notation import LETTERS, normalize_notation
 
-_DIGIT = re.compile(r"\d")
-_SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,]")
+MAX_ANSWER_CHARS = 500  # a longer answer counts as none, and no problem may expect a longer one
+MAX_WORDS = 8  # of an answer in words
+
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
-_GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_RATIO = re.compile(r"()([^/]*)/([^/]*)")  # () stands for the sign, which is part of the numerator
+_WORDS = re.compile(r"[^\W\d_]+(?:[ \-',./&]+[^\W\d_]+)*[!?.]?")
+_SHORT_WORDS = "yes no not the and or is it up on in at to of by we he me us go ox ok am pm ad bc".split()
+_NAMES = {*FUNCTIONS, *LETTERS, *LETTERS.values(), "inf", "infinity", "and", "or"}
+_HEDGES = re.compile(
+    r"\b(?:not|no|never|or|either|neither|nor|maybe|perhaps|probably|possibly|might|about|approximately|approx|around"
+    r"|roughly|nearly|almost|less|more|fewer|than|half|twice|double|triple|times|dozens?|hundreds?|thousands?|score"
+    r"|squared root|minus|plus|over|under|wrong|incorrect|false|except|but|if|unless|guess|least|most|opposite|negative"
+    r"|divided|multiplied|between|cannot|\w+n't)\b|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    r'^(?:"?(?:(?:(?:number|amount|value) of \w+(?= is\b| are\b| =)|so|thus|hence|therefore|then|finally|final'
+    r"|correct|answers?|ans|option|choice|the|my|our|a total of|is|are|was|be|of|in|it|there|we|get|got|have|has|had"
+    r"|he|she|they|total|sum|result|values?|number|solutions?|equals?|gives?|makes?|equal|to|altogether|and|all|which|that|this"
+    r'|must|will)\b|答案|结果|所以|因此|是|为|等于|最终|共有|一共|有|共)"?[\s,:]*)+',
+    re.IGNORECASE,
+)
+_EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
+_CHOICE = re.compile(r"[(\[]?([A-Ja-j])(?:[)\]][.:]?|[.:]|$)\s*(.*)")
+_OTHER_CHOICE = re.compile(r"(?:^|\b(?:or|and|not)\b|[,/])\s*\(?[A-J](?:[).:,]|$)|\([A-J]\)|\b[A-J][).:]\s")
+_EXPECTED_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*\(([A-J])\)\s*\}?[\s~\\]*|([A-J])(?:[.)]\s+|$)")
+_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*|\d{4}-\d\d?-\d\d?", re.IGNORECASE)
+
+
+class Verdict(NamedTuple):
+    """The judgement of a completion."""
+
+    correct: bool
+    parsed: str | None  # the answer that was read, or None if there is none
+    why: str
 
 
 def extract_answer(text: str) -> str | None:
     r"""Returns the content of the last `<answer>...</answer>` in a completion.
 
-    If that content includes `\boxed{...}`, returns the content of the last box instead.
+    If that content includes one `\boxed{...}`, or several with the same content, returns the content of the box.
 
     Returns:
-        The answer without surrounding white space, or None if there is no answer, if it is empty, or if the tags hold
-        more than `MAX_ANSWER_CHARS` characters.
+        The answer without surrounding white space, or None if it is empty or longer than `MAX_ANSWER_CHARS`, if the
+        last `<answer>` is not closed, or if the thoughts end only after it.
     """
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    if start < 0:
+    try:
+        answer = _read_tags(text)
+    except ValueError:
         return None
+    boxes = set(find_boxes(answer))
+    return (boxes.pop() if len(boxes) == 1 else answer) or None
+
+
+def _read_tags(text: str) -> str:
+    """Returns the content of the last `<answer>...</answer>`; raises ValueError if there is none."""
+    start = text.rfind("<answer>")
     end = text.find("</answer>", start)
-    answer: str | None = text[start + len("<answer>") : end].strip()
-    if not answer or len(answer) > MAX_ANSWER_CHARS:
-        return None
-    boxes = list(_BOXED.finditer(answer))
-    if boxes:
-        answer = read_braced(answer, boxes[-1].end())
-    return answer or None
+    if start < 0 or end < 0:
+        raise ValueError("no closed <answer>")
+    if text.find("</think>", start) >= 0:
+        raise ValueError("the answer is in the thoughts")
+    answer = text[start + len("<answer>") : end].strip()
+    if not answer:
+        raise ValueError("the answer is empty")
+    if len(answer) > MAX_ANSWER_CHARS:
+        raise ValueError(f"the answer has more than {MAX_ANSWER_CHARS} characters")
+    return answer
 
 
-def read_braced(text: str, start: int) -> str | None:
-    """Returns the content of a brace group that opens just before `start`, or None if the group is never closed."""
+def find_boxes(text: str) -> list[str]:
+    r"""Returns the contents of each `\boxed{...}`, "" where one is not closed."""
+    return [read_braced(text, match.end()) for match in _BOXED.finditer(text)]
+
+
+def read_braced(text: str, start: int) -> str:
+    """Returns the content of a brace group that opens just before `start`, or "" if the group is never closed."""
     depth = 1
     for index in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
             return text[start:index].strip()
-    return None
+    return ""
 
 
-def parse_number(text: str) -> Fraction | None:
-    r"""Returns the exact value of a written number, or None if the text is anything else.
-
-    Reads integers, decimals, `1,234`, `3/4`, `\frac{3}{4}` and `50%`, but no exponents: 1e5 is compared as a word.
-    """
-    text = text.strip()
-    if len(text) > MAX_ANSWER_CHARS:
-        return None
-    if text.endswith("%"):
-        percent = parse_number(text[:-1].removesuffix("\\"))
-        return None if percent is None else percent / 100
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    if _NUMBER.fullmatch(text):
-        return Fraction(text)
-    fraction = _FRACTION.fullmatch(text) or _RATIO.fullmatch(text)
-    if not fraction:
-        return None
-    sign, numerator, denominator = (part.strip() for part in fraction.groups())
-    if not _NUMBER.fullmatch(numerator) or not _NUMBER.fullmatch(denominator) or Fraction(denominator) == 0:
-        return None
-    value = Fraction(numerator) / Fraction(denominator)
-    return -value if sign == "-" else value
-
-
-def normalize_text(text: str) -> str:
-    """Returns the text in lower case, with single spaces, without dollar signs around it and without a final period."""
-    text = text.strip().strip("$").strip()
-    if text.endswith("."):
-        text = text[:-1]
-    return " ".join(_SPACING.sub("", text).split()).casefold()
+def judge(completion: str, expected: str) -> Verdict:
+    """Judges the last `<answer>...</answer>` of a completion. See `answers_match` for what counts as equal."""
+    try:
+        return _judge_answer(_read_tags(completion), expected)
+    except ValueError as error:
+        return Verdict(False, None, str(error))
 
 
 def answers_match(answer: str, expected: str) -> bool:
-    """Returns whether two answers are equal: as numbers if both are numbers, otherwise as normalized text."""
-    answer, expected = normalize_text(answer), normalize_text(expected)
-    value, expected_value = parse_number(answer), parse_number(expected)
-    if value is not None and expected_value is not None:
-        return value == expected_value
-    return bool(answer) and answer == expected
+    r"""Returns whether an answer is the expected one, in whatever notation.
+
+    Numbers, expressions, lists, sets, intervals, matrices, units, dates and words are compared by what they mean. Where
+    a plain number is expected, arithmetic that is to be carried out does not match. An answer that names several values
+    where one is expected does not match. An expected answer that cannot be read matches nothing.
+    """
+    try:
+        return len(answer) <= MAX_ANSWER_CHARS and _judge_answer(answer, expected).correct
+    except ValueError:
+        return False
 
 
-def read_expected(answer: str) -> str:
-    """Returns an expected answer, or raises a ValueError if no completion could match it."""
-    if not answer.strip() or len(answer) > MAX_ANSWER_CHARS or (len(answer.split()) > 8 and not _DIGIT.search(answer)):
-        raise ValueError("has an answer that no completion could match")
-    return answer
+def _judge_answer(answer: str, expected: str) -> Verdict:
+    """Judges an answer that may hold boxes."""
+    try:
+        want = read_expected(expected)
+    except ValueError as error:
+        raise ValueError(f"the expected answer cannot be read: {error}") from error
+    several = len(list_members(want)) > 1 if want[0] not in ("choice", "text") else False
+    boxes = list(dict.fromkeys(find_boxes(answer)))
+    if not boxes:
+        return _judge_text(normalize_notation(answer), want)
+    if len(boxes) > 1 and not several:
+        return Verdict(False, ", ".join(boxes), f"{len(boxes)} boxes where one value is expected")
+    around = answer
+    for box in find_boxes(answer):
+        around = re.sub(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}", " ", around, count=1)
+    if (hedge := _HEDGES.search(around)) and not (several and hedge[0] == "or"):
+        return Verdict(False, answer, f"hedged: {hedge[0]}")
+    verdict = _judge_text(normalize_notation(", ".join(boxes)), want)
+    if verdict.correct and len(boxes) == 1 and re.search(r"[\w=+*/^%°-]", around):  # such as a unit behind the box
+        whole = _judge_text(normalize_notation(_BOXED.sub("{", answer)), want)
+        return verdict if whole.correct or whole.why.startswith("it cannot be read") else whole
+    return verdict
+
+
+def _judge_text(text: str, want: Tree) -> Verdict:
+    """Judges an answer in normalized notation, as it stands and without a sentence around it."""
+    if want[0] == "choice":
+        return _judge_choice(text, *want[1:])
+    hedge = _HEDGES.search(text) if want[0] not in ("text", "opaque") else None
+    if hedge and not (hedge[0] == "or" and len(list_members(want)) > 1):
+        return Verdict(False, text, f"hedged: {hedge[0]}")
+    why = ""
+    for reading in dict.fromkeys((text, _SENTENCE.sub("", text))):
+        try:
+            got = parse_answer(reading)
+            why = "it cannot be read" if got[0] == "opaque" != want[0] else _compare(want, got)
+        except ValueError as error:
+            why = f"it cannot be read: {error}"
+        if not why:
+            return Verdict(True, reading, "equal")
+    return Verdict(False, text, why)
+
+
+def _judge_choice(text: str, letter: str, value: Tree | None) -> Verdict:
+    """Judges an answer to a question with choices, by the letter or by the value of the choice."""
+    bare = text.replace('"', "")
+    for reading in dict.fromkeys((bare, _SENTENCE.sub("", bare))):
+        if choice := _CHOICE.fullmatch(reading):
+            named, rest = choice[1].upper(), choice[2]
+            if named != letter or _OTHER_CHOICE.search(rest):
+                return Verdict(False, bare, "another choice" if named != letter else "several choices")
+            if rest and value and not _judge_text(rest, value).correct:
+                return Verdict(False, bare, "the letter and the value contradict each other")
+            return Verdict(True, named, "the same choice")
+    return _judge_text(text, value) if value else Verdict(False, bare, "no choice")
+
+
+def _compare(want: Tree, got: Tree) -> str:
+    """Returns how an answer differs from the expected one, or "" if they are equal."""
+    if "time" in (want[0], got[0]):
+        one, other = _minutes(want), _minutes(got)
+        equal = one == other or (want[0] == ":" and one is not None and other is not None and one == other % 720)
+        return "" if equal else "another time"
+    return difference(want, got)
+
+
+def _minutes(tree: Tree) -> Any:
+    """Returns the minutes since midnight of a time such as 3:30 PM or 15:30, or None if it is none."""
+    numbers = [part[1] for part in tree[1:] if part[0] == "n"] if tree[0] == ":" else []
+    return tree[1] if tree[0] == "time" else numbers[0] * 60 + numbers[1] if len(numbers) == 2 else None
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def read_expected(answer: str) -> Tree:
+    r"""Returns an expected answer, parsed.
+
+    Reads it out of what a data set may have around it: a rationale before `####`, a solution whose last `\boxed{}`
+    holds the answer, tags, "The answer is". A choice, such as `(A) 133`, becomes ("choice", letter, text or None).
+
+    Raises:
+        ValueError: No answer could match it, because it is empty, malformed or prose; the message says so.
+    """
+    text = answer.strip().rpartition("####")[2].strip()
+    if text.isdecimal() and len(text) <= 20:
+        return ("n", Fraction(text))
+    text = _read_tags(text) if "<answer>" in text else text
+    boxes = find_boxes(text)
+    text = (boxes[-1] if boxes else _EXPECTED_SENTENCE.split(text)[-1]).strip()
+    if choice := _EXPECTED_CHOICE.match(text):
+        try:
+            value = parse_answer(normalize_notation(text[choice.end() :]))
+        except ValueError:
+            value = None  # none, or prose: the letter remains
+        return ("choice", choice[1] or choice[2], value)
+    text = normalize_notation(text)
+    if text.casefold() == "nan":
+        raise ValueError("not a number")
+    return parse_answer(text)
+
+
+def parse_answer(text: str) -> Tree:
+    """Parses an answer in normalized notation: a time, a date, words, or mathematics.
+
+    Raises:
+        ValueError: The answer is prose of more than `MAX_WORDS` words, malformed or too long.
+    """
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
+    bare = text.replace('"', "")
+    if (time := _TIME.fullmatch(bare)) and 0 < int(time[1]) <= 12:
+        return ("time", int(time[1]) % 12 * 60 + int(time[2] or 0) + 720 * (time[3] in "pP"))
+    if _DATE.fullmatch(bare) and (date := _read_date(bare)):
+        return date
+    words = re.findall(r"[^\W\d_]+", bare)
+    long = [word for word in words if len(word) > 2 or word.lower() in _SHORT_WORDS or not word.isascii()]
+    if not (_WORDS.fullmatch(bare) and set(long) - _NAMES):
+        try:
+            return parse(text)
+        except ValueError as error:
+            if text.count("{") != text.count("}"):
+                raise ValueError("unbalanced {") from error
+            if ("\\" in text or '"' in text) and len(long) <= MAX_WORDS:
+                return ("opaque", "".join(value for _, value in tokenize(text)))
+    if len(words) > MAX_WORDS or not words:
+        raise ValueError(f"prose of {len(words)} words" if words else "it is neither mathematics nor words")
+    key = re.sub(r"^(?:the|an?) (?=\w)|[!?.]$", "", bare, flags=re.IGNORECASE)
+    return ("text", re.sub(r"[^\W\d_]+", lambda match: _fold_word(match[0]), key).replace(" ", ""))
+
+
+def _fold_word(word: str) -> str:
+    """Returns a word without its case, where case has no meaning: not in short ones such as AB."""
+    plain = len(word) > 3 or word[1:].islower() or word.lower() in _SHORT_WORDS
+    return word.casefold() if plain else word
+
+
+def _read_date(text: str) -> Tree | None:
+    """Returns a date, such as March 5, 2024 or 5 March, or None if the text is none."""
+    text = " ".join(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b|\bthe\b|[,.]", " ", text).replace("Sept ", "Sep ").split())
+    year = bool(re.search(r"\d{4}", text))
+    for layout in ("%Y-%m-%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y"):
+        with contextlib.suppress(ValueError):
+            return ("date", datetime.strptime(text if year else f"{text} 2000", layout), year)
+    return None

@@ -1,0 +1,331 @@
+r"""Parses expressions in LaTeX or plain notation to nested tuples.
+
+An expression is a tuple of its kind and its parts. `2x+1` is ("+", ("*", ("n", 2), ("s", "x")), ("n", 1)), where
+numbers are fractions and ("s", name) is a symbol. ("[)", a, b) is an interval, and ("unit", expression, words) is a
+quantity. Nothing is computed here.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from grpo_jax.text.notation import LETTERS, TABLES
+
+Tree = tuple[Any, ...]
+
+MAX_TOKENS, MAX_DEPTH = 300, 40
+
+FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh exp arcsin arccos arctan sqrt log ln lg abs frac binom".split())
+UNITS = {name: unit for unit, names in TABLES["units"].items() for name in (unit, *names.split())}
+_CURRENCIES = "＄€£¥¢"
+_FILLERS = {"unit", "of", "the", "a", "an", "in", "total", "altogether", "each", "all"}
+_LEVELS = [("list", (",", ";", "and", "or")), ("relation", tuple("=<>≤≥≠∈"))]  # of the grammar, outermost first
+_CLOSING = {"(": ")]", "[": ")]", "⦃": "⦄", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
+_TOKEN = re.compile(
+    r"""\s*(?:
+    (?P<number>(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:\ \d{3})+(?!\d|\ \d)|\d+)(?:\.(?!\.)\d*)?|\.\d+)
+        (?:[eE][+-]?\d{1,4}(?!\w))?)
+    |(?P<word>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞]|[^\W\d_A-Za-zͰ-Ͽ]+)
+    |(?P<command>\\[A-Za-z]+)
+    |(?P<sign>\.\.\.|\S)
+    )""",
+    re.VERBOSE,
+)
+
+
+def tokenize(text: str) -> list[tuple[str, str]]:
+    """Returns the tokens of an answer in normalized notation, as pairs of kind and text.
+
+    The kinds are n (number), s (symbol), f (function), w (word) and o (operator or bracket).
+
+    Raises:
+        ValueError: There are more than `MAX_TOKENS` tokens.
+    """
+    tokens: list[tuple[str, str]] = []
+    depth = at = 0
+    while match := _TOKEN.match(text, at):
+        kind, written, at = match.lastgroup, match[0].strip(), match.end()
+        if kind == "number":
+            if depth and "," in written:  # in brackets, a comma separates
+                written = written[: written.index(",")]
+                at = match.start() + match[0].index(",")
+            tokens.append(("n", written))
+        elif kind == "word":
+            spaced = match[0][0] == " " and bool(tokens) and tokens[-1][0] == "n"
+            tokens += _read_word(written, spaced and bool(re.match(r" |$|[,/^]", text[at:])), text[at : at + 1] != " ")
+        elif kind == "command":
+            name = written[1:]
+            tokens.append(("f" if name in FUNCTIONS else "o" if name == "end" else "s", name))
+        else:
+            tokens.append(("o", written))
+            depth += (written in "([⦃") - (written in ")]⦄")
+        if len(tokens) > MAX_TOKENS:
+            raise ValueError(f"more than {MAX_TOKENS} symbols")
+    return tokens
+
+
+def _read_word(written: str, behind: bool, last: bool) -> list[tuple[str, str]]:
+    r"""Returns the tokens of a run of letters: a name, a word, or a product of symbols.
+
+    Args:
+        written: The run, in quotes if it comes from `\text`.
+        behind: Whether it stands behind a number and a space, where a unit would be.
+        last: Whether no space follows.
+    """
+    word = written.strip('"')
+    lower, quoted = word.lower(), written != word
+    if lower in ("and", "or", "to"):
+        return [("o", ":" if lower == "to" else lower)]
+    if lower in FUNCTIONS or word in LETTERS or lower in ("inf", "infinity"):
+        return [("f", lower) if lower in FUNCTIONS else ("s", LETTERS.get(word, "∞"))]
+    if len(word) == 1 and (word.isascii() or word in "∞" or word in LETTERS.values()):
+        return [("w" if word in UNITS and (quoted or (behind and last)) else "s", word)]
+    named = word in UNITS or lower in UNITS or not word.isascii()
+    if quoted or len(word) > 3 or named or (behind and re.search("[aeiou]", word)):
+        return [("w", word)]
+    return [("s", letter) for letter in word]
+
+
+def parse(text: str) -> Tree:
+    """Parses an answer in normalized notation; several values become ("list", *values).
+
+    Raises:
+        ValueError: It is no expression of this grammar, or it is too long or nested too deeply.
+    """
+    parser = Parser(tokenize(text))
+    tree = parser.level(0)
+    if parser.kind:
+        raise ValueError(f"unexpected {parser.take()}")
+    return tree
+
+
+class Parser:
+    """A recursive-descent parser: each method reads one level of the grammar, or raises ValueError."""
+
+    def __init__(self, tokens: Sequence[tuple[str, str]]) -> None:
+        """Starts at the first token; two empty ones stand behind the last."""
+        self.tokens, self.at, self.depth = [*tokens, ("", ""), ("", "")], 0, 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of the next token, "" at the end."""
+        return self.tokens[self.at][0]
+
+    @property
+    def sign(self) -> str:
+        """The next token if it is an operator or bracket, otherwise ""."""
+        kind, value = self.tokens[self.at]
+        return value if kind == "o" else ""
+
+    def take(self) -> str:
+        """Returns the next token and moves on."""
+        if not self.kind:
+            raise ValueError("it ends too early")
+        self.at += 1
+        return self.tokens[self.at - 1][1]
+
+    def accept(self, *signs: str) -> str:
+        """Takes the next token if it is one of these operators, otherwise returns ""."""
+        return self.take() if self.sign and self.sign in signs else ""
+
+    def expect(self, *signs: str) -> str:
+        """Takes an operator that must come next."""
+        if self.sign not in signs:
+            raise ValueError(f"missing {signs[0]}")
+        return self.take()
+
+    def level(self, index: int) -> Tree:
+        """Reads a list (level 0), a relation (level 1) or a quantity (level 2)."""
+        if index == len(_LEVELS):
+            return self.quantity()
+        kind, allowed = _LEVELS[index]
+        parts, signs = [self.level(index + 1)], []
+        while sign := self.accept(*allowed):
+            while index == 0 and self.accept("and", "or"):  # after a comma
+                pass
+            signs.append(sign)
+            parts.append(self.level(index + 1))
+        if not signs:
+            return parts[0]
+        return (kind, *parts) if index == 0 else (kind, "".join(signs), *parts)
+
+    def quantity(self) -> Tree:
+        """Reads a sum, ratio, range or union, and the unit behind it."""
+        parts, joints = [self.sum()], set()
+        while joint := self.accept("∪", "∩", "∖", ":"):
+            joints.add(joint)
+            parts.append(self.sum())
+        if len(joints) > 1:
+            raise ValueError("mixed operators")
+        tree: Tree = (joints.pop(), *parts) if joints else parts[0]
+        unit = canonical_unit(self.unit())
+        if tree[0] == "°" or (tree[0] == "neg" and tree[1][0] == "°"):
+            tree, unit = (tree[1] if tree[0] == "°" else ("neg", tree[1][1])), ("°",)
+        return ("unit", tree, unit) if unit else tree
+
+    def unit(self) -> list[str]:
+        """Reads words behind a quantity, also `/` and powers between them."""
+        words: list[str] = []
+        while True:
+            following = self.tokens[self.at + 1][0]
+            if self.kind == "w" or (self.sign and self.sign in _CURRENCIES) or (words and self.kind == "s"):
+                words.append(self.take())
+            elif words and self.sign == "/" and following in ("w", "s"):
+                words.append(self.take())
+            elif words and self.accept("^"):
+                words[-1] += f"^{self.argument()[1]}"
+            elif self.sign == "(" and following == "w":
+                self.take()
+                words += self.unit()
+                self.expect(")")
+            else:
+                return words
+
+    def sum(self) -> Tree:
+        """Reads terms with signs."""
+        terms: list[Tree] = []
+        while (sign := self.accept("+", "-", "±", "∓")) or not terms:
+            term = self.product()
+            terms.append(term if sign in ("", "+") else ({"-": "neg"}.get(sign, sign), term))
+        return terms[0] if len(terms) == 1 else ("+", *terms)
+
+    def product(self) -> Tree:
+        """Reads factors, with or without a sign between them."""
+        tree = self.power()
+        while True:
+            if sign := self.accept("*", "/"):
+                negative = self.accept("-")
+                tree = (sign, tree, ("neg", self.power()) if negative else self.power())
+            elif self.kind in ("n", "s", "f") or (
+                self.sign in ("(", "{", "⌊", "⌈") and self.tokens[self.at + 1][0] != "w"
+            ):
+                if self.kind == self.tokens[self.at - 1][0] == "n":
+                    raise ValueError("two numbers side by side")
+                tree = (*tree, self.power()) if tree[0] == "*" else ("*", tree, self.power())
+            else:
+                return tree
+
+    def power(self) -> Tree:
+        """Reads a factor with what follows it: powers, subscripts, factorials, percent and degree signs, primes."""
+        tree = self.primary()
+        while sign := self.accept("^", "_", "!", "%", "°", "'"):
+            tree = (sign, tree, self.argument()) if sign in "^_" else (sign, tree)
+        return tree
+
+    def argument(self) -> Tree:
+        """Reads what stands behind `^` or `_`: a factor, which may have a sign."""
+        return ("neg", self.primary()) if self.accept("-") else self.primary()
+
+    def part(self) -> Tree:
+        r"""Reads an argument as LaTeX does: a group in braces, or one digit or command, as in `\frac34`."""
+        kind, value = self.tokens[self.at]
+        if kind == "n" and len(value) > 1:
+            self.tokens[self.at], value = (kind, value[1:]), value[0]
+            return ("n", Fraction(value))
+        return self.primary()
+
+    def primary(self) -> Tree:
+        """Reads a number, a symbol, a function with its arguments, or something in brackets."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError("too deeply nested")
+        read = {"n": self.number, "f": self.function, "o": self.bracketed}.get(self.kind, self.symbol)
+        tree = read(self.take())
+        self.depth -= 1
+        return tree
+
+    def number(self, written: str) -> Tree:
+        """Reads a number, or a mixed number."""
+        mantissa, _, exponent = written.replace(",", "").replace(" ", "").lower().partition("e")
+        number = ("n", Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
+        if self.tokens[self.at] != ("f", "frac"):
+            return number
+        fraction = self.primary()
+        mixed = fraction[1][0] == fraction[2][0] == "n" and fraction[1][1] < fraction[2][1]
+        return ("mixed" if mixed else "*", number, fraction)
+
+    def symbol(self, name: str) -> Tree:
+        """Reads a symbol, a word that stands for one, a command that is not known with its arguments, or a matrix."""
+        if name == "begin":
+            return self.matrix()
+        if self.tokens[self.at - 1][0] == "w" and len(name) > 1 and self.sign not in ("=", "∈"):
+            raise ValueError(f"unexpected {name[:20]}")
+        return ("s", name + self.skip_braces() if len(name) > 1 and self.sign == "{" else name)
+
+    def bracketed(self, opening: str) -> Tree:
+        """Reads a group, tuple, interval, set or absolute value."""
+        if opening not in _CLOSING:
+            raise ValueError(f"unexpected {opening}")
+        if opening in "|⌊⌈":
+            tree = ({"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], self.level(1))
+            self.expect(_CLOSING[opening])
+            return tree
+        items = () if self.sign and self.sign in _CLOSING[opening] else self.items()
+        closing = self.expect(*_CLOSING[opening])
+        if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
+            return items[0]
+        return ("set" if opening in "{⦃" else opening + closing, *items)
+
+    def items(self) -> tuple[Tree, ...]:
+        """Reads the items between brackets."""
+        tree = self.level(0)
+        return tree[1:] if tree[0] == "list" else (tree,)
+
+    def function(self, name: str) -> Tree:
+        """Reads the arguments of a function."""
+        if name in ("frac", "binom"):
+            return ("/" if name == "frac" else name, self.part(), self.part())
+        options: dict[str, Tree] = {}
+        while sign := self.accept("_", "^", "[") if name != "sqrt" else self.accept("["):
+            options[sign] = self.level(1) if sign == "[" else self.argument()
+            if sign == "[":
+                self.expect("]")
+        if name == "sqrt":
+            return ("root", self.primary(), options.get("[", ("n", Fraction(2))))
+        if self.accept("("):
+            arguments = self.items()
+            self.expect(")")
+        else:
+            arguments = (self.power(),)
+            while self.kind in ("n", "s"):
+                arguments = (("*", arguments[0], self.power()),)
+        if options.get("^") == ("neg", ("n", 1)):
+            return ("arc" + name, *arguments)
+        tree = (name, *arguments, *([options["_"]] if "_" in options else []))
+        return ("^", tree, options["^"]) if "^" in options else tree
+
+    def matrix(self) -> Tree:
+        r"""Reads the rows of a matrix behind `\begin`, up to its `\end`."""
+        if self.skip_braces() == "{array}" and self.sign == "{":
+            self.skip_braces()
+        rows: list[list[Tree]] = [[]]
+        while self.tokens[self.at] != ("o", "end"):
+            if self.accept("¶"):
+                rows.append([])
+            elif not self.accept("&"):
+                rows[-1].append(self.level(1))
+        self.take()
+        self.skip_braces()
+        return ("matrix", *(("row", *row) for row in rows if row))
+
+    def skip_braces(self) -> str:
+        """Takes a group in braces and returns its text."""
+        start, depth = self.at, 0
+        while depth or self.at == start:
+            depth += {"{": 1, "}": -1}.get(self.sign, 0)
+            self.take()
+        return "".join(value for _, value in self.tokens[start : self.at])
+
+
+def canonical_unit(words: Sequence[str]) -> tuple[str, ...]:
+    """Returns the words behind a number in one spelling, such as ("cm^2",) for square centimeters."""
+    text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", " ".join(words)))
+    text = re.sub(r" squared\b", "^2", re.sub(r" cubed\b", "^3", re.sub(r"\bper\b", "/", text)))
+    unit = []
+    for word in text.split():
+        name, caret, power = word.partition("^")
+        singular = name.lower().removesuffix("s") if len(name) > 3 else name
+        if singular not in _FILLERS:
+            unit.append(UNITS.get(name, UNITS.get(singular, UNITS.get(name.lower(), singular))) + caret + power)
+    return tuple(unit)

@@ -1,0 +1,101 @@
+r"""Rewrites answers in one notation, so that one grammar reads them all.
+
+For example, `\dfrac{3}{4}` becomes `\frac{3}{4}`, `\gamma` the letter itself and `5\text{ cm}` becomes `5 "cm"`: quotes
+mark the words of `\text`. `notation.toml` lists what means the same.
+"""
+
+import re
+import tomllib
+import unicodedata
+from fractions import Fraction
+from pathlib import Path
+
+TABLES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega pi"
+LETTERS = {name: unicodedata.lookup(f"greek small letter {name}") for name in GREEK.split()} | {"lambda": "λ"}
+LETTERS |= {name.title(): letter.upper() for name, letter in LETTERS.items()}
+_COMMANDS = TABLES["commands"] | LETTERS
+_SIGNS = re.compile("|".join(map(re.escape, TABLES["signs"])))
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
+_LOWERED = str.maketrans(_SUPERSCRIPTS, "0123456789+-n")
+
+_COMMAND = re.compile(r"\\(?:([A-Za-z]+) ?|!\s*|([,;:> ]|hspace\{[^{}]*\})|([{}$%#&])|([()\[\]]))")
+_SIZED = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*\.?")
+_TEXT = re.compile(
+    r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|[mh]box|emph|boldsymbol)"
+    r"\s*\{([^{}]*)\}"
+)
+_CIRCLE = re.compile(r'\^\s*\{?\s*°\s*\}?|°(?=\s*"?[CF]"?(?![A-Za-z]))')
+_EMPHASIS = re.compile(r"(?<![\w*])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w*])|`")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\overline\s*\{?\s*(\d+)\s*\}?")
+_MIXED = re.compile(r"(?<![\d.,/])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d.])")
+_CURRENCY = re.compile(r"(＄|€|£|¥|\bUSD\b) ?(-?[\d., ]*\d)")
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+_NUMBERS = {word: value for value, word in enumerate(f"{_ONES} eighteen nineteen".split())}
+_DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = {word: 10 * value for value, word in enumerate(_DECADES.split(), 2)}
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_DIGITS = "|".join([*_NUMBERS][1:10])
+_NUMBER_WORD = re.compile(
+    rf'(?<![\\\w])"?(?:({"|".join(_TENS)})(?:"?[- ]"?({_DIGITS}))?|({"|".join(_NUMBERS)}))"?(?!\w)', re.IGNORECASE
+)
+_POWER_WORD = re.compile(rf'(?<=\d)\s*"?({"|".join(_POWERS)})"?(?!\w)', re.IGNORECASE)
+
+
+def normalize_notation(text: str) -> str:
+    """Returns an answer in one notation.
+
+    Raises:
+        ValueError: The text contains control characters or lone surrogates, or says nothing.
+    """
+    if not text.isascii():
+        text = re.sub("[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
+        text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
+        text = unicodedata.normalize("NFKC", text)
+    if not text.isprintable():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # such as a zero-width space
+        if re.search(r"[^\S\s]|[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
+            raise ValueError("control characters or lone surrogates")
+    text = _EMPHASIS.sub(r"\1", text.replace('"', "").replace("{,}", ",").replace("''", ""))
+    if "\\" in text:
+        text = _normalize_latex(text)
+    text = _SIGNS.sub(lambda match: TABLES["signs"][match[0]], text)
+    if text.count("$") % 2:  # a currency, not a delimiter of mathematics
+        text = re.sub(r"\$(?=\s*-?[\d.])|(?<=\d)\$", "＄", text, count=1)
+    text = _CIRCLE.sub(lambda match: "°" if match[0][0] == "^" else " deg", text.replace("$", ""))
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    if text.upper() != text.lower():  # there are letters
+        text = _NUMBER_WORD.sub(
+            lambda match: str(sum((_NUMBERS | _TENS)[word.lower()] for word in match.groups() if word)), text
+        )
+        text = _POWER_WORD.sub(lambda match: f"*10^{{{_POWERS[match[1].lower()]}}}", text)
+        text = re.sub(r'\s*"?\bper ?cent(?:age)?\b"?', "%", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
+    text = " ".join(_CURRENCY.sub(r"\2 \1", text).split()).strip(" *").rstrip(".,;: ")
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
+def _normalize_latex(text: str) -> str:
+    text = text.replace(r"\\", "¶" if r"\begin" in text else "\\")  # the end of a row, or a backslash escaped twice
+    for _ in range(4):  # nested wrappers
+        text = _TEXT.sub(lambda match: re.sub(r'"?([^\W\d_]+)"?', r'"\1"', match[1]), text)
+    text = _COMMAND.sub(_rewrite_command, _SIZED.sub("", text))
+    return _REPEATING.sub(_write_fraction, text)
+
+
+def _rewrite_command(match: re.Match[str]) -> str:
+    name, space, escaped, _ = match.groups()
+    if name:
+        return _COMMANDS[name] if name in _COMMANDS else match[0]
+    return " " if space else {"{": "⦃", "}": "⦄", "$": "＄"}.get(escaped, escaped or "")
+
+
+def _write_fraction(match: re.Match[str]) -> str:
+    """Writes a repeating decimal as a fraction in lowest terms."""
+    whole, fixed, period = match.groups()
+    return f"({Fraction(f'{whole or 0}.{fixed}0') + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))})"
