@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     cfg, task, _ = fit_prompts(cfg, base, task)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
-    with jax.set_mesh(context.mesh):
+    with jax.set_mesh(context.mesh), closing(context.grader):
         step, params = load_policy(cfg, context, workdir, options.base)
         placed = place_for_rollout(context.model_cfg, params, context.mesh)
         key = fold_in_all(jax.random.key(cfg.seed), EVALUATION_KEY, step)  # that of the run's own evaluation

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from grpo_jax.config import check, default
-from grpo_jax.rewards.parts import PARTS
+from grpo_jax.rewards.parts import accuracy_part, format_part
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
@@ -27,7 +27,8 @@ def make_config(*, kl_coef=0.001, **eval_keys):
 
 @pytest.fixture(scope="module")
 def context():
-    return build_context(make_config(), read_base_model(make_config()), reward_parts=PARTS)
+    parts = {"accuracy": accuracy_part, "format": format_part}
+    return build_context(make_config(), read_base_model(make_config()), reward_parts=parts)
 
 
 @pytest.fixture(scope="module")

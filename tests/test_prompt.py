@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.errors import UserError
-from grpo_jax.text.decoding import decode_completion, decode_completions
+from grpo_jax.text.decoding import decode_completion
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts, format_prompt
 from grpo_jax.weights.source import find_model
@@ -322,13 +321,6 @@ def test_the_text_ends_with_the_stop_string_that_is_complete_first():
     assert decode_completion(tokenizer, ids, stops, ("</a>\n",)) == "<a>5</a>\n"
     assert decode_completion(tokenizer, ids, stops, ("<a>", "</a>")) == "<a>5</a>\n\n"  # `<a>` did not end it
     assert decode_completion(tokenizer, ids, stops, ()) == "<a>5</a>\n\n"
-
-
-def test_completions_are_decoded_up_to_their_lengths():
-    tokenizer = byte_tokenizer()
-    row = encode_text(tokenizer, "abcd")
-    texts = decode_completions(tokenizer, np.asarray([row, row]), np.asarray([2, 4]), (tokenizer.eos_token_id,), ())
-    assert texts == ["ab", "abcd"]
 
 
 def test_eos_ids_are_those_of_the_model_and_the_tokenizer():

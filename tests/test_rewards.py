@@ -14,7 +14,7 @@ from grpo_jax import config
 from grpo_jax.errors import UserError
 from grpo_jax.rewards import accuracy, accuracy_part, format
 from grpo_jax.rewards.length import overlong_penalty
-from grpo_jax.rewards.parts import PARTS, Rewards, compute_rewards, resolve_parts, shape_overlong
+from grpo_jax.rewards.parts import Rewards, grade_texts, resolve_parts, shape_overlong, weigh_parts
 from grpo_jax.rewards.verify import is_well_formed
 from grpo_jax.tasks import Problem
 
@@ -99,7 +99,9 @@ def test_accuracy_requires_one_answer_per_text(answers):
 def grade(parts, weights=None, texts=("a", "bb", "cccc")):
     """Grades texts whose length in tokens is their number of characters."""
     problems = [Problem(f"q{i}", "2", {"i": i}) for i in range(len(texts))]
-    return compute_rewards(parts, weights or [1.0] * len(parts), problems, texts, np.array([len(x) for x in texts]))
+    lengths = np.array([len(text) for text in texts], np.int32)
+    graded = {label: grade_texts(label, part, problems, texts, lengths) for label, part in parts.items()}
+    return weigh_parts(graded, weights or [1.0] * len(parts))
 
 
 def resolve(*parts, language="en", max_tokens=56, cache=0):
@@ -121,7 +123,7 @@ def test_rewards_are_float32_per_completion_and_total_is_their_weighted_sum():
 
 
 def test_no_completions_give_empty_rewards():
-    rewards = grade(PARTS, texts=())
+    rewards = grade(resolve("accuracy", "format", "language"), texts=())
     assert all(part.dtype == np.float32 and part.shape == (0,) for part in (*rewards.parts.values(), rewards.total))
 
 
@@ -283,9 +285,7 @@ def test_an_exception_in_a_part_is_reported_with_its_location():
     line = failing.__code__.co_firstlineno + 1
     with pytest.raises(UserError) as raised:
         grade({"failing": failing}, texts=('{"score": 1}',))
-    says = (
-        "'failing' must return 1 finite numbers, one for each text, but it raised ZeroDivisionError: division by zero"
-    )
+    says = "'failing' must return 1 finite number, one for each text, but it raised ZeroDivisionError: division by zero"
     assert f"{says} ({__file__}:{line}). Correct that function." in str(raised.value)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     with pytest.raises(
@@ -319,8 +319,10 @@ GRADE_AND_READ = """
 import importlib, pkgutil, sys
 import numpy as np
 import grpo_jax
+from tokenizers import Tokenizer, models
 from grpo_jax.rewards import accuracy, format, language
-from grpo_jax.rewards.parts import compute_rewards, resolve_parts, shape_overlong
+from grpo_jax.rewards.parts import resolve_parts, shape_overlong, weigh_parts
+from grpo_jax.rewards.pool import Grader
 from grpo_jax.tasks import read_problems
 
 for package in ("text", "tasks", "rewards"):
@@ -337,8 +339,12 @@ assert accuracy([text], [problem.answer]).tolist() == format([text]).tolist() ==
 raw = grpo_jax.config.default()
 raw.reward.parts, raw.reward.weights = ("accuracy", "format", "language", "length"), (1.0, 1.0, 1.0, 1.0)
 raw.rollout.overlong_cache = 8
-parts, lengths = resolve_parts(grpo_jax.config.check(raw)), np.array([52])
-rewards = compute_rewards(parts, raw.reward.weights, [problem], [text], lengths)
+cfg, lengths = grpo_jax.config.check(raw), np.array([52])
+tokenizer = Tokenizer(models.WordLevel({text: 0, "?": 1}, unk_token="?"))
+grades = Grader(cfg, resolve_parts(cfg), tokenizer, ()).grade([problem], np.zeros((1, 1), int), np.array([1]))
+assert (grades.texts, grades.scores["accuracy"].tolist()) == ([text], [1.0])
+parts = {label: part([problem], [text], lengths) for label, part in resolve_parts(cfg).items()}
+rewards = weigh_parts(parts, cfg.reward.weights)
 assert rewards.total.tolist() == [2.5]
 assert shape_overlong(rewards, "soft", lengths > 56, lengths, 56, 8).total.tolist() == [2.0]
 loaded = {"jax", "jaxlib", "grain", "flax", "transformers"} & set(sys.modules)

@@ -142,7 +142,8 @@ def test_a_workdir_holds_exactly_what_is_documented(finished_run):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     by_line = {"update": set(), "evaluation": set()}
     for cells in table_rows("Metrics"):
-        names = [cells[0].strip("`").replace("PART", part) for part in ("accuracy", "format")]
+        names = [cells[0].replace("PART", part) for part in ("accuracy", "format")]
+        names = [name for text in names for name in re.findall(r"`([\w/]+)`", text)]
         by_line["evaluation" if cells[3] == "evaluated steps" else "update"] |= set(names)
     assert all(by_line.values())
     for row in rows:
@@ -288,7 +289,13 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     problem, text, length = seen[-1]
     assert problem in PROBLEMS and isinstance(text, str) and 1 <= length <= 14
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["reward"] == {"parts": ["brevity"], "weights": [1.0], "language": "en"}
+    assert config["reward"] == {
+        "parts": ["brevity"],
+        "weights": [1.0],
+        "language": "en",
+        "format_empty": False,
+        "deadline": 10.0,
+    }
     assert config["task"]["name"] == "python"
 
     longer = small_config()

@@ -14,12 +14,14 @@ from grpo_jax.config import Config
 from grpo_jax.learn.update import make_experience, score_completions, take_rows
 from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.rewards.parts import resolve_parts
+from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.draws import NO_FILTER
 from grpo_jax.rollout.memory import device_memory_bytes, plan_rollout
 from grpo_jax.rollout.sampler import cache_sizes, decode_tokens, pad_prompts, resize_cache, start_rollout
 from grpo_jax.run.context import RunContext, resident_bytes
 from grpo_jax.run.stages import add_advantages, grade_completions, measure_rollout, pack_rows, plan_minibatches
 from grpo_jax.text.problem import Problem, Prompts
+from grpo_jax.text.prompt import PromptFormat
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import Experience, PackedBatch, Rollout
 from grpo_jax.weights.source import find_model
@@ -69,15 +71,17 @@ def make_work(small: bool) -> Work:
     cfg = training_config(**sizes, micro_tokens=512 if small else 4096)
     learner = random_learner(shrink(QWEN_1_5B) if small else QWEN_1_5B, cfg)
     model_cfg, mesh, source = learner.model_cfg, learner.mesh, find_model("tiny")
+    tokenizer = FoldedTokenizer(load_tokenizer(source))
     context = RunContext(
         source=source,
         model_cfg=model_cfg,
-        tokenizer=FoldedTokenizer(load_tokenizer(source)),
+        prompt_format=PromptFormat(tokenizer.tokenizer),
+        tokenizer=tokenizer,
         stop_ids=(),
         stop_table=build_stop_table(model_cfg.vocab_size, (), (), None),
         mesh=mesh,
         rollout_plan=plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training=True)),
-        reward_parts=resolve_parts(cfg),
+        grader=Grader(cfg, resolve_parts(cfg), tokenizer, ()),
     )
     tokens = np.random.default_rng(SEED).integers(model_cfg.vocab_size, size=(prompts, prompt_tokens))
     problems = [Problem(f"What is {n} + {n}?", str(2 * n)) for n in range(prompts)]
@@ -86,11 +90,11 @@ def make_work(small: bool) -> Work:
 
 def grade(work: Work, experience: Experience, rollout: Rollout) -> Experience:
     """Decodes and grades a rollout as training does, but adds the advantages of random rewards."""
-    _, rewards = grade_completions(work.cfg, work.context, work.problems, rollout)
+    grades, rewards = grade_completions(work.cfg, work.context, work.problems, rollout)
     noise = np.random.default_rng(SEED).standard_normal(len(rewards.total))
     rewards = rewards._replace(total=noise.astype(np.float32))
     experience = add_advantages(work.cfg, experience, rollout, rewards)
-    measure_rollout(work.cfg, experience, rollout, rewards, seconds=1.0)
+    measure_rollout(work.cfg, experience, rollout, grades, rewards, seconds=1.0)
     return experience
 
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", Config, PretrainConfig)
 
-# Labels that reward parts must not have, because they would clash with the metrics reward/mean, reward/kl and
-# eval/length_mean, or with the part that rollout.overlong=soft adds.
-RESERVED_LABELS = ("mean", "length_mean", "kl", "overlong")
+# Labels that reward parts must not have, because they would clash with the metrics reward/mean, reward/kl,
+# reward/timeout, reward/error and eval/length_mean, or with the part that rollout.overlong=soft adds.
+RESERVED_LABELS = ("mean", "length_mean", "kl", "timeout", "error", "overlong")
 
 # Keys that users look for but that training cannot have, with the reason.
 REFUSED = dict.fromkeys(
@@ -192,6 +192,11 @@ def check_reward(cfg: Config) -> None:
         "language" in parts or cfg.reward.language == "en",
         f"reward.language={cfg.reward.language!r} has no effect without the part 'language' in reward.parts. Add it, "
         "or pass --config.reward.language=en to restore the default.",
+    )
+    require(
+        "format" in parts or not cfg.reward.format_empty,
+        "reward.format_empty has no effect without the part 'format' in reward.parts. Add it, or pass "
+        "--config.reward.format_empty=False to restore the default.",
     )
 
 

@@ -1,7 +1,7 @@
 """Multi-process runs: whether a process is one of several, and how they connect."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -45,6 +45,32 @@ def join_processes(environ: Mapping[str, str]) -> None:
             "A multi-process run needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster "
             f"that JAX detects; initialization failed with: {error}. Set all three variables."
         ) from None
+
+
+def from_first_process(function: Callable[[], np.ndarray | None], default: np.ndarray) -> np.ndarray:
+    """Calls a function on process 0 and returns its result on every process.
+
+    Args:
+        function: Returns an array like `default`, or None for `default` itself.
+        default: An array of the same shape and type.
+
+    Raises:
+        UserError: The function raises one. Every process raises.
+    """
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+    values, failed = default if result is None else result, error is not None
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        values, failed = multihost_utils.broadcast_one_to_all((values, failed))
+    if failed:
+        raise error or UserError("All processes must go on together, but process 0 stopped. Read its error.")
+    return values
 
 
 def check_shared_workdir(workdir: Path) -> None:

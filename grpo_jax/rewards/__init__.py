@@ -6,6 +6,8 @@ Modules, in reading order:
     script       identifies the language of completions by their script
     length       the penalty for overlong completions
     parts        reward parts and their weighted sum
+    worker       a process that grades completions
+    pool         grading of a batch, in such processes where it pays or a function could hang
 
 No module of this package imports JAX.
 """

@@ -1,6 +1,7 @@
 """Reward parts and their weighted sum."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,14 @@ from grpo_jax.errors import UserError
 from grpo_jax.rewards.length import overlong_penalty
 from grpo_jax.rewards.script import language
 from grpo_jax.rewards.verify import accuracy, format
+from grpo_jax.text.answers import Verdict, judge
 from grpo_jax.text.problem import Problem
+
+Lengths = Int[np.ndarray, " N"]
 
 # A reward part grades N completions. It is called with the problem, the text and the length in tokens of each
 # completion, and returns one finite number for each.
-RewardPart = Callable[[list[Problem], list[str], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
+RewardPart = Callable[[list[Problem], list[str], Lengths], Float[np.ndarray, " N"]]
 
 
 class Rewards(NamedTuple):
@@ -26,17 +30,25 @@ class Rewards(NamedTuple):
     total: Float[np.ndarray, " N"]  # float32, the weighted sum of the parts
 
 
-def accuracy_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
+def accuracy_part(problems: list[Problem], texts: list[str], lengths: Lengths) -> np.ndarray:
     """Grades the accuracy of N completions, float32[N]; see `grpo_jax.rewards.accuracy`."""
     return accuracy(texts, [problem.answer for problem in problems])
 
 
-def format_part(problems: list[Problem], texts: list[str], lengths: Int[np.ndarray, " N"]) -> np.ndarray:
+def format_part(problems: list[Problem], texts: list[str], lengths: Lengths, *, empty: bool = False) -> np.ndarray:
     """Grades the format of N completions, float32[N]; see `grpo_jax.rewards.format`."""
-    return format(texts)
+    return format(texts, empty=empty)
 
 
-PARTS: dict[str, RewardPart] = {"accuracy": accuracy_part, "format": format_part}  # parts without settings
+def language_part(problems: list[Problem], texts: list[str], lengths: Lengths, *, target: str) -> np.ndarray:
+    """Returns the fraction of words in the target language, float32[N]; see `grpo_jax.rewards.language`."""
+    return language(texts, target)
+
+
+def length_part(problems: list[Problem], texts: list[str], lengths: Lengths, *, limit: int, cache: int) -> np.ndarray:
+    """Returns the penalty for long completions, float32[N]; see `overlong_penalty`."""
+    return overlong_penalty(lengths, limit, cache)
+
 
 PARTS_RESUME_HINT = "To resume a run of grpo_jax.train with rewards=..., call it again with the same rewards."
 
@@ -48,37 +60,41 @@ def resolve_parts(cfg: Config) -> dict[str, RewardPart]:
         UserError: A name is neither that of a built-in part nor that of a function that can be imported.
     """
     names, limit, cache = cfg.reward.parts, cfg.rollout.max_tokens, cfg.rollout.overlong_cache
-    parts: dict[str, RewardPart] = PARTS | {
-        "language": lambda problems, texts, lengths: language(texts, cfg.reward.language),
-        "length": lambda problems, texts, lengths: overlong_penalty(lengths, limit, cache),
+    parts: dict[str, RewardPart] = {
+        "accuracy": accuracy_part,
+        "format": partial(format_part, empty=cfg.reward.format_empty),
+        "language": partial(language_part, target=cfg.reward.language),
+        "length": partial(length_part, limit=limit, cache=cache),
     }
     return {function_label(name): resolve_function(name, "reward.parts", parts, PARTS_RESUME_HINT) for name in names}
 
 
-def compute_rewards(
-    parts: Mapping[str, RewardPart],
-    weights: Sequence[float],
-    problems: Sequence[Problem],
-    texts: Sequence[str],
-    lengths: Int[np.ndarray, " N"],
-) -> Rewards:
-    """Grades N completions.
+def is_built_in(part: RewardPart) -> bool:
+    """Returns whether a part is one of ours, with or without settings. These take bounded time on any text."""
+    return getattr(part, "func", part) in (accuracy_part, format_part, language_part, length_part)
 
-    Args:
-        parts: The reward parts by label.
-        weights: One weight for each part.
-        problems: The problem of each completion.
-        texts: The text of each completion.
-        lengths: The number of tokens of each completion.
 
-    Raises:
-        UserError: A part raises, or does not return N finite numbers.
+def grade_built_in(
+    parts: Mapping[str, RewardPart], problem: Problem, text: str, length: int
+) -> tuple[dict[str, float], Verdict | None]:
+    """Grades one completion with built-in parts.
+
+    Returns:
+        (scores, verdict): The score of each part, and why the accuracy is what it is; None if it is not a part.
     """
-    graded = {label: grade_texts(label, part, problems, texts, lengths) for label, part in parts.items()}
-    total = np.zeros(len(texts), np.float32)
-    for weight, rewards in zip(weights, graded.values(), strict=True):
-        total += np.float32(weight) * rewards
-    return Rewards(graded, total)
+    verdict = judge(text, problem.answer) if accuracy_part in parts.values() else None
+    arguments = [problem], [text], np.array([length])
+    scores = {
+        label: float(verdict.correct if verdict and part is accuracy_part else part(*arguments)[0])
+        for label, part in parts.items()
+    }
+    return scores, verdict
+
+
+def weigh_parts(parts: Mapping[str, Float[np.ndarray, " N"]], weights: Sequence[float]) -> Rewards:
+    """Returns the rewards of N completions, given the scores of each part and one weight for each part."""
+    total = sum(np.float32(weight) * scores for weight, scores in zip(weights, parts.values(), strict=True))
+    return Rewards(dict(parts), np.asarray(total, np.float32))
 
 
 def grade_texts(
@@ -89,7 +105,8 @@ def grade_texts(
     Raises:
         UserError: The part raises, or does not return N finite numbers.
     """
-    expected = f"The reward part {label!r} must return {len(texts)} finite numbers, one for each text"
+    numbers = f"{len(texts)} finite number{'s' * (len(texts) != 1)}"
+    expected = f"The reward part {label!r} must return {numbers}, one for each text"
     try:
         # Each part gets copies, so that none can change what the next one sees.
         returned = part(list(problems), list(texts), np.array(lengths))

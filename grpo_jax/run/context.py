@@ -17,6 +17,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rewards.parts import RewardPart
+from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
@@ -47,7 +48,7 @@ class RunContext(NamedTuple):
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
     mesh: Mesh
     rollout_plan: RolloutPlan
-    reward_parts: Mapping[str, RewardPart]  # by label; empty where nothing is graded
+    grader: Grader  # without parts where nothing is graded
 
 
 def read_base_model(cfg: Config) -> BaseModel:
@@ -90,7 +91,8 @@ def build_context(
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training), strict=training)
-    return RunContext(source, model_cfg, prompt_format, tokenizer, stop_ids, stop_table, mesh, plan, reward_parts or {})
+    grader = Grader(cfg, reward_parts or {}, tokenizer, stop_ids)
+    return RunContext(source, model_cfg, prompt_format, tokenizer, stop_ids, stop_table, mesh, plan, grader)
 
 
 def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, tokenizer, training: bool) -> ModelConfig:

@@ -1,11 +1,14 @@
 """Evaluates a policy on held-out problems with the sampler and the rewards of training."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 
+import jax
 import numpy as np
 
 from grpo_jax.config.schema import Config
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards
+from grpo_jax.rewards.pool import FAILURES
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout
 from grpo_jax.run.context import RunContext
@@ -34,18 +37,20 @@ def evaluate(
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
     sampling = dict(max_tokens=cfg.rollout.max_tokens, temperature=cfg.eval.temperature, stop_table=context.stop_table)
     filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
-    records = []
+    records, failures = [], np.zeros(len(FAILURES))
     for start in range(0, len(problems), batch_size):
         batch = list(problems[start : start + batch_size])
-        # A short last batch is filled up so that it has the compiled shape; the copies give no records.
+        # A short last batch is filled up so that it has the compiled shape; the copies are not graded.
         padded = batch + batch[-1:] * (batch_size - len(batch))
         prompt_ids = range(start, start + batch_size)
         prompts = encode_prompts(context.prompt_format, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
         rollout = generate_rollout(context.model_cfg, params, prompts, key, samples=1, filter=filter, **sampling)
-        rollout = gather_to_host(rollout)
-        texts, rewards = grade_completions(cfg, context, padded, rollout)
-        records += sample_records(context, padded, rollout, texts, rewards, count=len(batch))
+        rollout = jax.tree.map(itemgetter(slice(len(batch))), gather_to_host(rollout))
+        grades, rewards = grade_completions(cfg, context, batch, rollout)
+        failures += [grades.scores[kind].sum() for kind in FAILURES]
+        records += sample_records(context, batch, rollout, grades, rewards, count=len(batch))
     names = records[0]["rewards"]
     means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in names}
+    means |= {f"eval/{kind}": count for kind, count in zip(FAILURES, failures, strict=True)}
     means["eval/length_mean"] = np.mean([record["length"] for record in records])
     return {name: float(value) for name, value in means.items()}, records

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # in the metrics reward/ and eval/
+
 
 def truncate_logs(workdir: Path, step: int) -> None:
     """Removes everything after `step` from metrics.jsonl and samples/, so that a resumed run logs each step once."""
@@ -104,7 +106,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """Formats the metrics of a training step as one line for the console."""
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
     shown = [f"reward {rewards.pop('mean'):.2f}"]
-    shown += [f"{label} {value:.2f}" for label, value in rewards.items() if label != "kl"]
+    shown += [f"{label} {value:.2f}" for label, value in rewards.items() if label not in NOT_PARTS]
     shown += [f"tokens {metrics['rollout/length_mean']:5.1f}"]
     shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
     shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
@@ -114,8 +116,8 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
 
 def evaluation_scores(metrics: dict[str, float]) -> dict[str, float]:
     """Returns the mean of each reward part in an evaluation, by label."""
-    names = [name for name in metrics if name.startswith("eval/") and name != "eval/length_mean"]
-    return {name.removeprefix("eval/"): metrics[name] for name in names}
+    labels = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
+    return {label: metrics[f"eval/{label}"] for label in labels if label not in NOT_PARTS}
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:

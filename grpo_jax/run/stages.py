@@ -1,11 +1,13 @@
 """The stages of a rollout. Each function is one arrow of the training loop in `grpo_jax.run.train`."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
 
 from grpo_jax.config.schema import Config
 from grpo_jax.learn.advantages import advantages
@@ -13,10 +15,11 @@ from grpo_jax.learn.grpo import estimate_kl
 from grpo_jax.learn.packing import packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, score_completions, take_rows
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
-from grpo_jax.rewards.parts import Rewards, compute_rewards, shape_overlong
+from grpo_jax.parallel.processes import from_first_process
+from grpo_jax.rewards.parts import Rewards, shape_overlong, weigh_parts
+from grpo_jax.rewards.pool import FAILURES, Grades
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
-from grpo_jax.text.decoding import decode_completions
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
@@ -90,8 +93,8 @@ def start_scoring(
 
 def grade_completions(
     cfg: Config, context: RunContext, problems: Sequence[Problem], rollout: Rollout
-) -> tuple[list[str], Rewards]:
-    """Decodes and grades the completions of a rollout.
+) -> tuple[Grades, Rewards]:
+    """Decodes and grades the completions of a rollout, on process 0.
 
     Args:
         cfg: The run's config.
@@ -100,15 +103,31 @@ def grade_completions(
         rollout: Their N = B * G completions, as host arrays.
 
     Returns:
-        (texts, rewards): N strings, and their rewards.
+        (grades, rewards): The grades of the completions, with texts on process 0 only, and their rewards.
+
+    Raises:
+        UserError: A reward part fails; see `Grader.grade`. Every process raises.
     """
     samples, lengths = rollout.lengths.shape[1], rollout.lengths.ravel()
-    rows = rollout.tokens.reshape(len(lengths), -1)
-    texts = decode_completions(context.tokenizer, rows, lengths, context.stop_ids, cfg.rollout.stop_strings)
-    repeated = [problem for problem in problems for _ in range(samples)]
-    rewards = compute_rewards(context.reward_parts, cfg.reward.weights, repeated, texts, lengths)
+    rows, parts = rollout.tokens.reshape(len(lengths), -1), context.grader.parts
+    grades = Grades([""] * len(rows), {}, [None] * len(rows), [[]] * len(rows))
+
+    def grade() -> np.ndarray:
+        nonlocal grades
+        grades = context.grader.grade([problem for problem in problems for _ in range(samples)], rows, lengths)
+        failures = [failure for failures in grades.failures for failure in failures]
+        if failures:
+            line = f"{len(failures)} of {len(rows)} grades are 0 because a reward part failed, the first: {failures[0]}"
+            tqdm.write(line, file=sys.stderr)
+        return np.stack(list(grades.scores.values()))
+
+    # Processes might disagree on what took too long.
+    labels = *parts, *FAILURES
+    scores = dict(zip(labels, from_first_process(grade, np.zeros((len(labels), len(rows)), np.float32)), strict=True))
+    rewards = weigh_parts({label: scores[label] for label in parts}, cfg.reward.weights)
     limit, cache = cfg.rollout.max_tokens, cfg.rollout.overlong_cache
-    return texts, shape_overlong(rewards, cfg.rollout.overlong, rollout.truncated.ravel(), lengths, limit, cache)
+    rewards = shape_overlong(rewards, cfg.rollout.overlong, rollout.truncated.ravel(), lengths, limit, cache)
+    return grades._replace(scores=scores), rewards
 
 
 def are_equal(rewards: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, " B"]:
@@ -154,12 +173,13 @@ def plan_minibatches(cfg: Config, experience: Experience, root_key, rollout_inde
 
 
 def measure_rollout(
-    cfg: Config, experience: Experience, rollout: Rollout, rewards: Rewards, seconds: float
+    cfg: Config, experience: Experience, rollout: Rollout, grades: Grades, rewards: Rewards, seconds: float
 ) -> dict[str, float]:
     """Returns the reward/, rollout/ and groups/ metrics of a rollout that took `seconds` to sample."""
     metrics = {
         "reward/mean": rewards.total.mean(),
         **{f"reward/{name}": values.mean() for name, values in rewards.parts.items()},
+        **{f"reward/{kind}": grades.scores[kind].sum() for kind in FAILURES},
         "rollout/length_mean": rollout.lengths.mean(),
         "rollout/truncated_frac": rollout.truncated.mean(),
         "rollout/tokens_per_s": rollout.lengths.sum() / seconds,
@@ -171,12 +191,7 @@ def measure_rollout(
 
 
 def sample_records(
-    context: RunContext,
-    problems: Sequence[Problem],
-    rollout: Rollout,
-    texts: Sequence[str],
-    rewards: Rewards,
-    count: int,
+    context: RunContext, problems: Sequence[Problem], rollout: Rollout, grades: Grades, rewards: Rewards, count: int
 ) -> list[dict]:
     """Returns the records of the first `count` completions of a rollout, as plain Python values.
 
@@ -184,7 +199,7 @@ def sample_records(
         context: The run's context.
         problems: The B problems of the rollout.
         rollout: Their N = B * G completions, as host arrays.
-        texts: The text of each completion.
+        grades: The grades of the completions.
         rewards: The rewards of the completions.
         count: Number of records.
     """
@@ -192,19 +207,21 @@ def sample_records(
     rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
     records = []
     for n in range(count):
-        problem, length = problems[n // samples], int(rows["lengths"][n])
+        problem, length, verdict = problems[n // samples], int(rows["lengths"][n]), grades.verdicts[n]
         records.append(
             {
                 "prompt_id": int(rows["prompt_ids"][n]),
                 "sample_id": int(rows["sample_ids"][n]),
                 "question": problem.question,
                 "prompt": context.prompt_format.text(problem),
-                "completion": texts[n],
+                "completion": grades.texts[n],
                 "tokens": rows["tokens"][n, :length].tolist(),
                 "logps": rows["logps"][n, :length].tolist(),
                 "length": length,
                 "truncated": bool(rows["truncated"][n]),
                 "expected": problem.answer,
+                "parsed": verdict and verdict.parsed,
+                "why": "; ".join([*([verdict.why] if verdict else []), *grades.failures[n]]),
                 "rewards": {name: float(values[n]) for name, values in rewards.parts.items()},
                 "reward": float(rewards.total[n]),
                 "metadata": problem.metadata,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
@@ -21,7 +22,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
 from grpo_jax.parallel.mesh import shard_rows
-from grpo_jax.parallel.processes import check_shared_workdir, join_processes
+from grpo_jax.parallel.processes import check_shared_workdir, from_first_process, join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
@@ -133,7 +134,8 @@ def train(
         print(*notes, prompt_lengths, sep="\n", flush=True)
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
-    with jax.set_mesh(context.mesh):
+    with jax.set_mesh(context.mesh), closing(context.grader):
+        from_first_process(context.grader.start, np.zeros(()))
         metrics = run_updates(fitted, context, task, workdir)
     if jax.process_index() == 0:
         print(before_and_after(workdir))
@@ -269,14 +271,14 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 experience = make_experience(prompts, rollout)
                 wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
                 with timed(times, "time/reward_s"):  # the host grades while the devices score
-                    texts, rewards = grade_completions(cfg, context, problems, rollout)
+                    grades, rewards = grade_completions(cfg, context, problems, rollout)
                 with timed(times, "time/score_s"):
                     ref_logps = wait_for_ref_logps()
                 if cfg.loss.kl_in == "reward" and run.train.is_reference:
                     ref_logps = experience.sampler_logps  # exactly 0 KL; dividing by the std would amplify rounding
                 experience = experience.replace(ref_logps=ref_logps)
                 experience = add_advantages(cfg, experience, rollout, rewards)
-                rollout_metrics = measure_rollout(cfg, experience, rollout, rewards, times["time/rollout_s"])
+                rollout_metrics = measure_rollout(cfg, experience, rollout, grades, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
             if plan is None or update_index == 0:  # drawn on the devices, so not while an update is in flight
@@ -284,7 +286,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
             if rollout_metrics and num_records(cfg, step):
-                records = sample_records(context, problems, rollout, texts, rewards, num_records(cfg, step))
+                records = sample_records(context, problems, rollout, grades, rewards, num_records(cfg, step))
                 recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
             train_state, update_metrics = update(run.train, batch)
             if recording:

@@ -4,10 +4,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+
+
+def tokenizer_backend(tokenizer: Any) -> Tokenizer | None:
+    """Returns the `tokenizers` object that decodes for a `transformers` tokenizer, or None if it has none."""
+    return tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Decodes token ids verbatim: special tokens are kept and no white space is cleaned up."""
+    backend = tokenizer_backend(tokenizer)
+    if backend is not None:  # the same text in half the time
+        return backend.decode(ids, skip_special_tokens=False)
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -21,24 +30,18 @@ def decode_completion(
     between them.
 
     Args:
-        tokenizer: A `transformers` tokenizer.
+        tokenizer: A `transformers` tokenizer, or one of the `tokenizers` library.
         tokens: The sampled token ids, the stopping one included.
         stop_ids: Token ids that end a completion.
         stop_strings: Strings that end a completion.
     """
-    ids = [int(token) for token in tokens]
+    ids = np.asarray(tokens).tolist()
     if ids and ids[-1] in stop_ids:
         ids = ids[:-1]
     text = decode_ids(tokenizer, ids)
     ends = [text.find(string) + len(string) for string in stop_strings if string in text]
-    if ends and not any(string in decode_ids(tokenizer, ids[:-1]) for string in stop_strings):
-        text = text[: min(ends)]
+    if ends:
+        before = decode_ids(tokenizer, ids[:-1])
+        if not any(string in before for string in stop_strings):
+            text = text[: min(ends)]
     return text
-
-
-def decode_completions(
-    tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray, stop_ids: Sequence[int], stop_strings: Sequence[str]
-) -> list[str]:
-    """Decodes N completions, given as tokens [N, S] and lengths [N], with `decode_completion`."""
-    completions = zip(tokens, lengths, strict=True)
-    return [decode_completion(tokenizer, row[:length], stop_ids, stop_strings) for row, length in completions]

@@ -1,0 +1,271 @@
+"""Grades completions, in the trainer or in a pool of processes that are replaced if they hang or die."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from grpo_jax.config.functions import function_label
+from grpo_jax.config.schema import Config
+from grpo_jax.errors import UserError
+from grpo_jax.rewards.parts import RewardPart, grade_built_in, grade_texts, is_built_in
+from grpo_jax.text.answers import Verdict
+from grpo_jax.text.decoding import decode_completion, tokenizer_backend
+from grpo_jax.text.problem import Problem
+
+# The trainer grades with built-in parts itself, unless a batch takes longer than it takes to start the processes.
+SECONDS_IN_TRAINER = 1.0
+
+START_SECONDS = 60.0  # how long a process may take to start, and the built-in parts for one completion
+MAX_WORKERS, MAX_CHUNK = 32, 64  # processes, and the units of work that a process gets at once
+HOPELESS = 20  # a function that has hung this often and never returned stops the run at once
+
+# The environment of the processes: no tokens or keys of the user's, and neither threads nor an accelerator.
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
+VARIABLES = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1", "JAX_PLATFORMS": "cpu"}
+VARIABLES |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+VARIABLES |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+
+FAILURES = "timeout", "error"  # the kinds of failure
+
+Unit = tuple[int, int]  # the index of a completion, and a stage of its grading as in `worker.make_grade`
+Reply = dict[str, Any]
+
+START: Unit = (-1, 0)  # what a process works on until it is ready
+
+
+class Grades(NamedTuple):
+    """The grades of N completions."""
+
+    texts: list[str]
+    scores: dict[str, Float[np.ndarray, " N"]]  # float32, by part; by kind of failure, whether some part failed so
+    verdicts: list[Verdict | None]  # why the accuracy is 0 or 1; None if it is not a part
+    failures: list[list[str]]  # "timeout in PART." or "error in PART: REASON" for the parts that gave no score
+
+
+@dataclass
+class Worker:
+    """A process that grades, seen from the trainer."""
+
+    process: subprocess.Popen
+    connection: Connection
+    units: deque[Unit]  # the work that it has not done; the first is what it works on
+    since: float  # since when it works on that
+
+    def stop(self) -> int:
+        """Kills the process and all that it has started, and returns its exit code."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.connection.close()
+        return self.process.wait()
+
+
+class Grader:
+    """Grades completions with the reward parts of a run.
+
+    The built-in parts are computed in the trainer, or in a pool of processes if there are many completions. Functions
+    that the config names run in the pool; those that come from Python, in the trainer.
+
+    The unit of work of a process is one completion in one stage: stage 0 decodes it and grades it with the built-in
+    parts, and each further stage is a function of the user. A process that takes too long for a unit, or dies of it, is
+    replaced and the unit fails; its other units go to the end of the queue. None is lost or graded twice.
+    """
+
+    def __init__(self, cfg: Config, parts: Mapping[str, RewardPart], tokenizer: Any, stop_ids: Sequence[int]):
+        """Prepares the grading of a run, without starting processes.
+
+        Args:
+            cfg: The run's config.
+            parts: The reward parts by label: those of `resolve_parts`, or those that were passed to `grpo_jax.train`.
+            tokenizer: A `transformers` tokenizer.
+            stop_ids: Token ids that end a completion.
+        """
+        self.parts, self.tokenizer, self.stops = parts, tokenizer, (tuple(stop_ids), cfg.rollout.stop_strings)
+        self.deadline, self.workers = cfg.reward.deadline, list[Worker]()
+        names = {function_label(name): name for name in cfg.reward.parts if ":" in name}
+        self.built_in = {label: part for label, part in parts.items() if is_built_in(part)}
+        self.functions = {label: name for label, name in names.items() if label in parts.keys() - self.built_in.keys()}
+        self.stages = "the built-in parts", *self.functions
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the completions of the last batch."""
+        self.payloads: dict[int, tuple] = {}  # by index: the problem, the tokens or the text, and the length
+        self.queue: deque[Unit] = deque()
+        self.replies: dict[Unit, Reply] = {}
+        self.tally: Counter[tuple[int, str]] = Counter()  # of (stage, kind of failure or "")
+        self.failed: dict[int, str] = {}  # the first failure of each completion that has one
+
+    def start(self) -> None:
+        """Starts a process if the config names functions, and waits until it is ready.
+
+        Raises:
+            UserError: It does not start, or cannot import a function.
+        """
+        if self.functions and not self.workers:
+            self.start_worker()
+            while self.workers[0].units:
+                self.turn(0.1)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        while self.workers:
+            self.workers.pop().stop()
+
+    def start_worker(self) -> None:
+        """Starts a process."""
+        connection, inherited = Pipe()
+        environ = VARIABLES | {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environ["PYTHONPATH"] = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        command = [sys.executable, "-P", "-m", "grpo_jax.rewards.worker", str(inherited.fileno())]
+        # In a session of its own, so that killing its group also ends what a function has started.
+        options: Any = dict(pass_fds=[inherited.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, env=environ, **options)
+        inherited.close()
+        self.workers.append(Worker(process, connection, deque([START]), time.monotonic()))
+        backend = tokenizer_backend(self.tokenizer)
+        setup = self.built_in, self.functions, backend and backend.to_str(), *self.stops
+        with suppress(OSError):  # if the process is gone, reading says so
+            connection.send((setup, 2 * max(self.deadline, START_SECONDS)))
+
+    def submit(self, item: int, problem: Problem, tokens: np.ndarray) -> None:
+        """Queues completion number `item` of the batch for the pool, unless it is queued already."""
+        if item not in self.payloads:
+            completion = tokens if tokenizer_backend(self.tokenizer) else self.decode(tokens)
+            self.payloads[item] = problem, completion, len(tokens)
+            self.queue.extend((item, stage) for stage in range(len(self.stages)))
+
+    def collect(self) -> None:
+        """Waits until all queued completions are graded.
+
+        Raises:
+            UserError: More than half of them failed, or a function never returns.
+        """
+        count, stages = len(self.payloads), range(len(self.stages))
+        while True:
+            hopeless = any(self.tally[n, "timeout"] >= HOPELESS and not self.tally[n, ""] for n in stages)
+            if hopeless or 2 * len(self.failed) > count:
+                raise UserError(
+                    f"Reward parts must grade at least half of the completions; {len(self.failed)} of {count} failed, "
+                    f"the first with: {next(iter(self.failed.values()))} Correct the function, or raise "
+                    f"reward.deadline={self.deadline:g} if it needs more seconds."
+                )
+            if not self.queue and not any(worker.units for worker in self.workers):
+                return
+            self.turn(0.2)
+
+    def turn(self, timeout: float) -> None:
+        """Hands out work, waits for replies for at most `timeout` seconds, and replaces processes that hang or died."""
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        idle = [worker for worker in self.workers if not worker.units]
+        for _ in range(min(cpus, MAX_WORKERS, len(self.workers) - len(idle) + len(self.queue)) - len(self.workers)):
+            self.start_worker()
+        for worker in idle[: len(self.queue)]:
+            # Few at once if few are left, so that all processes end at the same time.
+            count = min(MAX_CHUNK, len(self.queue) // (2 * len(self.workers)) + 1)
+            worker.units.extend(self.queue.popleft() for _ in range(min(count, len(self.queue))))
+            worker.since = time.monotonic()
+            with suppress(OSError):
+                payloads = {item: pickle.dumps(self.payloads[item]) for item, _ in worker.units}
+                worker.connection.send((payloads, list(worker.units)))
+        wait([worker.connection for worker in self.workers], timeout)
+        for worker in list(self.workers):
+            # It may have ended although a child that it has started keeps its end of the socket open.
+            ended = worker.process.poll() is not None
+            try:
+                while worker.connection.poll():
+                    reply = json.loads(worker.connection.recv_bytes(2**30))
+                    self.store(worker.units.popleft(), reply, "error" if "failure" in reply else "")
+                    worker.since = time.monotonic()
+            except (EOFError, OSError, ValueError, IndexError):
+                ended = True
+            in_function = worker.units and worker.units[0][1]
+            limit = self.deadline if in_function else max(self.deadline, START_SECONDS)
+            if ended or (worker.units and time.monotonic() - worker.since > limit):
+                self.replace(worker, "error" if ended else "timeout")
+
+    def replace(self, worker: Worker, kind: str) -> None:
+        """Ends a process and returns its work to the queue, except what it works on, which fails."""
+        code = worker.stop()
+        self.workers.remove(worker)
+        if worker.units:
+            reason = "ran out of memory" if code == errno.ENOMEM else f"ended with exit code {code}"
+            self.store(worker.units.popleft(), {"failure": f"Its process {reason}."}, kind)
+        self.queue.extend(worker.units)
+
+    def store(self, unit: Unit, reply: Reply, kind: str) -> None:
+        """Stores the reply for a unit. If `kind` is a kind of failure, `reply["failure"]` says why.
+
+        Raises:
+            UserError: A process did not start, or cannot import a function.
+        """
+        item, stage = unit
+        if kind and unit == START:
+            raise UserError(
+                f"Processes that grade must start within {START_SECONDS:g} seconds; found: {reply['failure']} They "
+                f"have no variables of your environment except {', '.join(KEPT_VARIABLES)}. Correct the function, or "
+                "pass it to grpo_jax.train(rewards=...), which calls it in the trainer."
+            )
+        if kind:
+            reason = f"{kind} in {self.stages[stage]}" + (f": {reply['failure']}" if kind == "error" else ".")
+            reply |= {"failure": reason, "scores": {kind: 1.0}}
+            self.failed.setdefault(item, reason)
+        if unit != START:
+            self.replies[unit] = reply
+            self.tally[stage, kind] += 1
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Returns the text of a completion."""
+        return decode_completion(self.tokenizer, tokens, *self.stops)
+
+    def grade(
+        self, problems: Sequence[Problem], tokens: Int[np.ndarray, "N S"], lengths: Int[np.ndarray, " N"]
+    ) -> Grades:
+        """Grades N completions.
+
+        Args:
+            problems: The problem of each completion.
+            tokens: Their tokens, padded.
+            lengths: Their lengths in tokens.
+
+        Raises:
+            UserError: A function from Python raises or does not return N finite numbers, or functions that the config
+                names fail for more than half of the completions.
+        """
+        self.start()
+        start, rows = time.monotonic(), [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        for item, (problem, row) in enumerate(zip(problems, rows, strict=True)):
+            if self.workers or time.monotonic() - start > SECONDS_IN_TRAINER:
+                self.submit(item, problem, row)
+            else:
+                text = self.decode(row)
+                graded, verdict = grade_built_in(self.built_in, problem, text, len(row))
+                self.replies[item, 0] = {"text": text, "scores": graded, "verdict": verdict}
+        self.collect()
+        replies, scores = self.replies, {label: np.zeros(len(rows), np.float32) for label in (*self.parts, *FAILURES)}
+        self.clear()
+        failures: list[list[str]] = [[] for _ in rows]
+        for (item, _), reply in sorted(replies.items()):
+            failures[item] += [reply["failure"]] if "failure" in reply else []
+            for label, score in reply["scores"].items():
+                scores[label][item] = score
+        texts = [replies[item, 0].get("text") or self.decode(row) for item, row in enumerate(rows)]
+        verdicts = [replies[item, 0].get("verdict") for item in range(len(rows))]
+        for label, part in self.parts.items():
+            if label not in self.built_in and label not in self.functions:
+                scores[label] = grade_texts(label, part, problems, texts, lengths)
+        return Grades(texts, scores, [verdict and Verdict(*verdict) for verdict in verdicts], failures)

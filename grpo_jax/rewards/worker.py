@@ -1,0 +1,98 @@
+"""Grades completions in a process of its own: `python -m grpo_jax.rewards.worker FD`, which `pool.py` starts.
+
+The process has no JAX, limited memory and few environment variables. It receives pickles through the inherited socket
+FD and replies with JSON, so that nothing that happens here can run code in the trainer.
+"""
+
+import errno
+import faulthandler
+import json
+import os
+import pickle
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from grpo_jax.config.functions import describe_error, resolve_function
+from grpo_jax.errors import UserError
+from grpo_jax.rewards.parts import RewardPart, grade_built_in, grade_texts
+from grpo_jax.text.decoding import decode_completion
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of address space; Python with NumPy and a tokenizer takes 0.2 GiB
+LIMITS = {resource.RLIMIT_AS: MEMORY_LIMIT, resource.RLIMIT_CORE: 0}
+
+
+def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
+    """Returns the function `grade(payload, stage)`, which grades a completion in one stage and returns the reply.
+
+    Stage 0 decodes the completion and grades it with the built-in parts. Each further stage is a function of the user.
+
+    Raises:
+        UserError: A function of the user cannot be imported.
+    """
+    parts: Mapping[str, RewardPart]
+    parts, names, tokenizer_json, stop_ids, stop_strings = setup
+    tokenizer = tokenizer_json and Tokenizer.from_str(tokenizer_json)
+    functions = [(label, resolve_function(name, "reward.parts", {})) for label, name in names.items()]
+
+    def grade(payload: bytes, stage: int) -> dict[str, Any]:
+        problem, completion, length = pickle.loads(payload)
+        if not isinstance(completion, str):
+            completion = decode_completion(tokenizer, completion, stop_ids, stop_strings)
+        if stage == 0:
+            scores, verdict = grade_built_in(parts, problem, completion, length)
+            return {"text": completion, "scores": scores, "verdict": verdict}
+        label, function = functions[stage - 1]
+        values = grade_texts(label, function, [problem], [completion], np.array([length]))
+        return {"scores": {label: float(values[0])}}
+
+    return grade
+
+
+def main(fd: int) -> None:
+    """Serves the trainer at the other end of socket `fd` until that closes it."""
+    connection, pid, devnull = Connection(fd), os.getpid(), open(os.devnull, "w")
+    os.set_inheritable(fd, False)
+    os.dup2(2, 1)  # what a function prints does not mix with the output of the trainer
+    for limit, value in LIMITS.items():
+        with suppress(ValueError):  # the limit is lower already, or macOS, which has no such limit
+            resource.setrlimit(limit, (value, value))
+
+    def reply(values: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(values).encode())
+
+    try:
+        setup, patience = connection.recv()
+        grade = make_grade(setup)
+    except UserError as error:
+        return reply({"failure": str(error)})
+    reply({})
+    while True:
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            payloads, units = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        for item, stage in units:
+            # If the trainer is killed, nobody else ends a process that hangs.
+            faulthandler.dump_traceback_later(patience, exit=True, file=devnull)
+            try:
+                values = grade(payloads[item], stage)
+            except BaseException as error:  # SystemExit too
+                reason = str(error) if isinstance(error, UserError) else describe_error(error)
+                values = {"failure": reason}
+                if isinstance(error.__cause__ or error, MemoryError):
+                    os._exit(errno.ENOMEM)  # a new process has more
+            if os.getpid() != pid:  # a child that the function has forked
+                os._exit(0)
+            reply(values)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

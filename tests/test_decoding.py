@@ -1,0 +1,65 @@
+"""Decoded completions are what `transformers` decodes, cut after the stop string that the last token completes."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from grpo_jax.text.decoding import decode_completion, tokenizer_backend
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tokenizer import load_tokenizer
+
+PIECES = ["</answer>", "</ans", "wer>", ">\n\n", "é", "🙂", "數", "x", " ", "<", "\r\n"]
+STOP_STRINGS = ("</answer>", "er>", "🙂x", "\n")
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a tokenizer of bytes like GPT-2's, in which `</answer>` and two bytes of an emoji are merged."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("<", "/"), ("e", "r"), ("er", ">"), ("Ċ", "Ċ"), ("er>", "ĊĊ"), ("ð", "Ł")]
+    vocabulary = {piece: n for n, piece in enumerate(["<s>", "</s>", *alphabet, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a tokenizer like SentencePiece's, with a token for each byte that is not in the vocabulary."""
+    tokens = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁x", "</answer>", "</ans", "wer>", "é"]
+    backend = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def decode_twice(tokenizer, tokens, stop_ids, stop_strings) -> str:
+    """The definition, by `transformers`: a stop string counts if it is not in the text without the last token."""
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    ids = [int(token) for token in tokens]
+    ids = ids[:-1] if ids and ids[-1] in stop_ids else ids
+    text, before = decode(ids), decode(ids[:-1])
+    ends = [text.find(string) + len(string) for string in stop_strings if string in text]
+    return text[: min(ends)] if ends and not any(string in before for string in stop_strings) else text
+
+
+@pytest.mark.parametrize("kind", ["tiny", "byte level", "byte fallback"])
+def test_completions_decode_as_defined_in_the_trainer_and_from_json(kind):
+    makers = {"byte level": byte_level_tokenizer, "byte fallback": byte_fallback_tokenizer}
+    tokenizer = makers[kind]() if kind in makers else load_tokenizer(find_model("tiny"))
+    from_json = Tokenizer.from_str(tokenizer_backend(tokenizer).to_str())
+    rng, size, cut = np.random.default_rng(0), len(tokenizer), 0
+    likely = np.r_[np.arange(size), np.repeat(np.arange(size - 8, size), 40)]  # merges and whole words come last
+    for trial in range(400):
+        text = "".join(rng.choice(PIECES, rng.integers(0, 6)))
+        ids = np.array([*tokenizer.encode(text, add_special_tokens=False), *rng.choice(likely, trial % 4)], np.int32)
+        ids = ids[: rng.integers(0, len(ids) + 1)] if trial % 2 else ids  # often inside a character or a stop string
+        for strings in (STOP_STRINGS, STOP_STRINGS[:1], ()):
+            expected = decode_twice(tokenizer, ids, (1,), strings)
+            assert decode_completion(tokenizer, ids, (1,), strings) == expected
+            assert decode_completion(from_json, ids, (1,), strings) == expected
+            cut += expected != decode_twice(tokenizer, ids, (1,), ())
+    assert cut > 9 or kind == "tiny"  # whose tokens end where a stop string does

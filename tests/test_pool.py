@@ -1,0 +1,239 @@
+"""The pool of processes that grade completions: what functions may do there, and that nothing is lost."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo_jax import config
+from grpo_jax.errors import UserError
+from grpo_jax.rewards import accuracy_part, pool
+from grpo_jax.rewards.parts import resolve_parts
+from grpo_jax.rewards.pool import Grader
+from grpo_jax.text.problem import Problem
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tokenizer import load_tokenizer
+
+# `act` grades a completion with the number in its problem, after doing what the problem says. `log` counts its calls.
+VERIFIER = """
+import os, signal, subprocess, sys, time
+
+def act(problems, texts, lengths):
+    (problem,), (text,), (length,) = problems, texts, lengths
+    with open(problem.metadata["log"], "a") as log:
+        log.write(f"{problem.answer}\\n")
+    exec(problem.metadata["code"], dict(globals(), problem=problem))
+    value = int(problem.answer)
+    return {"nan": [float("nan")], "shape": [1, 2], "none": None}.get(problem.metadata["code"][1:], [value])
+
+def twice(problems, texts, lengths):
+    return [2 * int(problems[0].answer)]
+
+def environment(problems, texts, lengths):
+    assert not {"jax", "jaxlib", "grain", "transformers", "flax"} & set(sys.modules), sorted(sys.modules)
+    (problem,) = problems
+    assert isinstance(problem.metadata["code"], tuple) and texts == ["<answer>2"]
+    assert lengths.tolist() == [problem.metadata["length"]]
+    return [len([name for name in os.environ if "SECRET" in name or "TOKEN" in name.split("_")])]
+"""
+
+# What a function does: the failure that is counted, and a part of its description.
+DEEDS = {
+    "time.sleep(1e6)": ("timeout", "timeout in act."),
+    "while True: pass": ("timeout", ""),
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)": ("timeout", ""),
+    "os.kill(os.getpid(), signal.SIGSTOP)": ("timeout", ""),
+    "raise ValueError('bad')": ("error", "ValueError: bad (<string>:1)"),
+    "sys.exit(3)": ("error", "SystemExit: 3"),
+    "raise KeyboardInterrupt": ("error", "KeyboardInterrupt"),
+    "f = lambda: f(); f()": ("error", "error in act: "),
+    "os._exit(0)": ("error", "error in act: Its process ended with exit code 0."),
+    "os.kill(os.getpid(), signal.SIGSEGV)": ("error", "exit code -11"),
+    "os.fork() or time.sleep(1e6); os._exit(1)": ("error", "exit code 1"),  # the child keeps the socket open
+    "os.closerange(0, 1000)": ("error", ""),
+    "x = [bytes(2**31) for _ in range(9)]": ("error", "error in act: Its process ran out of memory."),
+    "#nan": ("error", "found nan at index 0"),
+    "#shape": ("error", "found an array of shape (2,)"),
+    "#none": ("error", "found None"),
+    "os.fork()": ("", ""),  # the child returns too
+    "os.fork() or time.sleep(1e6)": ("", ""),
+    "subprocess.Popen(['sleep', '1000'])": ("", ""),
+    "print('chatter')": ("", ""),
+    "os.write(1, b'chatter')": ("", ""),
+    "assert not sys.stdin.read()": ("", ""),
+}
+
+
+def make_grader(tmp_path, *parts, deadline=0.5, **parts_from_python):
+    """Returns a grader with parts of the config, in which `file:` stands for the file with the functions above."""
+    (tmp_path / "verifier.py").write_text(VERIFIER)
+    names = tuple(part.replace("file:", f"{tmp_path}/verifier.py:") for part in parts)
+    raw = config.default()
+    raw.reward.parts = names or tuple(parts_from_python)
+    raw.reward.weights, raw.reward.deadline = (1.0,) * len(raw.reward.parts), deadline
+    cfg = config.check(raw)
+    return Grader(cfg, parts_from_python or resolve_parts(cfg), load_tokenizer(find_model("tiny")), (0,))
+
+
+def grade(grader, codes, log, text="<think>1</think> <answer>2</answer>"):
+    """Grades the same text once for each piece of code in `codes`; the expected answer is its number."""
+    ids = grader.tokenizer(text)["input_ids"]
+    problems = [
+        Problem("?", str(n), {"code": code, "log": str(log), "length": len(ids)}) for n, code in enumerate(codes)
+    ]
+    return grader.grade(problems, np.array([ids] * len(codes), np.int32), np.full(len(codes), len(ids)))
+
+
+def children():
+    """Returns the ids of the processes that this one has started."""
+    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "rewards.worker" in line]
+
+
+def test_no_completion_is_lost_or_graded_twice_whatever_functions_do(tmp_path, capfd):
+    codes = [*DEEDS, *["pass"] * 30]
+    grader = make_grader(tmp_path, "accuracy", "file:act", "file:twice")
+    grades = grade(grader, codes, tmp_path / "log")
+    groups = [worker.process.pid for worker in grader.workers]
+    grader.close()
+    calls = sorted(map(int, (tmp_path / "log").read_text().split()))
+    assert calls == list(range(len(codes)))  # each exactly once
+    for n, (code, (kind, reason)) in enumerate(DEEDS.items()):
+        failed = bool(kind)
+        assert grades.scores["act"][n] == (0 if failed else n), code
+        assert (grades.scores["timeout"][n], grades.scores["error"][n]) == (kind == "timeout", kind == "error"), code
+        assert len(grades.failures[n]) == failed and all(reason in text for text in grades.failures[n]), code
+    assert grades.scores["act"][len(DEEDS) :].tolist() == list(range(len(DEEDS), len(codes)))
+    assert grades.scores["twice"].tolist() == [2 * n for n in range(len(codes))]  # whatever `act` did
+    assert grades.scores["accuracy"].tolist() == [n == 2 for n in range(len(codes))]
+    assert set(grades.texts) == {"<think>1</think> <answer>2</answer>"}
+    assert [verdict.parsed for verdict in grades.verdicts] == ["2"] * len(codes)
+    assert "chatter" not in capfd.readouterr().out
+    assert not children()
+    for group in groups:  # nor what functions have started
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
+
+
+def test_functions_see_no_jax_and_no_keys_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "1")
+    monkeypatch.setenv("HF_TOKEN", "1")
+    grader = make_grader(tmp_path, "file:environment")
+    grades = grade(grader, [(1, 2)] * 2, tmp_path / "log", text="<answer>2")  # a tuple stays one
+    grader.close()
+    assert grades.scores["environment"].tolist() == [0, 0] and grades.failures == [[], []]
+
+
+@pytest.mark.parametrize(
+    "codes, message",
+    [
+        (
+            ["raise ValueError('bad')"] * 3 + ["pass"] * 2,
+            "3 of 5 failed, the first with: error in act: The reward part 'act' must return 1 finite number, one for "
+            "each text, but it raised ValueError: bad (<string>:1). Correct that function. Correct",
+        ),
+        (["time.sleep(1e6)"] * 2, "the first with: timeout in act. Correct the function, or raise reward.deadline=0.3"),
+    ],
+)
+def test_a_batch_of_which_more_than_half_fails_stops_the_run_with_the_first_error(tmp_path, codes, message):
+    grader = make_grader(tmp_path, "file:act", deadline=0.3)
+    with pytest.raises(UserError) as raised:
+        grade(grader, codes, tmp_path / "log")
+    grader.close()
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_batch_of_which_half_fails_does_not_stop_the_run(tmp_path):
+    grader = make_grader(tmp_path, "file:act")
+    assert grade(grader, ["#nan", "#nan", "#", "#"], tmp_path / "log").scores["error"].tolist() == [1, 1, 0, 0]
+    assert grade(grader, ["#", "#"], tmp_path / "log").scores["act"].tolist() == [0, 1]  # the next batch starts afresh
+    grader.close()
+
+
+def test_a_function_that_never_returns_stops_the_run_before_half_of_a_large_batch_has_hung(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "HOPELESS", 2)
+    grader = make_grader(tmp_path, "file:act", deadline=0.2)
+    with pytest.raises(UserError, match=r"; \d of 500 failed, the first with: timeout in act"):
+        grade(grader, ["time.sleep(1e6)"] * 500, tmp_path / "log")
+    grader.close()
+
+
+def test_a_function_that_only_a_process_of_its_own_cannot_import_is_an_error_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "1")
+    (tmp_path / "mine.py").write_text("import os\nkey = os.environ['MY_KEY']\ndef f(problems, texts, lengths): ...")
+    grader = make_grader(tmp_path, f"{tmp_path}/mine.py:f")
+    with pytest.raises(UserError, match=r"importing it raised KeyError: 'MY_KEY' \(.*mine.py:2\).*of your environment"):
+        grader.start()
+    grader.close()
+
+
+def test_functions_from_python_see_the_whole_batch_in_the_trainer(tmp_path):
+    seen = []
+
+    def closure(problems, texts, lengths):
+        seen.append((os.getpid(), texts, lengths.tolist()))
+        return np.arange(len(texts))
+
+    before, grader = children(), make_grader(tmp_path, correct=accuracy_part, closure=closure)
+    grades = grade(grader, ["", "", ""], tmp_path / "log", text="<answer>2</answer>!")
+    assert seen == [
+        (os.getpid(), ["<answer>2</answer>!"] * 3, [len(grader.tokenizer("<answer>2</answer>!")["input_ids"])] * 3)
+    ]
+    assert list(grades.scores) == ["correct", "closure", "timeout", "error"]
+    assert grades.scores["correct"].tolist() == [0, 0, 1] and grades.scores["closure"].tolist() == [0, 1, 2]
+    assert not grader.workers and children() == before
+    grader.parts["closure"] = lambda *_: 1 / 0
+    with pytest.raises(UserError, match=r"'closure' must return 3 finite numbers.*ZeroDivisionError"):
+        grade(grader, ["", "", ""], tmp_path / "log")
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["tokens", "text"])
+def test_a_long_batch_gets_the_same_grades_from_processes_as_in_the_trainer(tmp_path, monkeypatch, backend):
+    parts = "format", "accuracy", "language"
+    here, there = make_grader(tmp_path, *parts), make_grader(tmp_path, *parts)
+    expected = grade(here, [""] * 9, tmp_path / "log", text="a <answer>2</answer>")
+    assert not here.workers
+    if not backend:  # a tokenizer that only `transformers` can run
+        monkeypatch.setattr(pool, "tokenizer_backend", lambda tokenizer: None)
+    monkeypatch.setattr(pool, "SECONDS_IN_TRAINER", 0)
+    grades = grade(there, [""] * 9, tmp_path / "log", text="a <answer>2</answer>")
+    again = grade(there, [""] * 9, tmp_path / "log", text="a <answer>2</answer>")
+    assert there.workers
+    there.close()
+    for other in (grades, again):
+        assert other.texts == expected.texts and other.verdicts == expected.verdicts
+        assert {name: values.tolist() for name, values in other.scores.items()} == {
+            name: values.tolist() for name, values in expected.scores.items()
+        }
+
+
+KILLED = """
+import time
+from grpo_jax import config
+from grpo_jax.rewards.pool import Grader
+
+grader = Grader(config.check(config.default()), {}, None, ())
+grader.start_worker()
+while grader.workers[0].units:
+    grader.turn(0.1)
+print(grader.workers[0].process.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_processes_end_when_the_trainer_is_killed():
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    trainer = subprocess.Popen([sys.executable, "-c", KILLED], env=environ, stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+    os.kill(worker, 0)
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.kill(worker, 0)
+            time.sleep(0.02)
