@@ -159,8 +159,12 @@ class PromptFormat:
         if not texts:
             return []
         adds_ends = self.template is not None  # a chat template writes BOS itself
-        options = dict(add_special_tokens=adds_ends, return_attention_mask=False, verbose=False)
-        batch = self.tokenizer(texts, **options)["input_ids"]
+        self.tokenizer("")  # makes the backend encode whole texts, and special tokens as such
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # twice as fast as the call below
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=adds_ends)
+            batch = [encoding.ids for encoding in encodings]
+        else:
+            batch = self.tokenizer(texts, add_special_tokens=adds_ends, verbose=False)["input_ids"]
         if adds_ends:
             batch = [trim_ends(self.tokenizer, ids, text) for ids, text in zip(batch, texts, strict=True)]
         for row, (messages, name) in enumerate(named):
