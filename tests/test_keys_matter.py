@@ -87,6 +87,13 @@ CASES = {
     "task.eval_path": Case(
         "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "file", "task.path": "FOLDER/a.jsonl"}
     ),
+    "task.too_long": Case(
+        "refuse",
+        "drop",
+        ("error",),
+        {"task.name": "file", "task.path": "FOLDER/long.jsonl", "rollout.max_prompt_tokens": 80},
+    ),
+    "prompt.template": Case("r1zero", "FOLDER/template.txt", PROMPTS),
     "reward.parts": Case(
         ("accuracy", "format"), ("accuracy", "FOLDER/functions.py:brevity"), ("train reward", "eval reward", "metrics")
     ),
@@ -277,7 +284,8 @@ def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, An
         except UserError as user_error:
             error = str(user_error)
     lines = re.sub(r"[\d,]+ tokens/s +[\d.]+ s|Wrote .*", "", console.getvalue())
-    return {**recorder.texts, **read_run(workdir), "console": lines, "error": error}
+    written = read_run(workdir) if workdir.exists() else {}  # not if the run was refused
+    return {**recorder.texts, **written, "console": lines, "error": error}
 
 
 FUNCTIONS = """
@@ -299,6 +307,9 @@ def observe(tmp_path_factory):
     for name, number in (("a", 3), ("b", 4)):
         problems = [{"question": f"What is {n} + {number}?", "answer": n + number} for n in range(100)]
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
+    long = [{"question": f"What is {n} + 1?{'?' * (n % 4 * 10)}", "answer": n + 1} for n in range(100)]
+    (folder / "long.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in long))
+    (folder / "template.txt").write_text("Question: {question}\nAnswer:")
     shutil.copytree(find_model("tiny"), folder / "model")
     model_config = folder / "model" / "config.json"
     model_config.write_text(json.dumps(json.loads(model_config.read_text()) | {"rms_norm_eps": 1e-3}))
