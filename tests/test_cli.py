@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax import evaluate, export, generate, main
 from grpo_jax.config import Config, check, default, flags, write_config
+from grpo_jax.config.workdir import digest_files
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import processes
 from grpo_jax.weights.source import find_model
@@ -235,6 +236,16 @@ def test_a_run_with_another_config_is_not_resumed(tmp_path):
     )
 
 
+def test_a_run_is_not_resumed_with_a_template_that_has_changed(tmp_path):
+    template = tmp_path / "t.txt"
+    template.write_text("Question: {question}")
+    keys = [*LITTLE, f"--config.prompt.template={template}"]
+    cfg = flags.parse_flags(flags.make_parser("", ""), [R1ZERO, *keys])[1]
+    write_config(tmp_path / "run", check(cfg), digest_files(str(template)))
+    template.write_text("Question: {question}\n")
+    refused(main.main, tmp_path / "run", R1ZERO, *keys, says="t.txt has changed since the run in .* was started")
+
+
 def test_a_folder_with_other_files_is_refused_as_a_workdir(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
@@ -303,7 +314,7 @@ def test_reading_a_run_needs_a_config_or_a_workdir():
             ["--prompt=" + "word " * 600],
             r"at most 456 tokens, the model's 512 positions minus .*--prompt has \d+\. Shorten",
         ),
-        (["--prompt=\udc80"], r"must be valid Unicode; --prompt has the lone surrogate '\\udc80'\. Remove it"),
+        (["--prompt=\udc80"], r"--prompt must be valid Unicode; found the lone surrogate '\\udc80'\. Remove it"),
         (["--prompt=hello", "--config.prompt.template=none.txt"], "could not read 'none.txt'"),
         (["--prompt=hello", "--temperature=-1"], "--temperature must be a number of 0 or more; found -1.0"),
         (["--prompt=hello", "--temperature=nan"], "--temperature must be a number of 0 or more; found nan"),

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from grpo_jax.errors import UserError
-from grpo_jax.text.problem import Problem
+from grpo_jax.text.problem import Problem, read_messages
 
 
 class ProblemList:
@@ -40,8 +40,7 @@ class ProblemList:
 
 def question_hash(problem: Problem) -> int:
     """Returns a hash of a question that is the same for copies with other spacing, case or forms of characters."""
-    question = problem.question
-    text = question if isinstance(question, str) else "\n".join(turn["content"] for turn in question)
+    text = "\n".join(turn["content"] for turn in read_messages(problem.question))
     normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return int.from_bytes(hashlib.sha256(normalized.encode(errors="replace")).digest()[:8])
 

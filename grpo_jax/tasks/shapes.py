@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from grpo_jax.text.answers import read_braced
-from grpo_jax.text.problem import Message, Problem
+from grpo_jax.text.problem import Message, Problem, read_messages
 
 QUESTIONS = ("question", "problem", "prompt", "query")
 CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # what stands before the question, and the space between
@@ -169,14 +169,7 @@ def check_question(value: Any) -> str | list[Message]:
     """
     if isinstance(value, str) and value.strip():
         return value
-    try:
-        messages: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
-        roles = {turn["role"] for turn in messages} - {"system", "user", "assistant"}
-        if not roles and all(isinstance(turn["content"], str) for turn in messages) and messages[-1]["role"] == "user":
-            return messages
-    except (KeyError, TypeError, IndexError):
-        pass
-    raise ValueError(f"must have a text, or messages of which the last is the user's, as question; found {value!a:.60}")
+    return read_messages(value or None)
 
 
 def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[str], list[str], list[str]]:

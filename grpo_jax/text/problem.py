@@ -31,6 +31,31 @@ class Problem:
     id: str = ""  # where the problem comes from, such as "questions.jsonl line 17"
 
 
+def read_messages(question: Any) -> list[Message]:
+    """Returns a question as messages with nothing but roles and texts; contents may be lists of texts to be joined.
+
+    Raises:
+        ValueError: It is neither a text nor messages, or the last message is not the user's.
+    """
+    if isinstance(question, str):
+        return [Message(role="user", content=question)]
+    try:
+        turns = [(turn["role"], turn["content"]) for turn in question]
+        messages = [
+            Message(
+                role=role, content=content if isinstance(content, str) else "".join(part["text"] for part in content)
+            )
+            for role, content in turns
+        ]
+        if {role for role, _ in turns} <= {"system", "user", "assistant"} and messages[-1]["role"] == "user":
+            return messages
+    except (KeyError, TypeError, IndexError):
+        pass
+    raise ValueError(
+        f"must have a text, or messages of which the last is the user's, as question; found {question!a:.80}"
+    )
+
+
 class Prompts(NamedTuple):
     """B encoded prompts, padded on the right to T tokens."""
 

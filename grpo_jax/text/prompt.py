@@ -15,7 +15,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from grpo_jax.errors import UserError
-from grpo_jax.text.problem import Message, Problem, Prompts
+from grpo_jax.text.problem import Message, Problem, Prompts, read_messages
 
 # From DeepSeek-R1 (Nature, doi 10.1038/s41586-025-09422-z), Methods.
 R1_ZERO_TEMPLATE = (
@@ -74,37 +74,20 @@ def read_template(name: str, tokenizer: Any) -> str | None:
     return text
 
 
-def join_parts(content: Any) -> str:
-    """Returns the content of a message as one text; raises a KeyError or TypeError if it has parts of another kind."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def read_messages(problem: Problem, name: str) -> list[Message]:
-    """Returns the question of a problem as messages whose contents are texts; `name` is what errors call the problem.
+def named_messages(problem: Problem, name: str) -> list[Message]:
+    """Returns the question of a problem as messages; `name` is what errors call the problem.
 
     Raises:
         UserError: A message has another form, the last one is not the user's, or a text cannot be encoded.
     """
-    question = problem.question
-    found: Any = [Message(role="user", content=question)] if isinstance(question, str) else question
     try:
-        messages = [Message(role=message["role"], content=join_parts(message["content"])) for message in found]
-        unknown = {message["role"] for message in messages} - {"system", "user", "assistant"}
-    except (KeyError, TypeError):
-        unknown, messages = {"malformed"}, []
-    if unknown:
-        raise UserError(
-            "Messages must have a role (system, user or assistant) and a text as content; those of "
-            f"{name} are {found!r:.100}. Correct them."
-        )
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"The last message must be the user's; that of {name} is {found[-1:]!r:.100}. Correct it.")
-    try:
+        messages = read_messages(problem.question)
         "".join(message["content"] for message in messages).encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"A question must be valid Unicode; {name} has the lone surrogate {error.object[error.start]!r}. Remove it."
-        ) from None
+        surrogate = error.object[error.start]
+        raise UserError(f"{name} must be valid Unicode; found the lone surrogate {surrogate!r}. Remove it.") from None
+    except ValueError as error:
+        raise UserError(f"{name} {error}. Correct it.") from None
     return messages
 
 
@@ -127,7 +110,7 @@ class PromptFormat:
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
         """Returns the prompt of a problem as a text; `name` is what errors call the problem."""
-        return self.render(read_messages(problem, name), name)
+        return self.render(named_messages(problem, name), name)
 
     def render(self, messages: list[Message], name: str) -> str:
         """Returns the prompt of a conversation as a text."""
@@ -152,9 +135,9 @@ class PromptFormat:
         Special tokens that a question spells out are encoded as text; those that the template spells out are special.
 
         Raises:
-            UserError: See `read_messages` and `render`.
+            UserError: See `named_messages` and `render`.
         """
-        named = [(read_messages(problem, name), name) for problem, name in zip(problems, names, strict=True)]
+        named = [(named_messages(problem, name), name) for problem, name in zip(problems, names, strict=True)]
         texts = [self.render(messages, name) for messages, name in named]
         if not texts:
             return []
