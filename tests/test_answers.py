@@ -1,23 +1,208 @@
 """Extraction, parsing and comparison of answers: every notation, and inputs that are long, hostile or malformed."""
 
 import json
+import random
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from grpo_jax.rewards import accuracy, format
-from grpo_jax.text.answers import extract_answer, judge
+from grpo_jax.text.answers import extract_answer, judge, read_expected
 
 CASES = [
     json.loads(line) for file in sorted(Path(__file__).parent.glob("cases/*answers.jsonl")) for line in file.open()
 ]
+KINDS = sorted({case["id"].split("-")[0] for case in CASES})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_each_kind_of_answer_is_judged_as_marked(case):
-    """The cases name their kind: what the data file expects, what the completion says, whether it is right, and why."""
-    assert judge(case["completion"], case["expected"]).correct is case["right"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_of_each_kind_are_judged_as_marked(kind):
+    """A case has what the data file expects, what the completion says, and whether that is right."""
+    cases = [case for case in CASES if case["id"].split("-")[0] == kind]
+    wrong = [case for case in cases if judge(case["completion"], case["expected"]).correct is not case["right"]]
+    assert not wrong
+
+
+ANSWERS = [case["expected"] for case in CASES if "\\" in case["expected"] or re.search(r"\w[-+/=,]", case["expected"])]
+RESPELLINGS = {
+    "inline": lambda text: rf"\( {text} \)",
+    "dollars": lambda text: f"${text}$",
+    "display": lambda text: rf"\[{text}\]",
+    "boxed": lambda text: rf"\boxed{{{text}}}",
+    "sentence": lambda text: f"The answer is ${text}$.",
+    "dfrac": lambda text: text.replace(r"\frac", r"\dfrac"),
+    "degrees": lambda text: re.sub(r"\^\{?\\circ\}?", "°", text),
+    "text": lambda text: re.sub(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}", r"\1", text),
+    "blanks": lambda text: re.sub(r"(?<![A-Za-z\d\\!]) | (?![A-Za-z\d\\])", "", text),
+    "sized": lambda text: text.replace(r"\left", "").replace(r"\right", ""),
+    "unicode": lambda text: re.sub(r"\\(pi|infty|cup|pm)(?![a-z])", lambda match: SIGNS[match[1]], text).replace(
+        "-", "−"
+    ),
+}
+SIGNS = {"pi": "π", "infty": "∞", "cup": "∪", "pm": "±"}
+
+
+@pytest.mark.parametrize("respelling", RESPELLINGS)
+def test_no_respelling_of_an_expected_answer_is_lost(respelling):
+    lost = []
+    for expected in dict.fromkeys(ANSWERS):
+        if not any(sign in expected for sign in ("box", "####", "<answer>", "$", r"\(", r"\[")):  # is not wrapped yet
+            answer = RESPELLINGS[respelling](expected)
+            verdict = judge(f"<think> a </think> <answer> {answer} </answer>", expected)
+            lost += [] if verdict.correct else [(expected, answer, verdict.why)]
+    assert not lost
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("$$", "empty"),
+        (r"\boxed{}", "empty"),
+        (r"\boxed{72", "empty"),
+        ("####", "empty"),
+        ("nan", "not a number"),
+        ("NaN", "not a number"),
+        ("\ud83d", "lone surrogates"),
+        ("7\x002", "control characters"),
+        (r"\frac{3}{4", "unbalanced {"),
+        ("The cat sat on the mat and looked at the dog.", "prose of 11 words"),
+        ("7" * 501, "more than 500 characters"),
+        ("x" + "+x" * 200, "more than 300 symbols"),
+        ("<answer>72", "no closed <answer>"),
+        ("+", "it ends too early"),
+    ],
+)
+def test_expected_answers_that_nothing_could_match_are_told_apart(answer, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_expected(answer)
+    assert not judge(f"<answer>{answer}</answer>", answer).correct  # equal text proves nothing
+
+
+@pytest.mark.parametrize(
+    "completion, expected, parsed, why",
+    [
+        ("<answer> 72.0 </answer>", "72", "72.0", "equal"),
+        ("<answer> 27 </answer>", "72", "27", "another value: 27, not 72"),
+        ("<answer> 84/12 </answer>", "7", "84/12", "arithmetic that is not carried out"),
+        ("<answer> 5, 72 </answer>", "72", "5, 72", "2 values where one is expected"),
+        ("<answer> 5 cm </answer>", "5 m", "5 cm", "another unit"),
+        ("<answer> 5 or 72 </answer>", "72", "5 or 72", "hedged: or"),
+        ("<answer> (B) </answer>", "A", "(B)", "another choice"),
+        ("<answer> 72", "72", None, "no closed <answer>"),
+        ("<answer> </answer>", "72", None, "the answer is empty"),
+        ("<think> <answer> 72 </answer> </think>", "72", None, "the answer is in the thoughts"),
+    ],
+)
+def test_a_verdict_says_what_was_read_and_why(completion, expected, parsed, why):
+    assert judge(completion, expected)[1:] == (parsed, why)
+
+
+HOSTILE = [
+    *(
+        "5^{5^{5^{5^5}}}",
+        "9^{9^{9^{9^{9^9}}}}",
+        "10^{10^{10}}",
+        "((((9999!)!)!)!)!",
+        "1000!" * 40,
+        "1000!^{1000!}",
+        "999999999!",
+    ),
+    *(r"\binom{1000000}{500000}", "e^{e^{e^{e^e}}}", r"\sin(10^{4000})", r"\tan(e^{9999})", r"\exp(\exp(\exp(10)))"),
+    *(
+        r"\sqrt" * 90 + "5",
+        r"\frac" * 90,
+        "(" * 240 + "5" + ")" * 240,
+        "{" * 240 + "5" + "}" * 240,
+        "|" * 499,
+        "-" * 490 + "5",
+    ),
+    *(
+        "5" + "!" * 290,
+        "5" + "%" * 290,
+        "x" * 290,
+        "x^" * 140 + "x",
+        "1/" * 140 + "1",
+        "1," * 140 + "1",
+        "1 or " * 90 + "5",
+    ),
+    *(
+        "9" * 499,
+        "0." + "9" * 490,
+        "1e9999",
+        "1e-9999",
+        "1e999999",
+        "9" * 400 + "^{" + "9" * 50 + "}",
+        r"\pm" * 150 + "5",
+    ),
+    *(r"\begin{pmatrix}" * 25, r"\begin{pmatrix}" + "&" * 400, r"\text{" * 70 + "6" + "}" * 70, r"\boxed{" * 60 + "5"),
+    *(
+        "5\x00",
+        "\x1b[31m5",
+        "\ud800",
+        "5\udfff",
+        "open('x','w')",
+        "lambda: 5",
+        "5 if True else 3",
+        "int('5')",
+        "5 # 5",
+        "0x5",
+        "5_0",
+    ),
+    *("{{7*7-44}}", "%s%n", "'; DROP TABLE x", *(sign.join(map(str, range(99))) for sign in (" ", ", ", " or ", "\n"))),
+    *(
+        r"\boxed{1}\boxed{5}",
+        "x=5" + ",x=5" * 90,
+        "any number",
+        "answer here",
+        "...",
+        "?",
+        "n",
+        r"\infty",
+        "NaN",
+        "5/0",
+        "0/0",
+    ),
+    *(
+        r"(-\infty,\infty)",
+        r"\mathbb{R}",
+        "x=x",
+        "5=x=6",
+        r"5\ne 6",
+        "[5,6]",
+        "(5)(1)",
+        "5^1",
+        r"\sqrt{25}",
+        "|-5|",
+        "5 mod 7",
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_earn_nothing_and_end(answer):
+    for expected in ("5", r"2\sqrt{3}", "x^2", "(1, 2)", answer):
+        if expected is not answer:
+            assert not judge(f"<think> a </think> <answer> {answer} </answer>", expected).correct
+        else:
+            judge(f"<answer>{answer}</answer>", expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_text_is_judged_without_errors(seed):
+    parts = [
+        part
+        for case in CASES
+        for part in re.findall(r"\\?[A-Za-z]+|\d+|\S", case["expected"] + case["completion"][39:-10])
+    ]
+    draw = random.Random(seed)
+    for length in (2, 5, 20, 100) * 100:
+        text = draw.choice(("", " ")).join(draw.choices(parts, k=length))
+        assert judge(f"<answer>{text}</answer>", draw.choice(CASES)["expected"]).why
+        assert judge("<answer>72</answer>", text).why and judge(f"<answer>{text}</answer>", text).why
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,16 @@ _NAMES = {*FUNCTIONS, *LETTERS, *LETTERS.values(), "inf", "infinity", "and", "or
 _HEDGES = re.compile(
     r"\b(?:not|no|never|or|either|neither|nor|maybe|perhaps|probably|possibly|might|about|approximately|approx|around"
     r"|roughly|nearly|almost|less|more|fewer|than|half|twice|double|triple|times|dozens?|hundreds?|thousands?|score"
-    r"|squared root|minus|plus|over|under|wrong|incorrect|false|except|but|if|unless|guess|least|most|opposite|negative"
-    r"|divided|multiplied|between|cannot|\w+n't)\b|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不",
+    r"|factorial|minus|plus|over|under|wrong|incorrect|false|except|but|if|unless|guess|least|most|opposite|negative"
+    r"|divided|multiplied|between|cannot|pairs?|couples?|gross|\w+n't|(?<=\d )(?:squared|cubed))\b"
+    r"|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(
     r'^(?:"?(?:(?:(?:number|amount|value) of \w+(?= is\b| are\b| =)|so|thus|hence|therefore|then|finally|final'
     r"|correct|answers?|ans|option|choice|the|my|our|a total of|is|are|was|be|of|in|it|there|we|get|got|have|has|had"
     r"|he|she|they|total|sum|result|values?|number|solutions?|equals?|gives?|makes?|equal|to|altogether|and|all|which|that|this"
-    r'|must|will)\b|答案|结果|所以|因此|是|为|等于|最终|共有|一共|有|共)"?[\s,:]*)+',
+    r'|must|will)\b|答案|结果|所以|因此|是|为|等于|最终|共有|一共|有|共|=)"?[\s,:]*)+',
     re.IGNORECASE,
 )
 _EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
@@ -103,9 +104,11 @@ def read_braced(text: str, start: int) -> str:
 def judge(completion: str, expected: str) -> Verdict:
     """Judges the last `<answer>...</answer>` of a completion. See `answers_match` for what counts as equal."""
     try:
-        return _judge_answer(_read_tags(completion), expected)
+        verdict = _judge_answer(_read_tags(completion), expected)
     except ValueError as error:
         return Verdict(False, None, str(error))
+    values = f": {verdict.parsed}, not {expected}" if verdict.why == "another value" and len(expected) < 40 else ""
+    return verdict._replace(why=verdict.why + values)
 
 
 def answers_match(answer: str, expected: str) -> bool:
@@ -128,6 +131,7 @@ def _judge_answer(answer: str, expected: str) -> Verdict:
     except ValueError as error:
         raise ValueError(f"the expected answer cannot be read: {error}") from error
     several = len(list_members(want)) > 1 if want[0] not in ("choice", "text") else False
+    answer = answer.removeprefix("####")
     boxes = list(dict.fromkeys(find_boxes(answer)))
     if not boxes:
         return _judge_text(normalize_notation(answer), want)
@@ -207,18 +211,23 @@ def read_expected(answer: str) -> Tree:
     if text.isdecimal() and len(text) <= 20:
         return ("n", Fraction(text))
     text = _read_tags(text) if "<answer>" in text else text
-    boxes = find_boxes(text)
-    text = (boxes[-1] if boxes else _EXPECTED_SENTENCE.split(text)[-1]).strip()
+    ends = [match.end() for match in _BOXED.finditer(text)]
+    text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
     if choice := _EXPECTED_CHOICE.match(text):
         try:
-            value = parse_answer(normalize_notation(text[choice.end() :]))
+            value = parse_answer(_normalize_bounded(text[choice.end() :]))
         except ValueError:
             value = None  # none, or prose: the letter remains
         return ("choice", choice[1] or choice[2], value)
-    text = normalize_notation(text)
     if text.casefold() == "nan":
         raise ValueError("not a number")
-    return parse_answer(text)
+    return parse_answer(_normalize_bounded(text))
+
+
+def _normalize_bounded(text: str) -> str:
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
+    return normalize_notation(text)
 
 
 def parse_answer(text: str) -> Tree:
@@ -227,8 +236,6 @@ def parse_answer(text: str) -> Tree:
     Raises:
         ValueError: The answer is prose of more than `MAX_WORDS` words, malformed or too long.
     """
-    if len(text) > MAX_ANSWER_CHARS:
-        raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
     bare = text.replace('"', "")
     if (time := _TIME.fullmatch(bare)) and 0 < int(time[1]) <= 12:
         return ("time", int(time[1]) % 12 * 60 + int(time[2] or 0) + 720 * (time[3] in "pP"))
@@ -242,10 +249,12 @@ def parse_answer(text: str) -> Tree:
         except ValueError as error:
             if text.count("{") != text.count("}"):
                 raise ValueError("unbalanced {") from error
-            if ("\\" in text or '"' in text) and len(long) <= MAX_WORDS:
+            if re.search(r'[\\"⦃]', text) and len(long) <= MAX_WORDS:
                 return ("opaque", "".join(value for _, value in tokenize(text)))
-    if len(words) > MAX_WORDS or not words:
-        raise ValueError(f"prose of {len(words)} words" if words else "it is neither mathematics nor words")
+            if not long:
+                raise
+    if len(words) > MAX_WORDS:
+        raise ValueError(f"prose of {len(words)} words")
     key = re.sub(r"^(?:the|an?) (?=\w)|[!?.]$", "", bare, flags=re.IGNORECASE)
     return ("text", re.sub(r"[^\W\d_]+", lambda match: _fold_word(match[0]), key).replace(" ", ""))
 

@@ -150,7 +150,7 @@ def equivalent_relations(want: Tree, got: Tree) -> bool:
         except _NO_VALUE:
             continue
     same = len(ratios) > 1 and ratios[0] != 0 and all(close(ratios[0], ratio) for ratio in ratios)
-    return want[1] == got[1] and same and (want[1] in "=≠" or ratios[0] > 0)
+    return want[1] == got[1] and same and (want[1] in "=≠" or close(ratios[0], abs(ratios[0])))
 
 
 def plain_value(tree: Tree) -> Fraction | None:
@@ -187,6 +187,8 @@ def difference(want: Tree, got: Tree) -> str:
     (unit, want), (other_unit, got) = split_unit(want), split_unit(got)
     if unit and other_unit and _contradict(unit, other_unit):
         return "another unit"
+    if bool(unit) != bool(other_unit) and equal_values(_with_letters(want, unit), _with_letters(got, other_unit)):
+        return ""
     members, other_members = list_members(want), list_members(got)
     if len(members) > 1 or len(other_members) > 1:
         return _compare_members(members, other_members)
@@ -234,7 +236,8 @@ def split_name(tree: Tree) -> tuple[str, Tree]:
     if set(signs) == {"="} and is_name(sides[-1]) and closed:
         sides = sides[::-1]
     if set(signs) == {"="} or signs == "∈":
-        named = is_name(sides[0]) and not free_symbols(sides[0]) & free_symbols(tuple(sides[1:]))
+        head = sides[0][1] if sides[0][0] == "*" else sides[0]  # f of f(x)
+        named = is_name(sides[0]) and not free_symbols(head) & free_symbols(tuple(sides[1:]))
         if named or not free_symbols(tuple(sides)):
             same = all(equal_values(sides[-1], side) or not difference(sides[-1], side) for side in sides[named:-1])
             return (repr(sides[0]) if named else "", sides[-1] if same else ("unequal", tree))
@@ -268,6 +271,14 @@ def split_unit(tree: Tree) -> tuple[tuple[str, ...], Tree]:
     return (tree[2], tree[1]) if tree[0] == "unit" else ((), tree)
 
 
+def _with_letters(tree: Tree, unit: tuple[str, ...]) -> Tree:
+    """Returns the product of an expression and the letters behind it, which may be symbols as in `5 m`."""
+    for word in unit:
+        letter, _, power = word.partition("^")
+        tree = ("*", tree, ("^", ("s", letter), ("n", Fraction(power if power.isdecimal() else 1))))
+    return tree
+
+
 def _contradict(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Returns whether two units differ; words that are no common units may be among other words."""
     known = all(word == "/" or word.partition("^")[0] in UNITS for word in one + other)
@@ -279,9 +290,8 @@ def list_members(tree: Tree) -> list[Tree]:
     if tree[0] in ("list", "set"):
         members = [member for item in tree[1:] for member in list_members(item)]
         return members if len(members) > 1 else [tree]
-    if "'±'" in repr(tree) or "'∓'" in repr(tree):
-        return [_choose_sign(tree, plus) for plus in "±∓"]
-    return [tree]
+    signed = [_choose_sign(tree, plus) for plus in "±∓"]
+    return [tree] if signed[0] == tree else signed
 
 
 def _choose_sign(tree: Any, plus: str) -> Any:

@@ -320,7 +320,8 @@ class Parser:
 
 def canonical_unit(words: Sequence[str]) -> tuple[str, ...]:
     """Returns the words behind a number in one spelling, such as ("cm^2",) for square centimeters."""
-    text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", " ".join(words)))
+    text = " ".join(words).replace("mph", "mile / hour")
+    text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\b(?:cubic|cu) (\S+)", r"\1^3", text))
     text = re.sub(r" squared\b", "^2", re.sub(r" cubed\b", "^3", re.sub(r"\bper\b", "/", text)))
     unit = []
     for word in text.split():

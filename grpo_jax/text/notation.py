@@ -25,8 +25,8 @@ _TEXT = re.compile(
     r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|[mh]box|emph|boldsymbol)"
     r"\s*\{([^{}]*)\}"
 )
-_CIRCLE = re.compile(r'\^\s*\{?\s*°\s*\}?|°(?=\s*"?[CF]"?(?![A-Za-z]))')
-_EMPHASIS = re.compile(r"(?<![\w*])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w*])|`")
+_CIRCLE = re.compile(r'\^?\s*\{?\s*°\s*\}?(?:\s*"?([CF])"?(?![A-Za-z]))?')
+_EMPHASIS = re.compile(r"(?<![\w*])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w*])|(?<!\w)'([^']+)'(?!\w)|`")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\overline\s*\{?\s*(\d+)\s*\}?")
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d.])")
 _CURRENCY = re.compile(r"(＄|€|£|¥|\bUSD\b) ?(-?[\d., ]*\d)")
@@ -59,13 +59,13 @@ def normalize_notation(text: str) -> str:
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # such as a zero-width space
         if re.search(r"[^\S\s]|[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
             raise ValueError("control characters or lone surrogates")
-    text = _EMPHASIS.sub(r"\1", text.replace('"', "").replace("{,}", ",").replace("''", ""))
+    text = _EMPHASIS.sub(r"\1\2", text.replace('"', "").replace("{,}", ",").replace("''", ""))
     if "\\" in text:
         text = _normalize_latex(text)
     text = _SIGNS.sub(lambda match: TABLES["signs"][match[0]], text)
     if text.count("$") % 2:  # a currency, not a delimiter of mathematics
         text = re.sub(r"\$(?=\s*-?[\d.])|(?<=\d)\$", "＄", text, count=1)
-    text = _CIRCLE.sub(lambda match: "°" if match[0][0] == "^" else " deg", text.replace("$", ""))
+    text = _CIRCLE.sub(lambda match: f" deg{match[1]}" if match[1] else "°", text.replace("$", ""))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     if text.upper() != text.lower():  # there are letters
         text = _NUMBER_WORD.sub(
@@ -74,7 +74,7 @@ def normalize_notation(text: str) -> str:
         text = _POWER_WORD.sub(lambda match: f"*10^{{{_POWERS[match[1].lower()]}}}", text)
         text = re.sub(r'\s*"?\bper ?cent(?:age)?\b"?', "%", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
-    text = " ".join(_CURRENCY.sub(r"\2 \1", text).split()).strip(" *").rstrip(".,;: ")
+    text = " ".join(_CURRENCY.sub(r"\2 \1", text).split()).strip(" *").rstrip(".,;: \\")
     if not text:
         raise ValueError("empty")
     return text
@@ -83,7 +83,7 @@ def normalize_notation(text: str) -> str:
 def _normalize_latex(text: str) -> str:
     text = text.replace(r"\\", "¶" if r"\begin" in text else "\\")  # the end of a row, or a backslash escaped twice
     for _ in range(4):  # nested wrappers
-        text = _TEXT.sub(lambda match: re.sub(r'"?([^\W\d_]+)"?', r'"\1"', match[1]), text)
+        text = _TEXT.sub(lambda match: re.sub(r'(?<![\\\w])"?([^\W\d_]+)"?', r'"\1"', match[1]), text)
     text = _COMMAND.sub(_rewrite_command, _SIZED.sub("", text))
     return _REPEATING.sub(_write_fraction, text)
 
