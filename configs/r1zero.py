@@ -24,10 +24,9 @@ standard deviation, which divides by G.
 
 Without a preset, or with `tiny`, this trains the tiny base model that comes with the package. `smollm2` trains a real
 model offline. All other presets name a model on the Hugging Face hub; pass --config.model.path=FOLDER to read it from a
-folder instead. They read problems from questions.jsonl (one JSON object per line with `question` and `answer`;
---config.task.path=FILE names another file). The presets for models other than DeepSeek-V3 follow the published settings
-as far as the size of the model allows: a KL coefficient of 0.001, temperature 1, 16 completions per prompt and no
-warm-up.
+folder instead. They read problems from questions.jsonl; --config.task.path names another file or data set. The presets
+for models other than DeepSeek-V3 follow the published settings as far as the size of the model allows: a KL coefficient
+of 0.001, temperature 1, 16 completions per prompt and no warm-up.
 
 "State" is what training keeps in memory per parameter: the policy, its gradient and AdamW's two moments in float32 and
 the reference in bfloat16, 18 bytes in total. Activations need additional memory: only the input of each layer is kept,

@@ -21,7 +21,9 @@ def main(argv: Sequence[str]) -> None:
         "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
     )
     parser.add_argument(
-        "--accept-changed-files", action="store_true", help="resume although files of problems have changed since"
+        "--accept-changed-files",
+        action="store_true",
+        help="resume although files that the run reads have changed since",
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
     if raw.job == "pretrain":

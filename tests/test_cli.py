@@ -210,6 +210,36 @@ def test_a_broken_problem_file_is_refused_before_training(tmp_path):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=file", *paths, says=says)
 
 
+def test_a_run_is_resumed_with_changed_files_only_on_request(tmp_path):
+    (tmp_path / "config.py").write_text(START + "    return c")
+    path = asking(tmp_path / "q.jsonl", *(f"q{i}" for i in range(20)))
+    run, changes = tmp_path / "run", ("--config.task.name=file", f"--config.task.path={path}")
+    cfg = check_with(task__name="file", task__path=path)
+    write_config(run, cfg, digest_files(path))
+    assert json.loads((run / "files.json").read_text()) == digest_files(path)
+    with open(path, "a") as file:
+        file.write("\n")
+    says = f"{path} has changed since the run in {run} was started. Restore it, .* or pass --accept-changed-files"
+    refused(main.main, run, f"--config={tmp_path / 'config.py'}", *changes, says=says)
+
+
+def test_a_run_with_an_evaluation_is_not_resumed_without(tmp_path):
+    """It would train on the problems that it has held out."""
+    path = asking(tmp_path / "q.jsonl", "a", "b")
+    flags = [f"--config={tmp_path / 'config.py'}", "--config.task.name=file", f"--config.task.path={path}"]
+    (tmp_path / "config.py").write_text(START + "    return c")
+    write_config(tmp_path / "run", check_with(task__name="file", task__path=path))
+    says = "was started with eval.questions=256 and cannot be resumed with eval.questions=0"
+    refused(main.main, tmp_path / "run", *flags, "--config.eval.questions=0", says=says)
+
+
+def test_a_run_that_holds_out_nothing_cannot_be_evaluated_on_its_own_problems(tmp_path):
+    run = tmp_path / "run"
+    write_config(run, check_with(eval__questions=0))
+    for argv in ([], ["--config.eval.questions=8"]):
+        refused(evaluate.main, run, *argv, says=f"the run in {run} has none, because its eval.questions is 0. Pass --q")
+
+
 @pytest.mark.parametrize(
     "file, says",
     [

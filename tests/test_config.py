@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config import (
     Config,
     check,
+    check_files,
     check_model,
     check_workdir,
     default,
@@ -24,7 +25,7 @@ from grpo_jax.config.help import explain
 from grpo_jax.config.keys import flatten, key_specs, require_choices
 from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
 from grpo_jax.config.schema import AdvantageSection, LossSection, PretrainConfig
-from grpo_jax.config.workdir import read_config
+from grpo_jax.config.workdir import digest_files, read_config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 
@@ -715,6 +716,44 @@ def test_a_folder_without_a_readable_config_is_a_user_error(tmp_path, text):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"must be the workdir of a training run, with a config.json: .*Pass another"):
         read_config(tmp_path)
+
+
+def test_paths_of_existing_files_are_stored_absolute(tmp_path, monkeypatch):
+    """So a run may be resumed from another folder, by a path relative to that."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "q.jsonl").write_text("")
+    (tmp_path / "a" / "chat").mkdir()
+    stored = []
+    for folder, path in (("a", "q.jsonl"), ("a", "./q.jsonl"), (".", "a/q.jsonl"), (".", tmp_path / "a" / "q.jsonl")):
+        monkeypatch.chdir(tmp_path / folder)
+        cfg = check(changed(task__name="file", task__path=str(path), task__eval_path="owner/name"))
+        stored.append((cfg.task.path, cfg.task.eval_path))
+    assert set(stored) == {(str(tmp_path / "a" / "q.jsonl"), "owner/name")}
+    monkeypatch.chdir(tmp_path / "a")
+    assert check(changed(prompt__template="chat")).prompt.template == "chat"
+    assert check(changed(prompt__template="q.jsonl")).prompt.template == str(tmp_path / "a" / "q.jsonl")
+
+
+@pytest.mark.parametrize("change", ["content", "added", "removed"])
+def test_changed_files_are_found_and_may_be_accepted(tmp_path, change):
+    folder, run = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    (folder / "a.csv").write_text("1")
+    (folder / "b.csv").write_text("2")
+    write_config(run, Config(), digest_files(str(folder)))
+    check_files(run, digest_files(str(folder)))
+    if change == "removed":
+        (folder / "a.csv").unlink()
+    else:
+        (folder / {"content": "a.csv", "added": "0.csv"}[change]).write_text("3")
+    digests = digest_files(str(folder))
+    with pytest.raises(
+        UserError, match=r"\.csv has changed since the run in .*run was started. .*--accept-changed-files"
+    ):
+        check_files(run, digests)
+    check_files(run, digests, accept=True)
+    write_config(run, Config(), digests)
+    check_files(run, digests)
 
 
 # Keys that do not affect what an update computes, so that they may change between a run and its continuation.

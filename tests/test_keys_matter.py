@@ -84,6 +84,10 @@ CASES = {
     "task.digits": Case(3, 2, PROMPTS),
     "task.shots": Case(0, 1, PROMPTS, {"rollout.max_prompt_tokens": 128}),
     "task.path": Case("FOLDER/a.jsonl", "FOLDER/b.jsonl", PROMPTS, {"task.name": "file"}),
+    "task.question": Case("question", "twist", PROMPTS, {"task.name": "file", "task.path": "FOLDER/a.jsonl"}),
+    "task.answer": Case("answer", "twice", ("eval expected",), {"task.name": "file", "task.path": "FOLDER/a.jsonl"}),
+    "task.choices": Case("", "offers", PROMPTS, {"task.name": "file", "task.path": "FOLDER/a.jsonl"}),
+    "task.max_unreadable": Case(0.5, 0.01, ("error",), {"task.name": "file", "task.path": "FOLDER/unreadable.jsonl"}),
     "task.eval_path": Case(
         "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "file", "task.path": "FOLDER/a.jsonl"}
     ),
@@ -306,7 +310,15 @@ def observe(tmp_path_factory):
     (folder / "functions.py").write_text(FUNCTIONS)
     for name, number in (("a", 3), ("b", 4)):
         problems = [{"question": f"What is {n} + {number}?", "answer": n + number} for n in range(100)]
+        for problem in problems:
+            answer = problem["answer"]
+            problem |= {"twist": f"Now {problem['question']}", "twice": 2 * answer, "offers": [answer, answer + 1]}
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
+    (folder / "unreadable.jsonl").write_text(
+        "".join(f"{json.dumps(problem | {'answer': ''})}\n" for problem in problems[:9])
+    )
+    with (folder / "unreadable.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(problem)}\n" for problem in problems)
     long = [{"question": f"What is {n} + 1?{'?' * (n % 4 * 10)}", "answer": n + 1} for n in range(100)]
     (folder / "long.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in long))
     (folder / "template.txt").write_text("Question: {question}\nAnswer:")

@@ -53,14 +53,14 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
     name, fields = basename(path.rstrip("/")), Fields(task_cfg.question, task_cfg.answer, task_cfg.choices)
     said: Counter[str] = Counter()
 
-    def read() -> Iterator[tuple[str, Problem | ValueError]]:
+    def read() -> Iterator[tuple[str, Problem | str]]:
         for place, row in tqdm(read_rows(path), f"Reading {name}", unit=" rows", mininterval=2, delay=2, leave=False):
             try:
                 problem, how = read_problem(row, fields, graded=graded)
                 said[how] += 1
                 yield place, Problem(problem.question, problem.answer, problem.metadata, f"{name} {place}")
             except ValueError as error:
-                yield place, error
+                yield place, str(error)
 
     problems, unreadable = keep_readable(path, read(), task_cfg.max_unreadable, graded=graded)
     sources = "; ".join(f"{how} ({count:,} rows)" if len(said) > 1 else how for how, count in said.most_common())
@@ -68,7 +68,7 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
 
 
 def keep_readable(
-    source: str, rows: Iterable[tuple[str, Problem | ValueError]], limit: float, *, graded: bool
+    source: str, rows: Iterable[tuple[str, Problem | str]], limit: float, *, graded: bool
 ) -> tuple[list[Problem], str]:
     """Returns the problems that can be used, and a phrase about the others.
 
@@ -85,14 +85,12 @@ def keep_readable(
     problems: list[Problem] = []
     reasons: dict[str, list[str]] = {}
     for place, value in rows:
-        try:
-            if isinstance(value, ValueError):
-                raise value
-            if graded:
-                read_expected(value.answer)
+        if graded and isinstance(value, Problem):
+            value = unreadable_answer(value) or value
+        if isinstance(value, Problem):
             problems.append(value)
-        except ValueError as error:
-            reasons.setdefault(str(error), []).append(place)
+        else:
+            reasons.setdefault(value, []).append(place)
     count = sum(map(len, reasons.values()))
     total = count + len(problems)
     if not total:
@@ -109,6 +107,15 @@ def keep_readable(
             "fields with --config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD."
         )
     return problems, f", {count:,} unreadable ({listed})" if count else ""
+
+
+def unreadable_answer(problem: Problem) -> str:
+    """Returns why no completion could match the answer of a problem, or "" if one could."""
+    try:
+        read_expected(problem.answer)
+    except ValueError as error:
+        return f"has the answer {problem.answer!a:.60}, which no completion could match ({error})"
+    return ""
 
 
 def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = True) -> ProblemList:

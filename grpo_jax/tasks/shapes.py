@@ -25,7 +25,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from grpo_jax.text.answers import read_braced
+from grpo_jax.text.answers import find_boxes
 from grpo_jax.text.problem import Message, Problem, read_messages
 
 QUESTIONS = ("question", "problem", "prompt", "query")
@@ -48,7 +48,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_WORDS = 8  # a `solution` with more, and without a box, is a proof rather than an answer
 NO_ANSWER = ("", "proof", "notfound")  # what NuminaMath-1.5 writes where a problem has no answer
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+([^{}$]+))")
+_BARE_BOX = re.compile(r"\\boxed\s+([^{}$]+)")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(\S.*)", re.DOTALL)
 
@@ -239,12 +239,11 @@ def read_answer(value: Any, field: str) -> tuple[str, str]:
         answers = [read_answer(element, field) for element in value]
         return ", ".join(answer for answer, _ in answers), answers[-1][1]
     text, how = write_value(value).strip(), ""
-    boxes = list(_BOX.finditer(text))
+    boxes = find_boxes(text) or _BARE_BOX.findall(text)
     if "####" in text:
         text, how = text.rpartition("####")[2].strip(), " (after the last `####`)"
     elif boxes:
-        braced = read_braced(text, boxes[-1].end()) if boxes[-1][1] else boxes[-1][2]
-        text, how = (braced or "").strip(), " (last `\\boxed`)"
+        text, how = boxes[-1].strip(), " (last `\\boxed`)"
     if text.lower() in NO_ANSWER or (field.lower() == "solution" and not how and len(text.split()) > MAX_WORDS):
         raise ValueError(f"has no final answer in the field {field!r}{how}")
     return text, how
