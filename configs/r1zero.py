@@ -64,12 +64,12 @@ def smollm2():
     """
     cfg = config.default()
     cfg.model.path = "smollm2"
-    cfg.task.digits, cfg.task.shots = 1, 2
+    cfg.task.digits, cfg.task.shots = 2, 2
     cfg.rollout.prompts, cfg.rollout.samples = 2, 8
-    cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens = 176, 32
+    cfg.rollout.max_tokens = 32
     cfg.optim.lr = 1e-5
     cfg.total_steps = 20
-    cfg.eval.questions = 64
+    cfg.eval.questions = 128
     cfg.log.every_steps = 1
     return cfg
 

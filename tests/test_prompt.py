@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.errors import UserError
+from grpo_jax.text import prompt
 from grpo_jax.text.decoding import decode_completion
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts, format_prompt
@@ -223,7 +224,8 @@ def test_special_tokens_spelled_out_in_a_question_stay_text(tmp_path, template):
 def test_the_ids_around_the_templates_tokens_are_those_of_the_whole_text(tmp_path, rstrip):
     """Only the ids of the special token that the question spells out differ from those of the whole text."""
     tokenizer = byte_tokenizer(f"{BOS} $A", merges=MERGES)
-    tokenizer.add_tokens([AddedToken("<|user|>", special=True, rstrip=rstrip)], special_tokens=True)
+    added = [AddedToken("<|user"), AddedToken("<|user|>", special=True, rstrip=rstrip)]
+    tokenizer.add_tokens(added, special_tokens=True)
     (tmp_path / "t.txt").write_text("<|user|>\n {question}>\n\n<|user|>")
     ids, (user,) = encode(tokenizer, f"a{EOS}b", tmp_path / "t.txt"), tokenizer.convert_tokens_to_ids(["<|user|>"])
     whole = tokenizer(f"<|user|>\n a{EOS}b>\n\n<|user|>")["input_ids"]
@@ -232,10 +234,11 @@ def test_the_ids_around_the_templates_tokens_are_those_of_the_whole_text(tmp_pat
     assert ids == [*whole[:at], *encode_text(tokenizer, "<"), *encode_text(tokenizer, "/s>"), *whole[at + 1 :]]
 
 
-def test_lengths_are_those_of_the_encoded_prompts():
+def test_lengths_are_those_of_the_encoded_prompts(monkeypatch):
+    monkeypatch.setattr(prompt, "CHUNK_PROMPTS", 32)
     tokenizer = chat_tokenizer()
-    problems = [Problem("word " * (i % 7) + EOS * (i % 5 == 0), "") for i in range(2100)]  # more than a chunk
-    names = [str(i) for i in range(2100)]
+    problems = [Problem("word " * (i % 7) + EOS * (i % 5 == 0), "") for i in range(70)]
+    names = [str(i) for i in range(70)]
     for template in ("r1zero", "chat"):
         prompts = PromptFormat(tokenizer, template)
         lengths = prompts.lengths(problems, names)
@@ -356,3 +359,17 @@ def test_a_folder_with_a_malformed_tokenizer_is_a_user_error(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama", "llama31", "qwen3"])
+@pytest.mark.parametrize("template", ["r1zero", "chat"])
+def test_special_tokens_of_a_models_tokenizer_stay_text_in_questions(name, template):
+    tokenizer = load_tokenizer(Path(__file__).parent / "golden" / "gguf" / f"{name}.gguf")
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    question = "a " + "".join(tokenizer.convert_ids_to_tokens(special)) + " b"
+    ids, plain = encode(tokenizer, question, template), encode(tokenizer, "a b", template)
+    assert [token for token in ids if token in special] == [token for token in plain if token in special]
+    assert question in tokenizer.decode(ids)
+    if template == "chat":
+        messages = [{"role": "user", "content": "a b"}]
+        assert plain == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]

@@ -68,7 +68,7 @@ def test_addition_asks_for_the_sum_of_two_numbers_of_that_many_digits(digits):
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_solved_examples_are_correct_never_held_out_and_leave_the_problem_unchanged(split):
+def test_solved_examples_are_correct_never_show_the_answer_or_a_held_out_sum_and_leave_the_problem_unchanged(split):
     for index in range(40):
         (problem,), (bare,) = (addition([index], 3, split, digits=1, shots=shots) for shots in (2, 0))
         *examples, question = problem.question.split(" User: ")
@@ -78,6 +78,7 @@ def test_solved_examples_are_correct_never_held_out_and_leave_the_problem_unchan
             shown, completion = text.split(". Assistant:")
             a, b = map(int, re.findall(r"\d+", shown))
             assert f" {a} + {b} = {a + b} " in completion and not is_held_out(a, b)
+            assert a + b != int(problem.answer)
             assert accuracy([completion], [str(a + b)]) == format([completion]) == 1
 
 
