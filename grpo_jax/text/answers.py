@@ -12,31 +12,18 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from grpo_jax.text.equality import difference, list_members
-from grpo_jax.text.expressions import FUNCTIONS, Tree, parse, tokenize
-from grpo_jax.text.notation import LETTERS, normalize_notation
+from grpo_jax.text.expressions import Tree, parse, tokenize
+from grpo_jax.text.notation import FUNCTIONS, LETTERS, TABLES, normalize_notation
 
 MAX_ANSWER_CHARS = 500  # a longer answer counts as none, and no problem may expect a longer one
 MAX_WORDS = 8  # of an answer in words
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ \-',./&]+[^\W\d_]+)*[!?.]?")
-_SHORT_WORDS = "yes no not the and or is it up on in at to of by we he me us go ox ok am pm ad bc".split()
+_SHORT_WORDS = TABLES["words"]["short"].split()
 _NAMES = {*FUNCTIONS, *LETTERS, *LETTERS.values(), "inf", "infinity", "and", "or"}
-_HEDGES = re.compile(
-    r"\b(?:not|no|never|or|either|neither|nor|maybe|perhaps|probably|possibly|might|about|approximately|approx|around"
-    r"|roughly|nearly|almost|less|more|fewer|than|half|twice|double|triple|times|dozens?|hundreds?|thousands?|score"
-    r"|factorial|minus|plus|over|under|wrong|incorrect|false|except|but|if|unless|guess|least|most|opposite|negative"
-    r"|divided|multiplied|between|cannot|pairs?|couples?|gross|\w+n't|(?<=\d )(?:squared|cubed))\b"
-    r"|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不",
-    re.IGNORECASE,
-)
-_SENTENCE = re.compile(
-    r'^(?:"?(?:(?:(?:number|amount|value) of \w+(?= is\b| are\b| =)|so|thus|hence|therefore|then|finally|final'
-    r"|correct|answers?|ans|option|choice|the|my|our|a total of|is|are|was|be|of|in|it|there|we|get|got|have|has|had"
-    r"|he|she|they|total|sum|result|values?|number|solutions?|equals?|gives?|makes?|equal|to|altogether|and|all|which|that|this"
-    r'|must|will)\b|答案|结果|所以|因此|是|为|等于|最终|共有|一共|有|共|=)"?[\s,:]*)+',
-    re.IGNORECASE,
-)
+_HEDGES = re.compile(rf"\b(?:{TABLES['words']['hedges']})\b|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不", re.IGNORECASE)
+_SENTENCE = re.compile(rf'^(?:"?(?:(?:{TABLES["words"]["sentence"]})|[=是为有共])"?[\s,:]*)+', re.IGNORECASE)
 _EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])(?:[)\]][.:]?|[.:]|$)\s*(.*)")
 _OTHER_CHOICE = re.compile(r"(?:^|\b(?:or|and|not)\b|[,/])\s*\(?[A-J](?:[).:,]|$)|\([A-J]\)|\b[A-J][).:]\s")

@@ -73,7 +73,6 @@ _OPERATIONS: dict[str, Any] = {
     "ceil": lambda value: Fraction(int(MP.ceil(value))),
     "ln": MP.log,
     "log": lambda value, base=10: MP.log(value) / MP.log(base),
-    "lg": lambda value: MP.log(value) / MP.log(10),
 }
 
 

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.text.notation import LETTERS, TABLES
+from grpo_jax.text.notation import FUNCTIONS, LETTERS, TABLES
 
 Tree = tuple[Any, ...]
 
 MAX_TOKENS, MAX_DEPTH = 300, 40
 
-FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh exp arcsin arccos arctan sqrt log ln lg abs frac binom".split())
 UNITS = {name: unit for unit, names in TABLES["units"].items() for name in (unit, *names.split())}
 _CURRENCIES = "＄€£¥¢"
 _FILLERS = {"unit", "of", "the", "a", "an", "in", "total", "altogether", "each", "all"}

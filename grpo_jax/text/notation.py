@@ -9,11 +9,13 @@ import tomllib
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-TABLES: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega pi"
 LETTERS = {name: unicodedata.lookup(f"greek small letter {name}") for name in GREEK.split()} | {"lambda": "λ"}
 LETTERS |= {name.title(): letter.upper() for name, letter in LETTERS.items()}
+FUNCTIONS = set(TABLES["words"]["functions"].split())
 _COMMANDS = TABLES["commands"] | LETTERS
 _SIGNS = re.compile("|".join(map(re.escape, TABLES["signs"])))
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
@@ -31,16 +33,10 @@ _REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\overline\s*\{?\s*(\d+)\s*\}?")
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d.])")
 _CURRENCY = re.compile(r"(＄|€|£|¥|\bUSD\b) ?(-?[\d., ]*\d)")
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-)
-_NUMBERS = {word: value for value, word in enumerate(f"{_ONES} eighteen nineteen".split())}
-_DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
-_TENS = {word: 10 * value for value, word in enumerate(_DECADES.split(), 2)}
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_DIGITS = "|".join([*_NUMBERS][1:10])
+_NUMBERS, _POWERS = TABLES["numbers"], TABLES["powers"]
+_DIGITS, _TENS = ("|".join(word for word, n in _NUMBERS.items() if n in range(*ends)) for ends in ((1, 10), (20, 99)))
 _NUMBER_WORD = re.compile(
-    rf'(?<![\\\w])"?(?:({"|".join(_TENS)})(?:"?[- ]"?({_DIGITS}))?|({"|".join(_NUMBERS)}))"?(?!\w)', re.IGNORECASE
+    rf'(?<![\\\w])"?(?:({_TENS})"?[- ]"?({_DIGITS})|({"|".join(_NUMBERS)}))"?(?!\w)', re.IGNORECASE
 )
 _POWER_WORD = re.compile(rf'(?<=\d)\s*"?({"|".join(_POWERS)})"?(?!\w)', re.IGNORECASE)
 
@@ -68,9 +64,7 @@ def normalize_notation(text: str) -> str:
     text = _CIRCLE.sub(lambda match: f" deg{match[1]}" if match[1] else "°", text.replace("$", ""))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     if text.upper() != text.lower():  # there are letters
-        text = _NUMBER_WORD.sub(
-            lambda match: str(sum((_NUMBERS | _TENS)[word.lower()] for word in match.groups() if word)), text
-        )
+        text = _NUMBER_WORD.sub(lambda match: str(sum(_NUMBERS[word.lower()] for word in match.groups() if word)), text)
         text = _POWER_WORD.sub(lambda match: f"*10^{{{_POWERS[match[1].lower()]}}}", text)
         text = re.sub(r'\s*"?\bper ?cent(?:age)?\b"?', "%", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
@@ -90,8 +84,10 @@ def _normalize_latex(text: str) -> str:
 
 def _rewrite_command(match: re.Match[str]) -> str:
     name, space, escaped, _ = match.groups()
+    if name and name not in _COMMANDS and name[:-1] in {*_COMMANDS, *FUNCTIONS}:  # as in \piR
+        return f"{_COMMANDS.get(name[:-1], chr(92) + name[:-1])} {name[-1]}"
     if name:
-        return _COMMANDS[name] if name in _COMMANDS else match[0]
+        return str(_COMMANDS.get(name, match[0]))
     return " " if space else {"{": "⦃", "}": "⦄", "$": "＄"}.get(escaped, escaped or "")
 
 
