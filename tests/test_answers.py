@@ -179,6 +179,7 @@ HOSTILE = [
         "|-5|",
         "5 mod 7",
     ),
+    *(r"\log(0)", r"\ln 0", r"-\log(0)", r"\frac{1}{\log 0}", "5 cm^{}"),  # infinite, or a power that is no number
 ]
 
 

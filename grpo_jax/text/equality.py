@@ -116,7 +116,7 @@ def close(one: Any, other: Any) -> bool:
     """Returns whether two values are equal: exactly if both are rational, otherwise within `TOLERANCE`."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
-    return bool(abs(one - other) <= TOLERANCE * max(abs(one), abs(other)))
+    return bool(MP.isfinite(one) and MP.isfinite(other) and abs(one - other) <= TOLERANCE * max(abs(one), abs(other)))
 
 
 def equal_values(want: Tree, got: Tree) -> bool:

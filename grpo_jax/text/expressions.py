@@ -173,7 +173,10 @@ class Parser:
             elif words and self.sign == "/" and following in ("w", "s"):
                 words.append(self.take())
             elif words and self.accept("^"):
-                words[-1] += f"^{self.argument()[1]}"
+                power = self.argument()
+                if power[0] not in ("n", "neg"):
+                    raise ValueError("the power of a unit is no number")
+                words[-1] += f"^{power[1]}"
             elif self.sign == "(" and following == "w":
                 self.take()
                 words += self.unit()
