@@ -165,9 +165,7 @@ def test_the_date_in_llamas_chat_templates_is_the_same_on_every_day():
 
 def test_what_a_chat_template_raises_names_the_problem():
     tokenizer = byte_tokenizer(chat="{{ raise_exception('System role\nnot supported') }}")
-    says = (
-        "chat template must accept the messages of q.jsonl line 1; it raised TemplateError: System role not supported"
-    )
+    says = "chat template must accept q.jsonl line 1; it raised TemplateError: System role not supported"
     with pytest.raises(UserError, match=says):
         encode(tokenizer, "Q", "chat")
 
@@ -267,7 +265,7 @@ def test_a_prompt_of_max_tokens_fits_and_a_longer_one_is_a_user_error():
         (Problem("abc", ""), "problem 7"),
         (Problem("abc", "", id="q.jsonl line 3"), "q.jsonl line 3"),
     ):
-        with pytest.raises(UserError, match=f"that of {name} has {width}. Raise rollout.max_prompt_tokens"):
+        with pytest.raises(UserError, match=f"{name} has {width}. Raise the limit"):
             encode_prompts(prompts, [problem], [7], width - 1)
 
 

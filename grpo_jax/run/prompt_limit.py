@@ -45,10 +45,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
     is_list, positions = isinstance(task, ProblemList), base.model_cfg.max_positions
     leaves_out = is_list and cfg.task.too_long == "drop"
     splits = problems_to_check(task, cfg.seed, cfg.eval.questions)
-    names = [
-        [problem.id or f"{kind} {i}" for i, problem in enumerate(split)]
-        for kind, split in zip(("problem", "held-out problem"), splits, strict=True)
-    ]
+    names = [[problem.id or f"problem {i}" for i, problem in enumerate(split)] for split in splits]
     lengths = [base.prompt_format.lengths(*pair) for pair in zip(splits, names, strict=True)]
     limit = cfg.rollout.max_prompt_tokens
     if not limit:

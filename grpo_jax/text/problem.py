@@ -40,19 +40,15 @@ def read_messages(question: Any) -> list[Message]:
     if isinstance(question, str):
         return [Message(role="user", content=question)]
     try:
-        turns = [(turn["role"], turn["content"]) for turn in question]
-        messages = [
-            Message(
-                role=role, content=content if isinstance(content, str) else "".join(part["text"] for part in content)
-            )
-            for role, content in turns
-        ]
-        if {role for role, _ in turns} <= {"system", "user", "assistant"} and messages[-1]["role"] == "user":
+        contents = [turn["content"] for turn in question]
+        texts = [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in contents]
+        messages = [Message(role=turn["role"], content=text) for turn, text in zip(question, texts, strict=True)]
+        if {turn["role"] for turn in messages} <= {"system", "user", "assistant"} and messages[-1]["role"] == "user":
             return messages
     except (KeyError, TypeError, IndexError):
         pass
     raise ValueError(
-        f"must have a text, or messages of which the last is the user's, as question; found {question!a:.80}"
+        f"must have a text, or messages of which the last is the user's, as question; found {question!a:.70}"
     )
 
 

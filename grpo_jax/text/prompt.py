@@ -57,18 +57,13 @@ def read_template(name: str, tokenizer: Any) -> str | None:
         return R1_ZERO_TEMPLATE
     if name == "chat":
         if not tokenizer.chat_template:
-            raise UserError(
-                "prompt.template=chat needs a tokenizer with a chat template; found none in the model's files. Use "
-                "'r1zero' or a file of your own."
-            )
+            raise UserError("prompt.template=chat needs a tokenizer with a chat template; found none. Use another one.")
         return None
     try:
         text = Path(name).read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"prompt.template must be 'r1zero', 'chat' or a UTF-8 text file; could not read {name!r}: {error}. Correct "
-            "the path or the file."
-        ) from None
+        expected = "prompt.template must be 'r1zero', 'chat' or a UTF-8 text file"
+        raise UserError(f"{expected}; could not read {name!r}: {error}. Correct the path or the file.") from None
     if "{question}" not in text:
         raise UserError(f"{name} must contain {{question}}, which stands for the question; found none. Add it.")
     return text
@@ -101,11 +96,9 @@ class PromptFormat:
     def __init__(self, tokenizer: Any, template: str = "r1zero"):
         """Makes the format from a `transformers` tokenizer and a value of `prompt.template`; see `read_template`."""
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
-        special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
-        patterns = (
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-            for token in sorted(special, key=lambda token: len(token.content), reverse=True)
-        )
+        tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
+        spaced = [(r"\s*" * token.lstrip, token.content, r"\s*" * token.rstrip) for token in tokens if token.special]
+        patterns = [before + re.escape(content) + after for before, content, after in spaced]
         self.special = re.compile(f"({'|'.join(patterns) or '(?!)'})")  # the text of a special token
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
@@ -123,11 +116,8 @@ class PromptFormat:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template raises what it likes
-            raise UserError(
-                f"The tokenizer's chat template must accept the messages of {name}; it raised "
-                f"{' '.join(f'{type(error).__name__}: {error}'.split())[:200]}. Correct that row, or use another "
-                "prompt.template."
-            ) from None
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"The chat template must accept {name}; it raised {found}. Correct the messages.") from None
 
     def encode(self, problems: Sequence[Problem], names: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each prompt.
@@ -144,8 +134,7 @@ class PromptFormat:
         adds_ends = self.template is not None  # a chat template writes BOS itself
         self.tokenizer("")  # makes the backend encode whole texts, and special tokens as such
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # twice as fast as the call below
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=adds_ends)
-            batch = [encoding.ids for encoding in encodings]
+            batch = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=adds_ends)]
         else:
             batch = self.tokenizer(texts, add_special_tokens=adds_ends, verbose=False)["input_ids"]
         if adds_ends:
@@ -157,18 +146,17 @@ class PromptFormat:
 
     def encode_spelled(self, messages: list[Message], name: str) -> list[int]:
         """Encodes a prompt whose question spells out special tokens, which stay text."""
-        spelled: list[str] = []
+        spelled: dict[str, str] = {}
 
         def hide(match: re.Match) -> str:
-            spelled.append(match[0])
-            return f"{HIDDEN}{len(spelled) - 1}."
+            name = f"{HIDDEN}{len(spelled)}."
+            spelled[name] = match[0]
+            return name
 
-        hidden = [
-            Message(role=message["role"], content=self.special.sub(hide, message["content"])) for message in messages
-        ]
+        hidden = [message | {"content": self.special.sub(hide, message["content"])} for message in messages]
         ids: list[int] = []
         for i, part in enumerate(self.special.split(self.render(hidden, name))):  # every other part is the template's
-            part = re.sub(HIDDEN + r"(\d+)\.", lambda match: spelled[int(match[1])], part)
+            part = re.sub(HIDDEN + r"\d+\.", lambda match: spelled.get(match[0], match[0]), part)
             adds_ends = i == 0 and self.template is not None
             options = dict(add_special_tokens=adds_ends, split_special_tokens=i % 2 == 0, verbose=False)
             piece = self.tokenizer(part, **options)["input_ids"]
@@ -178,18 +166,15 @@ class PromptFormat:
     def lengths(self, problems: Sequence[Problem], names: Sequence[str]) -> Int[np.ndarray, " N"]:
         """Returns the number of tokens of each of N prompts, using all CPU cores."""
         before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-        lengths = np.zeros(len(problems), np.int32)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        chunks = [slice(start, start + CHUNK_PROMPTS) for start in range(0, len(problems), CHUNK_PROMPTS)]
+        bar = tqdm(chunks, desc="Measuring prompts", unit=f" x {CHUNK_PROMPTS:,} prompts", delay=2, leave=False)
         try:
-            with tqdm(total=len(problems), desc="Measuring prompts", delay=2, leave=False) as bar:
-                for start in range(0, len(problems), CHUNK_PROMPTS):
-                    chunk = slice(start, start + CHUNK_PROMPTS)
-                    encoded = self.encode(problems[chunk], names[chunk])
-                    lengths[chunk] = [len(ids) for ids in encoded]
-                    bar.update(len(encoded))
+            return np.asarray(
+                [len(ids) for chunk in bar for ids in self.encode(problems[chunk], names[chunk])], np.int32
+            )
         finally:  # a process that is forked later must not wait for threads that it does not have
             os.environ["TOKENIZERS_PARALLELISM"] = before
-        return lengths
 
 
 def trim_ends(tokenizer: Any, ids: list[int], text: str = "") -> list[int]:
@@ -225,10 +210,8 @@ def encode_prompts(
     encoded = prompt_format.encode(problems, names)
     for row, name, prompt in zip(tokens, names, encoded, strict=True):
         if len(prompt) > max_tokens:
-            raise UserError(
-                f"A prompt may have at most rollout.max_prompt_tokens={max_tokens} tokens; that of {name} has "
-                f"{len(prompt)}. Raise rollout.max_prompt_tokens."
-            )
+            limit = f"rollout.max_prompt_tokens={max_tokens}"
+            raise UserError(f"A prompt may have at most {limit} tokens; {name} has {len(prompt)}. Raise the limit.")
         row[: len(prompt)] = prompt
     lengths = np.asarray([len(prompt) for prompt in encoded], np.int32)
     return Prompts(tokens=tokens, lengths=lengths, ids=np.asarray(ids, np.int32))
