@@ -74,8 +74,9 @@ def _read_tags(text: str) -> str:
 
 
 def find_boxes(text: str) -> list[str]:
-    r"""Returns the contents of each `\boxed{...}`, "" where one is not closed."""
-    return [read_braced(text, match.end()) for match in _BOXED.finditer(text)]
+    r"""Returns the content of each `\boxed{...}` without another box in it, "" where one is not closed."""
+    contents = [read_braced(text, match.end()) for match in _BOXED.finditer(text)]
+    return [content for content in contents if not _BOXED.search(content)]
 
 
 def read_braced(text: str, start: int) -> str:

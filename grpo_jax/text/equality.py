@@ -190,7 +190,7 @@ def difference(want: Tree, got: Tree) -> str:
         return ""
     members, other_members = list_members(want), list_members(got)
     if len(members) > 1 or len(other_members) > 1:
-        return _compare_members(members, other_members)
+        return _compare_members(members, other_members, want[0] == "list" and all(part[0] == "s" for part in members))
     want, got = members[0], other_members[0]
     plain = plain_value(want)
     if want == got or (plain is not None and plain == plain_value(got)):
@@ -208,12 +208,12 @@ def difference(want: Tree, got: Tree) -> str:
     return "" if plain is None and equal_values(want, got) else "another value"
 
 
-def _compare_members(want: Sequence[Tree], got: Sequence[Tree]) -> str:
-    """Compares values whose order does not matter, except where those of several variables are given without names."""
+def _compare_members(want: Sequence[Tree], got: Sequence[Tree], ordered: bool = False) -> str:
+    """Compares several values, whose order matters if `ordered` or if those of several variables have no names."""
     if len(want) != len(got) or len(want) > MAX_MEMBERS:
         return f"{len(got)} values where {f'{len(want)} are' if len(want) > 1 else 'one is'} expected"
     named = len({split_name(member)[0] for member in want}) > 1 and not any(split_name(member)[0] for member in got)
-    if named:
+    if named or ordered:
         return "another value" if any(map(difference, want, got)) else ""
     left = list(got)
     for member in want:
