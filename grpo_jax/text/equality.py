@@ -60,7 +60,7 @@ _OPERATIONS: dict[str, Any] = {
     "+": lambda *terms: sum(terms),
     "neg": operator.neg,
     "*": lambda *factors: math.prod(factors),
-    "/": operator.truediv,
+    "/": lambda top, bottom: top * (1 / bottom),  # mpmath before 1.4 cannot divide a Fraction, or subtract from it
     "^": _power,
     "root": _root,
     "!": _factorial,
@@ -116,7 +116,8 @@ def close(one: Any, other: Any) -> bool:
     """Returns whether two values are equal: exactly if both are rational, otherwise within `TOLERANCE`."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
-    return bool(MP.isfinite(one) and MP.isfinite(other) and abs(one - other) <= TOLERANCE * max(abs(one), abs(other)))
+    gap = one + -other
+    return bool(MP.isfinite(gap) and abs(gap) <= TOLERANCE * (abs(one) + abs(other)))
 
 
 def equal_values(want: Tree, got: Tree) -> bool:
@@ -144,7 +145,7 @@ def equivalent_relations(want: Tree, got: Tree) -> bool:
     ratios = []
     for point in points(want[2:], got[2:]):
         try:
-            differences = [value_at(left, point) - value_at(right, point) for _, _, left, right in (want, got)]
+            differences = [value_at(left, point) + -value_at(right, point) for _, _, left, right in (want, got)]
             ratios.append(differences[1] / differences[0])
         except _NO_VALUE:
             continue
