@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from grpo_jax.text.equality import difference, list_members
 from grpo_jax.text.expressions import Tree, parse, tokenize
-from grpo_jax.text.notation import FUNCTIONS, LETTERS, TABLES, normalize_notation
+from grpo_jax.text.notation import FUNCTIONS, LETTERS, MAX_ANSWER_CHARS, TABLES, normalize_notation
 
-MAX_ANSWER_CHARS = 500  # a longer answer counts as none, and no problem may expect a longer one
 MAX_WORDS = 8  # of an answer in words
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -203,19 +202,13 @@ def read_expected(answer: str) -> Tree:
     text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
     if choice := _EXPECTED_CHOICE.match(text):
         try:
-            value = parse_answer(_normalize_bounded(text[choice.end() :]))
+            value = parse_answer(normalize_notation(text[choice.end() :]))
         except ValueError:
             value = None  # none, or prose: the letter remains
         return ("choice", choice[1] or choice[2], value)
     if text.casefold() == "nan":
         raise ValueError("not a number")
-    return parse_answer(_normalize_bounded(text))
-
-
-def _normalize_bounded(text: str) -> str:
-    if len(text) > MAX_ANSWER_CHARS:
-        raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
-    return normalize_notation(text)
+    return parse_answer(normalize_notation(text))
 
 
 def parse_answer(text: str) -> Tree:

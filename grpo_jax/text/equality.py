@@ -296,7 +296,7 @@ def list_members(tree: Tree) -> list[Tree]:
 
 def _choose_sign(tree: Any, plus: str) -> Any:
     """Returns an expression with + instead of one of ± and ∓, and - instead of the other."""
-    if not isinstance(tree, tuple):
+    if not isinstance(tree, tuple) or tree[:1] in (("n",), ("s",)):
         return tree
     kind, *parts = (_choose_sign(part, plus) for part in tree) if tree else (None,)
     return (parts[0] if kind == plus else ("neg", *parts)) if kind in ("±", "∓") else (kind, *parts) if tree else ()

@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+MAX_ANSWER_CHARS = 500  # a longer answer counts as none, and no problem may expect a longer one
+
 TABLES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi rho sigma tau upsilon phi chi psi omega pi"
 LETTERS = {name: unicodedata.lookup(f"greek small letter {name}") for name in GREEK.split()} | {"lambda": "λ"}
@@ -45,8 +47,10 @@ def normalize_notation(text: str) -> str:
     """Returns an answer in one notation.
 
     Raises:
-        ValueError: The text contains control characters or lone surrogates, or says nothing.
+        ValueError: The text is too long, contains control characters or lone surrogates, or says nothing.
     """
+    if len(text) > MAX_ANSWER_CHARS:
+        raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
     if not text.isascii():
         text = re.sub("[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
         text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
