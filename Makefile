@@ -67,4 +67,4 @@ test-newest:
 wheels:
 	rm -rf .wheels
 	"$(PYTHON)" -m pip download --quiet --disable-pip-version-check -c constraints-newest.txt --no-deps \
-		--only-binary=:all: --python-version=3.12 --dest=.wheels ml_collections tensorboardX
+		--only-binary=:all: --python-version=3.12 --dest=.wheels ml_collections mpmath tensorboardX

@@ -63,6 +63,7 @@ REQUIRED = {
     "jaxtyping": "jaxtyping",
     "tqdm": "tqdm",
     "ml_collections": "ml_collections",
+    "mpmath": "mpmath",
     "tensorboardX": "tensorboardX",
 }
 

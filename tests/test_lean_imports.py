@@ -16,12 +16,11 @@ OPTIONAL = [
     "gguf",
     "grain",
     "matplotlib",
-    "mpmath",
     "pyarrow",
     "pytest",
     "torch",
 ]
-BROUGHT = ["ml_collections", "tensorboardX"]
+BROUGHT = ["ml_collections", "mpmath", "tensorboardX"]
 
 PUBLIC_FUNCTIONS = """
 from grpo_jax import advantages, forward, grpo_loss, load, sample, save
