@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,15 +42,20 @@ def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
     tokenizer = tokenizer_json and Tokenizer.from_str(tokenizer_json)
     functions = [(label, resolve_function(name, "reward.parts", {})) for label, name in names.items()]
 
+    @lru_cache(maxsize=1)  # the stages of a completion follow one another
+    def read_text(payload: bytes) -> str:
+        _, completion, _ = pickle.loads(payload)
+        if isinstance(completion, str):
+            return completion
+        return decode_completion(tokenizer, completion, stop_ids, stop_strings)
+
     def grade(payload: bytes, stage: int) -> dict[str, Any]:
-        problem, completion, length = pickle.loads(payload)
-        if not isinstance(completion, str):
-            completion = decode_completion(tokenizer, completion, stop_ids, stop_strings)
+        (problem, _, length), text = pickle.loads(payload), read_text(payload)
         if stage == 0:
-            scores, verdict = grade_built_in(parts, problem, completion, length)
-            return {"text": completion, "scores": scores, "verdict": verdict}
+            scores, verdict = grade_built_in(parts, problem, text, length)
+            return {"text": text, "scores": scores, "verdict": verdict}
         label, function = functions[stage - 1]
-        values = grade_texts(label, function, [problem], [completion], np.array([length]))
+        values = grade_texts(label, function, [problem], [text], np.array([length]))
         return {"scores": {label: float(values[0])}}
 
     return grade
