@@ -109,3 +109,33 @@ def test_processes_must_share_the_workdir(tmp_path):
     codes, printed = run(tmp_path, [tmp_path / "a", tmp_path / "b"], "--config.total_steps=1")
     assert codes == [2, 2]
     assert all("error: All processes must share the workdir" in text for text in printed)
+
+
+UNRELIABLE = """
+import os, time
+
+def unreliable(problems, texts, lengths):
+    with open("graders", "a") as log:
+        log.write(f"{os.getppid()}\\n")
+    if len(texts[0]) % 4 == 0:
+        time.sleep(1e6)
+    return [1 / MOST]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most, codes", [("1", [0, 0]), ("0", [2, 2])], ids=["some fail", "most fail"])
+def test_process_0_grades_for_all(tmp_path, most, codes):
+    """A completion times out for all processes or for none, and an error of process 0 stops them all."""
+    (tmp_path / "mine.py").write_text(UNRELIABLE.replace("MOST", most))
+    flags = ['--config.reward.parts=["format", "mine.py:unreliable"]', "--config.reward.deadline=1"]
+    found, printed = run(tmp_path, [tmp_path / "run"] * 2, *flags, "--config.total_steps=2")
+    assert found == codes, printed[0][-3000:] + printed[1][-3000:]
+    assert len(set((tmp_path / "graders").read_text().split())) == 1
+    if most == "0":
+        assert "error: Reward parts must grade at least half of the completions" in printed[0]
+        assert "error: All processes must go on together, but process 0 stopped" in printed[1]
+    else:
+        line = metrics(tmp_path / "run")[1]
+        assert line["reward/timeout"] > 0 == line["reward/error"] and line["reward/unreliable"] > 0
+        assert "timeout in unreliable" in printed[0] and "timeout in" not in printed[1]
