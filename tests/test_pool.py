@@ -4,17 +4,25 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from grpo_jax import config
 from grpo_jax.errors import UserError
+from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.rewards import accuracy_part, pool
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rewards.pool import Grader
+from grpo_jax.rollout import sampler
+from grpo_jax.run.context import build_context, read_base_model
+from grpo_jax.run.stages import draw_completions, grade_completions
 from grpo_jax.text.problem import Problem
+from grpo_jax.text.prompt import encode_prompts
+from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 
@@ -237,3 +245,33 @@ def test_processes_end_when_the_trainer_is_killed():
         while time.monotonic() < end:
             os.kill(worker, 0)
             time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path, monkeypatch):
+    """The tokens and grades are those of a run that grades after sampling, also with several shards and refills."""
+    monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
+    (tmp_path / "verifier.py").write_text(VERIFIER)
+    raw = config.default()
+    raw.reward.parts, raw.reward.weights = ("accuracy", f"{tmp_path}/verifier.py:act"), (1.0, 1.0)
+    raw.rollout.prompts, raw.rollout.samples, raw.rollout.max_tokens, raw.rollout.slots = 6, 5, 40, 16
+    raw.rollout.max_prompt_tokens = 80
+    cfg = config.check(raw)
+    base = read_base_model(cfg)
+    problems = [Problem(f"What is {n} + 1?", str(n + 1), {"code": "#", "log": str(tmp_path / "log")}) for n in range(6)]
+    results, early = [], 0
+    for overlaps in (False, True):
+        context = build_context(cfg, base, reward_parts=resolve_parts(cfg))
+        with jax.set_mesh(context.mesh), closing(context.grader):
+            context.grader.start()
+            params = load(context.source, mesh=context.mesh)[1]
+            prompts = encode_prompts(context.prompt_format, problems, range(6), 80)
+            rollout = draw_completions(cfg, context, params, prompts, jax.random.key(0), problems if overlaps else ())
+            early, lengths = len(context.grader.payloads), rollout.lengths.ravel()
+            for n, (problem, tokens, length) in context.grader.payloads.items():
+                assert (problem, length) == (problems[n // 5], lengths[n])
+                assert tokens.tolist() == rollout.tokens.reshape(30, -1)[n, :length].tolist()
+            results.append((rollout, *grade_completions(cfg, context, problems, rollout)))
+            assert early == 0 or overlaps
+    assert 15 < early < 30 and num_data_shards(context.mesh) > 1
+    jax.tree.map(np.testing.assert_array_equal, *results)

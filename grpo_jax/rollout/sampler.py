@@ -5,7 +5,7 @@ loop (`slots.decode_tokens`) returns when the longest sequence has filled the ca
 again, and is called again with a resized cache. Each size in `cache_sizes` compiles once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import jax
@@ -26,6 +26,7 @@ from grpo_jax.types import Rollout
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 UNLIMITED_STEPS = np.int32(2**31 - 1)
+STEPS_BETWEEN_REPORTS = np.int32(256)
 
 
 def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
@@ -115,6 +116,7 @@ def generate_rollout(
     slots: int = 0,
     limits: Int[np.ndarray, "B G"] | None = None,
     filter: TokenFilter = NO_FILTER,
+    on_progress: Callable[[DecodeState], None] | None = None,
 ) -> Rollout:
     """Samples completions like `sample`, for prompts that are already encoded and padded.
 
@@ -130,10 +132,12 @@ def generate_rollout(
         slots: Number of sequences to decode at once, over all data shards; 0 decodes all of them at once.
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
+        on_progress: Called with the state after every `STEPS_BETWEEN_REPORTS` tokens per slot, or sooner.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
     sizes, level = cache_sizes(width, width + max_tokens), 0
+    max_steps = STEPS_BETWEEN_REPORTS if on_progress else UNLIMITED_STEPS
     scale, greedy = np.float32(temperature or 1.0), temperature == 0  # scale is unused if greedy
     state, queue = start_rollout(
         model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens
@@ -144,11 +148,15 @@ def generate_rollout(
         smaller = sizes[level - 1] if level else 0
         shrink_at = np.int32(max(0, smaller - (sizes[level] - smaller) // 4))
         state = decode_tokens(
-            model_cfg, params, state, queue, stop_table, scale, shrink_at, UNLIMITED_STEPS, greedy=greedy, filter=filter
+            model_cfg, params, state, queue, stop_table, scale, shrink_at, max_steps, greedy=greedy, filter=filter
         )
         longest = int(state.longest)
         if not longest:
             return to_rollout(state, prompts, samples)
+        if on_progress:
+            on_progress(state)
+        if shrink_at < longest <= sizes[level]:
+            continue
         level += 1 if longest > sizes[level] else -1
         # Layer by layer, so that the old and the new cache never exist in full at the same time.
         layers, state = list(state.kv_cache), state.replace(kv_cache=())

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,12 @@ from grpo_jax.parallel.processes import from_first_process
 from grpo_jax.rewards.parts import Rewards, shape_overlong, weigh_parts
 from grpo_jax.rewards.pool import FAILURES, Grades
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
+
+SUBMITTED_TOKENS = 2**22  # the most that is fetched at once while sampling
 
 
 def fold_in_all(key, *counters: int):
@@ -31,8 +35,28 @@ def fold_in_all(key, *counters: int):
     return key
 
 
-def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts, key) -> Rollout:
-    """Draws `rollout.samples` completions for each prompt and gathers them to the host."""
+def submit_finished(context: RunContext, problems: Sequence[Problem], samples: int, state: DecodeState) -> None:
+    """Hands completions that have ended to the pool, which grades them while the others are being sampled."""
+    slots, lengths = (np.array(x) for x in jax.device_get((state.sequence, state.lengths)))
+    shards, (count, width) = num_data_shards(context.mesh), state.tokens.shape
+    first = np.repeat(np.arange(shards) * (count // shards), len(slots) // shards)  # of the shard of each slot
+    lengths[(first + slots)[slots >= 0]] = 0
+    ended = [n for n in np.flatnonzero(lengths[: len(problems) * samples]) if n not in context.grader.payloads]
+    # Always as many rows, so that taking them compiles once. The others have their turn later.
+    rows = np.resize(ended or [0], min(count, max(1, SUBMITTED_TOKENS // width)))
+    for n, tokens in zip(rows[: len(ended)].tolist(), jax.device_get(state.tokens[rows]), strict=False):
+        context.grader.submit(n, problems[n // samples], tokens[: lengths[n]])
+    context.grader.turn(0)
+
+
+def draw_completions(
+    cfg: Config, context: RunContext, params, prompts: Prompts, key, problems: Sequence[Problem] = ()
+) -> Rollout:
+    """Draws `rollout.samples` completions for each prompt and gathers them to the host.
+
+    If their problems are given and completions are graded in processes, these start with those that end early.
+    """
+    overlaps = problems and context.grader.workers and jax.process_count() == 1
     rollout = generate_rollout(
         context.model_cfg,
         place_for_rollout(context.model_cfg, params, context.mesh),
@@ -43,6 +67,7 @@ def draw_completions(cfg: Config, context: RunContext, params, prompts: Prompts,
         temperature=cfg.rollout.temperature,
         stop_table=context.stop_table,
         slots=context.rollout_plan.slots,
+        on_progress=partial(submit_finished, context, problems, cfg.rollout.samples) if overlaps else None,
     )
     return gather_to_host(rollout)
 

@@ -270,7 +270,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
                 run = wait_for_update(run)  # so that the time of sampling does not include it
                 with timed(times, "time/rollout_s"):
                     key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
-                    rollout = draw_completions(cfg, context, run.train.params, prompts, key)
+                    rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems)
                 experience = make_experience(prompts, rollout)
                 wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
                 with timed(times, "time/reward_s"):  # the host grades while the devices score
