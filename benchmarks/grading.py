@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
     parser.add_argument("--deadline", type=float, default=10, metavar="SECONDS", help="reward.deadline; default: 10")
     flags = parser.parse_args(argv)
+    for name in ("completions", "tokens"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} must be at least 1; found {getattr(flags, name)}. Raise it.")
     if not 0 <= 2 * flags.hang <= flags.completions:
         raise UserError(
             f"--hang must be at most half of --completions={flags.completions}; found {flags.hang}. Lower it."
@@ -69,9 +72,9 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     hanging = rng.permutation(flags.completions) < flags.hang
     problems = [Problem("How much is left?", "\\frac{7}{12}", {"hangs": bool(hangs)}) for hangs in hanging]
 
-    def make_grader(*parts: str) -> Grader:
+    def make_grader(*parts: str, deadline: float = 10.0) -> Grader:
         raw = default()
-        raw.reward.parts, raw.reward.weights, raw.reward.deadline = parts, (1.0,) * len(parts), flags.deadline
+        raw.reward.parts, raw.reward.weights, raw.reward.deadline = parts, (1.0,) * len(parts), deadline
         cfg = check(raw)
         return Grader(cfg, resolve_parts(cfg), tokenizer, ())
 
@@ -80,7 +83,8 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
         function(*args)
         return time.perf_counter() - start
 
-    grader, one = make_grader("accuracy", "format", f"{__file__}:hangs_sometimes"), make_grader("accuracy", "format")
+    one = make_grader("accuracy", "format")
+    grader = make_grader("accuracy", "format", f"{__file__}:hangs_sometimes", deadline=flags.deadline)
     tokens, lengths = np.tile(row, (flags.completions, 1)), np.full(flags.completions, len(row))
     with closing(grader):
         start_s, start = seconds(grader.start), time.perf_counter()

@@ -35,6 +35,7 @@ FIELDS = {
     "step": "step_s generate_s score_s update_s pack_s other_s gen_tok_s step_tok_s tokens peak_rss_gib compile_s "
     "seconds",
     "layouts": "sequences layouts differing near_ties unexplained logp_gap",
+    "grading": "workers start_s grade_s bound_s timeouts errors one_ms decode_ms",
 }
 
 
@@ -101,6 +102,8 @@ def test_the_parts_of_a_step_add_up(results):
         ("layouts", ["--model=tiny", "--devices=a"], "--devices"),
         ("layouts", ["--model=tiny", "--new_tokens=99999"], "at most 512"),
         ("layouts", ["--model=nowhere/at/all"], "nowhere/at/all"),
+        ("grading", ["--model=tiny", "--completions=9", "--hang=5"], "--hang must be at most half"),
+        ("grading", ["--model=tiny", "--tokens=0"], "--tokens must be at least 1; found 0"),
         ("learn", ["--model=tiny", "--kl_coef=-1"], "--kl_coef must be a finite number of 0 or more; found -1.0"),
         ("step", ["--model=tiny", "--samples=1"], "--samples must be at least 2"),
         ("step", ["--model=tiny", "--new_tokens=999"], "at most 512"),
@@ -158,6 +161,16 @@ def test_completions_do_not_depend_on_slots_and_devices():
     assert result["sequences"] == 12 and result["layouts"] == 4 and result["unexplained"] == 0
 
 
+@pytest.mark.slow
+def test_grading_counts_the_completions_that_hang():
+    sizes = ["--completions=8", "--tokens=40", "--hang=2", "--deadline=0.5"]
+    made = run_script("grading", "--model=tiny", *sizes)
+    assert made.returncode == 0, made.stderr
+    result = json.loads(made.stdout)
+    assert set(FIELDS["grading"].split()) <= set(result)
+    assert (result["timeouts"], result["errors"]) == (2, 0)
+
+
 # All but that of on_device.py, which tests/test_on_device.py runs.
 DOCUMENTED = re.findall(
     r"```bash\npython (benchmarks/(?!on_device).*?)\n```", (ROOT / "docs/performance.md").read_text()
@@ -166,6 +179,7 @@ SHORTER = {
     "benchmarks/rollout.py": [*SMALL, "--slots=4"],
     "benchmarks/learn.py": [*SMALL, *TWO_ROWS_PER_GROUP],
     "benchmarks/step.py": [*SMALL, *TWO_ROWS_PER_GROUP],
+    "benchmarks/grading.py": ["--completions=8", "--hang=2", "--deadline=0.5", "--model=tiny"],
     "benchmarks/layouts.py": ["--prompts=1", "--samples=2", "--new_tokens=2", "--model=tiny"],
 }
 

@@ -376,6 +376,12 @@ LENGTH_PART = dict(reward__parts='["accuracy", "length"]')
             dict(reward__parts='["accuracy", "my.py:language"]', reward__language="zh"),
             "reward.language='zh' has no effect",
         ),
+        (
+            dict(reward__parts='["accuracy"]', reward__weights="[1]", reward__format_empty=True),
+            "reward.format_empty=True has no effect without the part 'format' in reward.parts. Add it, or pass "
+            "--config.reward.format_empty=False",
+        ),
+        (dict(reward__deadline=3), "reward.deadline=3.0 has no effect without a function .*, or pass --config.reward."),
         (dict(mesh__fsdp=0), "mesh.fsdp must be at least 1, or -1 for the devices that the other axes leave; found 0"),
         (dict(seed=2**32), "seed must be "),  # JAX drops the upper bits: the same keys as with seed 0
         (dict(seed=10**30), "seed must be "),
@@ -419,6 +425,7 @@ def test_a_wrong_value_or_combination_is_refused(values, says):
         dict(**LENGTH_PART, rollout__overlong="soft", rollout__overlong_cache=8),
         dict(reward__parts='["accuracy", "language"]', reward__language="zh"),
         dict(reward__parts='["accuracy", "language"]'),
+        dict(reward__parts='["accuracy", "my.py:grade"]', reward__deadline=0.1),
         dict(seed=2**32 - 1),
     ],
 )

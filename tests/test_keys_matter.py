@@ -108,6 +108,13 @@ CASES = {
         ("train rewards", *REWARDS, "policy"),
         {"reward.parts": ("accuracy", "language"), "rollout.temperature": 2.0},
     ),
+    "reward.format_empty": Case(False, True, ("train rewards", *REWARDS), {"model.path": "FOLDER/blank"}),
+    "reward.deadline": Case(
+        10.0,
+        0.5,
+        ("train rewards", "train why", *REWARDS),
+        {"reward.parts": ("format", "FOLDER/functions.py:hesitant"), "rollout.prompts": 2},
+    ),
     "rollout.prompts": Case(4, 8, ("train prompt", "init_decode", "update")),
     "rollout.samples": Case(4, 8, ("train completion", "init_decode", "update")),
     "rollout.max_prompt_tokens": Case(0, 96, ("init_decode", "update")),
@@ -293,6 +300,8 @@ def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, An
 
 
 FUNCTIONS = """
+import time
+
 from grpo_jax.text.problem import Problem
 
 def successor(index, *, seed, split):
@@ -300,6 +309,10 @@ def successor(index, *, seed, split):
 
 def brevity(problems, texts, lengths):
     return -lengths
+
+def hesitant(problems, texts, lengths):
+    time.sleep(1.5 * (len(texts[0]) % 4 == 0))
+    return 1 + lengths
 """
 
 
@@ -325,6 +338,12 @@ def observe(tmp_path_factory):
     shutil.copytree(find_model("tiny"), folder / "model")
     model_config = folder / "model" / "config.json"
     model_config.write_text(json.dumps(json.loads(model_config.read_text()) | {"rms_norm_eps": 1e-3}))
+    shutil.copytree(find_model("tiny"), folder / "blank")  # in which digits are white space
+    tokenizer = json.loads((folder / "blank" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for digit, blank in zip("123456789", "ĉĊċČčľĿŀŁ", strict=True):
+        vocabulary[digit], vocabulary[blank] = vocabulary[blank], vocabulary[digit]
+    (folder / "blank" / "tokenizer.json").write_text(json.dumps(tokenizer))
     runs: dict[str, dict[str, Any]] = {}
 
     def observe(values: dict[str, Any], wanted: set[str]) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def make_grader(tmp_path, *parts, deadline=0.5, **parts_from_python):
     names = tuple(part.replace("file:", f"{tmp_path}/verifier.py:") for part in parts)
     raw = config.default()
     raw.reward.parts = names or tuple(parts_from_python)
-    raw.reward.weights, raw.reward.deadline = (1.0,) * len(raw.reward.parts), deadline
+    raw.reward.weights = (1.0,) * len(raw.reward.parts)
+    if any(":" in name for name in names):
+        raw.reward.deadline = deadline
     cfg = config.check(raw)
     return Grader(cfg, parts_from_python or resolve_parts(cfg), load_tokenizer(find_model("tiny")), (0,))
 

@@ -188,16 +188,19 @@ def check_reward(cfg: Config) -> None:
         f"rollout.overlong_cache must be 1 to rollout.max_tokens={longest} with rollout.overlong=soft or the reward "
         f"part 'length', and 0 otherwise; found {cache}. Change one of them.",
     )
-    require(
-        "language" in parts or cfg.reward.language == "en",
-        f"reward.language={cfg.reward.language!r} has no effect without the part 'language' in reward.parts. Add it, "
-        "or pass --config.reward.language=en to restore the default.",
-    )
-    require(
-        "format" in parts or not cfg.reward.format_empty,
-        "reward.format_empty has no effect without the part 'format' in reward.parts. Add it, or pass "
-        "--config.reward.format_empty=False to restore the default.",
-    )
+    idle = {
+        "reward.language": ("language" in parts, "the part 'language'"),
+        "reward.format_empty": ("format" in parts, "the part 'format'"),
+        "reward.deadline": (bool(functions), "a function (module:function or path/file.py:function)"),
+    }
+    specs, values = key_specs(Config), flatten(dataclasses.asdict(cfg))
+    for name, (used, user) in idle.items():
+        default = format_as_flag(name, specs[name].default)
+        require(
+            used or values[name] == specs[name].default,
+            f"{name}={values[name]!r} has no effect without {user} in reward.parts. Add it, or pass {default} to "
+            "restore the default.",
+        )
 
 
 def check_optimizer(cfg: Config) -> None:
