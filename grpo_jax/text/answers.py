@@ -230,7 +230,7 @@ def parse_answer(text: str) -> Tree:
         except ValueError as error:
             if text.count("{") != text.count("}"):
                 raise ValueError("unbalanced {") from error
-            if re.search(r'[\\"⦃]', text) and len(long) <= MAX_WORDS:
+            if re.search(r'[\\"⦃{]', text) and len(long) <= MAX_WORDS:
                 return ("opaque", "".join(value for _, value in tokenize(text)))
             if not long:
                 raise

@@ -239,7 +239,8 @@ def split_name(tree: Tree) -> tuple[str, Tree]:
         head = sides[0][1] if sides[0][0] == "*" else sides[0]  # f of f(x)
         named = is_name(sides[0]) and not free_symbols(head) & free_symbols(tuple(sides[1:]))
         if named or not free_symbols(tuple(sides)):
-            same = all(equal_values(sides[-1], side) or not difference(sides[-1], side) for side in sides[named:-1])
+            last = split_unit(sides[-1])[1]
+            same = all(equal_values(last, side) or not difference(last, side) for side in sides[named:-1])
             return (repr(sides[0]) if named else "", sides[-1] if same else ("unequal", tree))
     elif set(signs) <= set("<≤") and len(names) == 1 and closed:
         ends = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
@@ -266,23 +267,23 @@ def is_name(tree: Tree) -> bool:
     return tree[0] in ("s", "_", "'") and bool(free_symbols(tree)) and tree != _INFINITY
 
 
-def split_unit(tree: Tree) -> tuple[tuple[str, ...], Tree]:
-    """Returns the unit of a quantity, or () if it has none, and the expression before it."""
-    return (tree[2], tree[1]) if tree[0] == "unit" else ((), tree)
+def split_unit(tree: Tree) -> tuple[str, Tree]:
+    """Returns the unit of a quantity, or "" if it has none, and the expression before it."""
+    return (tree[2], tree[1]) if tree[0] == "unit" else ("", tree)
 
 
-def _with_letters(tree: Tree, unit: tuple[str, ...]) -> Tree:
+def _with_letters(tree: Tree, unit: str) -> Tree:
     """Returns the product of an expression and the letters behind it, which may be symbols as in `5 m`."""
-    for word in unit:
+    for word in unit.split():
         letter, _, power = word.partition("^")
         tree = ("*", tree, ("^", ("s", letter), ("n", Fraction(power if power.isdecimal() else 1))))
     return tree
 
 
-def _contradict(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _contradict(one: str, other: str) -> bool:
     """Returns whether two units differ; words that are no common units may be among other words."""
-    known = all(word == "/" or word.partition("^")[0] in UNITS for word in one + other)
-    return one != other and (known or not set(one) & set(other))
+    known = all(word == "/" or word.partition("^")[0] in UNITS for word in f"{one} {other}".split())
+    return one != other and (known or not set(one.split()) & set(other.split()))
 
 
 def list_members(tree: Tree) -> list[Tree]:

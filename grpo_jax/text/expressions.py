@@ -83,7 +83,7 @@ def _read_word(written: str, behind: bool, last: bool) -> list[tuple[str, str]]:
     named = word in UNITS or lower in UNITS or not word.isascii()
     if quoted or len(word) > 3 or named or (behind and re.search("[aeiou]", word)):
         return [("w", word)]
-    return [("s", letter) for letter in word]
+    return [("s", letter) for letter in ([word] if word.isupper() else word)]  # AB names a line
 
 
 def parse(text: str) -> Tree:
@@ -160,7 +160,7 @@ class Parser:
         tree: Tree = (joints.pop(), *parts) if joints else parts[0]
         unit = canonical_unit(self.unit())
         if tree[0] == "°" or (tree[0] == "neg" and tree[1][0] == "°"):
-            tree, unit = (tree[1] if tree[0] == "°" else ("neg", tree[1][1])), ("°",)
+            tree, unit = (tree[1] if tree[0] == "°" else ("neg", tree[1][1])), "°"
         return ("unit", tree, unit) if unit else tree
 
     def unit(self) -> list[str]:
@@ -320,8 +320,8 @@ class Parser:
         return "".join(value for _, value in self.tokens[start : self.at])
 
 
-def canonical_unit(words: Sequence[str]) -> tuple[str, ...]:
-    """Returns the words behind a number in one spelling, such as ("cm^2",) for square centimeters."""
+def canonical_unit(words: Sequence[str]) -> str:
+    """Returns the words behind a number in one spelling, such as `cm^2` for square centimeters."""
     text = " ".join(words).replace("mph", "mile / hour")
     text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\b(?:cubic|cu) (\S+)", r"\1^3", text))
     text = re.sub(r" squared\b", "^2", re.sub(r" cubed\b", "^3", re.sub(r"\bper\b", "/", text)))
@@ -331,4 +331,4 @@ def canonical_unit(words: Sequence[str]) -> tuple[str, ...]:
         singular = name.lower().removesuffix("s") if len(name) > 3 else name
         if singular not in _FILLERS:
             unit.append(UNITS.get(name, UNITS.get(singular, UNITS.get(name.lower(), singular))) + caret + power)
-    return tuple(unit)
+    return " ".join(unit)
