@@ -89,7 +89,7 @@ CASES = {
     "task.choices": Case("", "offers", PROMPTS, {"task.name": "file", "task.path": "FOLDER/a.jsonl"}),
     "task.max_unreadable": Case(0.5, 0.01, ("error",), {"task.name": "file", "task.path": "FOLDER/unreadable.jsonl"}),
     "task.eval_path": Case(
-        "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "file", "task.path": "FOLDER/a.jsonl"}
+        "FOLDER/a.jsonl", "FOLDER/b.jsonl", ("eval prompt",), {"task.name": "file", "task.path": "FOLDER/c.jsonl"}
     ),
     "task.too_long": Case(
         "refuse",
@@ -321,7 +321,7 @@ def observe(tmp_path_factory):
     """Returns a function from the values of keys to what can be seen of a run with them. Equal runs are made once."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "functions.py").write_text(FUNCTIONS)
-    for name, number in (("a", 3), ("b", 4)):
+    for name, number in (("a", 3), ("b", 4), ("c", 5)):
         problems = [{"question": f"What is {n} + {number}?", "answer": n + number} for n in range(100)]
         for problem in problems:
             answer = problem["answer"]

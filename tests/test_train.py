@@ -386,3 +386,26 @@ def test_rewards_alone_teach(tmp_path):
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.4
     assert "policy/kl_ref" not in rows[0]
     assert not (tmp_path / "run" / "checkpoints" / "reference").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_held_out_problems_trains_on_all_and_evaluates_nothing(tmp_path, capsys):
+    questions = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(4)]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    task = ["--config.task.name=file", f"--config.task.path={tmp_path / 'q.json'}", "--config.eval.questions=0"]
+    flags = [flag for flag in SMALL_RUN if "eval.questions" not in flag and "log.samples" not in flag]
+    train(
+        tmp_path / "run",
+        [*flags, *task, "--config.total_steps=2", "--config.log.samples=-1"],
+    )
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2] and not any(name.startswith("eval/") for name in rows[1])
+    assert [path.name[:5] for path in (tmp_path / "run" / "samples").iterdir()] == ["train"] * 2
+    records = (tmp_path / "run" / "samples" / "train-000001.jsonl").read_text().splitlines()
+    assert {json.loads(line)["question"] for line in records} == {row["question"] for row in questions}
+    printed = capsys.readouterr().out
+    assert (
+        "q.json: question from `question`, answer from `answer`, 4 rows\n4 problems for training, 0 held out\n"
+        in printed
+    )
+    assert "No evaluation, because no problems were held out" in printed

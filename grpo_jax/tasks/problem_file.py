@@ -11,7 +11,7 @@ from grpo_jax.config.workdir import digest_files
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.problem_list import ProblemList, split_problems
 from grpo_jax.tasks.rows import read_rows
-from grpo_jax.tasks.shapes import Fields, read_problem
+from grpo_jax.tasks.shapes import read_problem
 from grpo_jax.text.answers import read_expected
 from grpo_jax.text.problem import Problem
 
@@ -50,13 +50,13 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
     Returns:
         The problems, and a line that says what was taken for what.
     """
-    name, fields = basename(path.rstrip("/")), Fields(task_cfg.question, task_cfg.answer, task_cfg.choices)
+    name = basename(path.rstrip("/"))
     said: Counter[str] = Counter()
 
     def read() -> Iterator[tuple[str, Problem | str]]:
         for place, row in tqdm(read_rows(path), f"Reading {name}", unit=" rows", mininterval=2, delay=2, leave=False):
             try:
-                problem, how = read_problem(row, fields, graded=graded)
+                problem, how = read_problem(row, task_cfg, graded=graded)
                 said[how] += 1
                 yield place, Problem(problem.question, problem.answer, problem.metadata, f"{name} {place}")
             except ValueError as error:
@@ -96,7 +96,7 @@ def keep_readable(
     if not total:
         raise UserError(f"{source} must have at least one problem; found none. Add some.")
     listed = "; ".join(
-        ", ".join([*places[:SHOWN_ROWS], *([f"{len(places) - SHOWN_ROWS:,} more"] * (len(places) > SHOWN_ROWS))])
+        ", ".join([*places[:SHOWN_ROWS], *([f"and {len(places) - SHOWN_ROWS:,} more"] * (len(places) > SHOWN_ROWS))])
         + f" {reason}"
         for reason, places in list(reasons.items())[:SHOWN_REASONS]
     )

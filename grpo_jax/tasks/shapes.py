@@ -23,8 +23,9 @@ import math
 import re
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
+from grpo_jax.config.schema import TaskSection
 from grpo_jax.text.answers import find_boxes
 from grpo_jax.text.problem import Message, Problem, read_messages
 
@@ -53,20 +54,12 @@ _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(\S.*)", re.DOTALL)
 
 
-class Fields(NamedTuple):
-    """Names of the fields of a problem, dotted if nested; an empty name stands for those of known data sets."""
-
-    question: str = ""
-    answer: str = ""
-    choices: str = ""
-
-
-def read_problem(row: dict[str, Any], fields: Fields, *, graded: bool = True) -> tuple[Problem, str]:
+def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> tuple[Problem, str]:
     """Makes a problem of a row.
 
     Args:
         row: The row.
-        fields: The fields that the user named.
+        fields: The config's `task` section, of which `question`, `answer` and `choices` name fields, or are empty.
         graded: Whether the accuracy reward compares completions with the answer. If not, the answer may be missing, or
             anything that JSON can hold.
 
