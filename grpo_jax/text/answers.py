@@ -27,7 +27,7 @@ _EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])(?:[)\]][.:]?|[.:]|$)\s*(.*)")
 _OTHER_CHOICE = re.compile(r"(?:^|\b(?:or|and|not)\b|[,/])\s*\(?[A-J](?:[).:,]|$)|\([A-J]\)|\b[A-J][).:]\s")
 _EXPECTED_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*\(([A-J])\)\s*\}?[\s~\\]*|([A-J])(?:[.)]\s+|$)")
-_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*|\d{4}-\d\d?-\d\d?", re.IGNORECASE)
 
 
@@ -114,14 +114,14 @@ def answers_match(answer: str, expected: str) -> bool:
 def _judge_answer(answer: str, expected: str) -> Verdict:
     """Judges an answer that may hold boxes."""
     try:
-        want = read_expected(expected)
+        want, spelling = _read_expected(expected)
     except ValueError as error:
         raise ValueError(f"the expected answer cannot be read: {error}") from error
     several = len(list_members(want)) > 1 if want[0] not in ("choice", "text") else False
     answer = answer.removeprefix("####")
     boxes = list(dict.fromkeys(find_boxes(answer)))
     if not boxes:
-        return _judge_text(normalize_notation(answer), want)
+        return _judge_text(normalize_notation(answer), want, spelling)
     if len(boxes) > 1 and not several:
         return Verdict(False, ", ".join(boxes), f"{len(boxes)} boxes where one value is expected")
     around = answer
@@ -129,19 +129,21 @@ def _judge_answer(answer: str, expected: str) -> Verdict:
         around = re.sub(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}", " ", around, count=1)
     if (hedge := _HEDGES.search(around)) and not (several and hedge[0] == "or"):
         return Verdict(False, answer, f"hedged: {hedge[0]}")
-    verdict = _judge_text(normalize_notation(", ".join(boxes)), want)
+    verdict = _judge_text(normalize_notation(", ".join(boxes)), want, spelling)
     if verdict.correct and len(boxes) == 1 and re.search(r"[\w=+*/^%°-]", around):  # such as a unit behind the box
         whole = _judge_text(normalize_notation(_BOXED.sub("{", answer)), want)
         return verdict if whole.correct or whole.why.startswith("it cannot be read") else whole
     return verdict
 
 
-def _judge_text(text: str, want: Tree) -> Verdict:
+def _judge_text(text: str, want: Tree, spelling: str = "") -> Verdict:
     """Judges an answer in normalized notation, as it stands and without a sentence around it."""
+    if text == spelling:
+        return Verdict(True, text, "equal")
     if want[0] == "choice":
         return _judge_choice(text, *want[1:])
     hedge = _HEDGES.search(text) if want[0] not in ("text", "opaque") else None
-    if hedge and not (hedge[0] == "or" and len(list_members(want)) > 1):
+    if hedge and hedge[0] not in spelling and not (hedge[0] == "or" and len(list_members(want)) > 1):
         return Verdict(False, text, f"hedged: {hedge[0]}")
     why = ""
     for reading in dict.fromkeys((text, _SENTENCE.sub("", text))):
@@ -184,7 +186,6 @@ def _minutes(tree: Tree) -> Any:
     return tree[1] if tree[0] == "time" else numbers[0] * 60 + numbers[1] if len(numbers) == 2 else None
 
 
-@functools.lru_cache(maxsize=1 << 17)
 def read_expected(answer: str) -> Tree:
     r"""Returns an expected answer, parsed.
 
@@ -194,9 +195,15 @@ def read_expected(answer: str) -> Tree:
     Raises:
         ValueError: No answer could match it, because it is empty, malformed or prose; the message says so.
     """
+    return _read_expected(answer)[0]
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _read_expected(answer: str) -> tuple[Tree, str]:
+    """Returns an expected answer, parsed and in normalized notation."""
     text = answer.strip().rpartition("####")[2].strip()
     if text.isdecimal() and len(text) <= 20:
-        return ("n", Fraction(text))
+        return ("n", Fraction(text)), text
     text = _read_tags(text) if "<answer>" in text else text
     ends = [match.end() for match in _BOXED.finditer(text)]
     text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
@@ -205,10 +212,11 @@ def read_expected(answer: str) -> Tree:
             value = parse_answer(normalize_notation(text[choice.end() :]))
         except ValueError:
             value = None  # none, or prose: the letter remains
-        return ("choice", choice[1] or choice[2], value)
+        return ("choice", choice[1] or choice[2], value), ""
     if text.casefold() == "nan":
         raise ValueError("not a number")
-    return parse_answer(normalize_notation(text))
+    text = normalize_notation(text)
+    return parse_answer(text), text
 
 
 def parse_answer(text: str) -> Tree:
@@ -219,10 +227,11 @@ def parse_answer(text: str) -> Tree:
     """
     bare = text.replace('"', "")
     if (time := _TIME.fullmatch(bare)) and 0 < int(time[1]) <= 12:
-        return ("time", int(time[1]) % 12 * 60 + int(time[2] or 0) + 720 * (time[3] in "pP"))
+        hours = int(time[1]) % 12 + 12 * (time[4] in "pP")
+        return ("time", hours * 60 + int(time[2] or 0) + Fraction(int(time[3] or 0), 60))
     if _DATE.fullmatch(bare) and (date := _read_date(bare)):
         return date
-    words = re.findall(r"[^\W\d_]+", bare)
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+(?:\{\w*(?:matrix|array)\})?", " ", bare))
     long = [word for word in words if len(word) > 2 or word.lower() in _SHORT_WORDS or not word.isascii()]
     if not (_WORDS.fullmatch(bare) and set(long) - _NAMES):
         try:

@@ -178,6 +178,8 @@ def plain_value(tree: Tree) -> Fraction | None:
 
 def difference(want: Tree, got: Tree) -> str:
     """Returns how an answer differs from the expected one, or "" if they are equal."""
+    if any(_choose_sign(tree, "±") != tree for tree in (want, got)):
+        return _compare_members(list_members(want), list_members(got))
     relations = _ascending(want), _ascending(got)
     (name, want), (other_name, got) = split_name(want), split_name(got)
     if free_symbols(want) - {_INFINITY} and all(len(tree) == 4 and tree[0] == "relation" for tree in relations):
