@@ -203,6 +203,11 @@ def test_of_several_questions_at_least_one_is_held_out_and_one_trained_on(count)
     assert task.train and task.held_out
 
 
+def test_questions_all_of_whose_hashes_say_so_are_not_all_held_out():
+    task = split_problems([Problem("q9", "1"), Problem("q14", "1")], hold_out=True)
+    assert len(task.train) == len(task.held_out) == 1
+
+
 def test_copies_of_a_question_are_on_one_side():
     """Whatever their spacing, case and compatibility characters are, as text or in a message."""
     copies = ("What is 2 + {}?", " what is\n2 +  {}? ", "WHAT IS 2 + {}?", "What\xa0is \uff12 + {}?")
@@ -237,9 +242,10 @@ def test_held_out_questions_of_another_file_are_not_trained_on(tmp_path):
 
 def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
-    for same in (path, write_twenty(tmp_path / "copy.jsonl")):
+    copy = write_twenty(tmp_path / "copy.jsonl")
+    for pair in ((path, path), (path, copy), ("owner/name", "owner/name")):
         with pytest.raises(UserError, match=r"task.eval_path must hold other problems than task.path; found the same"):
-            file_problems(path, same)
+            file_problems(*pair)
     more = write_problems(tmp_path / "more.jsonl", [{"question": f"q{i}", "answer": i} for i in range(21)])
     with pytest.raises(UserError, match="left for training; found only 20 different"):
         file_problems(path, more)

@@ -110,7 +110,7 @@ def find(row: dict[str, Any], *names: str) -> tuple[str, Any]:
 @lru_cache
 def spell_names(fields: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     """Returns those of the names whose first part is a field of a row, spelled as the row spells it."""
-    spelled = {field.strip().lower().replace(" ", "_"): field for field in reversed(fields)}
+    spelled = {field.strip().lower().replace(" ", "_"): field for field in fields}
     spelled |= {field: field for field in fields}
     parts = [(name, "", "") if name in fields else name.partition(".") for name in names]
     return [spelled[head] + dot + rest for head, dot, rest in parts if head in spelled]
