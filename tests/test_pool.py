@@ -1,5 +1,6 @@
 """The pool of processes that grade completions: what functions may do there, and that nothing is lost."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,18 +14,22 @@ import pytest
 
 from grpo_jax import config
 from grpo_jax.errors import UserError
+from grpo_jax.main import main
 from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.rewards import accuracy_part, pool
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout import sampler
 from grpo_jax.run.context import build_context, read_base_model
+from grpo_jax.run.metrics import read_metrics, read_samples
 from grpo_jax.run.stages import draw_completions, grade_completions
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 # `act` grades a completion with the number in its problem, after doing what the problem says. `log` counts its calls.
 VERIFIER = """
@@ -236,7 +241,7 @@ time.sleep(1000)
 
 
 def test_processes_end_when_the_trainer_is_killed():
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
     trainer = subprocess.Popen([sys.executable, "-c", KILLED], env=environ, stdout=subprocess.PIPE, text=True)
     worker = int(trainer.stdout.readline())
     os.kill(worker, 0)
@@ -277,3 +282,47 @@ def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path
             assert early == 0 or overlaps
     assert 15 < early < 30 and num_data_shards(context.mesh) > 1
     jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+MOODY = """
+import time
+
+def moody(problems, texts, lengths):
+    if len(texts[0]) % 7 == 0:
+        time.sleep(1e6)
+    if len(texts[0]) % 7 == 1:
+        raise ValueError("not today")
+    return [len(texts[0]) % 2]
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_counts_what_a_function_cannot_grade(tmp_path, capsys):
+    """Two runs have the same rewards. The records say why a reward is 0, and the console says it once per rollout."""
+    (tmp_path / "mine.py").write_text(MOODY)
+    parts = json.dumps(["accuracy", "format", f"{tmp_path}/mine.py:moody"])
+    flags = ["--config.rollout.prompts=4", "--config.rollout.samples=8", "--config.eval.questions=16"]
+    flags += [f"--config.reward.parts={parts}", "--config.reward.weights=[1, 1, 1]", "--config.reward.deadline=1"]
+    flags += ["--config.total_steps=2", "--config.log.every_steps=1", "--config.log.samples=-1"]
+    runs = []
+    for name in ("a", "b"):
+        main([f"--config={ROOT}/configs/r1zero.py", f"--workdir={tmp_path / name}", *flags])
+        runs.append([read_samples(tmp_path / name, *file) for file in (("train", 1), ("train", 2), ("eval", 2))])
+    lines = read_metrics(tmp_path / "a")
+    for line, records in zip((*lines[1:], lines[-1]), runs[0], strict=True):
+        group = "eval" if len(records) == 16 else "reward"
+        kinds = [len(record["completion"]) % 7 for record in records]
+        assert (line[f"{group}/timeout"], line[f"{group}/error"]) == (kinds.count(0), kinds.count(1))
+        for record, kind in zip(records, kinds, strict=True):
+            assert record["rewards"]["moody"] == (0 if kind < 2 else len(record["completion"]) % 2)
+            assert record["parsed"] is None or record["parsed"] in record["completion"]
+            verdict, _, failure = record["why"].partition("; ")
+            assert verdict and failure.startswith({0: "timeout in moody.", 1: "error in moody: "}.get(kind, ""))
+            assert bool(failure) == (kind < 2)
+    assert sum(line["reward/timeout"] for line in lines[1:]) and sum(line["reward/error"] for line in lines[1:])
+    assert [[record["rewards"] for record in records] for records in runs[0]] == [
+        [record["rewards"] for record in records] for records in runs[1]
+    ]
+    printed = capsys.readouterr()
+    assert "grades are 0 because a reward part failed, the first: " in printed.err
+    assert "timeout" not in printed.out
