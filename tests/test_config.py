@@ -244,7 +244,6 @@ NOT_NEGATIVE = (
     "reference.every_updates",
     "rollout.max_prompt_tokens",
     "eval.questions",
-    "task.max_unreadable",
 )
 
 
@@ -297,6 +296,8 @@ LENGTH_PART = dict(reward__parts='["accuracy", "length"]')
             )
         ),
         (dict(task__name="file"), "task.path must name a file of problems.*found none. Set --config.task.path=FILE"),
+        (dict(task__max_unreadable=-0.1), "task.max_unreadable must be at least 0 and at most 1; found -0.1"),
+        (dict(task__max_unreadable=1.1), "task.max_unreadable must be at least 0 and at most 1; found 1.1"),
         (dict(task__digits=10), "task.digits must be at least 1 and at most 9; found 10"),
         (
             dict(rollout__samples=1),
@@ -447,7 +448,8 @@ IDLE = [
         for off in ("addition", "my.py:primes", "~/my.py:primes", "python")
     ),
     *(
-        ("task.too_long", "drop", {"task.name": "file", "task.path": "q.jsonl"}, f"task.name={off!r}")
+        (key, value, {"task.name": "file", "task.path": "q.jsonl"}, f"task.name={off!r}")
+        for key, value in (("task.too_long", "drop"), ("task.max_unreadable", "0.5"))
         for off in ("addition", "my.py:primes")
     ),
     *(

@@ -41,7 +41,7 @@ NO_EFFECT: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("task.name", ("addition",), FILE_KEYS),
     ("task.name", ("file",), ("task.digits", "task.shots")),
     ("task.name", (USERS_FUNCTION, PYTHON_TASK), ("task.digits", "task.shots", *FILE_KEYS)),
-    ("task.name", ("addition", USERS_FUNCTION), ("task.too_long",)),
+    ("task.name", ("addition", USERS_FUNCTION), ("task.too_long", "task.max_unreadable")),
     ("optim.schedule", ("constant",), ("optim.decay_steps", "optim.end_lr_fraction")),
     ("optim.name", ("adafactor",), ("optim.b1", "optim.b2", "optim.eps", "optim.mu_dtype")),
     ("optim.name", ("lion",), ("optim.eps",)),
