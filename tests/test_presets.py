@@ -193,7 +193,7 @@ def test_an_unknown_preset_is_refused():
 
 def test_a_hub_model_without_a_network_says_what_to_download(tmp_path):
     problems = tmp_path / "questions.jsonl"
-    problems.write_text('{"question": "1 + 1?", "answer": 2}\n' * 10)
+    problems.write_text("".join(f'{{"question": "1 + {n}?", "answer": {n + 1}}}\n' for n in range(10)))
     with pytest.raises(UserError, match=r"hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B.*model.path"):
         main.main([f"--config={FILE}:qwen2.5-0.5b", f"--config.task.path={problems}", f"--workdir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
