@@ -124,15 +124,15 @@ def _judge_answer(answer: str, expected: str) -> Verdict:
         return _judge_text(normalize_notation(answer), want, spelling)
     if len(boxes) > 1 and not several:
         return Verdict(False, ", ".join(boxes), f"{len(boxes)} boxes where one value is expected")
-    around = answer
-    for box in find_boxes(answer):
-        around = re.sub(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}", " ", around, count=1)
+    pattern = "|".join(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}" for box in boxes)
+    texts = [text.split() for text in re.split(pattern, answer)]
+    around = " ".join(word for words in texts for word in words[:3] + words[-3:])
     if (hedge := _HEDGES.search(around)) and not (several and hedge[0] == "or"):
         return Verdict(False, answer, f"hedged: {hedge[0]}")
     verdict = _judge_text(normalize_notation(", ".join(boxes)), want, spelling)
     if verdict.correct and len(boxes) == 1 and re.search(r"[\w=+*/^%°-]", around):  # such as a unit behind the box
         whole = _judge_text(normalize_notation(_BOXED.sub("{", answer)), want)
-        return verdict if whole.correct or whole.why.startswith("it cannot be read") else whole
+        return verdict if whole.correct or whole.why.startswith(("it cannot be read", "hedged")) else whole
     return verdict
 
 
@@ -149,7 +149,8 @@ def _judge_text(text: str, want: Tree, spelling: str = "") -> Verdict:
     for reading in dict.fromkeys((text, _SENTENCE.sub("", text))):
         try:
             got = parse_answer(reading)
-            why = "it cannot be read" if got[0] == "opaque" != want[0] else _compare(want, got)
+            prose = got[0] in ("opaque", "text") and got[0] != want[0]
+            why = "it cannot be read" if prose else _compare(want, got)
         except ValueError as error:
             why = f"it cannot be read: {error}"
         if not why:
