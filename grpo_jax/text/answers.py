@@ -125,14 +125,17 @@ def _judge_answer(answer: str, expected: str) -> Verdict:
     if len(boxes) > 1 and not several:
         return Verdict(False, ", ".join(boxes), f"{len(boxes)} boxes where one value is expected")
     pattern = "|".join(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}" for box in boxes)
-    texts = [text.split() for text in re.split(pattern, answer)]
-    around = " ".join(word for words in texts for word in words[:3] + words[-3:])
-    if (hedge := _HEDGES.search(around)) and not (several and hedge[0] == "or"):
+    before, *between, behind = (text.split() for text in re.split(pattern, answer))
+    near = " ".join([*before[-3:], *(word for words in between for word in words), *behind[:3]])
+    if (hedge := _HEDGES.search(near)) and not (several and hedge[0] == "or"):
         return Verdict(False, answer, f"hedged: {hedge[0]}")
     verdict = _judge_text(normalize_notation(", ".join(boxes)), want, spelling)
-    if verdict.correct and len(boxes) == 1 and re.search(r"[\w=+*/^%°-]", around):  # such as a unit behind the box
+    few = (
+        len(re.findall(r"[^\W\d_]{2,}", _SENTENCE.sub("", " ".join(before + behind)))) < 2
+    )  # such as a unit, but no explanation
+    if verdict.correct and len(boxes) == 1 and few and re.search(r"[\w=+*/^%°-]", near):
         whole = _judge_text(normalize_notation(_BOXED.sub("{", answer)), want)
-        return verdict if whole.correct or whole.why.startswith(("it cannot be read", "hedged")) else whole
+        return verdict if whole.correct or whole.why.startswith("it cannot be read") else whole
     return verdict
 
 
