@@ -13,8 +13,9 @@ import pytest
 from grpo_jax.config.schema import TaskSection
 from grpo_jax.errors import UserError
 from grpo_jax.tasks import read_problems
-from grpo_jax.tasks.problem_file import file_task, read_with_notes
+from grpo_jax.tasks.problem_file import READABLE, file_task, read_with_notes
 from grpo_jax.tasks.rows import read_rows
+from grpo_jax.text.answers import read_expected
 
 ROWS = [{"question": f'What is {i} + {i}?\nNow, "quickly": é', "answer": str(2 * i)} for i in range(1, 5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -391,3 +392,11 @@ def test_a_task_knows_the_digests_of_its_files(tmp_path):
         str(tmp_path / "q.jsonl"): hashlib.sha256(LINES.encode()).hexdigest(),
         str(tmp_path / "folder" / "e.jsonl"): hashlib.sha256(GOOD.encode()).hexdigest(),
     }
+
+
+@pytest.mark.parametrize(
+    "answer", ["5", "-5.25", "9" * 20, r"\frac{1}{2}", r"-\dfrac{10}{7}", r"\tfrac{0}{21}", "(A) 133", "(J) word " * 30]
+)
+def test_answers_that_are_taken_as_readable_at_sight_can_be_read(answer):
+    assert READABLE.fullmatch(answer) and read_expected(answer)
+    assert not any(READABLE.fullmatch(text) for text in ("", "9" * 300, r"\frac{1}{0}", "5 or 6", "()"))
