@@ -70,7 +70,10 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     work = tokenizer(WORK * (flags.tokens // 10 + 1))["input_ids"][: max(flags.tokens - len(answer), 0)]
     row = np.array([*work, *answer], np.int32)
     hanging = rng.permutation(flags.completions) < flags.hang
-    problems = [Problem("How much is left?", "\\frac{7}{12}", {"hangs": bool(hangs)}) for hangs in hanging]
+    problems = [  # distinct, so that no process has seen the same completion before
+        Problem("How much is left?", "\\frac{7}{12}", {"hangs": bool(hangs)}, id=f"problem {n}")
+        for n, hangs in enumerate(hanging)
+    ]
 
     def make_grader(*parts: str, deadline: float = 10.0) -> Grader:
         raw = default()
