@@ -59,7 +59,7 @@ def smollm2():
 
     On 1 device: takes about 10 minutes on two CPU cores, in float32, which is faster than bfloat16 on a CPU. A model of
     this size does not follow the template by itself, so each question, a sum of two-digit numbers, follows two solved
-    sums. None of them shows its answer, and 116 of the 128 held-out questions are distinct. Accuracy on them rises from
+    sums, which never have the same answer. On 128 held-out questions, 116 of them distinct, accuracy rises from
     0.13 to 0.56 in 20 updates, format from 0.43 to 0.97.
     """
     cfg = config.default()

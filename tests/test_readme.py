@@ -16,10 +16,12 @@ from grpo_jax.config import default
 from grpo_jax.config.keys import flatten
 from grpo_jax.run.metrics import console_line
 from grpo_jax.run.train import LOSS_NOTE
+from grpo_jax.text.answers import judge
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
 GUIDE = (REPO / "docs" / "changing.md").read_text()
+PROBLEMS = (REPO / "docs" / "problems.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split(" #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
@@ -135,3 +137,22 @@ def test_every_function_in_the_equations_exists():
     named = re.findall(r"\bgrpo\.([a-z_0-9]+)", README)
     grpo = import_module("grpo_jax.learn.grpo")
     assert len(named) == 3 and all(callable(getattr(grpo, name)) for name in named)
+
+
+def test_the_command_of_the_page_on_problems_is_one_of_the_readme():
+    (command,) = re.findall(r"```bash\n(.*?)\n```", PROBLEMS, flags=re.S)
+    assert f".venv/bin/{command}".replace("\\\n", " ") in COMMANDS
+
+
+def test_every_key_on_the_page_on_problems_exists():
+    named = set(re.findall(r"(?:`|--config\.)((?:task|prompt|reward|rollout|eval)\.[a-z_]+)", PROBLEMS))
+    assert len(named) > 10
+    assert sorted(named - set(flatten(default().to_dict())) - {"reward_model.ground_truth"}) == []
+
+
+def test_the_answers_on_the_page_on_problems_are_judged_as_it_says():
+    table = PROBLEMS[PROBLEMS.index("| expected | equal | not equal |") :].split("\n\n")[0]
+    rows = [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
+    cases = [(want, text, i == 0) for wants, *cells in rows for want in wants for i in (0, 1) for text in cells[i]]
+    assert len(cases) > 40
+    assert [case for case in cases if judge(f"<answer>{case[1]}</answer>", case[0]).correct != case[2]] == []
