@@ -1,5 +1,6 @@
 """Prompt templates, special tokens in encoded prompts, and the decoded text that the rewards read."""
 
+import math
 import os
 from pathlib import Path
 
@@ -243,6 +244,42 @@ def test_lengths_are_those_of_the_encoded_prompts(monkeypatch):
         assert lengths.tolist() == [len(ids) for ids in prompts.encode(problems, names)]
         assert len(set(lengths.tolist())) > 7
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+QUESTIONS = [
+    f"{word * n}{end}"
+    for word in ("word ", "?. ", "数", "\N{MUSICAL SYMBOL HALF NOTE}", EOS)
+    for n in range(40)
+    for end in ".?\n"
+]
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma3", "llama", "llama31", "qwen3"])
+@pytest.mark.parametrize("template", ["r1zero", "chat"])
+def test_the_longest_prompt_that_fits_is_found_without_encoding_all(monkeypatch, name, template):
+    path = Path(__file__).parent / "golden" / "gguf" / f"{name}.gguf"
+    tokenizer = load_tokenizer(find_model("tiny") if name == "tiny" else path)
+    tokenizer.chat_template = CHAT
+    prompts = PromptFormat(tokenizer, template)
+    problems, names = [Problem(question, "") for question in QUESTIONS], [""] * len(QUESTIONS)
+    every = prompts.lengths(problems, names)
+    assert all(length <= prompts.bound(prompts.text(p)) for length, p in zip(every, problems, strict=True)) or (
+        prompts.spared == -math.inf
+    )
+    monkeypatch.setattr(prompt, "CHUNK_PROMPTS", 8)
+    for most in (0, int(sorted(every)[100]), int(max(every))):
+        lengths = prompts.lengths(problems, names, most)
+        assert max(lengths[lengths <= most], default=0) == max(every[every <= most], default=0)
+        assert (lengths > most).tolist() == (every > most).tolist()
+        assert set(lengths - every) <= {0, *-every}
+    assert (0 in lengths) == (name not in ("gemma3", "llama"))
+
+
+def test_a_question_that_cannot_be_encoded_is_found_among_prompts_that_are_not_measured(monkeypatch):
+    monkeypatch.setattr(prompt, "CHUNK_PROMPTS", 1)
+    problems = [Problem("long " * 50, ""), Problem("\ud83d", "")]
+    with pytest.raises(UserError, match=r"^row 2 must be valid Unicode; found the lone surrogate"):
+        PromptFormat(byte_tokenizer()).lengths(problems, ["row 1", "row 2"], 1000)
 
 
 def test_prompts_are_padded_on_the_right():

@@ -35,7 +35,7 @@ def config(*, limit: int = 0, max_tokens: int = 56, questions: int = 256, **task
 def test_the_limit_of_the_default_run_is_80(base):
     cfg, task, line = fit_prompts(config(), base, addition_task(3))
     assert cfg == config(limit=80) and task(0, seed=0, split="train") == addition_task(3)(0, seed=0, split="train")
-    assert line == "Prompts of 73 to 73 tokens; rollout.max_prompt_tokens 80"
+    assert line == "Prompts of up to 73 tokens; rollout.max_prompt_tokens 80"
 
 
 @pytest.mark.parametrize("train, held_out, limit", [((1,), (1,), 64), ((1, 17), (3,), 80), ((1, 2), (18,), 96)])
@@ -43,7 +43,7 @@ def test_the_limit_is_the_longest_prompt_of_a_list_rounded_up(base, train, held_
     cfg, task, line = fit_prompts(config(questions=1), base, ProblemList(asked(*train), asked(*held_out)))
     assert cfg.rollout.max_prompt_tokens == limit
     longest = 63 + max(train + held_out)
-    assert line == f"Prompts of 64 to {longest} tokens; rollout.max_prompt_tokens {limit}"
+    assert line == f"Prompts of up to {longest} tokens; rollout.max_prompt_tokens {limit}"
     assert (task.train, task.held_out) == (asked(*train), asked(*held_out))
 
 
@@ -120,7 +120,7 @@ def test_problems_that_are_too_long_can_be_left_out(base, keys, caplog):
     assert task.train == [given.train[0], given.train[2]] and task.held_out == [given.held_out[1]]
     assert len(given.train) == 4
     assert caplog.messages == ["Left out 3 of 6 problems, whose prompts have more than 64 tokens."]
-    assert line == "Prompts of 64 to 64 tokens; rollout.max_prompt_tokens 64"
+    assert line == "Prompts of up to 64 tokens; rollout.max_prompt_tokens 64"
 
 
 def test_problems_of_an_endless_task_are_never_left_out(base):

@@ -46,10 +46,11 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
     leaves_out = is_list and cfg.task.too_long == "drop"
     splits = problems_to_check(task, cfg.seed, cfg.eval.questions)
     names = [[problem.id or f"problem {i}" for i, problem in enumerate(split)] for split in splits]
-    lengths = [base.prompt_format.lengths(*pair) for pair in zip(splits, names, strict=True)]
-    limit = cfg.rollout.max_prompt_tokens
+    most, limit = positions - cfg.rollout.max_tokens, cfg.rollout.max_prompt_tokens
+    # 0 for prompts of a list that are shorter than the longest one that fits, and need not be measured.
+    options = dict(most=limit or most) if is_list else {}
+    lengths = [base.prompt_format.lengths(*pair, **options) for pair in zip(splits, names, strict=True)]
     if not limit:
-        most = positions - cfg.rollout.max_tokens
         # A resumed run may evaluate more questions, and must have the same limit.
         counted = np.concatenate(lengths if is_list else [split[:CHECKED_PROBLEMS] for split in lengths])
         counted = counted[counted <= most] if leaves_out else counted
@@ -66,7 +67,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
         task.train, task.held_out = (list(compress(*pair)) for pair in zip(splits, are_short, strict=True))
         left_out = f"{len(measured) - len(kept):,} of {len(measured):,} problems"
         log.warning(f"Left out {left_out}, whose prompts have more than {limit} tokens.")
-    line = f"Prompts of {kept.min()} to {kept.max()} tokens; rollout.max_prompt_tokens {limit}"
+    line = f"Prompts of up to {kept.max()} tokens; rollout.max_prompt_tokens {limit}"
     return replace(cfg, rollout=replace(cfg.rollout, max_prompt_tokens=limit)), task, line
 
 

@@ -4,9 +4,12 @@ R1-Zero's template shapes only the format of a completion and says nothing about
 from the end of the prompt (`Assistant:`) to the stop.
 """
 
+import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ CHAT_DATE = "26 Jul 2024"  # the default of Llama's chat templates, so that prom
 HIDDEN = "c8d5a1c3f0b94c0e9c1f6d2b7e5a4938-"  # begins what stands for a special token that a question spells out
 
 CHUNK_PROMPTS = 1024  # prompts that are encoded together when all are measured
+TOKENS_NEXT_TO_QUESTION = 16  # tokens of a template that may depend on the question, at most
 
 
 def format_prompt(question: str, template: str = R1_ZERO_TEMPLATE) -> str:
@@ -100,6 +104,7 @@ class PromptFormat:
         spaced = [(r"\s*" * token.lstrip, token.content, r"\s*" * token.rstrip) for token in tokens if token.special]
         patterns = [before + re.escape(content) + after for before, content, after in spaced]
         self.special = re.compile(f"({'|'.join(patterns) or '(?!)'})")  # the text of a special token
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
         """Returns the prompt of a problem as a text; `name` is what errors call the problem."""
@@ -133,8 +138,8 @@ class PromptFormat:
             return []
         adds_ends = self.template is not None  # a chat template writes BOS itself
         self.tokenizer("")  # makes the backend encode whole texts, and special tokens as such
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):  # twice as fast as the call below
-            batch = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=adds_ends)]
+        if self.backend:  # twice as fast as the call below
+            batch = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=adds_ends)]
         else:
             batch = self.tokenizer(texts, add_special_tokens=adds_ends, verbose=False)["input_ids"]
         if adds_ends:
@@ -163,18 +168,56 @@ class PromptFormat:
             ids += trim_ends(self.tokenizer, piece) if adds_ends else piece
         return trim_ends(self.tokenizer, ids, self.tokenizer.eos_token or "")
 
-    def lengths(self, problems: Sequence[Problem], names: Sequence[str]) -> Int[np.ndarray, " N"]:
-        """Returns the number of tokens of each of N prompts, using all CPU cores."""
+    def lengths(
+        self, problems: Sequence[Problem], names: Sequence[str], most: int | None = None
+    ) -> Int[np.ndarray, " N"]:
+        """Returns the number of tokens of each of N prompts, using all CPU cores.
+
+        Args:
+            problems: The problems.
+            names: What errors call each problem.
+            most: If it is given, a prompt counts as 0 if it is certain to have no more tokens than another one that has
+                at most so many. Most prompts of a large file need not be encoded then.
+        """
+        bounds = [self.bound(self.text(*pair)) for pair in zip(problems, names, strict=True)]
+        lengths, enough = np.zeros(len(problems), np.int32), 0.0
         before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        chunks = [slice(start, start + CHUNK_PROMPTS) for start in range(0, len(problems), CHUNK_PROMPTS)]
-        bar = tqdm(chunks, desc="Measuring prompts", unit=f" x {CHUNK_PROMPTS:,} prompts", delay=2, leave=False)
+        order = sorted(range(len(problems)), key=bounds.__getitem__, reverse=True)
+        bar = tqdm(total=len(order), desc="Measuring prompts", unit=" prompts", mininterval=2, delay=2, leave=False)
         try:
-            return np.asarray(
-                [len(ids) for chunk in bar for ids in self.encode(problems[chunk], names[chunk])], np.int32
-            )
+            for start in range(0, len(order), CHUNK_PROMPTS):
+                chunk = order[start : start + CHUNK_PROMPTS]
+                if most is not None and bounds[chunk[0]] <= enough:
+                    break
+                lengths[chunk] = [
+                    len(ids) for ids in self.encode([problems[i] for i in chunk], [names[i] for i in chunk])
+                ]
+                enough = max([enough, *(length for length in lengths[chunk] if most is not None and length <= most)])
+                bar.update(len(chunk))
         finally:  # a process that is forked later must not wait for threads that it does not have
             os.environ["TOKENIZERS_PARALLELISM"] = before
+            bar.close()
+        return lengths
+
+    def bound(self, text: str) -> float:
+        """Returns a number of tokens that a prompt, which is given as a text, does not exceed."""
+        return max(len(form.encode()) for form in (text, unicodedata.normalize("NFC", text))) - self.spared
+
+    @cached_property
+    def spared(self) -> float:
+        """How many tokens fewer than bytes all prompts have; minus infinity if a byte may have several tokens.
+
+        A tokenizer that splits bytes has at most one token for each. The template has the same tokens in every prompt,
+        except for those next to the question.
+        """
+        forms = [repr(getattr(self.backend, part, "")) for part in ("normalizer", "pre_tokenizer")]
+        if forms[0] not in ("None", "NFC()", "Sequence(normalizers=[])") or "ByteLevel(" not in forms[1]:
+            return -math.inf
+        if self.template is None:
+            return 0
+        bare = self.template.replace("{question}", "")
+        return max(0, len(bare.encode()) - len(self.tokenizer(bare)["input_ids"]) - TOKENS_NEXT_TO_QUESTION)
 
 
 def trim_ends(tokenizer: Any, ids: list[int], text: str = "") -> list[int]:
