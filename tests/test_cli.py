@@ -132,7 +132,7 @@ def asking(path: Path, *questions: str) -> str:
         (
             ["--config.rollout.max_prompt_tokens=40"],
             r"max_prompt_tokens=40 tokens; 512 of 512 have more: problem 0 has 73, .*, problem 4 has 73, "
-            r"\.\.\.\. Set rollout.max_prompt_tokens=73\.$",
+            r"and 507 more\. Set rollout.max_prompt_tokens=73\.$",
         ),
         (["--config.job=pretrain"], "job"),
         (["--config.job=sft"], "job"),
@@ -199,13 +199,19 @@ def test_a_broken_problem_file_is_refused_before_training(tmp_path):
     bad.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n')
     one = asking(tmp_path / "one.jsonl", "a", "A ")
     for paths, says in (
-        ([f"--config.task.path={bad}"], "bad.jsonl but .* found 1 of 2 without: line 2 has no field .* the answer"),
+        ([f"--config.task.path={bad}"], "bad.jsonl .* found 1 of 2 rows: line 2: no field .* the answer"),
         (
             [f"--config.task.path={good}", f"--config.task.eval_path={bad}"],
-            "bad.jsonl but .* found 1 of 2 without: line 2 has no field .* the answer",
+            "bad.jsonl .* found 1 of 2 rows: line 2: no field .* the answer",
         ),
-        ([f"--config.task.path={one}"], "Some problems must be left for training; found only 1 different"),
-        ([f"--config.task.path={good}", f"--config.task.eval_path={good}"], "task.eval_path must hold other problems"),
+        (
+            [f"--config.task.path={one}"],
+            "At least one problem must be left for training; found 1 different question, all",
+        ),
+        (
+            [f"--config.task.path={good}", f"--config.task.eval_path={good}"],
+            "task.eval_path must not hold the same problems",
+        ),
     ):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=file", *paths, says=says)
 
@@ -366,7 +372,7 @@ def test_a_mistake_in_the_questions_to_evaluate_is_refused(tmp_path):
         evaluate.main,
         run,
         f"--questions={path}",
-        says="q.jsonl but .* line 2 has no field that is known to hold the answer; its fields are question, result",
+        says="q.jsonl .* line 2: no field is known to hold the answer; the fields are question, result",
     )
     refused(
         evaluate.main,

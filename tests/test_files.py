@@ -174,39 +174,42 @@ def test_fields_may_be_named(tmp_path, fields, question, answer):
     ],
 )
 def test_rows_with_several_right_answers_are_refused_with_the_verifier_that_they_need(tmp_path, row, verifier):
-    with pytest.raises(UserError, match=f"found 1 of 1 without: line 1 needs the verifier '{verifier}'"):
+    with pytest.raises(UserError, match=f"found 1 of 1 rows: line 1: it needs the verifier '{verifier}', because"):
         read_one(tmp_path, row)
 
 
 @pytest.mark.parametrize(
     "row, says",
     [
-        ({"q": "Q?", "meta": {"a": 1}}, "no field that is known to hold the question; its fields are q, meta.a"),
-        ({"question": "Q?", "x": "1"}, "no field that is known to hold the answer; its fields are question, x"),
-        ({"question": "Q?", "answer": None}, "no field that is known to hold the answer"),
-        ({"question": " ", "answer": "1"}, "no field that is known to hold the question"),
-        ({"question": 5, "answer": "1"}, "must have a text, or messages .* as question; found 5"),
+        ({"q": "Q?", "meta": {"a": 1}}, "no field is known to hold the question; the fields are q, meta.a"),
+        ({"question": "Q?", "x": "1"}, "no field is known to hold the answer; the fields are question, x"),
+        ({"question": "Q?", "answer": None}, "no field is known to hold the answer"),
+        ({"question": " ", "answer": "1"}, "no field is known to hold the question"),
+        ({"question": 5, "answer": "1"}, "the question must be a text, or messages .*; found 5"),
         ({"prompt": [*PROMPT, {"role": "assistant", "content": "2"}], "answer": "2"}, "messages of which the last is"),
-        ({"prompt": [{"role": "user"}], "answer": "2"}, "must have a text, or messages"),
-        ({"prompt": [{"role": "tool", "content": "x"}], "answer": "2"}, "must have a text, or messages"),
-        ({"question": "Q?", "answer": True}, "a text or a number as its answer; found True"),
-        ({"question": "Q?", "answer": float("nan")}, "a text or a number as its answer; found nan"),
-        ({"question": "Q?", "answer": float("inf")}, "a text or a number as its answer; found inf"),
-        ({"question": "Q?", "answer": {"value": 1}}, "a text or a number as its answer; found {'value': 1}"),
+        ({"prompt": [{"role": "user"}], "answer": "2"}, "the question must be a text, or messages"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "answer": "2"}, "the question must be a text, or messages"),
+        ({"question": "Q?", "answer": True}, "must be a text or a number; found True"),
+        ({"question": "Q?", "answer": float("nan")}, "must be a text or a number; found nan"),
+        ({"question": "Q?", "answer": float("inf")}, "must be a text or a number; found inf"),
+        ({"question": "Q?", "answer": {"value": 1}}, "must be a text or a number; found {'value': 1}"),
         (
             {"problem": "Q?", "solution": "We see that it is true for all n, as was to be shown."},
             "no final answer in the",
         ),
         ({"problem": "Q?", "answer": "proof", "solution": r"\boxed{1}"}, "no final answer in the field 'answer'"),
         ({"question": "Q?", "answer": r"\boxed{"}, r"no final answer in the field 'answer' \(last `.boxed`\)"),
-        ({"question": "Q?", "choices": CHOICES, "answer": 4}, "answer '4', which names 0 of its choices"),
-        ({"question": "Q?", "choices": ["1", "0"], "answer": "0"}, "answer '0', which names 2 of its choices"),
+        ({"question": "Q?", "choices": CHOICES, "answer": 4}, "must name one of the choices; found '4', which names 0"),
+        (
+            {"question": "Q?", "choices": ["1", "0"], "answer": "0"},
+            "must name one of the choices; found '0', which names 2",
+        ),
         ({"question": "Q?", "choices": ["1", None], "answer": 0}, "found None"),
     ],
 )
 def test_rows_without_a_question_or_an_answer_are_refused_with_the_reason(tmp_path, row, says):
     with pytest.raises(
-        UserError, match=rf"All rows of .*q.jsonl but .* found 1 of 1 without: line 1 .*{says}"
+        UserError, match=rf"unreadable rows in .*q.jsonl .* found 1 of 1 rows: line 1: .*{says}"
     ) as raised:
         read_one(tmp_path, row)
     assert "--config.task.question=FIELD, --config.task.answer=FIELD" in str(raised.value)
@@ -214,9 +217,9 @@ def test_rows_without_a_question_or_an_answer_are_refused_with_the_reason(tmp_pa
 
 def test_a_named_field_must_be_there(tmp_path):
     row = {"question": "Q?", "answer": "1"}
-    with pytest.raises(UserError, match="line 1 has nothing in the field 'key'; its fields are question, answer"):
+    with pytest.raises(UserError, match="line 1: the field 'key' is missing or empty; the fields are question, answer"):
         read_one(tmp_path, row, answer="key")
-    with pytest.raises(UserError, match="line 1 must have 2 to 26 choices in the field 'answer'; found '1'"):
+    with pytest.raises(UserError, match="line 1: the field 'answer' must hold 2 to 26 choices; found '1'"):
         read_one(tmp_path, row, choices="answer")
 
 
@@ -227,11 +230,11 @@ def test_unreadable_rows_are_left_out_and_listed_up_to_the_limit(tmp_path):
     problems, note = read_with_notes(path, TaskSection(), graded=True)
     assert len(problems) == 199 and problems[4].id == "q.jsonl line 6"
     assert note == (
-        r"q.jsonl: question from `problem`, answer from `solution` (last `\boxed`) (198 rows); "
-        "question from `problem`, answer from `answer` (1 rows), 199 rows, 1 unreadable "
-        "(line 5 has no field that is known to hold the answer; its fields are problem, solution)"
+        r"q.jsonl: question from `problem`, answer from `solution` (last `\boxed`) in 198 rows; "
+        "question from `problem`, answer from `answer` in 1 row; 199 problems, 1 unreadable row "
+        "(line 5: no field is known to hold the answer; the fields are problem, solution)"
     )
-    with pytest.raises(UserError, match=r"task.max_unreadable=0.001 .* found 1 of 200 without: line 5 has no field"):
+    with pytest.raises(UserError, match=r"task.max_unreadable=0.001; found 1 of 200 rows: line 5: no field"):
         read_with_notes(path, TaskSection(max_unreadable=0.001), graded=True)
 
 
@@ -239,7 +242,7 @@ def test_an_answer_that_no_completion_could_match_counts_only_where_it_is_compar
     path = write(
         tmp_path / "q.jsonl", {"question": "Q?", "answer": "one " * 20}, {"question": "R?", "answer": {"tests": [1]}}
     )
-    with pytest.raises(UserError, match=r"found 2 of 2 without: line 1 .*; line 2 must have"):
+    with pytest.raises(UserError, match=r"found 2 of 2 rows: line 1: no completion could .*; line 2: an answer"):
         read_problems(path)
     problems, _ = read_with_notes(path, TaskSection(), graded=False)
     assert [problem.answer for problem in problems] == ["one " * 20, '{"tests": [1]}']
@@ -377,7 +380,7 @@ def test_a_dataset_of_the_hub_is_named_with_config_and_split(monkeypatch):
 
 def test_a_dataset_without_its_package_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match="from owner/name: it needs the package that `pip install datasets` installs"):
+    with pytest.raises(UserError, match="from owner/name: reading a dataset needs `pip install datasets`"):
         read_problems("owner/name")
 
 

@@ -82,7 +82,7 @@ def test_the_limit_is_at_most_what_the_completion_leaves_of_the_models_positions
         (
             dict(limit=64),
             range(1, 12),
-            r"; 10 of 12 have more: (q.jsonl line \d has \d+, ){5}\.\.\.\. Set rollout.*=74, ",
+            r"; 10 of 12 have more: (q.jsonl line \d has \d+, ){5}and 5 more\. Set rollout.*=74, ",
         ),
         (
             dict(max_tokens=440),

@@ -217,7 +217,7 @@ def test_copies_of_a_question_are_on_one_side():
     sides = [{re.search(r"(\d+)\?", str(p.question))[1] for p in side} for side in (task.train, task.held_out)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert task.notes == (
-        f"{5 * len(sides[0])} problems for training, {5 * len(sides[1])} held out; 400 repeat a question",
+        f"{5 * len(sides[0])} problems for training, {5 * len(sides[1])} held out; duplicate questions: 400",
     )
 
 
@@ -228,7 +228,9 @@ def test_with_no_evaluation_every_problem_is_trained_on():
 
 
 def test_a_single_question_cannot_be_divided():
-    with pytest.raises(UserError, match=r"left for training; found only 1 different .* set --config.eval.questions=0"):
+    with pytest.raises(
+        UserError, match=r"left for training; found 1 different question, .* set --config.eval.questions=0"
+    ):
         make_task([Problem("1 + 1?", "2"), Problem("1 + 1?", "2")], Config())
 
 
@@ -237,17 +239,19 @@ def test_held_out_questions_of_another_file_are_not_trained_on(tmp_path):
     task = file_problems(write_twenty(tmp_path / "q.jsonl"), write_problems(tmp_path / "e.jsonl", held_out))
     assert {p.question for p in task.train} == {f"q{i}" for i in range(20)} - {"q3"}
     assert [p.question for p in task.held_out] == ["Q3 ", "held"]
-    assert task.notes[2] == "19 problems for training, 2 held out; 1 left out because they are held out"
+    assert task.notes[2] == "19 problems for training, 2 held out; not trained on because held out: 1"
 
 
 def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
     copy = write_twenty(tmp_path / "copy.jsonl")
     for pair in ((path, path), (path, copy), ("owner/name", "owner/name")):
-        with pytest.raises(UserError, match=r"task.eval_path must hold other problems than task.path; found the same"):
+        with pytest.raises(
+            UserError, match=r"task.eval_path must not hold the same problems as task.path; found equal"
+        ):
             file_problems(*pair)
     more = write_problems(tmp_path / "more.jsonl", [{"question": f"q{i}", "answer": i} for i in range(21)])
-    with pytest.raises(UserError, match="left for training; found only 20 different"):
+    with pytest.raises(UserError, match="left for training; found 20 different"):
         file_problems(path, more)
 
 
@@ -255,8 +259,8 @@ def test_answers_of_a_list_that_nothing_could_match_are_left_out_up_to_the_limit
     problems = [*listed(99), Problem("q", " ")]
     task = make_task(problems, Config())
     assert len(task.train) + len(task.held_out) == 99
-    assert task.notes[0].startswith("99 problems, 1 unreadable (problems[99] ")
-    with pytest.raises(UserError, match=r"All rows of problems .*found 1 of 99 without: problems\[98\]"):
+    assert task.notes[0].startswith("99 problems, 1 unreadable row (problems[99]: ")
+    with pytest.raises(UserError, match=r"unreadable rows in problems .*found 1 of 99 rows: problems\[98\]: no"):
         make_task(problems[1:], Config())
     assert len(make_task(problems[1:], Config(), graded=False).train) > 80
 
@@ -266,7 +270,7 @@ def test_answers_of_a_list_that_nothing_could_match_are_left_out_up_to_the_limit
     [
         ([], "problems must have at least one problem; found none"),
         ([Problem("q", "1"), ("q", "1")], r"problems\[1\] must be a grpo_jax.tasks.Problem; found \('q', '1'\). Write"),
-        ([Problem("q", 1)], r"problems\[0\] must have a string as answer; found 1. Write it as text"),
+        ([Problem("q", 1)], r"problems\[0\]: the answer must be a string; found 1. Write it as text"),
     ],
 )
 def test_a_list_must_hold_problems(problems, says):
@@ -297,15 +301,15 @@ def test_a_task_may_end_in_evaluation_only():
     [
         (None, "must be a grpo_jax.tasks.Problem; found None. Write"),
         ("q", "must be a grpo_jax.tasks.Problem; found 'q'"),
-        (Problem(1, "2"), "must have a text, or messages .* as question; found 1. Write"),
-        (Problem("1", 2.5), "must have a string as answer; found 2.5. Write"),
+        (Problem(1, "2"), ": the question must be a text, or messages .*; found 1. Write"),
+        (Problem("1", 2.5), ": the answer must be a string; found 2.5. Write"),
     ],
 )
 def test_what_a_task_returns_must_be_a_problem(returned, says):
     def task(index, *, seed, split):
         return Problem("q", "1") if index < 4 else returned
 
-    with pytest.raises(UserError, match=f"The value of task 'task' for index 4 of split 'train' {says}"):
+    with pytest.raises(UserError, match=f"The value of task 'task' for index 4 of split 'train'.*{says}"):
         draw_problems(task, range(8), seed=0, split="train")
 
 

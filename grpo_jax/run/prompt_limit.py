@@ -76,7 +76,8 @@ def describe_too_long(
 ) -> str:
     """Describes which of N prompts are longer than the limit, and what would take all of them."""
     rows, longest = np.flatnonzero(lengths > limit), int(lengths.max())
-    named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]] + ["..."] * (len(rows) > NAMED_PROMPTS)
+    named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]]
+    named += [f"and {len(rows) - NAMED_PROMPTS:,} more"] * (len(rows) > NAMED_PROMPTS)
     most = positions - cfg.rollout.max_tokens
     expected, changes = f"rollout.max_prompt_tokens={limit} tokens", [f"rollout.max_prompt_tokens={longest}"]
     if limit == most and not cfg.rollout.max_prompt_tokens:

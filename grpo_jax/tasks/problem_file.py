@@ -1,4 +1,4 @@
-"""Problems from a file or a data set, and the limit on rows that cannot be used."""
+"""Reads problems from a file or a dataset, and limits how many rows may be unreadable."""
 
 import re
 from collections import Counter
@@ -16,9 +16,9 @@ from grpo_jax.tasks.shapes import read_problem
 from grpo_jax.text.answers import read_expected
 from grpo_jax.text.problem import Problem
 
-# Numbers, fractions and choices, which need no parsing to be readable; it takes up to 0.1 ms, and files are large.
+# Numbers, fractions and choices are readable without being parsed, which takes up to 0.1 ms for each row.
 READABLE = re.compile(r"-?\d{1,20}(\.\d{1,20})?|-?\\[dt]?frac\{\d{1,20}\}\{[1-9]\d{,20}\}|\([A-J]\) .*", re.DOTALL)
-SHOWN_REASONS, SHOWN_ROWS = 3, 4  # how many of them an error quotes
+SHOWN_REASONS, SHOWN_ROWS = 3, 4  # reasons that an error quotes, and rows that it names for each
 
 
 def read_problems(
@@ -26,8 +26,8 @@ def read_problems(
 ) -> list[Problem]:
     """Reads problems from JSON lines, a JSON array, CSV or parquet, each also gzipped, or a Hugging Face dataset.
 
-    The fields of known data sets are found by their names; all fields that are not part of the question or the answer
-    become metadata. Rows with an answer that no completion could match are left out.
+    The fields of known data sets are recognized by their names. Fields that are not used become metadata. Unreadable
+    rows are left out: those without a question, and those with an answer that no completion could match.
 
     Args:
         path: A file, the folder of a dataset, or a hub id `owner/name[:config[:split]]`.
@@ -36,7 +36,7 @@ def read_problems(
         choices: The field of the choices of a multiple-choice question, likewise.
 
     Raises:
-        UserError: The file cannot be read, a row is malformed, or more than 1% of the rows cannot be used.
+        UserError: The file cannot be read, a row is malformed, or more than 1% of the rows are unreadable.
     """
     task_cfg = TaskSection(question=question or "", answer=answer or "", choices=choices or "")
     return read_with_notes(str(path), task_cfg, graded=True)[0]
@@ -47,11 +47,11 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
 
     Args:
         path: The file or dataset.
-        task_cfg: The config's `task` section, with the names of fields and the limit on rows that cannot be used.
+        task_cfg: The config's `task` section, with the names of fields and the limit on unreadable rows.
         graded: Whether the accuracy reward compares completions with the answers.
 
     Returns:
-        The problems, and a line that says what was taken for what.
+        (problems, note): The problems, and a line that says which fields they were read from.
     """
     name = basename(path.rstrip("/"))
     said: Counter[str] = Counter()
@@ -66,24 +66,29 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
                 yield place, str(error)
 
     problems, unreadable = keep_readable(path, read(), task_cfg.max_unreadable, graded=graded)
-    sources = "; ".join(f"{how} ({count:,} rows)" if len(said) > 1 else how for how, count in said.most_common())
-    return problems, f"{name}: {sources}, {len(problems):,} rows{unreadable}"
+    counted = [
+        f"{how} in {count:,} row{'s' * (count > 1)}" if len(said) > 1 else how for how, count in said.most_common()
+    ]
+    return problems, f"{name}: {'; '.join(counted)}; {len(problems):,} problems{unreadable}"
 
 
 def keep_readable(
     source: str, rows: Iterable[tuple[str, Problem | str]], limit: float, *, graded: bool
 ) -> tuple[list[Problem], str]:
-    """Returns the problems that can be used, and a phrase about the others.
+    """Separates readable from unreadable rows.
 
     Args:
-        source: What errors call the file or the list.
-        rows: Places, each with a problem or with the reason why there is none.
-        limit: Largest fraction of rows that may be left out.
-        graded: Whether completions are compared with the answers, so that each must be one that some completion could
-            match.
+        source: The name of the file or the list in error messages.
+        rows: The place of each row, with its problem or with the reason why it has none.
+        limit: Largest fraction of rows that may be unreadable.
+        graded: Whether the accuracy reward compares completions with the answers. If so, a row is unreadable if no
+            completion could match its answer.
+
+    Returns:
+        (problems, phrase): The problems of the readable rows, and a phrase that lists the others, or "".
 
     Raises:
-        UserError: There are no rows, or more than the limit cannot be used.
+        UserError: There are no rows, or too many are unreadable.
     """
     problems: list[Problem] = []
     reasons: dict[str, list[str]] = {}
@@ -100,16 +105,17 @@ def keep_readable(
         raise UserError(f"{source} must have at least one problem; found none. Add some.")
     listed = "; ".join(
         ", ".join([*places[:SHOWN_ROWS], *([f"and {len(places) - SHOWN_ROWS:,} more"] * (len(places) > SHOWN_ROWS))])
-        + f" {reason}"
+        + f": {reason}"
         for reason, places in list(reasons.items())[:SHOWN_REASONS]
     )
     if count > limit * total:
         raise UserError(
-            f"All rows of {source} but a fraction of task.max_unreadable={limit} must have a question and an answer "
-            f"that a completion could match; found {count:,} of {total:,} without: {listed}. Correct them, or name the "
-            "fields with --config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD."
+            f"The fraction of unreadable rows in {source} (no question, or an answer that no completion could match) "
+            f"may be at most task.max_unreadable={limit}; found {count:,} of {total:,} rows: {listed}. Correct them, "
+            "or name the fields with --config.task.question=FIELD, --config.task.answer=FIELD and "
+            "--config.task.choices=FIELD."
         )
-    return problems, f", {count:,} unreadable ({listed})" if count else ""
+    return problems, f", {count:,} unreadable row{'s' * (count > 1)} ({listed})" if count else ""
 
 
 def unreadable_answer(problem: Problem) -> str:
@@ -118,7 +124,7 @@ def unreadable_answer(problem: Problem) -> str:
         if not READABLE.fullmatch(problem.answer):
             read_expected(problem.answer)
     except ValueError as error:
-        return f"has the answer {problem.answer!a:.60}, which no completion could match ({error})"
+        return f"no completion could match the answer {problem.answer!a:.60} ({error})"
     return ""
 
 
@@ -131,13 +137,13 @@ def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = Tr
         graded: Whether the accuracy reward compares completions with the answers.
 
     Raises:
-        UserError: A file cannot be used, or both are the same.
+        UserError: A file cannot be used, or both files have the same content.
     """
     path, eval_path = task_cfg.path, task_cfg.eval_path
     digests, eval_digests = digest_files(path), digest_files(eval_path) if eval_path else {}
     if path == eval_path or (digests and sorted(digests.values()) == sorted(eval_digests.values())):
         raise UserError(
-            f"task.eval_path must hold other problems than task.path; found the same ones in {path} and {eval_path}. "
+            f"task.eval_path must not hold the same problems as task.path; found equal files {path} and {eval_path}. "
             "Name another file, or leave out task.eval_path to hold out a tenth of task.path."
         )
     problems, note = read_with_notes(path, task_cfg, graded=graded)

@@ -23,7 +23,7 @@ class ProblemList:
         Args:
             train: Training problems, at least one.
             held_out: Held-out problems.
-            notes: Lines that say how the problems were read and divided, to print before training.
+            notes: Lines to print before training, which say how the problems were read and split.
             digests: SHA-256 of each file that the problems come from, by absolute path.
         """
         self.train, self.held_out, self.notes, self.digests = train, held_out, notes, digests or {}
@@ -39,7 +39,7 @@ class ProblemList:
 
 
 def question_hash(problem: Problem) -> int:
-    """Returns a hash of a question that is the same for copies with other spacing, case or forms of characters."""
+    """Returns a hash of a question that ignores white space, case and compatibility variants of characters."""
     text = "\n".join(turn["content"] for turn in read_messages(problem.question))
     normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return int.from_bytes(hashlib.sha256(normalized.encode(errors="replace")).digest()[:8])
@@ -53,14 +53,14 @@ def split_problems(
     notes: Sequence[str] = (),
     digests: dict[str, str] | None = None,
 ) -> ProblemList:
-    """Divides problems into training and held-out problems, so that no question is on both sides.
+    """Splits problems into training and held-out problems, so that no question is in both.
 
     Args:
         problems: All problems.
-        held_out: The held-out problems, if they are given. Others with the same questions are not trained on.
-        hold_out: Whether to hold out about a tenth of the questions otherwise, chosen by their hashes: at least one,
-            but not all.
-        notes: Lines that say how the problems were read; one with the counts is added.
+        held_out: The held-out problems, or None to choose them. Problems with the same questions are not trained on.
+        hold_out: Whether to hold out about a tenth of the questions if `held_out` is None. They are chosen by their
+            hashes: at least one, but not all.
+        notes: Lines that say how the problems were read. A line with the counts is appended.
         digests: See `ProblemList`.
 
     Raises:
@@ -77,11 +77,12 @@ def split_problems(
     train = [problem for problem, value in zip(problems, hashes, strict=True) if value not in chosen]
     if not train:
         raise UserError(
-            f"Some problems must be left for training; found only {len(distinct):,} different questions, all "
-            "held out. Add other ones, or set --config.eval.questions=0 for no evaluation."
+            f"At least one problem must be left for training; found {len(distinct):,} different "
+            f"question{'s' * (len(distinct) != 1)}, all held out. Add other problems, or set --config.eval.questions=0 "
+            "to train without evaluation."
         )
     removed = [problem for problem, value in zip(problems, hashes, strict=True) if value in chosen]
     note = f"{len(train):,} problems for training, {len(removed if held_out is None else held_out):,} held out"
-    note += f"; {len(removed):,} left out because they are held out" if held_out is not None and removed else ""
-    note += f"; {len(hashes) - len(distinct):,} repeat a question" if len(distinct) < len(hashes) else ""
+    note += f"; not trained on because held out: {len(removed):,}" if held_out is not None and removed else ""
+    note += f"; duplicate questions: {len(hashes) - len(distinct):,}" if len(distinct) < len(hashes) else ""
     return ProblemList(train, removed if held_out is None else held_out, (*notes, note), digests)

@@ -24,7 +24,7 @@ DATASET_ID = re.compile(r"(?!.*\.(jsonl?|csv|tsv|txt|parquet|gz)$)[\w.-]+/[\w.-]
 
 
 class RepeatedKey(NamedTuple):
-    """Stands for a JSON object that has a key twice, until it is known in which row."""
+    """Stands in for a JSON object with a repeated key until the row is known."""
 
     key: str
 
@@ -80,14 +80,14 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
             yield from read_parquet(raw if stream is raw else io.BytesIO(stream.read()))
             return
         encoding = json.detect_encoding(head[:4])  # UTF-8, or UTF-16 or UTF-32 with or without a byte order mark
-        # Bytes that are not UTF-8 become surrogates, which `plain` finds; the line is known there.
+        # Bytes that are not UTF-8 become surrogates, which `plain` reports with their line.
         text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
         is_json = head.decode(encoding, "ignore").lstrip()[:1] in ("", "[", "{") or ".json" in path.lower()
         yield from read_json(text) if is_json else read_table(text)
 
 
 def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of JSON lines, or those of one list, which may be the only list of an object."""
+    """Yields the rows of JSON lines, of a JSON array, or of the only array of objects in a JSON object."""
     values = parse_lines(text)
     first = list(islice(values, 2))
     if len(first) != 1:
@@ -103,7 +103,7 @@ def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def parse_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
-    """Yields the value of each line that is not empty, or of the whole text if its first line is not JSON."""
+    """Yields the value of each line that is not empty, or of the whole text if its first line alone is not JSON."""
     is_first = True
     for number, line in enumerate(text, start=1):
         if not line.strip():
@@ -153,11 +153,11 @@ def read_parquet(file: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_dataset(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a dataset. The package `datasets` has ceased to run code that comes with one."""
+    """Yields the rows of a dataset. Since version 4, `datasets` does not run code that comes with a dataset."""
     try:
         import datasets
     except ImportError:
-        raise ValueError("it needs the package that `pip install datasets` installs") from None
+        raise ValueError("reading a dataset needs `pip install datasets`") from None
     name, config, split = (path, "", "") if Path(path).is_dir() else (*path.split(":"), "", "")[:3]
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):

@@ -1,7 +1,7 @@
-r"""The fields of known data sets: makes a problem of a row.
+r"""Makes a problem from a row, by the field names of known data sets.
 
-Field names are compared in lower case with "_" for a blank, so `correct_answer` also stands for `Correct Answer`. A
-dotted name is a field of a field. Of each table, the first field counts that a row has and that is not empty:
+Field names are compared in lower case with "_" for a blank, so `correct_answer` also matches `Correct Answer`. Dots
+separate the names of nested fields. From each table, the first field that a row has and that is not empty is used:
 
     question   GSM8K, AIME, OlympiadBench, ASDiv, SVAMP, multiple choice, reasoning-gym
     problem    MATH, MATH-500, NuminaMath, OpenR1, DeepScaleR, Big-Math, Polaris, Omni-MATH, AMC
@@ -30,13 +30,13 @@ from grpo_jax.text.answers import find_boxes
 from grpo_jax.text.problem import Message, Problem, read_messages
 
 QUESTIONS = ("question", "problem", "prompt", "query")
-CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # what stands before the question, and the space between
+CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # fields put before the question, and the separator
 ANSWERS = ("reward_model.ground_truth", "final_answer", "answer", "expected_answer", "ground_truth", "solution")
 CHOICES = ("choices", "options")
 CHOICE_ANSWERS = ("correct_answer", "answerkey", "answer_index", "answer_idx", "correct", "label", "gold", *ANSWERS)
 GPQA = ("correct_answer", "incorrect_answer_1", "incorrect_answer_2", "incorrect_answer_3")
 
-# Tasks of reasoning-gym with several correct answers, of which a row holds at most one, or with a score of their own.
+# Tasks of reasoning-gym whose questions have several correct answers, or that have their own scores.
 OWN_VERIFIERS = """
     arc_1d arc_agi binary_matrix boxnet codeio countdown cryptarithm emoji_mystery figlet_font futoshiki game_of_life
     graph_color group_anagrams intermediate_integration jugs kakurasu knight_swap manipulate_matrix mini_sudoku n_queens
@@ -55,23 +55,23 @@ _LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(\S.*)", re.DOTALL)
 
 
 def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> tuple[Problem, str]:
-    """Makes a problem of a row.
+    """Makes a problem from a row.
 
     Args:
         row: The row.
-        fields: The config's `task` section, of which `question`, `answer` and `choices` name fields, or are empty.
-        graded: Whether the accuracy reward compares completions with the answer. If not, the answer may be missing, or
-            anything that JSON can hold.
+        fields: The config's `task` section, whose `question`, `answer` and `choices` name fields or are empty.
+        graded: Whether the accuracy reward compares completions with the answer. If not, the answer may be missing or
+            any JSON value.
 
     Returns:
-        The problem without its id, and a phrase that says what was taken for what.
+        (problem, phrase): The problem without its id, and a phrase that says which fields it was read from.
 
     Raises:
         ValueError: The row has no usable question or answer.
     """
     verifier = needed_verifier(row)
     if graded and verifier:
-        raise ValueError(f"needs the verifier {verifier!r}: its question has other correct answers than the row's")
+        raise ValueError(f"it needs the verifier {verifier!r}, because its question has several correct answers")
     field, value = find(row, *([fields.question] if fields.question else QUESTIONS))
     require_field(field, "question", fields.question, row)
     question, used, said = check_question(value), [field], [f"question from `{field}`"]
@@ -109,7 +109,7 @@ def find(row: dict[str, Any], *names: str) -> tuple[str, Any]:
 
 @lru_cache
 def spell_names(fields: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
-    """Returns those of the names whose first part is a field of a row, spelled as the row spells it."""
+    """Returns the names whose first part is a field of the row, in the row's own spelling."""
     spelled = {field.strip().lower().replace(" ", "_"): field for field in fields}
     spelled |= {field: field for field in fields}
     parts = [(name, "", "") if name in fields else name.partition(".") for name in names]
@@ -137,16 +137,16 @@ def parse_text(text: str) -> Any:
 
 
 def require_field(found: str, role: str, named: str, row: dict[str, Any]) -> None:
-    """Raises a ValueError that lists the fields of a row if it has no field, or an empty one, for a role."""
+    """Raises a ValueError that lists the fields of a row if none was found for a role, or the named one is empty."""
     if not found:
         nested = {name: value if isinstance(value, dict) else {"": value} for name, value in row.items()}
         names = [f"{name}.{part}".rstrip(".") for name, value in nested.items() for part in value]
-        what = f"nothing in the field {named!r}" if named else f"no field that is known to hold the {role}"
-        raise ValueError(f"has {what}; its fields are {', '.join(names[:30])}")
+        what = f"the field {named!r} is missing or empty" if named else f"no field is known to hold the {role}"
+        raise ValueError(f"{what}; the fields are {', '.join(names[:30])}")
 
 
 def needed_verifier(row: dict[str, Any]) -> str:
-    """Returns the name of the verifier that a row needs because comparing with one answer would be wrong, or ""."""
+    """Returns the name of the verifier that a row with several correct answers needs, or "" for any other row."""
     for place in ("", "reward_model.ground_truth."):
         if find(row, place + "target")[0] and find(row, place + "nums", place + "numbers")[0]:
             return "countdown"
@@ -155,7 +155,7 @@ def needed_verifier(row: dict[str, Any]) -> str:
 
 
 def check_question(value: Any) -> str | list[Message]:
-    """Returns a question: a text, or messages with nothing but roles and contents.
+    """Returns a question: a text, or messages with roles and contents only.
 
     Raises:
         ValueError: It is neither, or the last message is not the user's.
@@ -166,10 +166,10 @@ def check_question(value: Any) -> str | list[Message]:
 
 
 def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[str], list[str], list[str]]:
-    """Returns the choices of a row, what its answer may call them, and the fields where they are; all empty if none."""
+    """Returns (choices, labels, fields): the choices of a row, their labels, and their fields; all empty if none."""
     columns = [find(row, name) for name in GPQA]
     if all(name for name, _ in columns) and not named:
-        # The right answer is the first column; an order by hashes hides that and is always the same.
+        # The correct answer is the first column. Sorting by hashes hides that, and always gives the same order.
         texts = sorted(
             (write_value(v) for _, v in columns), key=lambda text: hashlib.sha256((question + text).encode()).digest()
         )
@@ -183,7 +183,7 @@ def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[s
         value = [row[letter] for letter in names]
     if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
         if named:
-            raise ValueError(f"must have 2 to {len(LETTERS)} choices in the field {named!r}; found {value!a:.40}")
+            raise ValueError(f"the field {named!r} must hold 2 to {len(LETTERS)} choices; found {value!a:.40}")
         return [], [], []
     texts = [write_value(choice) for choice in value]
     lettered = [_LETTERED.fullmatch(text) for text in texts]  # AQuA and AGIEval write "A)21" and "(A)21"
@@ -209,19 +209,19 @@ def pick_choice(answer: Any, texts: list[str], labels: list[str]) -> int:
         return LETTERS.index(letter[1].upper())
     named = [index for index, text in enumerate(texts) if written in (text.strip(), str(index))]
     if len(named) != 1:
-        raise ValueError(f"has the answer {written!a:.40}, which names {len(named)} of its choices")
+        raise ValueError(f"the answer must name one of the choices; found {written!a:.40}, which names {len(named)}")
     return named[0]
 
 
 def write_value(value: Any) -> str:
-    """Writes a text or a finite number as text, numbers without an exponent; raises a ValueError for anything else."""
+    """Returns a text or a finite number as text, without exponents; raises a ValueError for anything else."""
     if isinstance(value, bool | float | dict | list | None) and not (type(value) is float and math.isfinite(value)):
-        raise ValueError(f"must have a text or a number as its answer; found {value!a:.40}")
+        raise ValueError(f"an answer or a choice must be a text or a number; found {value!a:.40}")
     return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 def read_answer(value: Any, field: str) -> tuple[str, str]:
-    r"""Returns the final answer in a field, and a phrase that says where in it, such as " (last `\boxed`)".
+    r"""Returns the final answer in a field, and a phrase that says where it was found, such as " (last `\boxed`)".
 
     Raises:
         ValueError: There is none.
@@ -238,5 +238,5 @@ def read_answer(value: Any, field: str) -> tuple[str, str]:
     elif boxes:
         text, how = boxes[-1].strip(), " (last `\\boxed`)"
     if text.lower() in NO_ANSWER or (field.lower() == "solution" and not how and len(text.split()) > MAX_WORDS):
-        raise ValueError(f"has no final answer in the field {field!r}{how}")
+        raise ValueError(f"no final answer in the field {field!r}{how}")
     return text, how

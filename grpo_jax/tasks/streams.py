@@ -16,7 +16,7 @@ from grpo_jax.tasks.shapes import check_question
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 
-CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are checked before training
+CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are measured before training
 
 TASK_RESUME_HINT = "To resume a run of grpo_jax.train with problems=..., call it again with the same problems."
 
@@ -43,8 +43,8 @@ def make_task(problems: Any, cfg: Config, *, graded: bool = True) -> Task:
         problems: None for the task that the config names, a list of problems, the path of a file of problems, or a
             task.
         cfg: The run's config.
-        graded: Whether the accuracy reward compares completions with the answers of a file or a list, so that each must
-            be one that some completion could match.
+        graded: Whether the accuracy reward compares completions with the answers. If so, rows of a file or a list whose
+            answer no completion could match are left out.
 
     Raises:
         UserError: `problems` is none of these, or a problem cannot be used.
@@ -68,8 +68,8 @@ def list_task(problems: list[Problem] | tuple[Problem, ...], cfg: Config, *, gra
     """Returns a task that asks the problems of a list and holds out about a tenth of them (see `split_problems`).
 
     Raises:
-        UserError: The list is empty, an element is not a problem, or too many answers are such that no completion could
-            match them.
+        UserError: The list is empty, an element is not a problem, or no completion could match the answers of too many
+            problems.
     """
     named = [(f"problems[{i}]", check_problem(problem, f"problems[{i}]")) for i, problem in enumerate(problems)]
     kept, unreadable = keep_readable("problems", named, cfg.task.max_unreadable, graded=graded)
@@ -95,9 +95,9 @@ def check_problem(value: Any, name: str) -> Problem:
         if not isinstance(value.question, str):
             check_question(value.question)
         if not isinstance(value.answer, str):
-            raise ValueError(f"must have a string as answer; found {value.answer!r:.60}")
+            raise ValueError(f"the answer must be a string; found {value.answer!r:.60}")
     except ValueError as error:
-        raise UserError(f"{name} {error}. Write it as text.") from None
+        raise UserError(f"{name}: {error}. Write it as text.") from None
     return value
 
 
@@ -135,16 +135,17 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     if count and not problems:
         raise UserError(
             "A task must have at least one held-out problem; found none for split 'eval'. Add problems with other "
-            "questions, return one for index 0 of that split, or set --config.eval.questions=0 for no evaluation."
+            "questions, return one for index 0 of that split, or set --config.eval.questions=0 to train without "
+            "evaluation."
         )
     return problems
 
 
 def problems_to_check(task: Task, seed: int, questions: int) -> tuple[list[Problem], list[Problem]]:
-    """Returns the (training, held-out) problems whose prompts are checked before training.
+    """Returns the (training, held-out) problems whose prompts are measured before training.
 
-    They are all problems of a list. Another task may be endless: they are its first problems and the held-out problems
-    that are evaluated.
+    These are all problems of a list. Any other task may be endless, so they are its first training problems, and the
+    held-out problems of an evaluation.
     """
     if isinstance(task, ProblemList):
         return list(task.train), list(task.held_out)

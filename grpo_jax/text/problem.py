@@ -32,7 +32,7 @@ class Problem:
 
 
 def read_messages(question: Any) -> list[Message]:
-    """Returns a question as messages with nothing but roles and texts; contents may be lists of texts to be joined.
+    """Returns a question as messages with roles and contents only; a content that is a list of texts is joined.
 
     Raises:
         ValueError: It is neither a text nor messages, or the last message is not the user's.
@@ -48,7 +48,7 @@ def read_messages(question: Any) -> list[Message]:
     except (KeyError, TypeError, IndexError):
         pass
     raise ValueError(
-        f"must have a text, or messages of which the last is the user's, as question; found {question!a:.70}"
+        f"the question must be a text, or messages of which the last is the user's; found {question!a:.70}"
     )
 
 

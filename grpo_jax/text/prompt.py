@@ -86,7 +86,7 @@ def named_messages(problem: Problem, name: str) -> list[Message]:
         surrogate = error.object[error.start]
         raise UserError(f"{name} must be valid Unicode; found the lone surrogate {surrogate!r}. Remove it.") from None
     except ValueError as error:
-        raise UserError(f"{name} {error}. Correct it.") from None
+        raise UserError(f"{name}: {error}. Correct it.") from None
     return messages
 
 
