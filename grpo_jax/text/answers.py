@@ -21,11 +21,16 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ \-',./&]+[^\W\d_]+)*[!?.]?")
 _SHORT_WORDS = TABLES["words"]["short"].split()
 _NAMES = {*FUNCTIONS, *LETTERS, *LETTERS.values(), "inf", "infinity", "and", "or"}
-_HEDGES = re.compile(rf"\b(?:{TABLES['words']['hedges']})\b|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不", re.IGNORECASE)
+_HEDGES = re.compile(
+    rf"\b(?:{TABLES['words']['hedges']})\b|[?≈~]|\\(?:approx|sim|neg|not)\b|或|不|左右|くらい|ぐらい", re.IGNORECASE
+)
 _SENTENCE = re.compile(rf'^(?:"?(?:(?:{TABLES["words"]["sentence"]})|[=是为有共])"?[\s,:]*)+', re.IGNORECASE)
 _EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])(?:[)\]][.:]?|[.:]|$)\s*(.*)")
 _OTHER_CHOICE = re.compile(r"(?:^|\b(?:or|and|not)\b|[,/])\s*\(?[A-J](?:[).:,]|$)|\([A-J]\)|\b[A-J][).:]\s")
+_CHOICES = re.compile(
+    r"(?:[A-J]|\([A-J]\))(?:(?:[,;\s]|and)*(?:[A-J]|\([A-J]\)))+"
+)  # several, such as A, C or (A) and (C)
 _EXPECTED_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*\(([A-J])\)\s*\}?[\s~\\]*|([A-J])(?:[.)]\s+|$)")
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*|\d{4}-\d\d?-\d\d?", re.IGNORECASE)
@@ -145,11 +150,12 @@ def _judge_text(text: str, want: Tree, spelling: str = "") -> Verdict:
         return Verdict(True, text, "equal")
     if want[0] == "choice":
         return _judge_choice(text, *want[1:])
-    hedge = _HEDGES.search(text) if want[0] not in ("text", "opaque") else None
+    bare = _SENTENCE.sub("", text)
+    hedge = _HEDGES.search(text.removesuffix(bare) if want[0] in ("text", "opaque") else text)
     if hedge and hedge[0] not in spelling and not (hedge[0] == "or" and len(list_members(want)) > 1):
         return Verdict(False, text, f"hedged: {hedge[0]}")
     why = ""
-    for reading in dict.fromkeys((text, _SENTENCE.sub("", text))):
+    for reading in dict.fromkeys((text, bare)):
         try:
             got = parse_answer(reading)
             prose = got[0] in ("opaque", "text") and got[0] != want[0]
@@ -165,6 +171,9 @@ def _judge_choice(text: str, letter: str, value: Tree | None) -> Verdict:
     """Judges an answer to a question with choices, by the letter or by the value of the choice."""
     bare = text.replace('"', "")
     for reading in dict.fromkeys((bare, _SENTENCE.sub("", bare))):
+        if len(letter) > 1 and _CHOICES.fullmatch(reading):
+            same = "".join(sorted(set(re.findall("[A-J]", reading)))) == letter
+            return Verdict(same, reading, "the same choices" if same else "other choices")
         if choice := _CHOICE.fullmatch(reading):
             named, rest = choice[1].upper(), choice[2]
             if named != letter or _OTHER_CHOICE.search(rest):
@@ -211,6 +220,9 @@ def _read_expected(answer: str) -> tuple[Tree, str]:
     text = _read_tags(text) if "<answer>" in text else text
     ends = [match.end() for match in _BOXED.finditer(text)]
     text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
+    plain = re.sub(r"\\[a-z]+|[${}]", "", text).strip()
+    if _CHOICES.fullmatch(plain) and not plain.isalpha():
+        return ("choice", "".join(sorted(set(re.findall("[A-J]", plain)))), None), ""
     if choice := _EXPECTED_CHOICE.match(text):
         try:
             value = parse_answer(normalize_notation(text[choice.end() :]))
@@ -237,6 +249,11 @@ def parse_answer(text: str) -> Tree:
         return date
     words = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+(?:\{\w*(?:matrix|array)\})?", " ", bare))
     long = [word for word in words if len(word) > 2 or word.lower() in _SHORT_WORDS or not word.isascii()]
+    if (
+        sum(word.lower() not in _NAMES and (len(word) > 3 or word.lower() in _SHORT_WORDS) for word in words)
+        > MAX_WORDS
+    ):
+        raise ValueError(f"prose of {len(words)} words")
     if not (_WORDS.fullmatch(bare) and set(long) - _NAMES):
         try:
             return parse(text)

@@ -15,8 +15,8 @@ from grpo_jax.text.expressions import UNITS, Tree
 
 MAX_BITS, MAX_FACTORIAL, MAX_LOG, MAX_MEMBERS = 20_000, 1000, 10_000, 40
 MP = mpmath.mp.clone()
-MP.dps = 60  # significant digits of values that are not rational
-TOLERANCE = MP.mpf(10) ** -40  # relative
+MP.dps = 150  # significant digits of values that are not rational
+TOLERANCE = MP.mpf(10) ** -120  # relative
 
 _CONSTANTS = {("s", "π"): +MP.pi, ("s", "e"): +MP.e, ("s", "i"): MP.mpc(0, 1)}
 _INFINITY: Tree = ("s", "∞")
@@ -163,7 +163,7 @@ def plain_value(tree: Tree) -> Fraction | None:
         return Fraction(parts[0])
     if kind == "/" and all(part[0] == "n" or (part[0] == "neg" and part[1][0] == "n") for part in parts):
         top, bottom = (value_at(part, {}) for part in parts)
-        lowest = top.denominator == bottom.denominator == math.gcd(int(top), int(bottom)) == 1 < abs(bottom) and top
+        lowest = top.denominator == bottom.denominator == math.gcd(int(top), int(bottom)) == 1 and bottom
         return Fraction(top / bottom) if lowest else None
     if kind == "^" and parts[0] == ("n", 10):
         exponent = plain_value(parts[1])
@@ -271,6 +271,10 @@ def is_name(tree: Tree) -> bool:
 
 def split_unit(tree: Tree) -> tuple[str, Tree]:
     """Returns the unit of a quantity, or "" if it has none, and the expression before it."""
+    if tree[0] == "°":
+        return "°", tree[1]
+    if tree[0] == "neg" and tree[1][0] == "°":
+        return "°", ("neg", tree[1][1])
     return (tree[2], tree[1]) if tree[0] == "unit" else ("", tree)
 
 
@@ -291,7 +295,7 @@ def _contradict(one: str, other: str) -> bool:
 def list_members(tree: Tree) -> list[Tree]:
     """Returns the values of a list, a set of several or an expression with ±; anything else is one value."""
     if tree[0] in ("list", "set"):
-        members = [member for item in tree[1:] for member in list_members(item)]
+        members = [member for item in tree[1:] for member in (list_members(item) if item[0] != "set" else [item])]
         return members if len(members) > 1 else [tree]
     signed = [_choose_sign(tree, plus) for plus in "±∓"]
     return [tree] if signed[0] == tree else signed

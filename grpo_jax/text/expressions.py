@@ -18,16 +18,16 @@ MAX_TOKENS, MAX_DEPTH = 300, 40
 
 UNITS = {name: unit for unit, names in TABLES["units"].items() for name in (unit, *names.split())}
 _CURRENCIES = "＄€£¥¢"
-_FILLERS = {"unit", "of", "the", "a", "an", "in", "total", "altogether", "each", "all"}
+_FILLERS = {"unit", "of", "the", "a", "an", "total", "altogether", "each", "all"}
 _LEVELS = [("list", (",", ";", "and", "or")), ("relation", tuple("=<>≤≥≠∈"))]  # of the grammar, outermost first
 _CLOSING = {"(": ")]", "[": ")]", "⦃": "⦄", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
 _TOKEN = re.compile(
     r"""\s*(?:
     (?P<number>(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:\ \d{3})+(?!\d|\ \d)|\d+)(?:\.(?!\.)\d*)?|\.\d+)
         (?:[eE][+-]?\d{1,4}(?!\w))?)
-    |(?P<word>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞]|[^\W\d_A-Za-zͰ-Ͽ]+)
+    |(?P<word>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞∅]|[^\W\d_A-Za-zͰ-Ͽ]+)
     |(?P<command>\\[A-Za-z]+)
-    |(?P<sign>\.\.\.|\S)
+    |(?P<sign>\S)
     )""",
     re.VERBOSE,
 )
@@ -78,7 +78,7 @@ def _read_word(written: str, behind: bool, last: bool) -> list[tuple[str, str]]:
         return [("o", ":" if lower == "to" else lower)]
     if lower in FUNCTIONS or word in LETTERS or lower in ("inf", "infinity"):
         return [("f", lower) if lower in FUNCTIONS else ("s", LETTERS.get(word, "∞"))]
-    if len(word) == 1 and (word.isascii() or word in "∞" or word in LETTERS.values()):
+    if len(word) == 1 and (word.isascii() or word in "∞∅" or word in LETTERS.values()):
         return [("w" if word in UNITS and (quoted or (behind and last)) else "s", word)]
     named = word in UNITS or lower in UNITS or not word.isascii()
     if quoted or len(word) > 3 or named or (behind and re.search("[aeiou]", word)):
@@ -140,7 +140,9 @@ class Parser:
             return self.quantity()
         kind, allowed = _LEVELS[index]
         parts, signs = [self.level(index + 1)], []
-        while sign := self.accept(*allowed):
+        while (sign := self.accept(*allowed)) or (
+            not index and parts[-1][0] == "unit" and self.kind == "n"
+        ):  # 5 ft 3 in
             while index == 0 and self.accept("and", "or"):  # after a comma
                 pass
             signs.append(sign)
@@ -159,8 +161,6 @@ class Parser:
             raise ValueError("mixed operators")
         tree: Tree = (joints.pop(), *parts) if joints else parts[0]
         unit = canonical_unit(self.unit())
-        if tree[0] == "°" or (tree[0] == "neg" and tree[1][0] == "°"):
-            tree, unit = (tree[1] if tree[0] == "°" else ("neg", tree[1][1])), "°"
         return ("unit", tree, unit) if unit else tree
 
     def unit(self) -> list[str]:
@@ -280,7 +280,9 @@ class Parser:
             return ("/" if name == "frac" else name, self.part(), self.part())
         options: dict[str, Tree] = {}
         while sign := self.accept("_", "^", "[") if name != "sqrt" else self.accept("["):
-            options[sign] = self.level(1) if sign == "[" else self.argument()
+            behind = self.tokens[self.at + 1]  # \log_25 is \log_2 5
+            one_digit = sign == "_" and behind[0] in ("", "o") and behind[1] not in ("(", "{")
+            options[sign] = self.level(1) if sign == "[" else self.part() if one_digit else self.argument()
             if sign == "[":
                 self.expect("]")
         if name == "sqrt":
@@ -299,7 +301,8 @@ class Parser:
 
     def matrix(self) -> Tree:
         r"""Reads the rows of a matrix behind `\begin`, up to its `\end`."""
-        if self.skip_braces() == "{array}" and self.sign == "{":
+        kind = self.skip_braces().strip("{}")
+        if kind == "array" and self.sign == "{":
             self.skip_braces()
         rows: list[list[Tree]] = [[]]
         while self.tokens[self.at] != ("o", "end"):
@@ -309,7 +312,7 @@ class Parser:
                 rows[-1].append(self.level(1))
         self.take()
         self.skip_braces()
-        return ("matrix", *(("row", *row) for row in rows if row))
+        return (kind if kind == "vmatrix" else "matrix", *(("row", *row) for row in rows if row))
 
     def skip_braces(self) -> str:
         """Takes a group in braces and returns its text."""
@@ -322,9 +325,9 @@ class Parser:
 
 def canonical_unit(words: Sequence[str]) -> str:
     """Returns the words behind a number in one spelling, such as `cm^2` for square centimeters."""
-    text = " ".join(words).replace("mph", "mile / hour")
-    text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\b(?:cubic|cu) (\S+)", r"\1^3", text))
-    text = re.sub(r" squared\b", "^2", re.sub(r" cubed\b", "^3", re.sub(r"\bper\b", "/", text)))
+    text = " ".join(words)
+    for phrase, spelling in TABLES["unit_phrases"].items():
+        text = re.sub(phrase, spelling, text)
     unit = []
     for word in text.split():
         name, caret, power = word.partition("^")

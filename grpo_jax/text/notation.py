@@ -41,6 +41,10 @@ _NUMBER_WORD = re.compile(
     rf'(?<![\\\w])"?(?:({_TENS})"?[- ]"?({_DIGITS})|({"|".join(_NUMBERS)}))"?(?!\w)', re.IGNORECASE
 )
 _POWER_WORD = re.compile(rf'(?<=\d)\s*"?({"|".join(_POWERS)})"?(?!\w)', re.IGNORECASE)
+_PHRASES = [
+    (re.compile(f'"?(?:{phrase})"?'.replace(" ", '"? *"?'), re.IGNORECASE), sign)
+    for phrase, sign in TABLES["phrases"].items()
+]
 
 
 def normalize_notation(text: str) -> str:
@@ -53,13 +57,15 @@ def normalize_notation(text: str) -> str:
         raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
     if not text.isascii():
         text = re.sub("[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
+        text = re.sub("[₀-₉]+", lambda match: f"_{{{unicodedata.normalize('NFKC', match[0])}}}", text)
         text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
         text = unicodedata.normalize("NFKC", text)
     if not text.isprintable():
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # such as a zero-width space
         if re.search(r"[^\S\s]|[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
             raise ValueError("control characters or lone surrogates")
-    text = _EMPHASIS.sub(r"\1\2", text.replace('"', "").replace("{,}", ",").replace("''", ""))
+    text = _EMPHASIS.sub(r"\1\2", re.sub("[\"“”]|''", "", text).replace("{,}", ","))
+    text = re.sub(r"(?<=[\w}])~(?=[A-Za-z\\])", " ", text)
     if "\\" in text:
         text = _normalize_latex(text)
     text = _SIGNS.sub(lambda match: TABLES["signs"][match[0]], text)
@@ -70,8 +76,8 @@ def normalize_notation(text: str) -> str:
     if text.upper() != text.lower():  # there are letters
         text = _NUMBER_WORD.sub(lambda match: str(sum(_NUMBERS[word.lower()] for word in match.groups() if word)), text)
         text = _POWER_WORD.sub(lambda match: f"*10^{{{_POWERS[match[1].lower()]}}}", text)
-        text = re.sub(r'\s*"?\bper ?cent(?:age)?\b"?', "%", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
+        for phrase, sign in _PHRASES:
+            text = phrase.sub(sign, text)
     text = " ".join(_CURRENCY.sub(r"\2 \1", text).split()).strip(" *").rstrip(".,;: \\")
     if not text:
         raise ValueError("empty")
