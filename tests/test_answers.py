@@ -73,7 +73,7 @@ def test_no_respelling_of_an_expected_answer_is_lost(respelling):
         ("7" * 501, "more than 500 characters"),
         ("x" + "+x" * 200, "more than 300 symbols"),
         ("<answer>72", "no closed <answer>"),
-        ("+", "it ends too early"),
+        ("+", "it ends unexpectedly"),
     ],
 )
 def test_expected_answers_that_nothing_could_match_are_told_apart(answer, reason):
@@ -87,14 +87,14 @@ def test_expected_answers_that_nothing_could_match_are_told_apart(answer, reason
     [
         ("<answer> 72.0 </answer>", "72", "72.0", "equal"),
         ("<answer> 27 </answer>", "72", "27", "another value: 27, not 72"),
-        ("<answer> 84/12 </answer>", "7", "84/12", "arithmetic that is not carried out"),
+        ("<answer> 84/12 </answer>", "7", "84/12", "unevaluated arithmetic"),
         ("<answer> 5, 72 </answer>", "72", "5, 72", "2 values where one is expected"),
         ("<answer> 5 cm </answer>", "5 m", "5 cm", "another unit"),
         ("<answer> 5 or 72 </answer>", "72", "5 or 72", "hedged: or"),
         ("<answer> (B) </answer>", "A", "(B)", "another choice"),
         ("<answer> 72", "72", None, "no closed <answer>"),
         ("<answer> </answer>", "72", None, "the answer is empty"),
-        ("<think> <answer> 72 </answer> </think>", "72", None, "the answer is in the thoughts"),
+        ("<think> <answer> 72 </answer> </think>", "72", None, "the answer is inside the thoughts"),
     ],
 )
 def test_a_verdict_says_what_was_read_and_why(completion, expected, parsed, why):

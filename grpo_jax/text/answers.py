@@ -1,7 +1,7 @@
 """Extracts the answer from a completion and judges it against the expected one.
 
-Nothing in a text is executed. Every function runs in time linear in the length of a completion, and in bounded time on
-what it takes for the answer.
+Text is parsed and never executed. Every function runs in time linear in the length of a completion, and in bounded time
+on the answer that it extracts.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from grpo_jax.text.equality import difference, list_members
 from grpo_jax.text.expressions import Tree, parse, tokenize
 from grpo_jax.text.notation import FUNCTIONS, LETTERS, MAX_ANSWER_CHARS, TABLES, normalize_notation
 
-MAX_WORDS = 8  # of an answer in words
+MAX_WORDS = 8  # longest answer that consists of words
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ \-',./&]+[^\W\d_]+)*[!?.]?")
@@ -37,7 +37,7 @@ _DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\
 
 
 class Verdict(NamedTuple):
-    """The judgement of a completion."""
+    """Whether a completion is correct, and why."""
 
     correct: bool
     parsed: str | None  # the answer that was read, or None if there is none
@@ -68,7 +68,7 @@ def _read_tags(text: str) -> str:
     if start < 0 or end < 0:
         raise ValueError("no closed <answer>")
     if text.find("</think>", start) >= 0:
-        raise ValueError("the answer is in the thoughts")
+        raise ValueError("the answer is inside the thoughts")
     answer = text[start + len("<answer>") : end].strip()
     if not answer:
         raise ValueError("the answer is empty")
@@ -78,7 +78,7 @@ def _read_tags(text: str) -> str:
 
 
 def find_boxes(text: str) -> list[str]:
-    r"""Returns the content of each `\boxed{...}` without another box in it, "" where one is not closed."""
+    r"""Returns the content of each innermost `\boxed{...}`, or "" for a box that is not closed."""
     contents = [read_braced(text, match.end()) for match in _BOXED.finditer(text)]
     return [content for content in contents if not _BOXED.search(content)]
 
@@ -104,11 +104,11 @@ def judge(completion: str, expected: str) -> Verdict:
 
 
 def answers_match(answer: str, expected: str) -> bool:
-    r"""Returns whether an answer is the expected one, in whatever notation.
+    r"""Returns whether an answer equals the expected one, in any notation.
 
-    Numbers, expressions, lists, sets, intervals, matrices, units, dates and words are compared by what they mean. Where
-    a plain number is expected, arithmetic that is to be carried out does not match. An answer that names several values
-    where one is expected does not match. An expected answer that cannot be read matches nothing.
+    Numbers, expressions, lists, sets, intervals, matrices, units, dates and words are compared by their meaning. If a
+    plain number is expected, unevaluated arithmetic does not match. If one value is expected, an answer with several
+    does not match. An expected answer that cannot be read matches nothing.
     """
     try:
         return len(answer) <= MAX_ANSWER_CHARS and _judge_answer(answer, expected).correct
@@ -117,7 +117,7 @@ def answers_match(answer: str, expected: str) -> bool:
 
 
 def _judge_answer(answer: str, expected: str) -> Verdict:
-    """Judges an answer that may hold boxes."""
+    """Judges an answer that may contain boxes."""
     try:
         want, spelling = _read_expected(expected)
     except ValueError as error:
@@ -145,7 +145,7 @@ def _judge_answer(answer: str, expected: str) -> Verdict:
 
 
 def _judge_text(text: str, want: Tree, spelling: str = "") -> Verdict:
-    """Judges an answer in normalized notation, as it stands and without a sentence around it."""
+    """Judges an answer in normalized notation, first as it is, then without the sentence around it."""
     if text == spelling:
         return Verdict(True, text, "equal")
     if want[0] == "choice":
@@ -181,7 +181,7 @@ def _judge_choice(text: str, letter: str, value: Tree | None) -> Verdict:
             if rest and value and not _judge_text(rest, value).correct:
                 return Verdict(False, bare, "the letter and the value contradict each other")
             return Verdict(True, named, "the same choice")
-    return _judge_text(text, value) if value else Verdict(False, bare, "no choice")
+    return _judge_text(text, value) if value else Verdict(False, bare, "not one of the choices")
 
 
 def _compare(want: Tree, got: Tree) -> str:
@@ -194,26 +194,26 @@ def _compare(want: Tree, got: Tree) -> str:
 
 
 def _minutes(tree: Tree) -> Any:
-    """Returns the minutes since midnight of a time such as 3:30 PM or 15:30, or None if it is none."""
+    """Returns a time such as 3:30 PM or 15:30 in minutes since midnight, or None for anything else."""
     numbers = [part[1] for part in tree[1:] if part[0] == "n"] if tree[0] == ":" else []
     return tree[1] if tree[0] == "time" else numbers[0] * 60 + numbers[1] if len(numbers) == 2 else None
 
 
 def read_expected(answer: str) -> Tree:
-    r"""Returns an expected answer, parsed.
+    r"""Parses an expected answer.
 
-    Reads it out of what a data set may have around it: a rationale before `####`, a solution whose last `\boxed{}`
-    holds the answer, tags, "The answer is". A choice, such as `(A) 133`, becomes ("choice", letter, text or None).
+    Removes what data sets put around it: a rationale before `####`, a solution whose last `\boxed{}` holds the answer,
+    tags, "The answer is". A choice, such as `(A) 133`, becomes ("choice", letter, value), where the value may be None.
 
     Raises:
-        ValueError: No answer could match it, because it is empty, malformed or prose; the message says so.
+        ValueError: No answer could match it, because it is empty, malformed or prose. The message gives the reason.
     """
     return _read_expected(answer)[0]
 
 
 @functools.lru_cache(maxsize=1 << 17)
 def _read_expected(answer: str) -> tuple[Tree, str]:
-    """Returns an expected answer, parsed and in normalized notation."""
+    """Returns (tree, text): an expected answer parsed, and in normalized notation."""
     text = answer.strip().rpartition("####")[2].strip()
     if text.isdecimal() and len(text) <= 20:
         return ("n", Fraction(text)), text
@@ -227,7 +227,7 @@ def _read_expected(answer: str) -> tuple[Tree, str]:
         try:
             value = parse_answer(normalize_notation(text[choice.end() :]))
         except ValueError:
-            value = None  # none, or prose: the letter remains
+            value = None  # no text, or prose: only the letter counts
         return ("choice", choice[1] or choice[2], value), ""
     if text.casefold() == "nan":
         raise ValueError("not a number")
@@ -236,7 +236,7 @@ def _read_expected(answer: str) -> tuple[Tree, str]:
 
 
 def parse_answer(text: str) -> Tree:
-    """Parses an answer in normalized notation: a time, a date, words, or mathematics.
+    """Parses an answer in normalized notation: a time, a date, words or an expression.
 
     Raises:
         ValueError: The answer is prose of more than `MAX_WORDS` words, malformed or too long.
@@ -271,13 +271,13 @@ def parse_answer(text: str) -> Tree:
 
 
 def _fold_word(word: str) -> str:
-    """Returns a word without its case, where case has no meaning: not in short ones such as AB."""
+    """Lowers the case of a word, except of short ones such as AB, where case matters."""
     plain = len(word) > 3 or word[1:].islower() or word.lower() in _SHORT_WORDS
     return word.casefold() if plain else word
 
 
 def _read_date(text: str) -> Tree | None:
-    """Returns a date, such as March 5, 2024 or 5 March, or None if the text is none."""
+    """Parses a date, such as March 5, 2024 or 5 March; returns None for any other text."""
     text = " ".join(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b|\bthe\b|[,.]", " ", text).replace("Sept ", "Sep ").split())
     year = bool(re.search(r"\d{4}", text))
     for layout in ("%Y-%m-%d", "%B %d %Y", "%d %B %Y", "%b %d %Y", "%d %b %Y"):

@@ -1,6 +1,6 @@
-"""Compares a parsed answer with the expected one, exactly where both are rational, otherwise numerically.
+"""Compares a parsed answer with the expected one, exactly if both are rational and numerically otherwise.
 
-Time and memory are bounded: nothing is computed whose operands or result exceed the limits below.
+Time and memory are bounded: a computation whose operands or result exceed the limits below is refused.
 """
 
 import math
@@ -77,10 +77,10 @@ _OPERATIONS: dict[str, Any] = {
 
 
 def value_at(tree: Tree, point: Mapping[Tree, Any]) -> Any:
-    """Returns the value of an expression where its symbols have the values of `point`.
+    """Evaluates an expression whose symbols have the values in `point`.
 
     Raises:
-        ValueError, ArithmeticError, TypeError, KeyError: It has no value, or computing it exceeds a limit.
+        ValueError, ArithmeticError, TypeError, KeyError: The expression has no value, or computing it exceeds a limit.
     """
     kind, *parts = tree
     if kind == "n":
@@ -101,7 +101,7 @@ def free_symbols(tree: Any) -> set[Tree]:
 
 
 def points(*trees: Tree) -> Iterator[dict[Tree, Any]]:
-    """Yields a few values for the symbols of expressions: integers, then positive, then mixed fractions."""
+    """Yields points at which to compare expressions: integers, positive fractions, then fractions of both signs."""
     symbols = sorted(free_symbols(trees), key=repr)
     for index in range(4 if symbols else 1):
         values = [Fraction(_PRIMES[(place * (index + 1) + index) % 12] + place) for place in range(len(symbols))]
@@ -121,7 +121,7 @@ def close(one: Any, other: Any) -> bool:
 
 
 def equal_values(want: Tree, got: Tree) -> bool:
-    """Returns whether two expressions have equal values wherever the first is real, or complex if it contains i."""
+    """Returns whether two expressions are equal at all points where the first is real, or complex if it contains i."""
     tested = 0
     for point in points(want, got):
         try:
@@ -141,7 +141,7 @@ def equal_values(want: Tree, got: Tree) -> bool:
 
 
 def equivalent_relations(want: Tree, got: Tree) -> bool:
-    """Returns whether two equations or inequalities say the same: their differences are in a constant ratio."""
+    """Returns whether two equations or inequalities are equivalent: their differences have a constant ratio."""
     ratios = []
     for point in points(want[2:], got[2:]):
         try:
@@ -154,9 +154,9 @@ def equivalent_relations(want: Tree, got: Tree) -> bool:
 
 
 def plain_value(tree: Tree) -> Fraction | None:
-    r"""Returns the value of a number in plain notation, or None for anything else, also arithmetic to be carried out.
+    r"""Returns the value of a number in plain notation, or None for anything else, such as unevaluated arithmetic.
 
-    Plain are integers, decimals, fractions in lowest terms, mixed numbers, percent and scientific notation.
+    Integers, decimals, fractions in lowest terms, mixed numbers, percentages and scientific notation are plain.
     """
     kind, *parts = tree
     if kind == "n":
@@ -199,7 +199,7 @@ def difference(want: Tree, got: Tree) -> str:
     if want == got or (plain is not None and plain == plain_value(got)):
         return ""
     if plain is not None and plain_value(got) is None and equal_values(want, got):
-        return "arithmetic that is not carried out"
+        return "unevaluated arithmetic"
     if want[0] == "+" and [term[0] for term in want[1:]] == ["n", "neg"] and want[2][1][0] == "n":  # a range: 10-20
         want = (":", want[1], want[2][1])
     if want[0] in _UNORDERED and want[0] == got[0]:
@@ -212,9 +212,10 @@ def difference(want: Tree, got: Tree) -> str:
 
 
 def _compare_members(want: Sequence[Tree], got: Sequence[Tree], ordered: bool = False) -> str:
-    """Compares several values, whose order matters if `ordered` or if those of several variables have no names."""
+    """Compares several values. Their order matters if `ordered`, or if only the expected ones have variable names."""
     if len(want) != len(got) or len(want) > MAX_MEMBERS:
-        return f"{len(got)} values where {f'{len(want)} are' if len(want) > 1 else 'one is'} expected"
+        values = f"{len(got)} value{'s' * (len(got) > 1)}"
+        return f"{values} where {f'{len(want)} are' if len(want) > 1 else 'one is'} expected"
     named = len({split_name(member)[0] for member in want}) > 1 and not any(split_name(member)[0] for member in got)
     if named or ordered:
         return "another value" if any(map(difference, want, got)) else ""
@@ -228,7 +229,7 @@ def _compare_members(want: Sequence[Tree], got: Sequence[Tree], ordered: bool = 
 
 
 def split_name(tree: Tree) -> tuple[str, Tree]:
-    """Returns the name of a value, such as `x` of `x = 5` and `x > 5`, and the value or interval. No name is ""."""
+    """Splits `x = 5` or `x > 5` into the name and the value or interval. The name is "" if there is none."""
     if tree[0] != "relation":
         return "", tree
     _, signs, *sides = _ascending(tree)
@@ -256,7 +257,7 @@ def split_name(tree: Tree) -> tuple[str, Tree]:
 
 
 def _ascending(tree: Tree) -> Tree:
-    """Returns a relation with < instead of >."""
+    """Rewrites a relation with > as one with <."""
     if tree[0] != "relation" or tree[1][0] not in ">≥":
         return tree
     return ("relation", tree[1][::-1].translate(str.maketrans(">≥<≤", "<≤>≥")), *tree[:1:-1])
@@ -279,7 +280,7 @@ def split_unit(tree: Tree) -> tuple[str, Tree]:
 
 
 def _with_letters(tree: Tree, unit: str) -> Tree:
-    """Returns the product of an expression and the letters behind it, which may be symbols as in `5 m`."""
+    """Multiplies an expression by the letters of its unit, which may be symbols, as in `5 m`."""
     for word in unit.split():
         letter, _, power = word.partition("^")
         tree = ("*", tree, ("^", ("s", letter), ("n", Fraction(power if power.isdecimal() else 1))))
@@ -287,13 +288,13 @@ def _with_letters(tree: Tree, unit: str) -> Tree:
 
 
 def _contradict(one: str, other: str) -> bool:
-    """Returns whether two units differ; words that are no common units may be among other words."""
+    """Returns whether two units differ. Unknown units agree if they have a word in common."""
     known = all(word == "/" or word.partition("^")[0] in UNITS for word in f"{one} {other}".split())
     return one != other and (known or not set(one.split()) & set(other.split()))
 
 
 def list_members(tree: Tree) -> list[Tree]:
-    """Returns the values of a list, a set of several or an expression with ±; anything else is one value."""
+    """Returns the values of a list, a set with several members or an expression with ±, or else the tree itself."""
     if tree[0] in ("list", "set"):
         members = [member for item in tree[1:] for member in (list_members(item) if item[0] != "set" else [item])]
         return members if len(members) > 1 else [tree]
@@ -302,7 +303,7 @@ def list_members(tree: Tree) -> list[Tree]:
 
 
 def _choose_sign(tree: Any, plus: str) -> Any:
-    """Returns an expression with + instead of one of ± and ∓, and - instead of the other."""
+    """Replaces the sign `plus`, which is ± or ∓, by + and the other one by -."""
     if not isinstance(tree, tuple) or tree[:1] in (("n",), ("s",)):
         return tree
     kind, *parts = (_choose_sign(part, plus) for part in tree) if tree else (None,)

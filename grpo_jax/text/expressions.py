@@ -1,8 +1,8 @@
-r"""Parses expressions in LaTeX or plain notation to nested tuples.
+r"""Parses expressions in LaTeX or plain notation into nested tuples.
 
-An expression is a tuple of its kind and its parts. `2x+1` is ("+", ("*", ("n", 2), ("s", "x")), ("n", 1)), where
-numbers are fractions and ("s", name) is a symbol. ("[)", a, b) is an interval, and ("unit", expression, words) is a
-quantity. Nothing is computed here.
+An expression is a tuple of its kind and its parts: `2x+1` is ("+", ("*", ("n", 2), ("s", "x")), ("n", 1)), where
+numbers are fractions and ("s", name) is a symbol. ("[)", a, b) is an interval, and ("unit", expression, unit) a
+quantity. Nothing is evaluated here.
 """
 
 import re
@@ -68,8 +68,8 @@ def _read_word(written: str, behind: bool, last: bool) -> list[tuple[str, str]]:
     r"""Returns the tokens of a run of letters: a name, a word, or a product of symbols.
 
     Args:
-        written: The run, in quotes if it comes from `\text`.
-        behind: Whether it stands behind a number and a space, where a unit would be.
+        written: The run of letters, in quotes if it comes from `\text`.
+        behind: Whether it follows a number and a space, as a unit does.
         last: Whether no space follows.
     """
     word = written.strip('"')
@@ -90,7 +90,7 @@ def parse(text: str) -> Tree:
     """Parses an answer in normalized notation; several values become ("list", *values).
 
     Raises:
-        ValueError: It is no expression of this grammar, or it is too long or nested too deeply.
+        ValueError: The text does not follow the grammar, is too long or is nested too deeply.
     """
     parser = Parser(tokenize(text))
     tree = parser.level(0)
@@ -103,7 +103,7 @@ class Parser:
     """A recursive-descent parser: each method reads one level of the grammar, or raises ValueError."""
 
     def __init__(self, tokens: Sequence[tuple[str, str]]) -> None:
-        """Starts at the first token; two empty ones stand behind the last."""
+        """Starts at the first token. Two empty tokens are appended as an end marker."""
         self.tokens, self.at, self.depth = [*tokens, ("", ""), ("", "")], 0, 0
 
     @property
@@ -118,9 +118,9 @@ class Parser:
         return value if kind == "o" else ""
 
     def take(self) -> str:
-        """Returns the next token and moves on."""
+        """Returns the next token and advances."""
         if not self.kind:
-            raise ValueError("it ends too early")
+            raise ValueError("it ends unexpectedly")
         self.at += 1
         return self.tokens[self.at - 1][1]
 
@@ -152,7 +152,7 @@ class Parser:
         return (kind, *parts) if index == 0 else (kind, "".join(signs), *parts)
 
     def quantity(self) -> Tree:
-        """Reads a sum, ratio, range or union, and the unit behind it."""
+        """Reads a sum, ratio, range or union, and the unit after it."""
         parts, joints = [self.sum()], set()
         while joint := self.accept("∪", "∩", "∖", ":"):
             joints.add(joint)
@@ -164,7 +164,7 @@ class Parser:
         return ("unit", tree, unit) if unit else tree
 
     def unit(self) -> list[str]:
-        """Reads words behind a quantity, also `/` and powers between them."""
+        """Reads the words of a unit, with `/` and powers between them."""
         words: list[str] = []
         while True:
             following = self.tokens[self.at + 1][0]
@@ -175,7 +175,7 @@ class Parser:
             elif words and self.accept("^"):
                 power = self.argument()
                 if power[0] not in ("n", "neg"):
-                    raise ValueError("the power of a unit is no number")
+                    raise ValueError("the power of a unit is not a number")
                 words[-1] += f"^{power[1]}"
             elif self.sign == "(" and following == "w":
                 self.take()
@@ -231,7 +231,7 @@ class Parser:
         """Reads a number, a symbol, a function with its arguments, or something in brackets."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise ValueError("too deeply nested")
+            raise ValueError("nested too deeply")
         read = {"n": self.number, "f": self.function, "o": self.bracketed}.get(self.kind, self.symbol)
         tree = read(self.take())
         self.depth -= 1
@@ -248,7 +248,7 @@ class Parser:
         return ("mixed" if mixed else "*", number, fraction)
 
     def symbol(self, name: str) -> Tree:
-        """Reads a symbol, a word that stands for one, a command that is not known with its arguments, or a matrix."""
+        """Reads a symbol, a word that stands for one, an unknown command with its arguments, or a matrix."""
         if name == "begin":
             return self.matrix()
         if self.tokens[self.at - 1][0] == "w" and len(name) > 1 and self.sign not in ("=", "∈"):
@@ -300,7 +300,7 @@ class Parser:
         return ("^", tree, options["^"]) if "^" in options else tree
 
     def matrix(self) -> Tree:
-        r"""Reads the rows of a matrix behind `\begin`, up to its `\end`."""
+        r"""Reads the rows of a matrix after `\begin`, up to its `\end`."""
         kind = self.skip_braces().strip("{}")
         if kind == "array" and self.sign == "{":
             self.skip_braces()
@@ -324,7 +324,7 @@ class Parser:
 
 
 def canonical_unit(words: Sequence[str]) -> str:
-    """Returns the words behind a number in one spelling, such as `cm^2` for square centimeters."""
+    """Returns the words after a number in one spelling, such as `cm^2` for square centimeters."""
     text = " ".join(words)
     for phrase, spelling in TABLES["unit_phrases"].items():
         text = re.sub(phrase, spelling, text)

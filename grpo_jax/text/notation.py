@@ -1,7 +1,7 @@
-r"""Rewrites answers in one notation, so that one grammar reads them all.
+r"""Rewrites answers into one notation, so that a single grammar can parse them.
 
-For example, `\dfrac{3}{4}` becomes `\frac{3}{4}`, `\gamma` the letter itself and `5\text{ cm}` becomes `5 "cm"`: quotes
-mark the words of `\text`. `notation.toml` lists what means the same.
+For example, `\dfrac{3}{4}` becomes `\frac{3}{4}`, `\gamma` becomes that letter, and `5\text{ cm}` becomes `5 "cm"`:
+quotes mark the words of `\text`. `notation.toml` lists equivalent spellings.
 """
 
 import re
@@ -48,10 +48,10 @@ _PHRASES = [
 
 
 def normalize_notation(text: str) -> str:
-    """Returns an answer in one notation.
+    """Returns an answer in the notation that `expressions.py` parses.
 
     Raises:
-        ValueError: The text is too long, contains control characters or lone surrogates, or says nothing.
+        ValueError: The text is empty, is too long, or contains control characters or lone surrogates.
     """
     if len(text) > MAX_ANSWER_CHARS:
         raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
@@ -69,7 +69,7 @@ def normalize_notation(text: str) -> str:
     if "\\" in text:
         text = _normalize_latex(text)
     text = _SIGNS.sub(lambda match: TABLES["signs"][match[0]], text)
-    if text.count("$") % 2:  # a currency, not a delimiter of mathematics
+    if text.count("$") % 2:  # dollars, not delimiters of mathematics
         text = re.sub(r"\$(?=\s*-?[\d.])|(?<=\d)\$", "＄", text, count=1)
     text = _CIRCLE.sub(lambda match: f" deg{match[1]}" if match[1] else "°", text.replace("$", ""))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
