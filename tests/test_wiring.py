@@ -31,7 +31,7 @@ SUMS += [(384, 315), (169, 473), (7, 8), (691, 498), (787, 934), (12, 34)]
 # No key has a value with which ignoring the key would go unnoticed, such as a weight of 1. Slots are refilled, and an
 # update has several micro-batches. Evaluation asks the questions of training, at the temperature of training.
 COMMON = """
-    task.name=file rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
+    rollout.prompts=5 rollout.samples=4 rollout.max_tokens=45 rollout.temperature=0.7 rollout.slots=8
     train.micro_tokens=128 train.chunk_tokens=64 optim.lr=2e-4 optim.b1=0.8 optim.b2=0.99
     optim.schedule=linear optim.warmup_steps=3 optim.decay_steps=12 optim.end_lr_fraction=0.1 optim.weight_decay=0.1
     optim.grad_clip=1.5 eval.questions=10 eval.temperature=0.7 log.every_steps=1 log.samples=-1
@@ -74,15 +74,27 @@ RECIPES = {
 }
 
 
+# A task that asks SUMS, for training and evaluation alike.
+TASK = f"""
+from grpo_jax.tasks import Problem
+
+SUMS = {SUMS}
+
+
+def ask(index, *, seed, split):
+    a, b = SUMS[(5 * index + seed) % len(SUMS)]
+    return Problem(f"What is {{a}} + {{b}}?", str(a + b), dict(a=a, b=b))
+"""
+
+
 @pytest.fixture
 def train(tmp_path):
     """Returns a function that trains on SUMS with the given flags and returns the workdir."""
-    questions, workdir = tmp_path / "questions.jsonl", tmp_path / "run"
-    rows = [{"question": f"What is {a} + {b}?", "answer": a + b, "a": a, "b": b} for a, b in SUMS]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, workdir = tmp_path / "sums.py", tmp_path / "run"
+    task.write_text(TASK)
 
     def train(*flags):
-        keys = (f"--config.{key}" for key in (*COMMON, f"task.path={questions}", f"task.eval_path={questions}", *flags))
+        keys = (f"--config.{key}" for key in (*COMMON, f"task.name={task}:ask", *flags))
         main([f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *keys])
         return workdir
 

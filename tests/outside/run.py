@@ -112,9 +112,7 @@ class Run:
     def arrange(self, records):
         """Returns the prompts and completions of records as arrays, whose width is the same for the whole run."""
         max_tokens = self.cfg["rollout"]["max_tokens"]
-        longest_prompt = (
-            self.cfg["rollout"]["max_prompt_tokens"] or 80
-        )  # 0 follows the task, by default the built-in sums
+        longest_prompt = self.cfg["rollout"]["max_prompt_tokens"] or 80  # 0 follows the task, here sums
         tokens = np.zeros((len(records), longest_prompt + max_tokens), int)
         prompts = [self.tokenizer.encode(record["prompt"]).ids for record in records]
         for row, prompt, record in zip(tokens, prompts, records, strict=True):
@@ -214,6 +212,7 @@ def check_rollout(run, index, step, records):
     expected = {
         "reward/mean": rewards.mean(),
         **{f"reward/{name}": mean for name, mean in means.items()},
+        **{f"reward/{kind}": sum(f"{kind} in" in record["why"] for record in records) for kind in ("timeout", "error")},
         "rollout/length_mean": np.mean([record["length"] for record in records]),
         "rollout/truncated_frac": truncated.mean(),
         "groups/zero_variance_frac": is_equal.mean(),
