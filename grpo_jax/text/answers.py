@@ -6,10 +6,11 @@ on the answer that it extracts.
 
 import contextlib
 import functools
+import itertools
 import re
 from datetime import datetime
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from grpo_jax.text.equality import difference, list_members
 from grpo_jax.text.expressions import Tree, parse, tokenize
@@ -32,7 +33,7 @@ _CHOICES = re.compile(
     r"(?:[A-J]|\([A-J]\))(?:(?:[,;\s]|and)*(?:[A-J]|\([A-J]\)))+"
 )  # several, such as A, C or (A) and (C)
 _EXPECTED_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*\(([A-J])\)\s*\}?[\s~\\]*|([A-J])(?:[.)]\s+|$)")
-_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*|\d{4}-\d\d?-\d\d?", re.IGNORECASE)
 
 
@@ -42,23 +43,6 @@ class Verdict(NamedTuple):
     correct: bool
     parsed: str | None  # the answer that was read, or None if there is none
     why: str
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Returns the content of the last `<answer>...</answer>` in a completion.
-
-    If that content includes one `\boxed{...}`, or several with the same content, returns the content of the box.
-
-    Returns:
-        The answer without surrounding white space, or None if it is empty or longer than `MAX_ANSWER_CHARS`, if the
-        last `<answer>` is not closed, or if the thoughts end only after it.
-    """
-    try:
-        answer = _read_tags(text)
-    except ValueError:
-        return None
-    boxes = set(find_boxes(answer))
-    return (boxes.pop() if len(boxes) == 1 else answer) or None
 
 
 def _read_tags(text: str) -> str:
@@ -94,7 +78,12 @@ def read_braced(text: str, start: int) -> str:
 
 
 def judge(completion: str, expected: str) -> Verdict:
-    """Judges the last `<answer>...</answer>` of a completion. See `answers_match` for what counts as equal."""
+    """Judges the last `<answer>...</answer>` of a completion against the expected answer, in any notation.
+
+    Numbers, expressions, lists, sets, intervals, matrices, units, dates and words are compared by their meaning. If a
+    plain number is expected, unevaluated arithmetic does not match. If one value is expected, an answer with several
+    does not match. An expected answer that cannot be read matches nothing.
+    """
     try:
         verdict = _judge_answer(_read_tags(completion), expected)
     except ValueError as error:
@@ -103,42 +92,28 @@ def judge(completion: str, expected: str) -> Verdict:
     return verdict._replace(why=verdict.why + values)
 
 
-def answers_match(answer: str, expected: str) -> bool:
-    r"""Returns whether an answer equals the expected one, in any notation.
-
-    Numbers, expressions, lists, sets, intervals, matrices, units, dates and words are compared by their meaning. If a
-    plain number is expected, unevaluated arithmetic does not match. If one value is expected, an answer with several
-    does not match. An expected answer that cannot be read matches nothing.
-    """
-    try:
-        return len(answer) <= MAX_ANSWER_CHARS and _judge_answer(answer, expected).correct
-    except ValueError:
-        return False
-
-
 def _judge_answer(answer: str, expected: str) -> Verdict:
     """Judges an answer that may contain boxes."""
     try:
         want, spelling = _read_expected(expected)
     except ValueError as error:
         raise ValueError(f"the expected answer cannot be read: {error}") from error
-    several = len(list_members(want)) > 1 if want[0] not in ("choice", "text") else False
-    answer = answer.removeprefix("####")
     boxes = list(dict.fromkeys(find_boxes(answer)))
     if not boxes:
-        return _judge_text(normalize_notation(answer), want, spelling)
+        return _judge_text(normalize_notation(answer.removeprefix("####")), want, spelling)
+    if "" in boxes:
+        raise ValueError("a box is empty or not closed")
+    several = want[0] not in ("choice", "text") and len(list_members(want)) > 1
     if len(boxes) > 1 and not several:
         return Verdict(False, ", ".join(boxes), f"{len(boxes)} boxes where one value is expected")
     pattern = "|".join(rf"\\(?:boxed|fbox)\s*\{{\s*{re.escape(box)}\s*\}}" for box in boxes)
     before, *between, behind = (text.split() for text in re.split(pattern, answer))
-    near = " ".join([*before[-3:], *(word for words in between for word in words), *behind[:3]])
+    near = " ".join([*before[-3:], *itertools.chain(*between), *behind[:3]])
     if (hedge := _HEDGES.search(near)) and not (several and hedge[0] == "or"):
         return Verdict(False, answer, f"hedged: {hedge[0]}")
     verdict = _judge_text(normalize_notation(", ".join(boxes)), want, spelling)
-    few = (
-        len(re.findall(r"[^\W\d_]{2,}", _SENTENCE.sub("", " ".join(before + behind)))) < 2
-    )  # such as a unit, but no explanation
-    if verdict.correct and len(boxes) == 1 and few and re.search(r"[\w=+*/^%°-]", near):
+    words = re.findall(r"[^\W\d_]{2,}", _SENTENCE.sub("", " ".join(before + behind)))
+    if verdict.correct and len(boxes) == 1 and len(words) < 2 and re.search(r"[\w=+*/^%°-]", near):  # such as a unit
         whole = _judge_text(normalize_notation(_BOXED.sub("{", answer)), want)
         return verdict if whole.correct or whole.why.startswith("it cannot be read") else whole
     return verdict
@@ -154,12 +129,11 @@ def _judge_text(text: str, want: Tree, spelling: str = "") -> Verdict:
     hedge = _HEDGES.search(text.removesuffix(bare) if want[0] in ("text", "opaque") else text)
     if hedge and hedge[0] not in spelling and not (hedge[0] == "or" and len(list_members(want)) > 1):
         return Verdict(False, text, f"hedged: {hedge[0]}")
-    why = ""
     for reading in dict.fromkeys((text, bare)):
         try:
             got = parse_answer(reading)
             prose = got[0] in ("opaque", "text") and got[0] != want[0]
-            why = "it cannot be read" if prose else _compare(want, got)
+            why = "it cannot be read" if prose else difference(want, got)
         except ValueError as error:
             why = f"it cannot be read: {error}"
         if not why:
@@ -182,21 +156,6 @@ def _judge_choice(text: str, letter: str, value: Tree | None) -> Verdict:
                 return Verdict(False, bare, "the letter and the value contradict each other")
             return Verdict(True, named, "the same choice")
     return _judge_text(text, value) if value else Verdict(False, bare, "not one of the choices")
-
-
-def _compare(want: Tree, got: Tree) -> str:
-    """Returns how an answer differs from the expected one, or "" if they are equal."""
-    if "time" in (want[0], got[0]):
-        one, other = _minutes(want), _minutes(got)
-        equal = one == other or (want[0] == ":" and one is not None and other is not None and one == other % 720)
-        return "" if equal else "another time"
-    return difference(want, got)
-
-
-def _minutes(tree: Tree) -> Any:
-    """Returns a time such as 3:30 PM or 15:30 in minutes since midnight, or None for anything else."""
-    numbers = [part[1] for part in tree[1:] if part[0] == "n"] if tree[0] == ":" else []
-    return tree[1] if tree[0] == "time" else numbers[0] * 60 + numbers[1] if len(numbers) == 2 else None
 
 
 def read_expected(answer: str) -> Tree:
@@ -242,30 +201,25 @@ def parse_answer(text: str) -> Tree:
         ValueError: The answer is prose of more than `MAX_WORDS` words, malformed or too long.
     """
     bare = text.replace('"', "")
-    if (time := _TIME.fullmatch(bare)) and 0 < int(time[1]) <= 12:
-        hours = int(time[1]) % 12 + 12 * (time[4] in "pP")
-        return ("time", hours * 60 + int(time[2] or 0) + Fraction(int(time[3] or 0), 60))
+    if time := _TIME.fullmatch(bare):
+        return ("time", (int(time[1]) % 12 + 12 * (time[3] in "pP")) * 60 + int(time[2] or 0))
     if _DATE.fullmatch(bare) and (date := _read_date(bare)):
         return date
     words = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+(?:\{\w*(?:matrix|array)\})?", " ", bare))
     long = [word for word in words if len(word) > 2 or word.lower() in _SHORT_WORDS or not word.isascii()]
-    if (
-        sum(word.lower() not in _NAMES and (len(word) > 3 or word.lower() in _SHORT_WORDS) for word in words)
-        > MAX_WORDS
-    ):
+    long = [word for word in long if word not in _NAMES]
+    if len(long) > MAX_WORDS:
         raise ValueError(f"prose of {len(words)} words")
-    if not (_WORDS.fullmatch(bare) and set(long) - _NAMES):
+    if not (long and _WORDS.fullmatch(bare)):
         try:
             return parse(text)
         except ValueError as error:
             if text.count("{") != text.count("}"):
                 raise ValueError("unbalanced {") from error
-            if re.search(r'[\\"⦃{]', text) and len(long) <= MAX_WORDS:
+            if re.search(r'[\\"⦃{]', text):
                 return ("opaque", "".join(value for _, value in tokenize(text)))
             if not long:
                 raise
-    if len(words) > MAX_WORDS:
-        raise ValueError(f"prose of {len(words)} words")
     key = re.sub(r"^(?:the|an?) (?=\w)|[!?.]$", "", bare, flags=re.IGNORECASE)
     return ("text", re.sub(r"[^\W\d_]+", lambda match: _fold_word(match[0]), key).replace(" ", ""))
 

@@ -178,6 +178,9 @@ def plain_value(tree: Tree) -> Fraction | None:
 
 def difference(want: Tree, got: Tree) -> str:
     """Returns how an answer differs from the expected one, or "" if they are equal."""
+    if "time" in (want[0], got[0]):
+        one, other = _minutes(want), _minutes(got)
+        return "" if one == other or (want[0] == ":" and one == other % 720) else "another time"
     if any(_choose_sign(tree, "±") != tree for tree in (want, got)):
         return _compare_members(list_members(want), list_members(got))
     relations = _ascending(want), _ascending(got)
@@ -226,6 +229,12 @@ def _compare_members(want: Sequence[Tree], got: Sequence[Tree], ordered: bool = 
             return "one of the values differs"
         left.remove(match)
     return ""
+
+
+def _minutes(tree: Tree) -> Fraction:
+    """Returns the minutes since midnight of 3:30 PM or 15:30, or -1 if it is no time."""
+    clock = tree[0] == ":" and len(tree) == 3 and tree[1][0] == tree[2][0] == "n"
+    return Fraction(tree[1][1] * 60 + tree[2][1] if clock else tree[1] if tree[0] == "time" else -1)
 
 
 def split_name(tree: Tree) -> tuple[str, Tree]:
