@@ -76,7 +76,7 @@ def check_held_out(cfg: configs.Config, workdir: Path) -> None:
     has_run = (workdir / "config.json").is_file()
     if 0 in (cfg.eval.questions, read_config(workdir).eval.questions if has_run else cfg.eval.questions):
         raise UserError(
-            f"An evaluation needs held-out problems, and the run in {workdir} has none, because its eval.questions is "
+            f"An evaluation needs held-out problems, but the run in {workdir} has none, because its eval.questions is "
             "0. Pass --questions=FILE."
         )
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--accept-changed-files",
         action="store_true",
-        help="resume although files that the run reads have changed since",
+        help="resume even if files that the run reads have changed since it was started",
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
     if raw.job == "pretrain":

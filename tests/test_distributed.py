@@ -134,7 +134,7 @@ def test_process_0_grades_for_all(tmp_path, most, codes):
     assert len(set((tmp_path / "graders").read_text().split())) == 1
     if most == "0":
         assert "error: Reward parts must grade at least half of the completions" in printed[0]
-        assert "error: All processes must go on together, but process 0 stopped" in printed[1]
+        assert "error: All processes must continue, but process 0 stopped" in printed[1]
     else:
         line = metrics(tmp_path / "run")[1]
         assert line["reward/timeout"] > 0 == line["reward/error"] and line["reward/unreliable"] > 0

@@ -148,10 +148,14 @@ def test_functions_see_no_jax_and_no_keys_of_the_user(tmp_path, monkeypatch):
     [
         (
             ["raise ValueError('bad')"] * 3 + ["pass"] * 2,
-            "3 of 5 failed, the first with: error in act: The reward part 'act' must return 1 finite number, one for "
-            "each text, but it raised ValueError: bad (<string>:1). Correct that function. Correct",
+            "3 of 5 failed. Correct the function, or raise reward.deadline=0.3 if it needs more seconds. The first "
+            "failure: error in act: The reward part 'act' must return 1 finite number, one for each text, but it "
+            "raised ValueError: bad (<string>:1). Correct that function.",
         ),
-        (["time.sleep(1e6)"] * 2, "the first with: timeout in act. Correct the function, or raise reward.deadline=0.3"),
+        (
+            ["time.sleep(1e6)"] * 2,
+            "or raise reward.deadline=0.3 if it needs more seconds. The first failure: timeout in act.",
+        ),
     ],
 )
 def test_a_batch_of_which_more_than_half_fails_stops_the_run_with_the_first_error(tmp_path, codes, message):
@@ -172,7 +176,7 @@ def test_a_batch_of_which_half_fails_does_not_stop_the_run(tmp_path):
 def test_a_function_that_never_returns_stops_the_run_before_half_of_a_large_batch_has_hung(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "HOPELESS", 2)
     grader = make_grader(tmp_path, "file:act", deadline=0.2)
-    with pytest.raises(UserError, match=r"; \d of 500 failed, the first with: timeout in act"):
+    with pytest.raises(UserError, match=r"; \d of 500 failed\. .*The first failure: timeout in act"):
         grade(grader, ["time.sleep(1e6)"] * 500, tmp_path / "log")
     grader.close()
 
@@ -181,7 +185,9 @@ def test_a_function_that_only_a_process_of_its_own_cannot_import_is_an_error_at_
     monkeypatch.setenv("MY_KEY", "1")
     (tmp_path / "mine.py").write_text("import os\nkey = os.environ['MY_KEY']\ndef f(problems, texts, lengths): ...")
     grader = make_grader(tmp_path, f"{tmp_path}/mine.py:f")
-    with pytest.raises(UserError, match=r"importing it raised KeyError: 'MY_KEY' \(.*mine.py:2\).*of your environment"):
+    with pytest.raises(
+        UserError, match=r"importing it raised KeyError: 'MY_KEY' \(.*mine.py:2\).*of your environment variables"
+    ):
         grader.start()
     grader.close()
 
@@ -324,5 +330,5 @@ def test_a_run_goes_on_and_counts_what_a_function_cannot_grade(tmp_path, capsys)
         [record["rewards"] for record in records] for records in runs[1]
     ]
     printed = capsys.readouterr()
-    assert "grades are 0 because a reward part failed, the first: " in printed.err
+    assert "grades are 0 because a reward part failed. The first failure: " in printed.err
     assert "timeout" not in printed.out

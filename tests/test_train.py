@@ -325,7 +325,7 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
         ({"rewards": {"mean": len}}, "reward.parts must have names that metrics can use"),
         ({"problems": 3}, "problems must be a list of Problem"),
         ({"problems": ["What is 1 + 1?"]}, r"problems\[0\] must be a grpo_jax.tasks.Problem; found 'What is 1 \+ 1\?'"),
-        ({"problems": "no/such/file.jsonl"}, "could not read no/such/file.jsonl"),
+        ({"problems": "no/such/file.jsonl"}, "could not be read from no/such/file.jsonl"),
     ],
 )
 def test_python_inputs_that_cannot_be_used_are_refused_before_a_workdir_is_made(tmp_path, inputs, message):

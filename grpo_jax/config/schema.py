@@ -85,13 +85,17 @@ class TaskSection:
     shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
     path: str = key(
         "",
-        "problems: a JSONL, JSON, CSV or parquet file (`.gz` too), or a Hugging Face dataset (folder or hub id)",
+        "problems: a JSONL, JSON, CSV or parquet file, plain or gzipped, or a Hugging Face dataset (folder or hub id)",
         path=True,
     )
-    eval_path: str = key("", "held-out problems, like task.path; if empty, a tenth of task.path", path=True)
-    question: str = key("", "field of the question, dotted if nested; if empty, that of a known kind of file")
-    answer: str = key("", "field of the expected answer, likewise")
-    choices: str = key("", "field of the choices of a multiple-choice question, likewise")
+    eval_path: str = key(
+        "", "held-out problems, in the same formats; if empty, a tenth of task.path is held out", path=True
+    )
+    question: str = key(
+        "", "field of the question, with dots if nested; if empty, found by the names that common data sets use"
+    )
+    answer: str = key("", "field of the expected answer, like task.question")
+    choices: str = key("", "field of the choices of a multiple-choice question, like task.question")
     max_unreadable: float = key(
         0.01,
         "largest fraction of rows that may be left out because no completion could match their answer",
@@ -101,7 +105,7 @@ class TaskSection:
     )
     too_long: str = key(
         "refuse",
-        "problems whose prompts exceed rollout.max_prompt_tokens: `refuse` to train, or `drop` them",
+        "problems whose prompts exceed rollout.max_prompt_tokens: `refuse` stops the run, `drop` leaves them out",
         choices=("refuse", "drop"),
     )
 
@@ -112,7 +116,7 @@ class PromptSection:
 
     template: str = key(
         "r1zero",
-        "`r1zero` is the template of the paper, `chat` the model's chat template; FILE is a text with `{question}`",
+        "`r1zero` is the paper's template, `chat` the model's chat template; or a text file that contains `{question}`",
         path=True,
     )
 
@@ -128,9 +132,14 @@ class RewardSection:
     )
     weights: tuple[float, ...] = key((1.0, 1.0), "weight of each part in the sum", check=(are_finite, "finite numbers"))
     language: str = key("en", "language that the part `language` rewards, by its script", choices=LANGUAGES)
-    format_empty: bool = key(False, "whether the part `format` rewards an empty think or answer, or the template's own")
+    format_empty: bool = key(
+        False, "whether the part `format` rewards an empty think or answer, or the template's placeholders"
+    )
     deadline: float = key(
-        10.0, "seconds after which a verifier of yours is stopped; the completion gets 0", more_than=0, resumable=True
+        10.0,
+        "seconds that your own reward function may take per completion, which then gets 0",
+        more_than=0,
+        resumable=True,
     )
 
 
@@ -141,7 +150,7 @@ class RolloutSection:
     prompts: int = key(16, "B, number of prompts per rollout", at_least=1)
     samples: int = key(8, "G, number of completions per prompt", at_least=2, because=GROUP_OF_TWO)
     max_prompt_tokens: int = key(
-        0, "T, longest prompt in tokens (see task.too_long); 0 for that of the problems", at_least=0
+        0, "T, longest prompt in tokens (see task.too_long); 0 derives it from the problems", at_least=0
     )
     max_tokens: int = key(56, "S, number of tokens after which a completion is truncated", at_least=1)
     temperature: float = key(1.0, "sampling temperature, used for log-probs too", at_least=0.01, because=NOT_GREEDY)

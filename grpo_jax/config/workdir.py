@@ -29,7 +29,7 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
                 f"key {name}. Choose another --workdir."
             )
         for name, spec in key_specs(Config).items():
-            # With no evaluation, a run also trains on what it would otherwise hold out.
+            # Without evaluation, a run also trains on the problems that it would otherwise hold out.
             splits = (
                 name == "eval.questions" and bool(before[name]) != bool(now[name]) and now["task.name"] != "addition"
             )
@@ -49,7 +49,7 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
 
 
 def digest_files(path: str) -> dict[str, str]:
-    """Returns the SHA-256 of a file, or of each file of a folder, by absolute path; none if `path` is neither."""
+    """Returns the SHA-256 of a file, or of each file in a folder, by absolute path; empty if `path` is neither."""
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     digests = {}
     for file in filter(Path.is_file, files):
@@ -59,15 +59,15 @@ def digest_files(path: str) -> dict[str, str]:
 
 
 def check_files(workdir: Path, digests: dict[str, str], *, accept: bool = False) -> None:
-    """Checks that the files that a run reads are those with which it was started.
+    """Checks that the files that a run reads have not changed since it was started.
 
     Args:
         workdir: The folder of the run.
         digests: SHA-256 by absolute path, as `digest_files` returns it.
-        accept: Whether the run may go on with other files.
+        accept: Whether changed files are accepted.
 
     Raises:
-        UserError: Files have changed since.
+        UserError: Files have changed.
     """
     path = workdir / "files.json"
     before = json.loads(path.read_text()) if path.is_file() else digests

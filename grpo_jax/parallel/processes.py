@@ -51,11 +51,11 @@ def from_first_process(function: Callable[[], np.ndarray | None], default: np.nd
     """Calls a function on process 0 and returns its result on every process.
 
     Args:
-        function: Returns an array like `default`, or None for `default` itself.
-        default: An array of the same shape and type.
+        function: Returns an array with the shape and dtype of `default`, or None, which stands for `default`.
+        default: The result if the function returns None.
 
     Raises:
-        UserError: The function raises one. Every process raises.
+        UserError: The function raises a UserError. Every process then raises one.
     """
     result, error = None, None
     if jax.process_index() == 0:
@@ -69,7 +69,7 @@ def from_first_process(function: Callable[[], np.ndarray | None], default: np.nd
 
         values, failed = multihost_utils.broadcast_one_to_all((values, failed))
     if failed:
-        raise error or UserError("All processes must go on together, but process 0 stopped. Read its error.")
+        raise error or UserError("All processes must continue, but process 0 stopped. Read the error that it printed.")
     return values
 
 

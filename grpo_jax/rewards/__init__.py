@@ -7,7 +7,7 @@ Modules, in reading order:
     length       the penalty for overlong completions
     parts        reward parts and their weighted sum
     worker       a process that grades completions
-    pool         grading of a batch, in such processes where it pays or a function could hang
+    pool         grades a batch, in workers if it is large or if a function could hang
 
 No module of this package imports JAX.
 """

@@ -70,7 +70,7 @@ def resolve_parts(cfg: Config) -> dict[str, RewardPart]:
 
 
 def is_built_in(part: RewardPart) -> bool:
-    """Returns whether a part is one of ours, with or without settings. These take bounded time on any text."""
+    """Returns whether a part is a built-in one, with or without settings. Built-in parts take bounded time."""
     return getattr(part, "func", part) in (accuracy_part, format_part, language_part, length_part)
 
 
@@ -80,7 +80,7 @@ def grade_built_in(
     """Grades one completion with built-in parts.
 
     Returns:
-        (scores, verdict): The score of each part, and why the accuracy is what it is; None if it is not a part.
+        (scores, verdict): The score of each part, and the verdict of the part `accuracy`, or None without that part.
     """
     verdict = judge(text, problem.answer) if accuracy_part in parts.values() else None
     arguments = [problem], [text], np.array([length])

@@ -1,4 +1,4 @@
-"""Grades completions, in the trainer or in a pool of processes that are replaced if they hang or die."""
+"""Grades completions, in the trainer or in a pool of worker processes that are replaced if they hang or die."""
 
 import errno
 import json
@@ -27,14 +27,14 @@ from grpo_jax.text.answers import Verdict
 from grpo_jax.text.decoding import decode_completion, tokenizer_backend
 from grpo_jax.text.problem import Problem
 
-# The trainer grades with built-in parts itself, unless a batch takes longer than it takes to start the processes.
+# The trainer grades with the built-in parts itself until this much time has passed; workers then grade the rest.
 SECONDS_IN_TRAINER = 1.0
 
-START_SECONDS = 60.0  # how long a process may take to start, and the built-in parts for one completion
-MAX_WORKERS, MAX_CHUNK = 32, 64  # processes, and the units of work that a process gets at once
-HOPELESS = 20  # a function that has hung this often and never returned stops the run at once
+START_SECONDS = 60.0  # how long a worker may take to start, or to grade one completion with the built-in parts
+MAX_WORKERS, MAX_CHUNK = 32, 64  # workers, and units of work that a worker receives at once
+HOPELESS = 20  # if a function has timed out this often and never returned, the run stops at once
 
-# The environment of the processes: no tokens or keys of the user's, and neither threads nor an accelerator.
+# The environment of the workers: none of the user's access tokens or keys, no extra threads and no accelerator.
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
 VARIABLES = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1", "JAX_PLATFORMS": "cpu"}
 VARIABLES |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -42,32 +42,32 @@ VARIABLES |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNI
 
 FAILURES = "timeout", "error"  # the kinds of failure
 
-Unit = tuple[int, int]  # the index of a completion, and a stage of its grading as in `worker.make_grade`
+Unit = tuple[int, int]  # a unit of work: the index of a completion, and a stage of its grading (`worker.make_grade`)
 Reply = dict[str, Any]
 
-START: Unit = (-1, 0)  # what a process works on until it is ready
+START: Unit = (-1, 0)  # the unit of a worker that is not ready yet
 
 
 class Grades(NamedTuple):
     """The grades of N completions."""
 
     texts: list[str]
-    scores: dict[str, Float[np.ndarray, " N"]]  # float32, by part; by kind of failure, whether some part failed so
-    verdicts: list[Verdict | None]  # why the accuracy is 0 or 1; None if it is not a part
-    failures: list[list[str]]  # "timeout in PART." or "error in PART: REASON" for the parts that gave no score
+    scores: dict[str, Float[np.ndarray, " N"]]  # float32, by part; and by kind of failure: 1 if a part failed that way
+    verdicts: list[Verdict | None]  # why the accuracy is 0 or 1; None if it is not one of the parts
+    failures: list[list[str]]  # "timeout in PART." or "error in PART: REASON" for each part without a score
 
 
 @dataclass
 class Worker:
-    """A process that grades, seen from the trainer."""
+    """A worker process, as the trainer sees it."""
 
     process: subprocess.Popen
     connection: Connection
-    units: deque[Unit]  # the work that it has not done; the first is what it works on
-    since: float  # since when it works on that
+    units: deque[Unit]  # its unfinished work; it is working on the first unit
+    since: float  # when it began with that unit
 
     def stop(self) -> int:
-        """Kills the process and all that it has started, and returns its exit code."""
+        """Kills the process and all processes that it has started, and returns its exit code."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
@@ -77,16 +77,17 @@ class Worker:
 class Grader:
     """Grades completions with the reward parts of a run.
 
-    The built-in parts are computed in the trainer, or in a pool of processes if there are many completions. Functions
-    that the config names run in the pool; those that come from Python, in the trainer.
+    Built-in parts run in the trainer, or in worker processes if there are many completions. Functions that the config
+    names run in workers, and functions that were passed to `grpo_jax.train` run in the trainer.
 
-    The unit of work of a process is one completion in one stage: stage 0 decodes it and grades it with the built-in
-    parts, and each further stage is a function of the user. A process that takes too long for a unit, or dies of it, is
-    replaced and the unit fails; its other units go to the end of the queue. None is lost or graded twice.
+    A unit of work is one stage of one completion: stage 0 decodes the completion and grades it with the built-in parts,
+    and each further stage calls one function of the user. If a worker takes too long for a unit or dies while working
+    on it, the unit fails, the worker is replaced, and its other units return to the queue. No unit is lost or done
+    twice.
     """
 
     def __init__(self, cfg: Config, parts: Mapping[str, RewardPart], tokenizer: Any, stop_ids: Sequence[int]):
-        """Prepares the grading of a run, without starting processes.
+        """Prepares the grading of a run without starting workers.
 
         Args:
             cfg: The run's config.
@@ -103,7 +104,7 @@ class Grader:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets the completions of the last batch."""
+        """Discards the completions of the last batch."""
         self.payloads: dict[int, tuple] = {}  # by index: the problem, the tokens or the text, and the length
         self.queue: deque[Unit] = deque()
         self.replies: dict[Unit, Reply] = {}
@@ -111,10 +112,10 @@ class Grader:
         self.failed: dict[int, str] = {}  # the first failure of each completion that has one
 
     def start(self) -> None:
-        """Starts a process if the config names functions, and waits until it is ready.
+        """Starts a worker and waits until it is ready, if the config names functions.
 
         Raises:
-            UserError: It does not start, or cannot import a function.
+            UserError: The worker does not start, or cannot import a function.
         """
         if self.functions and not self.workers:
             self.start_worker()
@@ -122,28 +123,28 @@ class Grader:
                 self.turn(0.1)
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the workers."""
         while self.workers:
             self.workers.pop().stop()
 
     def start_worker(self) -> None:
-        """Starts a process."""
+        """Starts a worker, without waiting until it is ready."""
         connection, inherited = Pipe()
         environ = VARIABLES | {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environ["PYTHONPATH"] = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         command = [sys.executable, "-P", "-m", "grpo_jax.rewards.worker", str(inherited.fileno())]
-        # In a session of its own, so that killing its group also ends what a function has started.
+        # The worker gets its own session, so that killing its process group also ends what a function has started.
         options: Any = dict(pass_fds=[inherited.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
         process = subprocess.Popen(command, env=environ, **options)
         inherited.close()
         self.workers.append(Worker(process, connection, deque([START]), time.monotonic()))
         backend = tokenizer_backend(self.tokenizer)
         setup = self.built_in, self.functions, backend and backend.to_str(), *self.stops
-        with suppress(OSError):  # if the process is gone, reading says so
+        with suppress(OSError):  # if the worker is gone, `turn` finds out
             connection.send((setup, 2 * max(self.deadline, START_SECONDS)))
 
     def submit(self, item: int, problem: Problem, tokens: np.ndarray) -> None:
-        """Queues completion number `item` of the batch for the pool, unless it is queued already."""
+        """Queues completion number `item` of the batch for the workers, unless it is queued already."""
         if item not in self.payloads:
             completion = tokens if tokenizer_backend(self.tokenizer) else self.decode(tokens)
             self.payloads[item] = problem, completion, len(tokens)
@@ -160,22 +161,22 @@ class Grader:
             hopeless = any(self.tally[n, "timeout"] >= HOPELESS and not self.tally[n, ""] for n in stages)
             if hopeless or 2 * len(self.failed) > count:
                 raise UserError(
-                    f"Reward parts must grade at least half of the completions; {len(self.failed)} of {count} failed, "
-                    f"the first with: {next(iter(self.failed.values()))} Correct the function, or raise "
-                    f"reward.deadline={self.deadline:g} if it needs more seconds."
+                    f"Reward parts must grade at least half of the completions; {len(self.failed)} of {count} failed. "
+                    f"Correct the function, or raise reward.deadline={self.deadline:g} if it needs more seconds. The "
+                    f"first failure: {next(iter(self.failed.values()))}"
                 )
             if not self.queue and not any(worker.units for worker in self.workers):
                 return
             self.turn(0.2)
 
     def turn(self, timeout: float) -> None:
-        """Hands out work, waits for replies for at most `timeout` seconds, and replaces processes that hang or died."""
+        """Hands out work, waits up to `timeout` seconds for replies, and replaces workers that hang or have died."""
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         idle = [worker for worker in self.workers if not worker.units]
         for _ in range(min(cpus, MAX_WORKERS, len(self.workers) - len(idle) + len(self.queue)) - len(self.workers)):
             self.start_worker()
         for worker in idle[: len(self.queue)]:
-            # Few at once if few are left, so that all processes end at the same time.
+            # Small chunks if little work is left, so that all workers finish at about the same time.
             count = min(MAX_CHUNK, len(self.queue) // (2 * len(self.workers)) + 1)
             worker.units.extend(self.queue.popleft() for _ in range(min(count, len(self.queue))))
             worker.since = time.monotonic()
@@ -184,7 +185,7 @@ class Grader:
                 worker.connection.send((payloads, list(worker.units)))
         wait([worker.connection for worker in self.workers], timeout)
         for worker in list(self.workers):
-            # It may have ended although a child that it has started keeps its end of the socket open.
+            # It may have ended even if the socket is open, because a child process still holds the other end.
             ended = worker.process.poll() is not None
             try:
                 while worker.connection.poll():
@@ -199,7 +200,7 @@ class Grader:
                 self.replace(worker, "error" if ended else "timeout")
 
     def replace(self, worker: Worker, kind: str) -> None:
-        """Ends a process and returns its work to the queue, except what it works on, which fails."""
+        """Ends a worker. The unit that it is working on fails, and its other units return to the queue."""
         code = worker.stop()
         self.workers.remove(worker)
         if worker.units:
@@ -211,14 +212,15 @@ class Grader:
         """Stores the reply for a unit. If `kind` is a kind of failure, `reply["failure"]` says why.
 
         Raises:
-            UserError: A process did not start, or cannot import a function.
+            UserError: A worker did not start, or cannot import a function.
         """
         item, stage = unit
         if kind and unit == START:
             raise UserError(
-                f"Processes that grade must start within {START_SECONDS:g} seconds; found: {reply['failure']} They "
-                f"have no variables of your environment except {', '.join(KEPT_VARIABLES)}. Correct the function, or "
-                "pass it to grpo_jax.train(rewards=...), which calls it in the trainer."
+                f"Workers that grade completions must start within {START_SECONDS:g} seconds; one failed: "
+                f"{reply['failure']} Workers see none of your environment variables except "
+                f"{', '.join(KEPT_VARIABLES)}. Correct the function, or pass it to grpo_jax.train(rewards=...), which "
+                "calls it in the trainer."
             )
         if kind:
             reason = f"{kind} in {self.stages[stage]}" + (f": {reply['failure']}" if kind == "error" else ".")

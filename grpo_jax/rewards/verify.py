@@ -12,13 +12,13 @@ from jaxtyping import Float
 from grpo_jax.text.answers import judge
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-ECHOES = {"reasoning process here", "answer here", "...", "…"}  # what R1-Zero's template says in the place of a content
+ECHOES = {"reasoning process here", "answer here", "...", "…"}  # placeholders in R1-Zero's template
 
 
 def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " N"]:
     """Returns 1 for each text whose last `<answer>...</answer>` holds the expected answer, otherwise 0, as float32.
 
-    The text around that answer is ignored. See `grpo_jax.text.answers.judge`.
+    The text around that answer is ignored. See `grpo_jax.text.answers.answers_match` for what counts as equal.
 
     Raises:
         ValueError: There are not as many texts as answers.
@@ -28,7 +28,7 @@ def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, 
 
 
 def format(texts: Sequence[str], *, empty: bool = False) -> Float[np.ndarray, " N"]:
-    """Returns 1 for each well-formed text, otherwise 0, as float32; see `is_well_formed`."""
+    """Returns 1 for each well-formed text, otherwise 0, as float32. See `is_well_formed`."""
     return np.asarray([is_well_formed(text, empty=empty) for text in texts], np.float32)
 
 
@@ -37,7 +37,7 @@ def is_well_formed(text: str, *, empty: bool = False) -> bool:
 
     Args:
         text: A completion.
-        empty: Whether tags may hold nothing, or only what R1-Zero's template has in their place (`ECHOES`).
+        empty: Whether the think and the answer may be empty, or just a placeholder of R1-Zero's template (`ECHOES`).
     """
     text = text.strip()
     if any(text.count(tag) != 1 for tag in TAGS):

@@ -1,7 +1,7 @@
-"""Grades completions in a process of its own: `python -m grpo_jax.rewards.worker FD`, which `pool.py` starts.
+"""The worker process that grades completions: `python -m grpo_jax.rewards.worker FD`, started by `pool.py`.
 
-The process has no JAX, limited memory and few environment variables. It receives pickles through the inherited socket
-FD and replies with JSON, so that nothing that happens here can run code in the trainer.
+A worker has no JAX, limited memory and few environment variables. It receives pickles through the inherited socket FD
+and replies with JSON, so that a worker cannot make the trainer run code.
 """
 
 import errno
@@ -30,9 +30,9 @@ LIMITS = {resource.RLIMIT_AS: MEMORY_LIMIT, resource.RLIMIT_CORE: 0}
 
 
 def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
-    """Returns the function `grade(payload, stage)`, which grades a completion in one stage and returns the reply.
+    """Returns the function `grade(payload, stage)`, which does one stage of grading a completion and returns the reply.
 
-    Stage 0 decodes the completion and grades it with the built-in parts. Each further stage is a function of the user.
+    Stage 0 decodes the completion and grades it with the built-in parts. Each further stage calls a user's function.
 
     Raises:
         UserError: A function of the user cannot be imported.
@@ -42,7 +42,7 @@ def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
     tokenizer = tokenizer_json and Tokenizer.from_str(tokenizer_json)
     functions = [(label, resolve_function(name, "reward.parts", {})) for label, name in names.items()]
 
-    @lru_cache(maxsize=1)  # the stages of a completion follow one another
+    @lru_cache(maxsize=1)  # all stages of a completion read the same text, one after another
     def read_text(payload: bytes) -> str:
         _, completion, _ = pickle.loads(payload)
         if isinstance(completion, str):
@@ -62,12 +62,12 @@ def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
 
 
 def main(fd: int) -> None:
-    """Serves the trainer at the other end of socket `fd` until that closes it."""
+    """Serves the trainer at the other end of socket `fd` until the trainer closes it."""
     connection, pid, devnull = Connection(fd), os.getpid(), open(os.devnull, "w")
     os.set_inheritable(fd, False)
-    os.dup2(2, 1)  # what a function prints does not mix with the output of the trainer
+    os.dup2(2, 1)  # what a function prints goes to stderr, so it does not mix with the trainer's output
     for limit, value in LIMITS.items():
-        with suppress(ValueError):  # the limit is lower already, or macOS, which has no such limit
+        with suppress(ValueError):  # the limit is already lower, or the system (macOS) does not have it
             resource.setrlimit(limit, (value, value))
 
     def reply(values: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def main(fd: int) -> None:
         except (EOFError, ConnectionError):
             return
         for item, stage in units:
-            # If the trainer is killed, nobody else ends a process that hangs.
+            # If the trainer has been killed, nothing else would end a worker that hangs.
             faulthandler.dump_traceback_later(patience, exit=True, file=devnull)
             try:
                 values = grade(payloads[item], stage)
@@ -94,7 +94,7 @@ def main(fd: int) -> None:
                 reason = str(error) if isinstance(error, UserError) else describe_error(error)
                 values = {"failure": reason}
                 if isinstance(error.__cause__ or error, MemoryError):
-                    os._exit(errno.ENOMEM)  # a new process has more
+                    os._exit(errno.ENOMEM)  # a new worker starts with free memory
             if os.getpid() != pid:  # a child that the function has forked
                 os._exit(0)
             reply(values)

@@ -132,7 +132,7 @@ def generate_rollout(
         slots: Number of sequences to decode at once, over all data shards; 0 decodes all of them at once.
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
-        on_progress: Called with the state after every `STEPS_BETWEEN_REPORTS` tokens per slot, or sooner.
+        on_progress: Called with the state at least every `STEPS_BETWEEN_REPORTS` decode steps.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits

@@ -30,11 +30,11 @@ SAMPLING_KEY, EVALUATION_KEY, SHUFFLING_KEY, GENERATION_KEY = range(4)
 
 
 class BaseModel(NamedTuple):
-    """What is read of the base model before its weights and before any device work."""
+    """The parts of the base model that are read before its weights and before any device work."""
 
     source: Path  # a Hugging Face folder or a GGUF file
     model_cfg: ModelConfig
-    prompt_format: PromptFormat  # with the tokenizer
+    prompt_format: PromptFormat  # which holds the tokenizer
 
 
 class RunContext(NamedTuple):
@@ -48,7 +48,7 @@ class RunContext(NamedTuple):
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
     mesh: Mesh
     rollout_plan: RolloutPlan
-    grader: Grader  # without parts where nothing is graded
+    grader: Grader  # without parts if nothing is graded
 
 
 def read_base_model(cfg: Config) -> BaseModel:
@@ -71,7 +71,7 @@ def build_context(
     """Builds the context of a run and checks that the model fits the config and the devices.
 
     Args:
-        cfg: A checked config, in which `rollout.max_prompt_tokens` is not 0 (see `grpo_jax.run.prompt_limit`).
+        cfg: A checked config whose `rollout.max_prompt_tokens` is not 0 (see `grpo_jax.run.prompt_limit`).
         base: The base model, from `read_base_model`.
         reward_parts: The reward parts by label, if completions will be graded.
         training: Whether the optimizer state and the reference take memory besides the policy.

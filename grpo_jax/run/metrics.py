@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # in the metrics reward/ and eval/
+NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and eval/ that are not reward parts
 
 
 def truncate_logs(workdir: Path, step: int) -> None:

@@ -25,7 +25,7 @@ from grpo_jax.run.context import SHUFFLING_KEY, RunContext
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
-SUBMITTED_TOKENS = 2**22  # the most that is fetched at once while sampling
+SUBMITTED_TOKENS = 2**22  # most tokens that are fetched at once while sampling
 
 
 def fold_in_all(key, *counters: int):
@@ -36,13 +36,13 @@ def fold_in_all(key, *counters: int):
 
 
 def submit_finished(context: RunContext, problems: Sequence[Problem], samples: int, state: DecodeState) -> None:
-    """Hands completions that have ended to the pool, which grades them while the others are being sampled."""
+    """Queues completions that have ended for the workers, which grade them while others are being sampled."""
     slots, lengths = (np.array(x) for x in jax.device_get((state.sequence, state.lengths)))
     shards, (count, width) = num_data_shards(context.mesh), state.tokens.shape
-    first = np.repeat(np.arange(shards) * (count // shards), len(slots) // shards)  # of the shard of each slot
+    first = np.repeat(np.arange(shards) * (count // shards), len(slots) // shards)  # first sequence of a slot's shard
     lengths[(first + slots)[slots >= 0]] = 0
     ended = [n for n in np.flatnonzero(lengths[: len(problems) * samples]) if n not in context.grader.payloads]
-    # Always as many rows, so that taking them compiles once. The others have their turn later.
+    # The number of rows is always the same, so that taking them compiles once. The rest is taken later.
     rows = np.resize(ended or [0], min(count, max(1, SUBMITTED_TOKENS // width)))
     for n, tokens in zip(rows[: len(ended)].tolist(), jax.device_get(state.tokens[rows]), strict=False):
         context.grader.submit(n, problems[n // samples], tokens[: lengths[n]])
@@ -54,7 +54,7 @@ def draw_completions(
 ) -> Rollout:
     """Draws `rollout.samples` completions for each prompt and gathers them to the host.
 
-    If their problems are given and completions are graded in processes, these start with those that end early.
+    If the problems are given and workers are running, they grade completions that end early while others are sampled.
     """
     overlaps = problems and context.grader.workers and jax.process_count() == 1
     rollout = generate_rollout(
@@ -119,7 +119,7 @@ def start_scoring(
 def grade_completions(
     cfg: Config, context: RunContext, problems: Sequence[Problem], rollout: Rollout
 ) -> tuple[Grades, Rewards]:
-    """Decodes and grades the completions of a rollout, on process 0.
+    """Decodes and grades the completions of a rollout on process 0.
 
     Args:
         cfg: The run's config.
@@ -128,7 +128,7 @@ def grade_completions(
         rollout: Their N = B * G completions, as host arrays.
 
     Returns:
-        (grades, rewards): The grades of the completions, with texts on process 0 only, and their rewards.
+        (grades, rewards): The grades of the completions, which have texts only on process 0, and their rewards.
 
     Raises:
         UserError: A reward part fails; see `Grader.grade`. Every process raises.
@@ -142,11 +142,12 @@ def grade_completions(
         grades = context.grader.grade([problem for problem in problems for _ in range(samples)], rows, lengths)
         failures = [failure for failures in grades.failures for failure in failures]
         if failures:
-            line = f"{len(failures)} of {len(rows)} grades are 0 because a reward part failed, the first: {failures[0]}"
+            line = f"{len(failures)} grade{'s' * (len(failures) > 1)} of {len(rows)} completions set to 0, because a "
+            line += f"reward part failed. The first failure: {failures[0]}"
             tqdm.write(line, file=sys.stderr)
         return np.stack(list(grades.scores.values()))
 
-    # Processes might disagree on what took too long.
+    # Process 0 grades for all, because processes might disagree on which completions took too long.
     labels = *parts, *FAILURES
     scores = dict(zip(labels, from_first_process(grade, np.zeros((len(labels), len(rows)), np.float32)), strict=True))
     rewards = weigh_parts({label: scores[label] for label in parts}, cfg.reward.weights)

@@ -104,7 +104,7 @@ def train(
         rewards: The reward parts by label, instead of those that `cfg.reward.parts` names. Each is a function
             `f(problems, texts, lengths) -> float32[N]`. `cfg.reward.weights` holds their weights in this order; if it
             has its default value, every weight is 1.
-        accept_changed_files: Whether to resume although files of problems have changed since the run was started.
+        accept_changed_files: Whether to resume even if files that the run reads have changed since it was started.
 
     Returns:
         The metrics of the last update, as on the last line of metrics.jsonl.
@@ -180,7 +180,7 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
 
 
 def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> dict[str, float]:
-    """Evaluates the policy, writes its samples and prints its scores; returns the eval metrics, if any is held out."""
+    """Evaluates the policy, writes its samples and prints its scores; returns the metrics, {} if none are held out."""
     if not setup.held_out:
         return {}
     start = time.monotonic()
