@@ -1,4 +1,4 @@
-"""The longest prompt of a run: `rollout.max_prompt_tokens`, or what the problems need if that is 0."""
+"""The prompt limit of a run: `rollout.max_prompt_tokens`, or the length that the problems need if that is 0."""
 
 import copy
 import logging
@@ -16,17 +16,17 @@ from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import CHECKED_PROBLEMS, problems_to_check
 from grpo_jax.tasks.task import Task
 
-LIMIT_MULTIPLE = 16  # a limit that follows the problems is a multiple of this
-NAMED_PROMPTS = 5  # prompts that are too long are named up to this number
+LIMIT_MULTIPLE = 16  # a limit that is derived from the problems is a multiple of this
+NAMED_PROMPTS = 5  # prompts that an error names at most
 
 log = logging.getLogger(__name__)
 
 
 def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task, str]:
-    """Chooses the prompt limit of a run, and leaves out the problems that exceed it if the config says so.
+    """Chooses the prompt limit of a run, and leaves out problems that exceed it if `task.too_long` is `drop`.
 
-    All problems of a list are measured. Any other task may be endless, so only its first problems are, and half the
-    difference between the longest and the shortest prompt is added for later ones.
+    All problems of a list are measured. Any other task may be endless, so only its first problems are measured, and
+    half the difference between their longest and shortest prompts is added for later ones.
 
     Args:
         cfg: A checked config.
@@ -47,7 +47,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
     splits = problems_to_check(task, cfg.seed, cfg.eval.questions)
     names = [[problem.id or f"problem {i}" for i, problem in enumerate(split)] for split in splits]
     most, limit = positions - cfg.rollout.max_tokens, cfg.rollout.max_prompt_tokens
-    # 0 for prompts of a list that are shorter than the longest one that fits, and need not be measured.
+    # The lengths of a list are 0 for prompts that cannot be the longest one that fits, and are not measured.
     options = dict(most=limit or most) if is_list else {}
     lengths = [base.prompt_format.lengths(*pair, **options) for pair in zip(splits, names, strict=True)]
     if not limit:
@@ -74,7 +74,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
 def describe_too_long(
     cfg: Config, positions: int, limit: int, names: list[str], lengths: Int[np.ndarray, " N"], is_list: bool
 ) -> str:
-    """Describes which of N prompts are longer than the limit, and what would take all of them."""
+    """Returns the error for prompts that are too long: which of N they are, and which settings would fit all."""
     rows, longest = np.flatnonzero(lengths > limit), int(lengths.max())
     named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]]
     named += [f"and {len(rows) - NAMED_PROMPTS:,} more"] * (len(rows) > NAMED_PROMPTS)

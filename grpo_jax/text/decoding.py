@@ -1,4 +1,4 @@
-"""Turns the token ids of completions into the text that the rewards read."""
+"""Decodes the token ids of completions into the text that the rewards read."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

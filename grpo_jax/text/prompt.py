@@ -29,15 +29,15 @@ R1_ZERO_TEMPLATE = (
     "User: {question}. Assistant:"
 )
 
-# What stands between the turns of a conversation that continues the template's `User: {question}. Assistant:`.
+# Separators of the turns of a conversation that continues the template's `User: {question}. Assistant:`.
 BEFORE_TURN = {"user": " User: ", "assistant": ". Assistant: "}
 
-CHAT_DATE = "26 Jul 2024"  # the default of Llama's chat templates, so that prompts do not change from day to day
+CHAT_DATE = "26 Jul 2024"  # the default date of Llama's chat templates, fixed so that prompts do not change daily
 
-HIDDEN = "c8d5a1c3f0b94c0e9c1f6d2b7e5a4938-"  # begins what stands for a special token that a question spells out
+HIDDEN = "c8d5a1c3f0b94c0e9c1f6d2b7e5a4938-"  # prefix of the placeholders of special tokens that a question spells out
 
-CHUNK_PROMPTS = 1024  # prompts that are encoded together when all are measured
-TOKENS_NEXT_TO_QUESTION = 16  # tokens of a template that may depend on the question, at most
+CHUNK_PROMPTS = 1024  # prompts that are encoded at a time when lengths are measured
+TOKENS_NEXT_TO_QUESTION = 16  # upper bound of the template's tokens that may depend on the question
 
 
 def format_prompt(question: str, template: str = R1_ZERO_TEMPLATE) -> str:
@@ -74,10 +74,10 @@ def read_template(name: str, tokenizer: Any) -> str | None:
 
 
 def named_messages(problem: Problem, name: str) -> list[Message]:
-    """Returns the question of a problem as messages; `name` is what errors call the problem.
+    """Returns the question of a problem as messages. Error messages call the problem `name`.
 
     Raises:
-        UserError: A message has another form, the last one is not the user's, or a text cannot be encoded.
+        UserError: A message is malformed, the last one is not the user's, or a text cannot be encoded.
     """
     try:
         messages = read_messages(problem.question)
@@ -93,12 +93,12 @@ def named_messages(problem: Problem, name: str) -> list[Message]:
 class PromptFormat:
     """The tokenizer and the template of a run, which turn problems into prompts.
 
-    A conversation continues the template's `{question}` as in `What is 1 + 1?. Assistant: 2 User: What is 2 + 2?`, and
-    a system text stands before the prompt; a chat template is given the messages.
+    A chat template receives the messages of a conversation. In any other template, the turns replace `{question}`, as
+    in `What is 1 + 1?. Assistant: 2 User: What is 2 + 2?`, and system messages precede the template.
     """
 
     def __init__(self, tokenizer: Any, template: str = "r1zero"):
-        """Makes the format from a `transformers` tokenizer and a value of `prompt.template`; see `read_template`."""
+        """Makes a format from a `transformers` tokenizer and a value of `prompt.template` (see `read_template`)."""
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
         tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
         spaced = [(r"\s*" * token.lstrip, token.content, r"\s*" * token.rstrip) for token in tokens if token.special]
@@ -107,7 +107,7 @@ class PromptFormat:
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
-        """Returns the prompt of a problem as a text; `name` is what errors call the problem."""
+        """Returns the prompt of a problem as a text. Error messages call the problem `name`."""
         return self.render(named_messages(problem, name), name)
 
     def render(self, messages: list[Message], name: str) -> str:
@@ -120,14 +120,14 @@ class PromptFormat:
         options = dict(tokenize=False, add_generation_prompt=True, date_string=CHAT_DATE)
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"The chat template must accept {name}; it raised {found}. Correct the messages.") from None
 
     def encode(self, problems: Sequence[Problem], names: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each prompt.
 
-        Special tokens that a question spells out are encoded as text; those that the template spells out are special.
+        Special tokens that a question spells out are encoded as text. Those of the template are special tokens.
 
         Raises:
             UserError: See `named_messages` and `render`.
@@ -136,8 +136,8 @@ class PromptFormat:
         texts = [self.render(messages, name) for messages, name in named]
         if not texts:
             return []
-        adds_ends = self.template is not None  # a chat template writes BOS itself
-        self.tokenizer("")  # makes the backend encode whole texts, and special tokens as such
+        adds_ends = self.template is not None  # a chat template includes BOS itself
+        self.tokenizer("")  # resets the backend: no truncation, no padding, special tokens are recognized
         if self.backend:  # twice as fast as the call below
             batch = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=adds_ends)]
         else:
@@ -150,7 +150,7 @@ class PromptFormat:
         return batch
 
     def encode_spelled(self, messages: list[Message], name: str) -> list[int]:
-        """Encodes a prompt whose question spells out special tokens, which stay text."""
+        """Encodes a prompt whose question spells out special tokens, so that these remain text."""
         spelled: dict[str, str] = {}
 
         def hide(match: re.Match) -> str:
@@ -160,7 +160,9 @@ class PromptFormat:
 
         hidden = [message | {"content": self.special.sub(hide, message["content"])} for message in messages]
         ids: list[int] = []
-        for i, part in enumerate(self.special.split(self.render(hidden, name))):  # every other part is the template's
+        for i, part in enumerate(
+            self.special.split(self.render(hidden, name))
+        ):  # parts with odd i are the template's special tokens
             part = re.sub(HIDDEN + r"\d+\.", lambda match: spelled.get(match[0], match[0]), part)
             adds_ends = i == 0 and self.template is not None
             options = dict(add_special_tokens=adds_ends, split_special_tokens=i % 2 == 0, verbose=False)
@@ -175,9 +177,9 @@ class PromptFormat:
 
         Args:
             problems: The problems.
-            names: What errors call each problem.
-            most: If it is given, a prompt counts as 0 if it is certain to have no more tokens than another one that has
-                at most so many. Most prompts of a large file need not be encoded then.
+            names: The name of each problem in error messages.
+            most: If given, the length of a prompt may be 0 instead, if it cannot be longer than the longest prompt of
+                at most this many tokens. Most prompts of a large file then need not be encoded.
         """
         bounds = [self.bound(self.text(*pair)) for pair in zip(problems, names, strict=True)]
         lengths, enough = np.zeros(len(problems), np.int32), 0.0
@@ -195,20 +197,20 @@ class PromptFormat:
                 ]
                 enough = max([enough, *(length for length in lengths[chunk] if most is not None and length <= most)])
                 bar.update(len(chunk))
-        finally:  # a process that is forked later must not wait for threads that it does not have
+        finally:  # a process that is forked later must not wait for threads that do not exist in it
             os.environ["TOKENIZERS_PARALLELISM"] = before
             bar.close()
         return lengths
 
     def bound(self, text: str) -> float:
-        """Returns a number of tokens that a prompt, which is given as a text, does not exceed."""
+        """Returns an upper bound of the number of tokens of a prompt, given its text."""
         return max(len(form.encode()) for form in (text, unicodedata.normalize("NFC", text))) - self.spared
 
     @cached_property
     def spared(self) -> float:
-        """How many tokens fewer than bytes all prompts have; minus infinity if a byte may have several tokens.
+        """By how much the tokens of any prompt are fewer than its bytes; minus infinity if no bound is known.
 
-        A tokenizer that splits bytes has at most one token for each. The template has the same tokens in every prompt,
+        A byte-level tokenizer makes at most one token of each byte. The template has the same tokens in every prompt,
         except for those next to the question.
         """
         forms = [repr(getattr(self.backend, part, "")) for part in ("normalizer", "pre_tokenizer")]
