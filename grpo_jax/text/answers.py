@@ -205,7 +205,7 @@ def parse_answer(text: str) -> Tree:
         return ("time", (int(time[1]) % 12 + 12 * (time[3] in "pP")) * 60 + int(time[2] or 0))
     if _DATE.fullmatch(bare) and (date := _read_date(bare)):
         return date
-    words = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+(?:\{\w*(?:matrix|array)\})?", " ", bare))
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+", " ", bare))
     long = [word for word in words if len(word) > 2 or word.lower() in _SHORT_WORDS or not word.isascii()]
     long = [word for word in long if word not in _NAMES]
     if len(long) > MAX_WORDS:

@@ -18,16 +18,17 @@ MAX_TOKENS, MAX_DEPTH = 300, 40
 
 UNITS = {name: unit for unit, names in TABLES["units"].items() for name in (unit, *names.split())}
 _CURRENCIES = "＄€£¥¢"
-_FILLERS = {"unit", "of", "the", "a", "an", "total", "altogether", "each", "all"}
+_NAMES = {"and": ("o", "and"), "or": ("o", "or"), "to": ("o", ":"), "inf": ("s", "∞"), "infinity": ("s", "∞")}
+_NAMES |= {name: ("f", name) for name in FUNCTIONS} | {name: ("s", letter) for name, letter in LETTERS.items()}
 _LEVELS = [("list", (",", ";", "and", "or")), ("relation", tuple("=<>≤≥≠∈"))]  # of the grammar, outermost first
 _CLOSING = {"(": ")]", "[": ")]", "⦃": "⦄", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
 _TOKEN = re.compile(
     r"""\s*(?:
-    (?P<number>(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:\ \d{3})+(?!\d|\ \d)|\d+)(?:\.(?!\.)\d*)?|\.\d+)
+    (?P<n>(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:\ \d{3})+(?!\d|\ \d)|\d+)(?:\.(?!\.)\d*)?|\.\d+)
         (?:[eE][+-]?\d{1,4}(?!\w))?)
-    |(?P<word>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞∅]|[^\W\d_A-Za-zͰ-Ͽ]+)
-    |(?P<command>\\[A-Za-z]+)
-    |(?P<sign>\S)
+    |(?P<w>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞∅]|[^\W\d_A-Za-zͰ-Ͽ]+)
+    |(?P<s>\\[A-Za-z]+)
+    |(?P<o>\S)
     )""",
     re.VERBOSE,
 )
@@ -42,23 +43,14 @@ def tokenize(text: str) -> list[tuple[str, str]]:
         ValueError: There are more than `MAX_TOKENS` tokens.
     """
     tokens: list[tuple[str, str]] = []
-    depth = at = 0
-    while match := _TOKEN.match(text, at):
-        kind, written, at = match.lastgroup, match[0].strip(), match.end()
-        if kind == "number":
-            if depth and "," in written:  # in brackets, a comma separates
-                written = written[: written.index(",")]
-                at = match.start() + match[0].index(",")
-            tokens.append(("n", written))
-        elif kind == "word":
+    for match in _TOKEN.finditer(text):
+        kind, written = str(match.lastgroup), match[0].strip()
+        if kind == "w":
             spaced = match[0][0] == " " and bool(tokens) and tokens[-1][0] == "n"
-            tokens += _read_word(written, spaced and bool(re.match(r" |$|[,/^]", text[at:])), text[at : at + 1] != " ")
-        elif kind == "command":
-            name = written[1:]
-            tokens.append(("f" if name in FUNCTIONS else "o" if name == "end" else "s", name))
+            behind = spaced and bool(re.match(r" |$|[,/^]", text[match.end() :]))
+            tokens += _read_word(written, behind, text[match.end() : match.end() + 1] != " ")
         else:
-            tokens.append(("o", written))
-            depth += (written in "([⦃") - (written in ")]⦄")
+            tokens.append(("f" if kind == "s" and written[1:] in FUNCTIONS else kind, written.removeprefix("\\")))
         if len(tokens) > MAX_TOKENS:
             raise ValueError(f"more than {MAX_TOKENS} symbols")
     return tokens
@@ -74,10 +66,8 @@ def _read_word(written: str, behind: bool, last: bool) -> list[tuple[str, str]]:
     """
     word = written.strip('"')
     lower, quoted = word.lower(), written != word
-    if lower in ("and", "or", "to"):
-        return [("o", ":" if lower == "to" else lower)]
-    if lower in FUNCTIONS or word in LETTERS or lower in ("inf", "infinity"):
-        return [("f", lower) if lower in FUNCTIONS else ("s", LETTERS.get(word, "∞"))]
+    if token := _NAMES.get(word, _NAMES.get(lower)):
+        return [token]
     if len(word) == 1 and (word.isascii() or word in "∞∅" or word in LETTERS.values()):
         return [("w" if word in UNITS and (quoted or (behind and last)) else "s", word)]
     named = word in UNITS or lower in UNITS or not word.isascii()
@@ -177,10 +167,6 @@ class Parser:
                 if power[0] not in ("n", "neg"):
                     raise ValueError("the power of a unit is not a number")
                 words[-1] += f"^{power[1]}"
-            elif self.sign == "(" and following == "w":
-                self.take()
-                words += self.unit()
-                self.expect(")")
             else:
                 return words
 
@@ -249,14 +235,14 @@ class Parser:
 
     def symbol(self, name: str) -> Tree:
         """Reads a symbol, a word that stands for one, an unknown command with its arguments, or a matrix."""
-        if name == "begin":
-            return self.matrix()
         if self.tokens[self.at - 1][0] == "w" and len(name) > 1 and self.sign not in ("=", "∈"):
             raise ValueError(f"unexpected {name[:20]}")
         return ("s", name + self.skip_braces() if len(name) > 1 and self.sign == "{" else name)
 
     def bracketed(self, opening: str) -> Tree:
         """Reads a group, tuple, interval, set or absolute value."""
+        if opening == "⟦":
+            return self.matrix()
         if opening not in _CLOSING:
             raise ValueError(f"unexpected {opening}")
         if opening in "|⌊⌈":
@@ -300,19 +286,14 @@ class Parser:
         return ("^", tree, options["^"]) if "^" in options else tree
 
     def matrix(self) -> Tree:
-        r"""Reads the rows of a matrix after `\begin`, up to its `\end`."""
-        kind = self.skip_braces().strip("{}")
-        if kind == "array" and self.sign == "{":
-            self.skip_braces()
+        """Reads the rows of a matrix."""
         rows: list[list[Tree]] = [[]]
-        while self.tokens[self.at] != ("o", "end"):
+        while not self.accept("⟧"):
             if self.accept("¶"):
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.level(1))
-        self.take()
-        self.skip_braces()
-        return (kind if kind == "vmatrix" else "matrix", *(("row", *row) for row in rows if row))
+        return ("matrix", *(("row", *row) for row in rows if row))
 
     def skip_braces(self) -> str:
         """Takes a group in braces and returns its text."""
@@ -332,6 +313,5 @@ def canonical_unit(words: Sequence[str]) -> str:
     for word in text.split():
         name, caret, power = word.partition("^")
         singular = name.lower().removesuffix("s") if len(name) > 3 else name
-        if singular not in _FILLERS:
-            unit.append(UNITS.get(name, UNITS.get(singular, UNITS.get(name.lower(), singular))) + caret + power)
+        unit.append(UNITS.get(name, UNITS.get(singular, UNITS.get(name.lower(), singular))) + caret + power)
     return " ".join(unit)
