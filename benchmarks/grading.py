@@ -2,7 +2,7 @@
 
 Grades completions in mathematics with the built-in parts and a function that never returns for some of them.
 
-workers      number of processes
+workers      number of processes that grade at the same time
 start_s      starting one process
 grade_s      grading all completions, decoding included
 bound_s      the time that may take: deadline * hang / workers + 15
@@ -60,7 +60,7 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
 
     from grpo_jax.config import check, default
     from grpo_jax.rewards.parts import resolve_parts
-    from grpo_jax.rewards.pool import Grader
+    from grpo_jax.rewards.pool import Grader, most_at_work
     from grpo_jax.text.problem import Problem
     from grpo_jax.weights.source import find_model
     from grpo_jax.weights.tokenizer import load_tokenizer
@@ -91,8 +91,9 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     tokens, lengths = np.tile(row, (flags.completions, 1)), np.full(flags.completions, len(row))
     with closing(grader):
         start_s, start = seconds(grader.start), time.perf_counter()
-        grades, workers = grader.grade(problems, tokens, lengths), len(grader.workers)
+        grades = grader.grade(problems, tokens, lengths)
         grade_s = time.perf_counter() - start
+    workers = most_at_work()
     result = dict(
         workers=workers,
         start_s=start_s,

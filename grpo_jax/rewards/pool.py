@@ -74,6 +74,12 @@ class Worker:
         return self.process.wait()
 
 
+def most_at_work() -> int:
+    """Returns the number of workers that may grade at the same time."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, MAX_WORKERS)
+
+
 class Grader:
     """Grades completions with the reward parts of a run.
 
@@ -97,6 +103,7 @@ class Grader:
         """
         self.parts, self.tokenizer, self.stops = parts, tokenizer, (tuple(stop_ids), cfg.rollout.stop_strings)
         self.deadline, self.workers = cfg.reward.deadline, list[Worker]()
+        self.spares = 0  # workers that are ready to take the place of one that hangs or dies
         names = {function_label(name): name for name in cfg.reward.parts if ":" in name}
         self.built_in = {label: part for label, part in parts.items() if is_built_in(part)}
         self.functions = {label: name for label, name in names.items() if label in parts.keys() - self.built_in.keys()}
@@ -171,13 +178,14 @@ class Grader:
 
     def turn(self, timeout: float) -> None:
         """Hands out work, waits up to `timeout` seconds for replies, and replaces workers that hang or have died."""
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        idle = [worker for worker in self.workers if not worker.units]
-        for _ in range(min(cpus, MAX_WORKERS, len(self.workers) - len(idle) + len(self.queue)) - len(self.workers)):
+        most, idle = most_at_work(), [worker for worker in self.workers if not worker.units]
+        needed = min(most + self.spares, len(self.workers) - len(idle) + len(self.queue))
+        for _ in range(needed - len(self.workers)):
             self.start_worker()
-        for worker in idle[: len(self.queue)]:
+        working = sum(1 for worker in self.workers if worker.units and worker.units[0] != START)
+        for worker in idle[: max(0, min(most - working, len(self.queue)))]:
             # Small chunks if little work is left, so that all workers finish at about the same time.
-            count = min(MAX_CHUNK, len(self.queue) // (2 * len(self.workers)) + 1)
+            count = min(MAX_CHUNK, len(self.queue) // (2 * most) + 1)
             worker.units.extend(self.queue.popleft() for _ in range(min(count, len(self.queue))))
             worker.since = time.monotonic()
             with suppress(OSError):
@@ -201,7 +209,7 @@ class Grader:
 
     def replace(self, worker: Worker, kind: str) -> None:
         """Ends a worker. The unit that it is working on fails, and its other units return to the queue."""
-        code = worker.stop()
+        code, self.spares = worker.stop(), 1  # what hung or died once does so again
         self.workers.remove(worker)
         if worker.units:
             reason = "ran out of memory" if code == errno.ENOMEM else f"ended with exit code {code}"

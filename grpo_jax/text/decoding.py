@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 
 def tokenizer_backend(tokenizer: Any) -> Tokenizer | None:
@@ -18,6 +18,17 @@ def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     if backend is not None:  # the same text in half the time
         return backend.decode(ids, skip_special_tokens=False)
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def decode_without_last(tokenizer: Any, ids: Sequence[int], text: str) -> str:
+    """Returns the text of all token ids but the last, given the text of all."""
+    backend = tokenizer_backend(tokenizer)
+    if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
+        # The bytes of tokens are put together and then decoded. Unless the token before the last may end inside a
+        # character, the text of the last token is the end of the text.
+        if decode_ids(tokenizer, ids[-2:-1])[-1:] not in ("", "\ufffd"):
+            return text.removesuffix(decode_ids(tokenizer, ids[-1:]))
+    return decode_ids(tokenizer, ids[:-1])
 
 
 def decode_completion(
@@ -41,7 +52,7 @@ def decode_completion(
     text = decode_ids(tokenizer, ids)
     ends = [text.find(string) + len(string) for string in stop_strings if string in text]
     if ends:
-        before = decode_ids(tokenizer, ids[:-1])
+        before = decode_without_last(tokenizer, ids, text)
         if not any(string in before for string in stop_strings):
             text = text[: min(ends)]
     return text
