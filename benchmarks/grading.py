@@ -1,15 +1,15 @@
 """Measures how long decoding and grading of a rollout's completions take. Prints one JSON line.
 
-Grades completions in mathematics with the built-in parts and a function that never returns for some of them.
+Grades mathematics completions with the built-in parts and with a function that never returns for some of them.
 
-workers      number of processes that grade at the same time
-start_s      starting one process
-grade_s      grading all completions, decoding included
-bound_s      the time that may take: deadline * hang / workers + 15
-timeouts     completions that the function did not grade in time; this should be --hang
-errors       completions with another error; this should be 0
-one_ms       decoding one completion and grading it with the built-in parts in the trainer
-decode_ms    the decoding in that
+workers      number of workers that grade at the same time
+start_s      time to start one worker
+grade_s      time to decode and grade all completions
+bound_s      upper bound for grade_s: deadline * hang / workers + 15
+timeouts     completions that exceeded the deadline; should equal --hang
+errors       completions with another failure; should be 0
+one_ms       time to decode one completion and grade it with the built-in parts in the trainer
+decode_ms    the part of one_ms that decoding takes
 """
 
 import argparse
@@ -22,7 +22,7 @@ WORK = "Let's see: 3 + 4 = 7, so x^2 - 7x + 12 = (x - 3)(x - 4), and \\frac{7}{1
 
 
 def hangs_sometimes(problems, texts, lengths):
-    """Grades one completion with 1, or never returns if its problem says so."""
+    """Returns 1 for a completion, or never returns if its problem says so."""
     while problems[0].metadata["hangs"]:
         time.sleep(1)
     return [1.0]
@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python benchmarks/grading.py --model=smollm2 --completions=8192 --tokens=1000 --hang=16",
     )
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="the tokenizer's model, given like model.path")
+    parser.add_argument(
+        "--model", metavar="FOLDER", required=True, help="the model whose tokenizer is used, as in model.path"
+    )
     for name, value in (("completions", 8192), ("tokens", 1000), ("hang", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
     parser.add_argument("--deadline", type=float, default=10, metavar="SECONDS", help="reward.deadline; default: 10")
@@ -70,7 +72,7 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     work = tokenizer(WORK * (flags.tokens // 10 + 1))["input_ids"][: max(flags.tokens - len(answer), 0)]
     row = np.array([*work, *answer], np.int32)
     hanging = rng.permutation(flags.completions) < flags.hang
-    problems = [  # distinct, so that no process has seen the same completion before
+    problems = [  # distinct, so that a worker never sees the same completion twice
         Problem("How much is left?", "\\frac{7}{12}", {"hangs": bool(hangs)}, id=f"problem {n}")
         for n, hangs in enumerate(hanging)
     ]

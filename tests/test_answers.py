@@ -19,7 +19,7 @@ KINDS = sorted({case["id"].split("-")[0] for case in CASES})
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_each_kind_are_judged_as_marked(kind):
-    """A case has what the data file expects, what the completion says, and whether that is right."""
+    """A case has the expected answer, as a data file writes it, a completion, and whether the completion is right."""
     cases = [case for case in CASES if case["id"].split("-")[0] == kind]
     wrong = [case for case in cases if judge(case["completion"], case["expected"]).correct is not case["right"]]
     assert not wrong
@@ -48,7 +48,7 @@ SIGNS = {"pi": "π", "infty": "∞", "cup": "∪", "pm": "±"}
 def test_no_respelling_of_an_expected_answer_is_lost(respelling):
     lost = []
     for expected in dict.fromkeys(ANSWERS):
-        if not any(sign in expected for sign in ("box", "####", "<answer>", "$", r"\(", r"\[")):  # is not wrapped yet
+        if not any(sign in expected for sign in ("box", "####", "<answer>", "$", r"\(", r"\[")):  # not wrapped yet
             answer = RESPELLINGS[respelling](expected)
             verdict = judge(f"<think> a </think> <answer> {answer} </answer>", expected)
             lost += [] if verdict.correct else [(expected, answer, verdict.why)]
@@ -76,10 +76,10 @@ def test_no_respelling_of_an_expected_answer_is_lost(respelling):
         ("+", "it ends unexpectedly"),
     ],
 )
-def test_expected_answers_that_nothing_could_match_are_told_apart(answer, reason):
+def test_expected_answers_that_nothing_could_match_are_refused_with_the_reason(answer, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         read_expected(answer)
-    assert not judge(f"<answer>{answer}</answer>", answer).correct  # equal text proves nothing
+    assert not judge(f"<answer>{answer}</answer>", answer).correct  # being equal as text is not enough
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ HOSTILE = [
         "|-5|",
         "5 mod 7",
     ),
-    *(r"\log(0)", r"\ln 0", r"-\log(0)", r"\frac{1}{\log 0}", "5 cm^{}"),  # infinite, or a power that is no number
+    *(r"\log(0)", r"\ln 0", r"-\log(0)", r"\frac{1}{\log 0}", "5 cm^{}"),  # infinite, or a power that is not a number
 ]
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_earn_nothing_and_end(answer):
+def test_hostile_answers_earn_nothing_and_are_judged_in_bounded_time(answer):
     for expected in ("5", r"2\sqrt{3}", "x^2", "(1, 2)", answer):
         if expected is not answer:
             assert not judge(f"<think> a </think> <answer> {answer} </answer>", expected).correct
@@ -213,8 +213,8 @@ def test_any_text_is_judged_without_errors(seed):
         ("<think> 1 </think> <answer> 72 </answer>", "72"),
         ("<answer>\n72\n</answer> and more", "72"),
         ("<answer>1</answer> <answer>2</answer>", "2"),  # the last one counts
-        ("<answer>1</answer> <answer>2", None),  # and is not closed
-        ("<think> <answer>1</answer> </think>", None),  # in the thoughts
+        ("<answer>1</answer> <answer>2", None),  # the last tag is not closed
+        ("<think> <answer>1</answer> </think>", None),  # inside the thoughts
         ("<think> <answer>1</answer> </think> <answer>2</answer>", "2"),
         ("<answer>1 <answer>2</answer>", "2"),
         ("<answer>1</answer> or so </answer>", "1"),  # the text around the answer is ignored

@@ -229,7 +229,7 @@ def test_a_run_is_resumed_with_changed_files_only_on_request(tmp_path):
     refused(main.main, run, f"--config={tmp_path / 'config.py'}", *changes, says=says)
 
 
-def test_a_run_with_an_evaluation_is_not_resumed_without(tmp_path):
+def test_a_run_with_evaluations_is_not_resumed_without_them(tmp_path):
     """It would train on the problems that it has held out."""
     path = asking(tmp_path / "q.jsonl", "a", "b")
     flags = [f"--config={tmp_path / 'config.py'}", "--config.task.name=file", f"--config.task.path={path}"]
@@ -239,7 +239,7 @@ def test_a_run_with_an_evaluation_is_not_resumed_without(tmp_path):
     refused(main.main, tmp_path / "run", *flags, "--config.eval.questions=0", says=says)
 
 
-def test_a_run_that_holds_out_nothing_cannot_be_evaluated_on_its_own_problems(tmp_path):
+def test_a_run_without_held_out_problems_cannot_be_evaluated_on_its_own_problems(tmp_path):
     run = tmp_path / "run"
     write_config(run, check_with(eval__questions=0))
     for argv in ([], ["--config.eval.questions=8"]):
@@ -272,7 +272,7 @@ def test_a_run_with_another_config_is_not_resumed(tmp_path):
     )
 
 
-def test_a_run_is_not_resumed_with_a_template_that_has_changed(tmp_path):
+def test_a_run_is_not_resumed_if_its_template_has_changed(tmp_path):
     template = tmp_path / "t.txt"
     template.write_text("Question: {question}")
     keys = [*LITTLE, f"--config.prompt.template={template}"]

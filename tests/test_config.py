@@ -744,7 +744,7 @@ def test_paths_of_existing_files_are_stored_absolute(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["content", "added", "removed"])
-def test_changed_files_are_found_and_may_be_accepted(tmp_path, change):
+def test_changed_files_are_refused_unless_accepted(tmp_path, change):
     folder, run = tmp_path / "data", tmp_path / "run"
     folder.mkdir()
     (folder / "a.csv").write_text("1")

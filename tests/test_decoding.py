@@ -1,4 +1,4 @@
-"""Decoded completions are what `transformers` decodes, cut after the stop string that the last token completes."""
+"""Completions are decoded as `transformers` does, and cut after a stop string that the last token completes."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def decode_twice(tokenizer, tokens, stop_ids, stop_strings) -> str:
-    """The definition, by `transformers`: a stop string counts if it is not in the text without the last token."""
+    """Decodes with `transformers`, as defined: a stop string counts if the text without the last token lacks it."""
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -47,7 +47,7 @@ def decode_twice(tokenizer, tokens, stop_ids, stop_strings) -> str:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "byte level", "byte fallback"])
-def test_completions_decode_as_defined_in_the_trainer_and_from_json(kind):
+def test_completions_are_decoded_as_defined_by_the_trainers_tokenizer_and_from_its_json(kind):
     makers = {"byte level": byte_level_tokenizer, "byte fallback": byte_fallback_tokenizer}
     tokenizer = makers[kind]() if kind in makers else load_tokenizer(find_model("tiny"))
     from_json = Tokenizer.from_str(tokenizer_backend(tokenizer).to_str())
@@ -62,4 +62,4 @@ def test_completions_decode_as_defined_in_the_trainer_and_from_json(kind):
             assert decode_completion(tokenizer, ids, (1,), strings) == expected
             assert decode_completion(from_json, ids, (1,), strings) == expected
             cut += expected != decode_twice(tokenizer, ids, (1,), ())
-    assert cut > 9 or kind == "tiny"  # whose tokens end where a stop string does
+    assert cut > 9 or kind == "tiny"  # the tokens of tiny end where a stop string does

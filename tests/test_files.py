@@ -1,4 +1,4 @@
-"""Problems are read from files as people have them, and what cannot be used is named with its place."""
+"""Problems are read from common formats and data sets, and errors name the place of what cannot be used."""
 
 import csv
 import gzip
@@ -119,7 +119,7 @@ def read_one(tmp_path, row, **fields):
         ({"question": "Q?", "answer": "7", "metadata": {"source_dataset": "chain_sum"}}, "Q?", "7"),
     ],
 )
-def test_rows_of_known_data_sets_are_read_as_they_are_meant(tmp_path, row, question, answer):
+def test_rows_of_known_data_sets_are_recognized(tmp_path, row, question, answer):
     problem = read_one(tmp_path, row)
     assert (problem.question, problem.answer) == (question, answer)
     assert problem == read_one(tmp_path, dict(reversed(row.items())))  # in any order of the fields
@@ -130,7 +130,7 @@ def test_all_other_fields_become_metadata(tmp_path):
     assert read_one(tmp_path, row).metadata == {"level": 3, "other": {"book": ["b"]}}
 
 
-def test_the_right_choice_of_gpqa_has_no_fixed_place(tmp_path):
+def test_the_right_choice_of_gpqa_has_no_fixed_position(tmp_path):
     names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     rows = [{"Question": f"Q{i}?", **dict(zip(names, ("10", "11", "12", "13"), strict=True))} for i in range(40)]
     problems = read_problems(write(tmp_path / "q.jsonl", *rows))
@@ -154,7 +154,7 @@ def test_the_right_choice_of_gpqa_has_no_fixed_place(tmp_path):
         (dict(question="ask.text", answer="key", choices="offers"), "1 + 1?\n(A) 1\n(B) 2", "(B) 2"),
     ],
 )
-def test_fields_may_be_named(tmp_path, fields, question, answer):
+def test_fields_can_be_named(tmp_path, fields, question, answer):
     row = {"ask": {"text": "1 + 1?"}, "facts": ["1", "2"], "turns": [{"role": "user", "content": "Hm?"}], "key": "B"}
     problem = read_one(tmp_path, row | {"offers": ["1", "2"]}, **fields)
     assert (problem.question, problem.answer) == (question, answer)
@@ -215,7 +215,7 @@ def test_rows_without_a_question_or_an_answer_are_refused_with_the_reason(tmp_pa
     assert "--config.task.question=FIELD, --config.task.answer=FIELD" in str(raised.value)
 
 
-def test_a_named_field_must_be_there(tmp_path):
+def test_a_named_field_must_exist(tmp_path):
     row = {"question": "Q?", "answer": "1"}
     with pytest.raises(UserError, match="line 1: the field 'key' is missing or empty; the fields are question, answer"):
         read_one(tmp_path, row, answer="key")
@@ -238,7 +238,7 @@ def test_unreadable_rows_are_left_out_and_listed_up_to_the_limit(tmp_path):
         read_with_notes(path, TaskSection(max_unreadable=0.001), graded=True)
 
 
-def test_an_answer_that_no_completion_could_match_counts_only_where_it_is_compared(tmp_path):
+def test_answers_that_no_completion_could_match_are_refused_only_if_they_are_compared(tmp_path):
     path = write(
         tmp_path / "q.jsonl", {"question": "Q?", "answer": "one " * 20}, {"question": "R?", "answer": {"tests": [1]}}
     )
@@ -400,6 +400,6 @@ def test_a_task_knows_the_digests_of_its_files(tmp_path):
 @pytest.mark.parametrize(
     "answer", ["5", "-5.25", "9" * 20, r"\frac{1}{2}", r"-\dfrac{10}{7}", r"\tfrac{0}{21}", "(A) 133", "(J) word " * 30]
 )
-def test_answers_that_are_taken_as_readable_at_sight_can_be_read(answer):
+def test_answers_that_are_accepted_without_parsing_can_be_parsed(answer):
     assert READABLE.fullmatch(answer) and read_expected(answer)
     assert not any(READABLE.fullmatch(text) for text in ("", "9" * 300, r"\frac{1}{0}", "5 or 6", "()"))

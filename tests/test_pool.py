@@ -1,4 +1,4 @@
-"""The pool of processes that grade completions: what functions may do there, and that nothing is lost."""
+"""Workers grade completions: whatever a function does there, no completion is lost."""
 
 import json
 import os
@@ -54,8 +54,8 @@ def environment(problems, texts, lengths):
     return [len([name for name in os.environ if "SECRET" in name or "TOKEN" in name.split("_")])]
 """
 
-# What a function does: the failure that is counted, and a part of its description.
-DEEDS = {
+# Code that a function runs, with the kind of failure that is counted and a part of its description.
+BEHAVIORS = {
     "time.sleep(1e6)": ("timeout", "timeout in act."),
     "while True: pass": ("timeout", ""),
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)": ("timeout", ""),
@@ -82,7 +82,7 @@ DEEDS = {
 
 
 def make_grader(tmp_path, *parts, deadline=0.5, **parts_from_python):
-    """Returns a grader with parts of the config, in which `file:` stands for the file with the functions above."""
+    """Returns a grader with the given parts, in which `file:` stands for a file with the functions above."""
     (tmp_path / "verifier.py").write_text(VERIFIER)
     names = tuple(part.replace("file:", f"{tmp_path}/verifier.py:") for part in parts)
     raw = config.default()
@@ -104,37 +104,37 @@ def grade(grader, codes, log, text="<think>1</think> <answer>2</answer>"):
 
 
 def children():
-    """Returns the ids of the processes that this one has started."""
+    """Returns the ids of the workers that this process has started."""
     listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "rewards.worker" in line]
 
 
 def test_no_completion_is_lost_or_graded_twice_whatever_functions_do(tmp_path, capfd):
-    codes = [*DEEDS, *["pass"] * 30]
+    codes = [*BEHAVIORS, *["pass"] * 30]
     grader = make_grader(tmp_path, "accuracy", "file:act", "file:twice")
     grades = grade(grader, codes, tmp_path / "log")
     groups = [worker.process.pid for worker in grader.workers]
     grader.close()
     calls = sorted(map(int, (tmp_path / "log").read_text().split()))
-    assert calls == list(range(len(codes)))  # each exactly once
-    for n, (code, (kind, reason)) in enumerate(DEEDS.items()):
+    assert calls == list(range(len(codes)))  # each of them once
+    for n, (code, (kind, reason)) in enumerate(BEHAVIORS.items()):
         failed = bool(kind)
         assert grades.scores["act"][n] == (0 if failed else n), code
         assert (grades.scores["timeout"][n], grades.scores["error"][n]) == (kind == "timeout", kind == "error"), code
         assert len(grades.failures[n]) == failed and all(reason in text for text in grades.failures[n]), code
-    assert grades.scores["act"][len(DEEDS) :].tolist() == list(range(len(DEEDS), len(codes)))
+    assert grades.scores["act"][len(BEHAVIORS) :].tolist() == list(range(len(BEHAVIORS), len(codes)))
     assert grades.scores["twice"].tolist() == [2 * n for n in range(len(codes))]  # whatever `act` did
     assert grades.scores["accuracy"].tolist() == [n == 2 for n in range(len(codes))]
     assert set(grades.texts) == {"<think>1</think> <answer>2</answer>"}
     assert [verdict.parsed for verdict in grades.verdicts] == ["2"] * len(codes)
     assert "chatter" not in capfd.readouterr().out
     assert not children()
-    for group in groups:  # nor what functions have started
+    for group in groups:  # nor any process that functions have started
         with pytest.raises(ProcessLookupError):
             os.killpg(group, 0)
 
 
-def test_functions_see_no_jax_and_no_keys_of_the_user(tmp_path, monkeypatch):
+def test_functions_in_workers_see_neither_jax_nor_the_users_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "1")
     monkeypatch.setenv("HF_TOKEN", "1")
     grader = make_grader(tmp_path, "file:environment")
@@ -158,7 +158,7 @@ def test_functions_see_no_jax_and_no_keys_of_the_user(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_batch_of_which_more_than_half_fails_stops_the_run_with_the_first_error(tmp_path, codes, message):
+def test_a_run_stops_with_the_first_error_if_more_than_half_of_a_batch_fails(tmp_path, codes, message):
     grader = make_grader(tmp_path, "file:act", deadline=0.3)
     with pytest.raises(UserError) as raised:
         grade(grader, codes, tmp_path / "log")
@@ -166,10 +166,10 @@ def test_a_batch_of_which_more_than_half_fails_stops_the_run_with_the_first_erro
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_batch_of_which_half_fails_does_not_stop_the_run(tmp_path):
+def test_a_run_continues_if_half_of_a_batch_fails(tmp_path):
     grader = make_grader(tmp_path, "file:act")
     assert grade(grader, ["#nan", "#nan", "#", "#"], tmp_path / "log").scores["error"].tolist() == [1, 1, 0, 0]
-    assert grade(grader, ["#", "#"], tmp_path / "log").scores["act"].tolist() == [0, 1]  # the next batch starts afresh
+    assert grade(grader, ["#", "#"], tmp_path / "log").scores["act"].tolist() == [0, 1]  # the next batch starts over
     grader.close()
 
 
@@ -181,7 +181,7 @@ def test_a_function_that_never_returns_stops_the_run_before_half_of_a_large_batc
     grader.close()
 
 
-def test_a_function_that_only_a_process_of_its_own_cannot_import_is_an_error_at_the_start(tmp_path, monkeypatch):
+def test_a_function_that_a_worker_cannot_import_is_an_error_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "1")
     (tmp_path / "mine.py").write_text("import os\nkey = os.environ['MY_KEY']\ndef f(problems, texts, lengths): ...")
     grader = make_grader(tmp_path, f"{tmp_path}/mine.py:f")
@@ -213,7 +213,7 @@ def test_functions_from_python_see_the_whole_batch_in_the_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("backend", [True, False], ids=["tokens", "text"])
-def test_a_long_batch_gets_the_same_grades_from_processes_as_in_the_trainer(tmp_path, monkeypatch, backend):
+def test_a_long_batch_gets_the_same_grades_from_workers_as_in_the_trainer(tmp_path, monkeypatch, backend):
     parts = "format", "accuracy", "language"
     here, there = make_grader(tmp_path, *parts), make_grader(tmp_path, *parts)
     expected = grade(here, [""] * 9, tmp_path / "log", text="a <answer>2</answer>")
@@ -246,7 +246,7 @@ time.sleep(1000)
 """
 
 
-def test_processes_end_when_the_trainer_is_killed():
+def test_workers_end_when_the_trainer_is_killed():
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     trainer = subprocess.Popen([sys.executable, "-c", KILLED], env=environ, stdout=subprocess.PIPE, text=True)
     worker = int(trainer.stdout.readline())
@@ -262,7 +262,7 @@ def test_processes_end_when_the_trainer_is_killed():
 
 @pytest.mark.slow
 def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path, monkeypatch):
-    """The tokens and grades are those of a run that grades after sampling, also with several shards and refills."""
+    """Tokens and grades equal those of a run that grades after sampling, even with several shards and refills."""
     monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
     (tmp_path / "verifier.py").write_text(VERIFIER)
     raw = config.default()
@@ -303,7 +303,7 @@ def moody(problems, texts, lengths):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_and_counts_what_a_function_cannot_grade(tmp_path, capsys):
+def test_a_run_continues_and_counts_the_completions_that_a_function_cannot_grade(tmp_path, capsys):
     """Two runs have the same rewards. The records say why a reward is 0, and the console says it once per rollout."""
     (tmp_path / "mine.py").write_text(MOODY)
     parts = json.dumps(["accuracy", "format", f"{tmp_path}/mine.py:moody"])

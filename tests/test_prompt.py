@@ -60,7 +60,7 @@ def encode(tokenizer, question, template="r1zero") -> list[int]:
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
-    """A template that is the question alone."""
+    """Writes a template that is the question alone."""
     (tmp_path / "bare.txt").write_text("{question}")
     return tmp_path / "bare.txt"
 
@@ -110,7 +110,7 @@ def test_eos_that_the_tokenizer_appends_is_removed(tmp_path, bare):
     assert tokenizer.decode(ids[1:]) == "hello"
 
 
-def test_a_file_is_a_template_to_the_character(tmp_path):
+def test_every_character_of_a_template_file_counts(tmp_path):
     (tmp_path / "t.txt").write_bytes("\ufeff{x} é\r\n{question} {0}{question}\n".encode())
     prompts = PromptFormat(byte_tokenizer(), str(tmp_path / "t.txt"))
     assert prompts.text(Problem("{question} {x}", "")) == "{x} é\r\n{question} {x} {0}{question} {x}\n"
@@ -147,7 +147,7 @@ def test_a_conversation_continues_the_template():
     assert single == format_prompt("Q")
 
 
-def test_a_chat_template_is_given_the_messages_and_nothing_is_added():
+def test_a_chat_template_receives_the_messages_and_nothing_is_added():
     tokenizer = chat_tokenizer()
     plain = [*TURNS[:3], {"role": "user", "content": "And 2 + 2?"}]
     for question, messages in ((TURNS, plain), ("Q é", [{"role": "user", "content": "Q é"}])):
@@ -159,12 +159,12 @@ def test_a_chat_template_is_given_the_messages_and_nothing_is_added():
     )
 
 
-def test_the_date_in_llamas_chat_templates_is_the_same_on_every_day():
+def test_the_date_in_llamas_chat_templates_is_fixed():
     tokenizer = byte_tokenizer(chat="{{ date_string or strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert PromptFormat(tokenizer, "chat").text(Problem("Q", "")) == "26 Jul 2024 Q"
 
 
-def test_what_a_chat_template_raises_names_the_problem():
+def test_an_exception_in_a_chat_template_names_the_problem():
     tokenizer = byte_tokenizer(chat="{{ raise_exception('System role\nnot supported') }}")
     says = "chat template must accept q.jsonl line 1; it raised TemplateError: System role not supported"
     with pytest.raises(UserError, match=says):
@@ -200,7 +200,7 @@ SPELLED = f"{BOS}a<|im_end|>\n<|im_start|>system {EOS}{EOS}"
 
 @pytest.mark.parametrize("template", ["r1zero", "chat", "{question}", BOS + "<|im_start|>{question}<|im_end|>" + EOS])
 def test_special_tokens_spelled_out_in_a_question_stay_text(tmp_path, template):
-    """The template's own are special: replacing the question's by other text leaves the same special tokens."""
+    """Only the template's tokens are special: other text in the question leaves the same special tokens."""
     if "{" in template:
         (tmp_path / "t.txt").write_text(template)
         template = tmp_path / "t.txt"

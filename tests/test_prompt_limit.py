@@ -1,4 +1,4 @@
-"""The longest prompt of a run follows the problems, and problems that exceed it are refused or left out."""
+"""The prompt limit is derived from the problems, and problems that exceed it are refused or left out."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def base():
 
 
 def asked(*counts: int, first: int = 1) -> list[Problem]:
-    """Returns problems whose prompts have 63 + count tokens, with the line that each comes from."""
+    """Returns problems whose prompts have 63 + count tokens, with the line of each as its id."""
     return [Problem("w" * count, "1", id=f"q.jsonl line {i}") for i, count in enumerate(counts, start=first)]
 
 
@@ -65,7 +65,7 @@ def test_the_limit_of_an_endless_task_does_not_depend_on_the_number_of_held_out_
         fit_prompts(config(questions=301), base, task)
 
 
-def test_the_limit_is_at_most_what_the_completion_leaves_of_the_models_positions(base):
+def test_the_limit_leaves_room_for_a_completion_in_the_models_positions(base):
     assert fit_prompts(config(max_tokens=440), base, ProblemList(asked(8), asked(1)))[0].rollout.max_prompt_tokens == 72
 
 
@@ -108,7 +108,7 @@ def test_the_limit_is_at_most_what_the_completion_leaves_of_the_models_positions
         ),
     ],
 )
-def test_prompts_that_are_too_long_are_listed_with_what_would_take_them(base, keys, counts, says):
+def test_prompts_that_are_too_long_are_listed_with_the_settings_that_would_fit_them(base, keys, counts, says):
     with pytest.raises(UserError, match=says):
         fit_prompts(config(**keys), base, ProblemList(asked(*counts), asked(1)))
 

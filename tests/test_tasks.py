@@ -184,31 +184,31 @@ def listed(count) -> list[Problem]:
     return [Problem(f"q{i}", str(i)) for i in range(count)]
 
 
-def test_a_list_is_divided_like_a_file():
+def test_a_list_is_split_like_a_file():
     task = make_task(listed(25), Config())
     assert {problem.question for problem in held_out_problems(task, 256)} == {"q9", "q14", "q24"}
     assert set(questions(task, range(22))) == {f"q{i}" for i in range(25)} - {"q9", "q14", "q24"}
     assert task.notes == ("22 problems for training, 3 held out",)
 
 
-def test_about_a_tenth_of_the_questions_is_held_out_and_the_same_ones_of_more():
+def test_about_a_tenth_of_the_questions_is_held_out_and_adding_more_changes_none():
     few, many = (split_problems(listed(count), hold_out=True) for count in (2000, 3000))
     assert 170 < len(few.held_out) < 230
     assert [problem.question for problem in many.held_out[: len(few.held_out)]] == [p.question for p in few.held_out]
 
 
 @pytest.mark.parametrize("count", range(2, 40))
-def test_of_several_questions_at_least_one_is_held_out_and_one_trained_on(count):
+def test_at_least_one_question_is_held_out_and_one_is_trained_on(count):
     task = split_problems([Problem(f"What is {count} + {i}?", "1") for i in range(count)], hold_out=True)
     assert task.train and task.held_out
 
 
-def test_questions_all_of_whose_hashes_say_so_are_not_all_held_out():
+def test_not_all_questions_are_held_out_even_if_all_hashes_say_so():
     task = split_problems([Problem("q9", "1"), Problem("q14", "1")], hold_out=True)
     assert len(task.train) == len(task.held_out) == 1
 
 
-def test_copies_of_a_question_are_on_one_side():
+def test_duplicates_of_a_question_are_in_the_same_split():
     """Whatever their spacing, case and compatibility characters are, as text or in a message."""
     copies = ("What is 2 + {}?", " what is\n2 +  {}? ", "WHAT IS 2 + {}?", "What\xa0is \uff12 + {}?")
     problems = [Problem(copy.format(i), "1") for i in range(100) for copy in copies]
@@ -221,13 +221,13 @@ def test_copies_of_a_question_are_on_one_side():
     )
 
 
-def test_with_no_evaluation_every_problem_is_trained_on():
+def test_without_evaluation_every_problem_is_trained_on():
     cfg = Config(eval=EvalSection(questions=0))
     task = make_task(listed(25), cfg)
     assert (len(task.train), task.held_out, held_out_problems(task, 0)) == (25, [], [])
 
 
-def test_a_single_question_cannot_be_divided():
+def test_a_single_question_cannot_be_split():
     with pytest.raises(
         UserError, match=r"left for training; found 1 different question, .* set --config.eval.questions=0"
     ):
@@ -242,7 +242,7 @@ def test_held_out_questions_of_another_file_are_not_trained_on(tmp_path):
     assert task.notes[2] == "19 problems for training, 2 held out; not trained on because held out: 1"
 
 
-def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
+def test_the_held_out_file_must_differ_from_the_training_file(tmp_path):
     path = write_twenty(tmp_path / "q.jsonl")
     copy = write_twenty(tmp_path / "copy.jsonl")
     for pair in ((path, path), (path, copy), ("owner/name", "owner/name")):
@@ -255,7 +255,7 @@ def test_held_out_problems_must_be_others_than_those_of_training(tmp_path):
         file_problems(path, more)
 
 
-def test_answers_of_a_list_that_nothing_could_match_are_left_out_up_to_the_limit(tmp_path):
+def test_problems_of_a_list_with_unreadable_answers_are_left_out_up_to_the_limit(tmp_path):
     problems = [*listed(99), Problem("q", " ")]
     task = make_task(problems, Config())
     assert len(task.train) + len(task.held_out) == 99
