@@ -5,6 +5,7 @@ Time and memory are bounded: a computation whose operands or result exceed the l
 
 import math
 import operator
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -20,7 +21,6 @@ TOLERANCE = MP.mpf(10) ** -120  # relative
 
 _CONSTANTS = {("s", "π"): +MP.pi, ("s", "e"): +MP.e, ("s", "i"): MP.mpc(0, 1)}
 _INFINITY: Tree = ("s", "∞")
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _UNORDERED = ("list", "set", "∪", "∩")
 _ORDERED = ("()", "(]", "[)", "[]", "matrix", "row", "relation", ":", "∖")
 _NO_VALUE = (ValueError, ArithmeticError, TypeError, KeyError)
@@ -102,14 +102,9 @@ def free_symbols(tree: Any) -> set[Tree]:
 
 def points(*trees: Tree) -> Iterator[dict[Tree, Any]]:
     """Yields points at which to compare expressions: integers, positive fractions, then fractions of both signs."""
-    symbols = sorted(free_symbols(trees), key=repr)
-    for index in range(4 if symbols else 1):
-        values = [Fraction(_PRIMES[(place * (index + 1) + index) % 12] + place) for place in range(len(symbols))]
-        if index > 1:
-            values = [(value + Fraction(index, 7)) / 3 for value in values]
-        if index > 2:
-            values[::2] = [-value for value in values[::2]]
-        yield _CONSTANTS | dict(zip(symbols, values, strict=True))
+    symbols, draw = sorted(free_symbols(trees), key=repr), random.Random(0)
+    for lowest, denominator in ((2, 1), (2, 1), (8, 7), (-90, 7)) if symbols else ((2, 1),):
+        yield _CONSTANTS | {symbol: Fraction(draw.randint(lowest, 90) or 1, denominator) for symbol in symbols}
 
 
 def close(one: Any, other: Any) -> bool:
@@ -242,26 +237,21 @@ def split_name(tree: Tree) -> tuple[str, Tree]:
     if tree[0] != "relation":
         return "", tree
     _, signs, *sides = _ascending(tree)
-    names = [side for side in sides if is_name(side)]
-    values = [side for side in sides if not is_name(side)]
-    closed = not free_symbols(tuple(values)) - {_INFINITY}
+    named = [is_name(side) for side in sides]
+    closed = not free_symbols(tuple(side for side in sides if not is_name(side))) - {_INFINITY}
     if set(signs) == {"="} and is_name(sides[-1]) and closed:
         sides = sides[::-1]
     if set(signs) == {"="} or signs == "∈":
         head = sides[0][1] if sides[0][0] == "*" else sides[0]  # f of f(x)
-        named = is_name(sides[0]) and not free_symbols(head) & free_symbols(tuple(sides[1:]))
-        if named or not free_symbols(tuple(sides)):
+        first = is_name(sides[0]) and not free_symbols(head) & free_symbols(tuple(sides[1:]))
+        if first or not free_symbols(tuple(sides)):
             last = split_unit(sides[-1])[1]
-            same = all(equal_values(last, side) or not difference(last, side) for side in sides[named:-1])
-            return (repr(sides[0]) if named else "", sides[-1] if same else ("unequal", tree))
-    elif set(signs) <= set("<≤") and len(names) == 1 and closed:
-        ends = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
-        if len(sides) == 3 and names[0] == sides[1]:
-            return repr(names[0]), (ends[0] + ends[1], *values)
-        if len(sides) == 2 and names[0] == sides[0]:
-            return repr(names[0]), ("(" + ends[1], ("neg", _INFINITY), *values)
-        if len(sides) == 2:
-            return repr(names[0]), (ends[0] + ")", *values, _INFINITY)
+            same = all(equal_values(last, side) or not difference(last, side) for side in sides[first:-1])
+            return (repr(sides[0]) if first else "", sides[-1] if same else ("unequal", tree))
+    elif set(signs) <= set("<≤") and closed and named in ([True, False], [False, True], [False, True, False]):
+        left, low = ("(", ("neg", _INFINITY)) if named[0] else ("[" if signs[0] == "≤" else "(", sides[0])
+        right, high = (")", _INFINITY) if named[-1] else ("]" if signs[-1] == "≤" else ")", sides[-1])
+        return repr(sides[named.index(True)]), (left + right, low, high)
     return "", ("relation", signs, *sides)
 
 
