@@ -75,7 +75,7 @@ class Worker:
 
 
 def most_at_work() -> int:
-    """Returns the number of workers that may grade at the same time."""
+    """Returns how many workers may grade at the same time."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cpus, MAX_WORKERS)
 
@@ -103,7 +103,7 @@ class Grader:
         """
         self.parts, self.tokenizer, self.stops = parts, tokenizer, (tuple(stop_ids), cfg.rollout.stop_strings)
         self.deadline, self.workers = cfg.reward.deadline, list[Worker]()
-        self.spares = 0  # workers that are ready to take the place of one that hangs or dies
+        self.spares = 0  # workers that are kept ready to replace one that hangs or dies
         names = {function_label(name): name for name in cfg.reward.parts if ":" in name}
         self.built_in = {label: part for label, part in parts.items() if is_built_in(part)}
         self.functions = {label: name for label, name in names.items() if label in parts.keys() - self.built_in.keys()}
@@ -209,7 +209,7 @@ class Grader:
 
     def replace(self, worker: Worker, kind: str) -> None:
         """Ends a worker. The unit that it is working on fails, and its other units return to the queue."""
-        code, self.spares = worker.stop(), 1  # what hung or died once does so again
+        code, self.spares = worker.stop(), 1  # from now on, since a function that fails once often fails again
         self.workers.remove(worker)
         if worker.units:
             reason = "ran out of memory" if code == errno.ENOMEM else f"ended with exit code {code}"

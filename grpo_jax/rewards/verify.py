@@ -18,7 +18,7 @@ ECHOES = {"reasoning process here", "answer here", "...", "…"}  # placeholders
 def accuracy(texts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " N"]:
     """Returns 1 for each text whose last `<answer>...</answer>` holds the expected answer, otherwise 0, as float32.
 
-    The text around that answer is ignored. See `grpo_jax.text.answers.answers_match` for what counts as equal.
+    The text around that answer is ignored. See `grpo_jax.text.answers.judge` for what counts as equal.
 
     Raises:
         ValueError: There are not as many texts as answers.

@@ -21,11 +21,11 @@ def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def decode_without_last(tokenizer: Any, ids: Sequence[int], text: str) -> str:
-    """Returns the text of all token ids but the last, given the text of all."""
+    """Returns the text of all token ids but the last, given the text of all of them."""
     backend = tokenizer_backend(tokenizer)
     if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
-        # The bytes of tokens are put together and then decoded. Unless the token before the last may end inside a
-        # character, the text of the last token is the end of the text.
+        # The bytes of all tokens are joined and then decoded. Unless the token before the last ends inside a character,
+        # the text ends with the text of the last token.
         if decode_ids(tokenizer, ids[-2:-1])[-1:] not in ("", "\ufffd"):
             return text.removesuffix(decode_ids(tokenizer, ids[-1:]))
     return decode_ids(tokenizer, ids[:-1])

@@ -227,7 +227,7 @@ def _compare_members(want: Sequence[Tree], got: Sequence[Tree], ordered: bool = 
 
 
 def _minutes(tree: Tree) -> Fraction:
-    """Returns the minutes since midnight of 3:30 PM or 15:30, or -1 if it is no time."""
+    """Returns a time such as 3:30 PM or 15:30 in minutes since midnight, or -1 for anything else."""
     clock = tree[0] == ":" and len(tree) == 3 and tree[1][0] == tree[2][0] == "n"
     return Fraction(tree[1][1] * 60 + tree[2][1] if clock else tree[1] if tree[0] == "time" else -1)
 

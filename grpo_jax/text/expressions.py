@@ -202,7 +202,7 @@ class Parser:
         return tree
 
     def argument(self) -> Tree:
-        """Reads what stands behind `^` or `_`: a factor, which may have a sign."""
+        """Reads the factor after `^` or `_`, which may have a sign."""
         return ("neg", self.primary()) if self.accept("-") else self.primary()
 
     def part(self) -> Tree:
