@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.rewards import accuracy, format
-from grpo_jax.text.answers import judge, read_expected
+from grpo_jax.text.answers import find_boxes, judge, read_expected
 
 CASES = [
     json.loads(line) for file in sorted(Path(__file__).parent.glob("cases/*answers.jsonl")) for line in file.open()
@@ -286,3 +286,16 @@ def test_answers_are_never_evaluated(tmp_path):
     text = f"<answer>__import__('pathlib').Path({str(file)!r}).touch() or 5</answer>"
     assert len(text) < 500 and accuracy([text], ["5"]).tolist() == [0]
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "text, contents",
+    [
+        (r"\boxed{1} and \boxed {{2}, 3 }", ["1", "{2}, 3"]),
+        (r"\boxed{1 + \boxed{2}} } \fbox{3}", ["2", "3"]),
+        (r"{\boxed{1} \boxed{2 \boxed{3}", ["1", "", "3"]),
+        (r"\boxed{" * 100_000 + "}" * 100_000, [""]),
+    ],
+)
+def test_boxes_are_found_in_one_pass(text, contents):
+    assert find_boxes(text) == contents

@@ -12,7 +12,7 @@ import pytest
 
 from grpo_jax.config.schema import TaskSection
 from grpo_jax.errors import UserError
-from grpo_jax.tasks import read_problems
+from grpo_jax.tasks import read_problems, rows
 from grpo_jax.tasks.problem_file import READABLE, file_task, read_with_notes
 from grpo_jax.tasks.rows import read_rows
 from grpo_jax.text.answers import read_expected
@@ -259,7 +259,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("\n \n", "must have at least one problem; found none"),
         ("[]", "must have at least one problem; found none"),
         ("question,answer\n", "must have at least one problem; found none"),
-        (GOOD + "{", "line 2 is not valid JSON: Expecting property name"),
+        (GOOD + "{", "line 2 is not valid JSON: Expecting property name.*; found '{'"),
+        ("[version https://git-lfs.github.com/spec/v1", r"found '.version https://git-lfs"),
         (GOOD + GOOD + '{"question": "q", "ans', "line 3 is not valid JSON: Unterminated string"),
         (GOOD + GOOD[:-1] + ",", "line 2 is not valid JSON: Extra data"),
         (GOOD + "[1, 2]", r"line 2 must be an object with named fields; found \[1, 2\]"),
@@ -281,9 +282,12 @@ DEEP = "[" * 100_000 + "]" * 100_000
             "line 2 has more than 100 levels",
         ),
         (GOOD + '{"question": "q", "answer": ' + "9" * 5000 + "}", "line 2 is not valid JSON: Exceeds the limit"),
-        ("question,answer\n1 + 1?,2\n2 + 2?,4,5\n", "line 3 has 3 columns; the header has 2 different ones"),
-        ("question,answer,answer\n1 + 1?,2,2\n", "line 2 has 3 columns; the header has 2 different ones"),
-        ('question,answer\n"1 + 1?,2\n2 + 2?,4\n', "unexpected end of data"),
+        ("question,answer\n1 + 1?,2\n2 + 2?,4,5\n", "line 3 has 3 columns, but the header has 2"),
+        ("question,answer,answer\n1 + 1?,2,2\n", "the header has the column 'answer' twice"),
+        (
+            'question,answer\n"1 + 1?,2\n2 + 2?,4\n',
+            "the row that begins on line 2 is not valid CSV: unexpected end of data",
+        ),
         (gzip.compress(LINES.encode())[:-20], "end-of-stream marker"),
         (gzip.compress(as_parquet())[:-20], "end-of-stream marker"),
         (as_parquet()[:-20], "magic bytes|footer"),
@@ -295,6 +299,29 @@ def test_malformed_files_are_refused_with_the_place(tmp_path, content, says):
     with pytest.raises(UserError, match=says) as raised:
         read_problems(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_gzipped_files_of_very_large_content_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "q.gz"
+    path.write_bytes(gzip.compress(GOOD.encode() + b"\n" * 100_000))
+    assert len(read_problems(path)) == 1
+    monkeypatch.setattr(rows, "MIN_BOMB", 50_000)
+    with pytest.raises(UserError, match=r"q.gz: its content is more than 200 times as large as the gzipped file. Corr"):
+        read_problems(path)
+
+
+def test_a_csv_file_may_have_long_fields(tmp_path):
+    (tmp_path / "q.csv").write_text("question,answer,solution\nq,1," + "x" * 200_000 + "\n")
+    assert len(read_problems(tmp_path / "q.csv")[0].metadata["solution"]) == 200_000
+
+
+def test_errors_list_some_field_names_and_some_rows(tmp_path):
+    with pytest.raises(UserError) as raised:
+        read_one(tmp_path, {f"{i}" + "c" * 1000: 1 for i in range(100)})
+    assert "the fields are 0ccc" in str(raised.value) and len(str(raised.value)) < 1200
+    bad = [{"question": "q", "answer": f"{i} " + "word " * 9} for i in range(50) for _ in range(2)]
+    with pytest.raises(UserError, match=r"found 100 of 100 rows: line 1, line 2: no .*; and 94 more rows\. Correct"):
+        read_problems(write(tmp_path / "q.jsonl", *bad))
 
 
 def test_unreadable_paths_are_refused(tmp_path):

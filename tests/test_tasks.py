@@ -210,15 +210,27 @@ def test_not_all_questions_are_held_out_even_if_all_hashes_say_so():
 
 def test_duplicates_of_a_question_are_in_the_same_split():
     """Whatever their spacing, case and compatibility characters are, as text or in a message."""
-    copies = ("What is 2 + {}?", " what is\n2 +  {}? ", "WHAT IS 2 + {}?", "What\xa0is \uff12 + {}?")
+    copies = (
+        "What is 2 + {}?",
+        " what is\n2 +  {}? ",
+        "WHAT IS 2 + {}?",
+        "What\xa0is \uff12 + {}?",
+        r"What~is 2\,+\ {} ?",
+        "What is 2+{}?",
+    )
     problems = [Problem(copy.format(i), "1") for i in range(100) for copy in copies]
     problems += [Problem([{"role": "user", "content": copies[0].format(i)}], "1") for i in range(100)]
     task = split_problems(problems, hold_out=True)
-    sides = [{re.search(r"(\d+)\?", str(p.question))[1] for p in side} for side in (task.train, task.held_out)]
+    sides = [{re.search(r"(\d+) ?\?", str(p.question))[1] for p in side} for side in (task.train, task.held_out)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert task.notes == (
-        f"{5 * len(sides[0])} problems for training, {5 * len(sides[1])} held out; duplicate questions: 400",
+        f"{7 * len(sides[0])} problems for training, {7 * len(sides[1])} held out; duplicate questions: 600",
     )
+
+
+def test_duplicate_questions_with_other_answers_are_counted():
+    problems = [*listed(20), Problem("q1", "1"), Problem("Q1", "one"), Problem("q2", "3")]
+    assert split_problems(problems, hold_out=True).notes[0].endswith("; duplicate questions: 3 (2 with another answer)")
 
 
 def test_without_evaluation_every_problem_is_trained_on():
@@ -251,7 +263,7 @@ def test_the_held_out_file_must_differ_from_the_training_file(tmp_path):
         ):
             file_problems(*pair)
     more = write_problems(tmp_path / "more.jsonl", [{"question": f"q{i}", "answer": i} for i in range(21)])
-    with pytest.raises(UserError, match="left for training; found 20 different"):
+    with pytest.raises(UserError, match=r"for training; found 20 different .* or name another task.eval_path\.$"):
         file_problems(path, more)
 
 

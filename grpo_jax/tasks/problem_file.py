@@ -108,6 +108,8 @@ def keep_readable(
         + f": {reason}"
         for reason, places in list(reasons.items())[:SHOWN_REASONS]
     )
+    unlisted = sum(map(len, list(reasons.values())[SHOWN_REASONS:]))
+    listed += f"; and {unlisted:,} more rows" if unlisted else ""
     if count > limit * total:
         raise UserError(
             f"The fraction of unreadable rows in {source} (no question, or an answer that no completion could match) "

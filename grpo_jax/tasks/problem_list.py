@@ -1,11 +1,14 @@
 """A task whose problems are given as a list, and the rule that holds some of them out."""
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from grpo_jax.errors import UserError
 from grpo_jax.text.problem import Problem, read_messages
+
+BLANKS = re.compile(r"\\[,;:! ]|\\q?quad\b|~")  # of LaTeX
 
 
 class ProblemList:
@@ -41,7 +44,8 @@ class ProblemList:
 def question_hash(problem: Problem) -> int:
     """Returns a hash of a question that ignores white space, case and compatibility variants of characters."""
     text = "\n".join(turn["content"] for turn in read_messages(problem.question))
-    normalized = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    text = BLANKS.sub(" ", unicodedata.normalize("NFKC", text).casefold())
+    normalized = " ".join(re.findall(r"\w+|[^\w\s]", text))  # `2+3` asks the same as `2 + 3`
     return int.from_bytes(hashlib.sha256(normalized.encode(errors="replace")).digest()[:8])
 
 
@@ -76,13 +80,16 @@ def split_problems(
             chosen = {min(distinct)}
     train = [problem for problem, value in zip(problems, hashes, strict=True) if value not in chosen]
     if not train:
+        advice = "set --config.eval.questions=0 to train without evaluation"
         raise UserError(
             f"At least one problem must be left for training; found {len(distinct):,} different "
-            f"question{'s' * (len(distinct) != 1)}, all held out. Add other problems, or set --config.eval.questions=0 "
-            "to train without evaluation."
+            f"question{'s' * (len(distinct) != 1)}, all held out. Add other problems, or "
+            f"{advice if held_out is None else 'name another task.eval_path'}."
         )
     removed = [problem for problem, value in zip(problems, hashes, strict=True) if value in chosen]
     note = f"{len(train):,} problems for training, {len(removed if held_out is None else held_out):,} held out"
     note += f"; not trained on because held out: {len(removed):,}" if held_out is not None and removed else ""
+    answers = {(value, problem.answer) for value, problem in zip(hashes, problems, strict=True)}
     note += f"; duplicate questions: {len(hashes) - len(distinct):,}" if len(distinct) < len(hashes) else ""
+    note += f" ({len(answers) - len(distinct):,} with another answer)" if len(distinct) < len(answers) else ""
     return ProblemList(train, removed if held_out is None else held_out, (*notes, note), digests)

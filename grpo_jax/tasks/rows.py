@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import textwrap
 import zlib
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple, TextIO
 from grpo_jax.errors import UserError
 
 MAX_DEPTH = 100  # levels of nesting in a row
+MAX_RATIO, MIN_BOMB = 200, 1 << 28  # gzipped content that is so many times larger, and has so many bytes, is refused
+MAX_FIELD = 1 << 28  # characters of a field of a CSV file
 BATCH_ROWS = 1024  # rows of a parquet file or a dataset that are converted at a time
 DATASET_ID = re.compile(r"(?!.*\.(jsonl?|csv|tsv|txt|parquet|gz)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 
@@ -42,7 +45,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict | RepeatedKey):
                 raise ValueError(f"{place} must be an object with named fields; found {row!a:.40}")
             yield place, plain(row, place)
-    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         if isinstance(error, UnicodeEncodeError):  # of `plain`
             text = ascii(error.object[max(0, error.start - 20) : error.end])
@@ -74,7 +77,10 @@ def plain(value: Any, place: str, depth: int = 0) -> Any:
 def read_file(path: str) -> Iterator[tuple[str, Any]]:
     """Yields the places and rows of a file in any of the formats."""
     with open(path, "rb") as raw:
-        stream: Any = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        stream: Any = raw
+        if raw.peek(2)[:2] == b"\x1f\x8b":
+            check_ratio(path)
+            stream = gzip.open(raw)
         head = stream.peek(4096)
         if head[:4] == b"PAR1":
             yield from read_parquet(raw if stream is raw else io.BytesIO(stream.read()))
@@ -84,6 +90,16 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
         text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
         is_json = head.decode(encoding, "ignore").lstrip()[:1] in ("", "[", "{") or ".json" in path.lower()
         yield from read_json(text) if is_json else read_table(text)
+
+
+def check_ratio(path: str) -> None:
+    """Raises a ValueError if the content of a gzipped file is out of proportion to its size."""
+    size, largest = 0, max(MIN_BOMB, MAX_RATIO * os.path.getsize(path))
+    with gzip.open(path) as file:
+        while chunk := file.read(1 << 20):
+            size += len(chunk)
+            if size > largest:
+                raise ValueError(f"its content is more than {MAX_RATIO} times as large as the gzipped file")
 
 
 def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
@@ -128,20 +144,29 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=as_dict)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}; found {text.lstrip()[:40]!a}") from None
 
 
 def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a CSV file with a header; the delimiter is a comma, a tab or a semicolon."""
     header = next((line for line in text if line.strip()), "")
+    csv.field_size_limit(MAX_FIELD)
     reader = csv.reader(chain([header], text), delimiter=max(",\t;", key=header.count), strict=True)
-    names, end = next(reader), reader.line_num
-    for values in reader:
-        place, end = f"line {end + 1}", reader.line_num
-        if values and (len(values) != len(names) or len(set(names)) < len(names)):
-            raise ValueError(f"{place} has {len(values)} columns; the header has {len(set(names))} different ones")
-        if values:
-            yield place, dict(zip(names, values, strict=True))
+    names: list[str] = []
+    end = 0
+    try:
+        for values in reader:
+            place, end = f"line {end + 1}", reader.line_num
+            if not names:
+                names = values
+                if len(set(names)) < len(names):
+                    raise ValueError(f"the header has the column {max(names, key=names.count)!a} twice")
+            elif values:
+                if len(values) != len(names):
+                    raise ValueError(f"{place} has {len(values)} columns, but the header has {len(names)}")
+                yield place, dict(zip(names, values, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"the row that begins on line {end + 1} is not valid CSV: {error}") from None
 
 
 def read_parquet(file: Any) -> Iterator[tuple[str, Any]]:

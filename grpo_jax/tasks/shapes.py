@@ -26,8 +26,8 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_jax.config.schema import TaskSection
-from grpo_jax.text.answers import find_boxes
-from grpo_jax.text.problem import Message, Problem, read_messages
+from grpo_jax.text.answers import MAX_WORDS, find_boxes
+from grpo_jax.text.problem import Problem, read_messages
 
 QUESTIONS = ("question", "problem", "prompt", "query")
 CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # fields put before the question, and the separator
@@ -45,8 +45,9 @@ OWN_VERIFIERS = """
     simple_integration sokoban spiral_matrix sudoku survo tower_of_hanoi word_ladder
 """.split()
 
+MAX_LISTED = 400  # characters of the field names that an error lists
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MAX_WORDS = 8  # a `solution` with more, and without a box, is a proof rather than an answer
 NO_ANSWER = ("", "proof", "notfound")  # what NuminaMath-1.5 writes where a problem has no answer
 
 _BARE_BOX = re.compile(r"\\boxed\s+([^{}$]+)")
@@ -74,7 +75,11 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
         raise ValueError(f"it needs the verifier {verifier!r}, because its question has several correct answers")
     field, value = find(row, *([fields.question] if fields.question else QUESTIONS))
     require_field(field, "question", fields.question, row)
-    question, used, said = check_question(value), [field], [f"question from `{field}`"]
+    question, used, said = (
+        value if isinstance(value, str) else read_messages(value),
+        [field],
+        [f"question from `{field}`"],
+    )
     for name, space in {} if fields.question else CONTEXTS.items():
         name, context = find(row, name)
         if isinstance(context, str) and isinstance(question, str):
@@ -142,7 +147,7 @@ def require_field(found: str, role: str, named: str, row: dict[str, Any]) -> Non
         nested = {name: value if isinstance(value, dict) else {"": value} for name, value in row.items()}
         names = [f"{name}.{part}".rstrip(".") for name, value in nested.items() for part in value]
         what = f"the field {named!r} is missing or empty" if named else f"no field is known to hold the {role}"
-        raise ValueError(f"{what}; the fields are {', '.join(names[:30])}")
+        raise ValueError(f"{what}; the fields are {', '.join(names[:30])[:MAX_LISTED]}")
 
 
 def needed_verifier(row: dict[str, Any]) -> str:
@@ -152,17 +157,6 @@ def needed_verifier(row: dict[str, Any]) -> str:
             return "countdown"
     name = str(find(row, "metadata.source_dataset", "data_source")[1]).rpartition("/")[2]
     return name if name in OWN_VERIFIERS else ""
-
-
-def check_question(value: Any) -> str | list[Message]:
-    """Returns a question: a text, or messages with roles and contents only.
-
-    Raises:
-        ValueError: It is neither, or the last message is not the user's.
-    """
-    if isinstance(value, str) and value.strip():
-        return value
-    return read_messages(value or None)
 
 
 def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[str], list[str], list[str]]:
@@ -237,6 +231,7 @@ def read_answer(value: Any, field: str) -> tuple[str, str]:
         text, how = text.rpartition("####")[2].strip(), " (after the last `####`)"
     elif boxes:
         text, how = boxes[-1].strip(), " (last `\\boxed`)"
+    # A `solution` without a box that has more words is a proof rather than an answer.
     if text.lower() in NO_ANSWER or (field.lower() == "solution" and not how and len(text.split()) > MAX_WORDS):
         raise ValueError(f"no final answer in the field {field!r}{how}")
     return text, how

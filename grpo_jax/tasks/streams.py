@@ -12,9 +12,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.tasks.addition import addition_task
 from grpo_jax.tasks.problem_file import file_task, keep_readable
 from grpo_jax.tasks.problem_list import ProblemList, split_problems
-from grpo_jax.tasks.shapes import check_question
 from grpo_jax.tasks.task import Task
-from grpo_jax.text.problem import Problem
+from grpo_jax.text.problem import Problem, read_messages
 
 CHECKED_PROBLEMS = 256  # training problems of an endless task whose prompts are measured before training
 
@@ -92,8 +91,7 @@ def check_problem(value: Any, name: str) -> Problem:
             f"{name} must be a grpo_jax.tasks.Problem; found {value!r:.60}. Write it like Problem('1 + 1?', '2')."
         )
     try:
-        if not isinstance(value.question, str):
-            check_question(value.question)
+        read_messages(value.question)
         if not isinstance(value.answer, str):
             raise ValueError(f"the answer must be a string; found {value.answer!r:.60}")
     except ValueError as error:

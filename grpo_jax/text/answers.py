@@ -63,8 +63,17 @@ def _read_tags(text: str) -> str:
 
 def find_boxes(text: str) -> list[str]:
     r"""Returns the content of each innermost `\boxed{...}`, or "" for a box that is not closed."""
-    contents = [read_braced(text, match.end()) for match in _BOXED.finditer(text)]
-    return [content for content in contents if not _BOXED.search(content)]
+    contents: list[str | None] = []  # None for a box around another one
+    opened: list[tuple[int, int]] = []  # where each open brace group begins, and which box it is, or -1
+    for match in re.finditer(_BOXED.pattern + "|[{}]", text):
+        if match[0] == "}" and opened:
+            start, box = opened.pop()
+            if box >= 0:
+                contents[box] = text[start : match.start()].strip() if box == len(contents) - 1 else None
+        elif match[0] != "}":
+            opened.append((match.end(), -1 if match[0] == "{" else len(contents)))
+            contents += [""] * (match[0] != "{")
+    return [content for content in contents if content is not None]
 
 
 def read_braced(text: str, start: int) -> str:
