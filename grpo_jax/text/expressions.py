@@ -20,16 +20,24 @@ UNITS = {name: unit for unit, names in TABLES["units"].items() for name in (unit
 _CURRENCIES = "＄€£¥¢"
 _NAMES = {"and": ("o", "and"), "or": ("o", "or"), "to": ("o", ":"), "inf": ("s", "∞"), "infinity": ("s", "∞")}
 _NAMES |= {name: ("f", name) for name in FUNCTIONS} | {name: ("s", letter) for name, letter in LETTERS.items()}
-_LEVELS = [("list", (",", ";", "and", "or")), ("relation", tuple("=<>≤≥≠∈"))]  # of the grammar, outermost first
-_CLOSING = {"(": ")]", "[": ")]", "⦃": "⦄", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
+_LEVELS = [  # of the grammar, outermost first; a matrix and a row may have one member
+    ("matrix", ("¶",)),
+    ("row", ("&",)),
+    ("list", (",", ";", "and", "or")),
+    ("relation", tuple("=<>≤≥≠∈")),
+]
+_LIST, _RELATION = 2, 3
+_CLOSING = {"(": ")]", "[": ")]", "⦃": "⦄", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉", "⟦": "⟧"}
+_BRACKETED = {"|": "abs", "⌊": "floor", "⌈": "ceil", "{": "set", "⦃": "set"}
 _TOKEN = re.compile(
     r"""\s*(?:
     (?P<n>(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:\ \d{3})+(?!\d|\ \d)|\d+)(?:\.(?!\.)\d*)?|\.\d+)
         (?:[eE][+-]?\d{1,4}(?!\w))?)
     |(?P<w>"[^"]*"|[A-Za-z]+|[Ͱ-Ͽ∞∅]|[^\W\d_A-Za-zͰ-Ͽ]+)
-    |(?P<s>\\[A-Za-z]+)
+    |\\(?P<f>(?:FUNCTIONS)(?![A-Za-z]))
+    |(?P<s>\\[A-Za-z]+(?:\{[^{}]*\})?)
     |(?P<o>\S)
-    )""",
+    )""".replace("FUNCTIONS", "|".join(FUNCTIONS)),
     re.VERBOSE,
 )
 
@@ -44,13 +52,14 @@ def tokenize(text: str) -> list[tuple[str, str]]:
     """
     tokens: list[tuple[str, str]] = []
     for match in _TOKEN.finditer(text):
-        kind, written = str(match.lastgroup), match[0].strip()
+        kind = str(match.lastgroup)
+        written = match[kind]
         if kind == "w":
             spaced = match[0][0] == " " and bool(tokens) and tokens[-1][0] == "n"
             behind = spaced and bool(re.match(r" |$|[,/^]", text[match.end() :]))
             tokens += _read_word(written, behind, text[match.end() : match.end() + 1] != " ")
         else:
-            tokens.append(("f" if kind == "s" and written[1:] in FUNCTIONS else kind, written.removeprefix("\\")))
+            tokens.append((kind, written.removeprefix("\\")))
         if len(tokens) > MAX_TOKENS:
             raise ValueError(f"more than {MAX_TOKENS} symbols")
     return tokens
@@ -83,7 +92,7 @@ def parse(text: str) -> Tree:
         ValueError: The text does not follow the grammar, is too long or is nested too deeply.
     """
     parser = Parser(tokenize(text))
-    tree = parser.level(0)
+    tree = parser.level(_LIST)
     if parser.kind:
         raise ValueError(f"unexpected {parser.take()}")
     return tree
@@ -125,31 +134,27 @@ class Parser:
         return self.take()
 
     def level(self, index: int) -> Tree:
-        """Reads a list (level 0), a relation (level 1) or a quantity (level 2)."""
+        """Reads one of `_LEVELS`, or a quantity below them."""
         if index == len(_LEVELS):
             return self.quantity()
         kind, allowed = _LEVELS[index]
         parts, signs = [self.level(index + 1)], []
-        while (sign := self.accept(*allowed)) or (
-            not index and parts[-1][0] == "unit" and self.kind == "n"
-        ):  # 5 ft 3 in
-            while index == 0 and self.accept("and", "or"):  # after a comma
+        while (sign := self.accept(*allowed)) or (index == _LIST and parts[-1][0] == "unit" and self.kind == "n"):
+            while index == _LIST and self.accept("and", "or"):  # after a comma
                 pass
-            signs.append(sign)
+            signs.append(sign)  # "" between the units of 5 ft 3 in
             parts.append(self.level(index + 1))
-        if not signs:
+        if not signs and index >= _LIST:
             return parts[0]
-        return (kind, *parts) if index == 0 else (kind, "".join(signs), *parts)
+        return (kind, "".join(signs), *parts) if index == _RELATION else (kind, *parts)
 
     def quantity(self) -> Tree:
         """Reads a sum, ratio, range or union, and the unit after it."""
-        parts, joints = [self.sum()], set()
-        while joint := self.accept("∪", "∩", "∖", ":"):
-            joints.add(joint)
-            parts.append(self.sum())
-        if len(joints) > 1:
-            raise ValueError("mixed operators")
-        tree: Tree = (joints.pop(), *parts) if joints else parts[0]
+        tree, joint = self.sum(), self.accept("∪", "∩", "∖", ":")
+        if joint:
+            tree = (joint, tree, self.sum())
+            while self.accept(joint):
+                tree = (*tree, self.sum())
         unit = canonical_unit(self.unit())
         return ("unit", tree, unit) if unit else tree
 
@@ -158,15 +163,11 @@ class Parser:
         words: list[str] = []
         while True:
             following = self.tokens[self.at + 1][0]
-            if self.kind == "w" or (self.sign and self.sign in _CURRENCIES) or (words and self.kind == "s"):
-                words.append(self.take())
-            elif words and self.sign == "/" and following in ("w", "s"):
+            behind = words and (self.kind == "s" or (self.sign == "/" and following in ("w", "s")))
+            if self.kind == "w" or behind or (self.sign and self.sign in _CURRENCIES):
                 words.append(self.take())
             elif words and self.accept("^"):
-                power = self.argument()
-                if power[0] not in ("n", "neg"):
-                    raise ValueError("the power of a unit is not a number")
-                words[-1] += f"^{power[1]}"
+                words[-1] += f"^{self.argument()[-1]}"
             else:
                 return words
 
@@ -234,74 +235,55 @@ class Parser:
         return ("mixed" if mixed else "*", number, fraction)
 
     def symbol(self, name: str) -> Tree:
-        """Reads a symbol, a word that stands for one, an unknown command with its arguments, or a matrix."""
+        """Reads a symbol, a word that stands for one or an unknown command with its argument."""
         if self.tokens[self.at - 1][0] == "w" and len(name) > 1 and self.sign not in ("=", "∈"):
             raise ValueError(f"unexpected {name[:20]}")
-        return ("s", name + self.skip_braces() if len(name) > 1 and self.sign == "{" else name)
+        return ("s", name)
 
     def bracketed(self, opening: str) -> Tree:
         """Reads a group, tuple, interval, set or absolute value."""
-        if opening == "⟦":
-            return self.matrix()
         if opening not in _CLOSING:
             raise ValueError(f"unexpected {opening}")
-        if opening in "|⌊⌈":
-            tree = ({"|": "abs", "⌊": "floor", "⌈": "ceil"}[opening], self.level(1))
-            self.expect(_CLOSING[opening])
-            return tree
-        items = () if self.sign and self.sign in _CLOSING[opening] else self.items()
+        items: tuple[Tree, ...] = ()
+        if opening == "⟦" or not self.sign or self.sign not in _CLOSING[opening]:
+            items = (self.level(0),) if opening == "⟦" else self.items()
         closing = self.expect(*_CLOSING[opening])
-        if len(items) == 1 and opening + closing in ("()", "[]", "{}"):
+        if len(items) == 1 and opening + closing in ("()", "[]", "{}", "⟦⟧"):
             return items[0]
-        return ("set" if opening in "{⦃" else opening + closing, *items)
+        return (_BRACKETED.get(opening, opening + closing), *items)
 
     def items(self) -> tuple[Tree, ...]:
         """Reads the items between brackets."""
-        tree = self.level(0)
+        tree = self.level(_LIST)
         return tree[1:] if tree[0] == "list" else (tree,)
 
     def function(self, name: str) -> Tree:
         """Reads the arguments of a function."""
         if name in ("frac", "binom"):
             return ("/" if name == "frac" else name, self.part(), self.part())
+        if name == "sqrt":
+            index: Tree = ("n", Fraction(2))
+            if self.accept("["):
+                index = self.level(_RELATION)
+                self.expect("]")
+            return ("root", self.primary(), index)
         options: dict[str, Tree] = {}
-        while sign := self.accept("_", "^", "[") if name != "sqrt" else self.accept("["):
+        while sign := self.accept("_", "^"):
             behind = self.tokens[self.at + 1]  # \log_25 is \log_2 5
             one_digit = sign == "_" and behind[0] in ("", "o") and behind[1] not in ("(", "{")
-            options[sign] = self.level(1) if sign == "[" else self.part() if one_digit else self.argument()
-            if sign == "[":
-                self.expect("]")
-        if name == "sqrt":
-            return ("root", self.primary(), options.get("[", ("n", Fraction(2))))
-        if self.accept("("):
-            arguments = self.items()
-            self.expect(")")
-        else:
-            arguments = (self.power(),)
-            while self.kind in ("n", "s"):
-                arguments = (("*", arguments[0], self.power()),)
+            options[sign] = self.part() if one_digit else self.argument()
+        argument = self.primary() if self.sign == "(" else self.factors()
         if options.get("^") == ("neg", ("n", 1)):
-            return ("arc" + name, *arguments)
-        tree = (name, *arguments, *([options["_"]] if "_" in options else []))
+            return ("arc" + name, argument)
+        tree = (name, argument, options["_"]) if "_" in options else (name, argument)
         return ("^", tree, options["^"]) if "^" in options else tree
 
-    def matrix(self) -> Tree:
-        """Reads the rows of a matrix."""
-        rows: list[list[Tree]] = [[]]
-        while not self.accept("⟧"):
-            if self.accept("¶"):
-                rows.append([])
-            elif not self.accept("&"):
-                rows[-1].append(self.level(1))
-        return ("matrix", *(("row", *row) for row in rows if row))
-
-    def skip_braces(self) -> str:
-        """Takes a group in braces and returns its text."""
-        start, depth = self.at, 0
-        while depth or self.at == start:
-            depth += {"{": 1, "}": -1}.get(self.sign, 0)
-            self.take()
-        return "".join(value for _, value in self.tokens[start : self.at])
+    def factors(self) -> Tree:
+        """Reads an argument without brackets, such as 2x."""
+        tree = self.power()
+        while self.kind in ("n", "s"):
+            tree = ("*", tree, self.power())
+        return tree
 
 
 def canonical_unit(words: Sequence[str]) -> str:
