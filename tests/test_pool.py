@@ -72,6 +72,8 @@ BEHAVIORS = {
     "#nan": ("error", "found nan at index 0"),
     "#shape": ("error", "found an array of shape (2,)"),
     "#none": ("error", "found None"),
+    "signal.setitimer(signal.ITIMER_REAL, 0.1)": ("", ""),  # would end the next one
+    "time.sleep(0.2)": ("", ""),
     "os.fork()": ("", ""),  # the child returns too
     "os.fork() or time.sleep(1e6)": ("", ""),
     "subprocess.Popen(['sleep', '1000'])": ("", ""),
@@ -233,31 +235,38 @@ def test_a_long_batch_gets_the_same_grades_from_workers_as_in_the_trainer(tmp_pa
 
 
 KILLED = """
-import time
+import sys, numpy
 from grpo_jax import config
 from grpo_jax.rewards.pool import Grader
+from grpo_jax.text.problem import Problem
+from grpo_jax.weights.source import find_model
+from grpo_jax.weights.tokenizer import load_tokenizer
 
-grader = Grader(config.check(config.default()), {}, None, ())
-grader.start_worker()
-while grader.workers[0].units:
-    grader.turn(0.1)
-print(grader.workers[0].process.pid, flush=True)
-time.sleep(1000)
+raw = config.default()
+raw.reward.parts, raw.reward.weights, raw.reward.deadline = (sys.argv[1],), (1.0,), 1000.0
+cfg = config.check(raw)
+grader = Grader(cfg, {"act": max}, load_tokenizer(find_model("tiny")), ())
+code = "print(os.getpid(), subprocess.Popen(['sleep', '1000'], stderr=-3).pid, file=sys.stderr); time.sleep(1e6)"
+grader.grade([Problem("?", "1", {"code": code, "log": "log"})], numpy.zeros((1, 1), int), numpy.ones(1, int))
 """
 
 
-def test_workers_end_when_the_trainer_is_killed():
+def test_workers_and_what_they_have_started_end_when_the_trainer_is_killed(tmp_path):
+    (tmp_path / "verifier.py").write_text(VERIFIER)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    trainer = subprocess.Popen([sys.executable, "-c", KILLED], env=environ, stdout=subprocess.PIPE, text=True)
-    worker = int(trainer.stdout.readline())
-    os.kill(worker, 0)
+    command = [sys.executable, "-c", KILLED, f"{tmp_path}/verifier.py:act"]
+    trainer = subprocess.Popen(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    processes = [int(word) for word in trainer.stderr.readline().split()]
+    for process in processes:
+        os.kill(process, 0)
     trainer.kill()
     trainer.wait()
     end = time.monotonic() + 30
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < end:
-            os.kill(worker, 0)
-            time.sleep(0.02)
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < end:
+                os.kill(process, 0)
+                time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -198,6 +198,8 @@ class Grader:
             try:
                 while worker.connection.poll():
                     reply = json.loads(worker.connection.recv_bytes(2**30))
+                    if tuple(reply.pop("unit", START)) != worker.units[0]:
+                        raise ValueError("a function has written to the socket")
                     self.store(worker.units.popleft(), reply, "error" if "failure" in reply else "")
                     worker.since = time.monotonic()
             except (EOFError, OSError, ValueError, IndexError):

@@ -10,7 +10,10 @@ import json
 import os
 import pickle
 import resource
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -61,6 +64,13 @@ def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
     return grade
 
 
+def end_with(trainer: int) -> None:
+    """Waits until the process `trainer`, which has started this one, ends; then ends this one and what it started."""
+    while os.getppid() == trainer:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main(fd: int) -> None:
     """Serves the trainer at the other end of socket `fd` until the trainer closes it."""
     connection, pid, devnull = Connection(fd), os.getpid(), open(os.devnull, "w")
@@ -69,6 +79,8 @@ def main(fd: int) -> None:
     for limit, value in LIMITS.items():
         with suppress(ValueError):  # the limit is already lower, or the system (macOS) does not have it
             resource.setrlimit(limit, (value, value))
+
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
 
     def reply(values: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(values).encode())
@@ -80,13 +92,12 @@ def main(fd: int) -> None:
         return reply({"failure": str(error)})
     reply({})
     while True:
-        faulthandler.cancel_dump_traceback_later()
         try:
             payloads, units = connection.recv()
-        except (EOFError, ConnectionError):
-            return
+        except (EOFError, ConnectionError):  # the trainer has ended
+            os.killpg(0, signal.SIGKILL)
         for item, stage in units:
-            # If the trainer has been killed, nothing else would end a worker that hangs.
+            # If the trainer has been killed, nothing else would end a function that keeps other threads from running.
             faulthandler.dump_traceback_later(patience, exit=True, file=devnull)
             try:
                 values = grade(payloads[item], stage)
@@ -97,7 +108,9 @@ def main(fd: int) -> None:
                     os._exit(errno.ENOMEM)  # a new worker starts with free memory
             if os.getpid() != pid:  # a child that the function has forked
                 os._exit(0)
-            reply(values)
+            faulthandler.cancel_dump_traceback_later()  # the trainer may be busy for long before it reads the reply
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left would end the next one
+            reply(values | {"unit": [item, stage]})
 
 
 if __name__ == "__main__":
