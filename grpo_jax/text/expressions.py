@@ -167,7 +167,10 @@ class Parser:
             if self.kind == "w" or behind or (self.sign and self.sign in _CURRENCIES):
                 words.append(self.take())
             elif words and self.accept("^"):
-                words[-1] += f"^{self.argument()[-1]}"
+                power = self.argument()
+                if power[0] not in ("n", "neg"):
+                    raise ValueError("the power of a unit is not a number")
+                words[-1] += f"^{power[1]}"
             else:
                 return words
 
