@@ -98,7 +98,7 @@ class TaskSection:
     choices: str = key("", "field of the choices of a multiple-choice question, like task.question")
     max_unreadable: float = key(
         0.01,
-        "largest fraction of rows that may be left out because no completion could match their answer",
+        "largest fraction of rows that may be left out as unreadable: no question, or no answer that could be matched",
         at_least=0,
         at_most=1,
         resumable=True,
@@ -137,7 +137,7 @@ class RewardSection:
     )
     deadline: float = key(
         10.0,
-        "seconds that your own reward function may take per completion, which then gets 0",
+        "seconds that a reward function of your own may take for one completion, which otherwise gets 0",
         more_than=0,
         resumable=True,
     )

@@ -61,7 +61,9 @@ def read_template(name: str, tokenizer: Any) -> str | None:
         return R1_ZERO_TEMPLATE
     if name == "chat":
         if not tokenizer.chat_template:
-            raise UserError("prompt.template=chat needs a tokenizer with a chat template; found none. Use another one.")
+            raise UserError(
+                "prompt.template=chat needs a tokenizer with a chat template; found none. Use another model."
+            )
         return None
     try:
         text = Path(name).read_bytes().decode("utf-8-sig")
