@@ -73,10 +73,10 @@ def check_files(workdir: Path, digests: dict[str, str], *, accept: bool = False)
     before = json.loads(path.read_text()) if path.is_file() else digests
     changed = sorted({name for name, _ in before.items() ^ digests.items()})
     if changed and not accept:
-        more = f" and {len(changed) - 1} others have" if len(changed) > 1 else " has"
+        has, it = ("has", "it") if len(changed) == 1 else (f"(and {len(changed) - 1} more) have", "them")
         raise UserError(
-            f"A run is resumed with the files that it was started with; {changed[0]}{more} changed since the run in "
-            f"{workdir} was started. Restore it, choose another --workdir, or pass --accept-changed-files."
+            f"The files that a run reads must not change; {changed[0]} {has} changed since the run in {workdir} was "
+            f"started. Restore {it}, choose another --workdir, or pass --accept-changed-files."
         )
 
 
