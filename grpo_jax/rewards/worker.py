@@ -65,7 +65,7 @@ def make_grade(setup: tuple) -> Callable[[bytes, int], dict[str, Any]]:
 
 
 def end_with(trainer: int) -> None:
-    """Waits until the process `trainer`, which has started this one, ends; then ends this one and what it started."""
+    """Waits until the process `trainer` has ended, then ends this process and all processes that it has started."""
     while os.getppid() == trainer:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
@@ -97,7 +97,7 @@ def main(fd: int) -> None:
         except (EOFError, ConnectionError):  # the trainer has ended
             os.killpg(0, signal.SIGKILL)
         for item, stage in units:
-            # If the trainer has been killed, nothing else would end a function that keeps other threads from running.
+            # If the trainer has been killed, nothing else ends a function that does not let other threads run.
             faulthandler.dump_traceback_later(patience, exit=True, file=devnull)
             try:
                 values = grade(payloads[item], stage)
@@ -108,8 +108,8 @@ def main(fd: int) -> None:
                     os._exit(errno.ENOMEM)  # a new worker starts with free memory
             if os.getpid() != pid:  # a child that the function has forked
                 os._exit(0)
-            faulthandler.cancel_dump_traceback_later()  # the trainer may be busy for long before it reads the reply
-            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left would end the next one
+            faulthandler.cancel_dump_traceback_later()  # the trainer may be busy for a long time before it reads the reply
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left behind would end the next one
             reply(values | {"unit": [item, stage]})
 
 

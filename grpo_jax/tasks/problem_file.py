@@ -114,8 +114,8 @@ def keep_readable(
         raise UserError(
             f"The fraction of unreadable rows in {source} (no question, or an answer that no completion could match) "
             f"may be at most task.max_unreadable={limit}; found {count:,} of {total:,} rows: {listed}. Correct them, "
-            "or name the fields with --config.task.question=FIELD, --config.task.answer=FIELD and "
-            "--config.task.choices=FIELD."
+            "name the fields with --config.task.question=FIELD, --config.task.answer=FIELD and "
+            "--config.task.choices=FIELD, or raise the limit."
         )
     return problems, f", {count:,} unreadable row{'s' * (count > 1)} ({listed})" if count else ""
 
