@@ -108,7 +108,7 @@ def main(fd: int) -> None:
                     os._exit(errno.ENOMEM)  # a new worker starts with free memory
             if os.getpid() != pid:  # a child that the function has forked
                 os._exit(0)
-            faulthandler.cancel_dump_traceback_later()  # the trainer may be busy for a long time before it reads the reply
+            faulthandler.cancel_dump_traceback_later()  # the trainer may not read the reply for a long time
             signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left behind would end the next one
             reply(values | {"unit": [item, stage]})
 
