@@ -29,9 +29,7 @@ _SENTENCE = re.compile(rf'^(?:"?(?:(?:{TABLES["words"]["sentence"]})|[=是为有
 _EXPECTED_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])(?:[)\]][.:]?|[.:]|$)\s*(.*)")
 _OTHER_CHOICE = re.compile(r"(?:^|\b(?:or|and|not)\b|[,/])\s*\(?[A-J](?:[).:,]|$)|\([A-J]\)|\b[A-J][).:]\s")
-_CHOICES = re.compile(
-    r"(?:[A-J]|\([A-J]\))(?:(?:[,;\s]|and)*(?:[A-J]|\([A-J]\)))+"
-)  # several, such as A, C or (A) and (C)
+_CHOICES = re.compile(r"(?:[A-J]|\([A-J]\))(?:(?:[,;\s]|and)*(?:[A-J]|\([A-J]\)))+")  # such as (A) and (C)
 _EXPECTED_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*\(([A-J])\)\s*\}?[\s~\\]*|([A-J])(?:[.)]\s+|$)")
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _DATE = re.compile(r".*\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*|\d{4}-\d\d?-\d\d?", re.IGNORECASE)
@@ -155,7 +153,7 @@ def _judge_choice(text: str, letter: str, value: Tree | None) -> Verdict:
     bare = text.replace('"', "")
     for reading in dict.fromkeys((bare, _SENTENCE.sub("", bare))):
         if len(letter) > 1 and _CHOICES.fullmatch(reading):
-            same = "".join(sorted(set(re.findall("[A-J]", reading)))) == letter
+            same = set(re.findall("[A-J]", reading)) == set(letter)
             return Verdict(same, reading, "the same choices" if same else "other choices")
         if choice := _CHOICE.fullmatch(reading):
             named, rest = choice[1].upper(), choice[2]
@@ -183,14 +181,12 @@ def read_expected(answer: str) -> Tree:
 def _read_expected(answer: str) -> tuple[Tree, str]:
     """Returns (tree, text): an expected answer parsed, and in normalized notation."""
     text = answer.strip().rpartition("####")[2].strip()
-    if text.isdecimal() and len(text) <= 20:
-        return ("n", Fraction(text)), text
     text = _read_tags(text) if "<answer>" in text else text
     ends = [match.end() for match in _BOXED.finditer(text)]
     text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
     plain = re.sub(r"\\[a-z]+|[${}]", "", text).strip()
     if _CHOICES.fullmatch(plain) and not plain.isalpha():
-        return ("choice", "".join(sorted(set(re.findall("[A-J]", plain)))), None), ""
+        return ("choice", "".join(re.findall("[A-J]", plain)), None), ""
     if choice := _EXPECTED_CHOICE.match(text):
         try:
             value = parse_answer(normalize_notation(text[choice.end() :]))
@@ -209,6 +205,8 @@ def parse_answer(text: str) -> Tree:
     Raises:
         ValueError: The answer is prose of more than `MAX_WORDS` words, malformed or too long.
     """
+    if text.isdecimal():
+        return ("n", Fraction(text))
     bare = text.replace('"', "")
     if time := _TIME.fullmatch(bare):
         return ("time", (int(time[1]) % 12 + 12 * (time[3] in "pP")) * 60 + int(time[2] or 0))

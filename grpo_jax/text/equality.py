@@ -173,6 +173,8 @@ def plain_value(tree: Tree) -> Fraction | None:
 
 def difference(want: Tree, got: Tree) -> str:
     """Returns how an answer differs from the expected one, or "" if they are equal."""
+    if want == got or want[0] == got[0] == "n":
+        return "" if want == got else "another value"
     if "time" in (want[0], got[0]):
         one, other = _minutes(want), _minutes(got)
         return "" if one == other or (want[0] == ":" and one == other % 720) else "another time"

@@ -292,7 +292,7 @@ class Parser:
 def canonical_unit(words: Sequence[str]) -> str:
     """Returns the words after a number in one spelling, such as `cm^2` for square centimeters."""
     text = " ".join(words)
-    for phrase, spelling in TABLES["unit_phrases"].items():
+    for phrase, spelling in TABLES["unit_phrases"].items() if words else ():
         text = re.sub(phrase, spelling, text)
     unit = []
     for word in text.split():

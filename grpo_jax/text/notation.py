@@ -48,7 +48,10 @@ def normalize_notation(text: str) -> str:
     """
     if len(text) > MAX_ANSWER_CHARS:
         raise ValueError(f"more than {MAX_ANSWER_CHARS} characters")
-    text = unicodedata.normalize("NFKC", _apply_rules("first", text))
+    if text.isdecimal() and text.isascii():
+        return text
+    if not text.isascii() or not set("\"'`*~").isdisjoint(text):
+        text = unicodedata.normalize("NFKC", _apply_rules("first", text))
     if not text.isprintable():
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # such as a zero-width space
         if re.search(r"[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]", text):
