@@ -74,16 +74,6 @@ def find_boxes(text: str) -> list[str]:
     return [content for content in contents if content is not None]
 
 
-def read_braced(text: str, start: int) -> str:
-    """Returns the content of a brace group that opens just before `start`, or "" if the group is never closed."""
-    depth = 1
-    for index in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return text[start:index].strip()
-    return ""
-
-
 def judge(completion: str, expected: str) -> Verdict:
     """Judges the last `<answer>...</answer>` of a completion against the expected answer, in any notation.
 
@@ -182,8 +172,8 @@ def _read_expected(answer: str) -> tuple[Tree, str]:
     """Returns (tree, text): an expected answer parsed, and in normalized notation."""
     text = answer.strip().rpartition("####")[2].strip()
     text = _read_tags(text) if "<answer>" in text else text
-    ends = [match.end() for match in _BOXED.finditer(text)]
-    text = (read_braced(text, ends[-1]) if ends else _EXPECTED_SENTENCE.split(text)[-1]).strip()
+    boxes = find_boxes(text)
+    text = (boxes[-1] if boxes else _EXPECTED_SENTENCE.split(text)[-1]).strip()
     plain = re.sub(r"\\[a-z]+|[${}]", "", text).strip()
     if _CHOICES.fullmatch(plain) and not plain.isalpha():
         return ("choice", "".join(re.findall("[A-J]", plain)), None), ""
