@@ -115,10 +115,15 @@ def find(row: dict[str, Any], *names: str) -> tuple[str, Any]:
 @lru_cache
 def spell_names(fields: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     """Returns the names whose first part is a field of the row, in the row's own spelling."""
-    spelled = {field.strip().lower().replace(" ", "_"): field for field in fields}
-    spelled |= {field: field for field in fields}
-    parts = [(name, "", "") if name in fields else name.partition(".") for name in names]
+    spelled = spellings(fields)
+    parts = [(name, "", "") if name in spelled else name.partition(".") for name in names]
     return [spelled[head] + dot + rest for head, dot, rest in parts if head in spelled]
+
+
+@lru_cache(1)
+def spellings(fields: tuple[str, ...]) -> dict[str, str]:
+    """Returns the fields of a row by themselves and by their names in lower case with "_" for a blank."""
+    return {field.strip().lower().replace(" ", "_"): field for field in fields} | {field: field for field in fields}
 
 
 def lookup(value: Any, path: str) -> Any:
