@@ -11,7 +11,7 @@ import jax
 
 from grpo_jax import config as configs
 from grpo_jax.config import flags
-from grpo_jax.config.workdir import read_config
+from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import accuracy_part, resolve_parts
@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> None:
         check_held_out(cfg, workdir)
         task = resolve_task(cfg, graded=graded)
     if jax.process_index() == 0:
-        for note in getattr(task, "notes", ()):
+        digests = run_digests(task, cfg.prompt.template)
+        changed = [name for name in changed_files(workdir, digests) if name in digests]
+        notes = [f"{', '.join(changed)} changed since the run was started."] if changed else []
+        for note in [*getattr(task, "notes", ()), *notes]:
             print(note, file=sys.stderr)
     base = read_base_model(cfg)
     cfg, task, _ = fit_prompts(cfg, base, task)

@@ -216,7 +216,7 @@ def test_a_broken_problem_file_is_refused_before_training(tmp_path):
         refused(main.main, tmp_path / "run", R1ZERO, *LITTLE, "--config.task.name=file", *paths, says=says)
 
 
-def test_a_run_is_resumed_with_changed_files_only_on_request(tmp_path):
+def test_a_run_is_resumed_with_changed_files_only_on_request(tmp_path, capsys):
     (tmp_path / "config.py").write_text(START + "    return c")
     path = asking(tmp_path / "q.jsonl", *(f"q{i}" for i in range(20)))
     run, changes = tmp_path / "run", ("--config.task.name=file", f"--config.task.path={path}")
@@ -227,6 +227,8 @@ def test_a_run_is_resumed_with_changed_files_only_on_request(tmp_path):
         file.write("\n")
     says = f"{path} has changed since the run in {run} was started. Restore it, .* or pass --accept-changed-files"
     refused(main.main, run, f"--config={tmp_path / 'config.py'}", *changes, says=says)
+    refused(evaluate.main, run, says="must have saved a checkpoint")
+    assert f"\n{path} changed since the run was started.\n" in capsys.readouterr().err
 
 
 def test_a_run_with_evaluations_is_not_resumed_without_them(tmp_path):

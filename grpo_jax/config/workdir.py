@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
+from grpo_jax.config.rules import TEMPLATES
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 
@@ -58,6 +59,18 @@ def digest_files(path: str) -> dict[str, str]:
     return digests
 
 
+def run_digests(task: Any, template: str) -> dict[str, str]:
+    """Returns the digests of the files that a run reads: those of its task, and that of `prompt.template`."""
+    return getattr(task, "digests", {}) | ({} if template in TEMPLATES else digest_files(template))
+
+
+def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:
+    """Returns the files whose digests are not those with which a run was last started; none if it stored none."""
+    path = workdir / "files.json"
+    before = json.loads(path.read_text()) if path.is_file() else digests
+    return sorted({name for name, _ in before.items() ^ digests.items()})
+
+
 def check_files(workdir: Path, digests: dict[str, str], *, accept: bool = False) -> None:
     """Checks that the files that a run reads have not changed since it was started.
 
@@ -69,9 +82,7 @@ def check_files(workdir: Path, digests: dict[str, str], *, accept: bool = False)
     Raises:
         UserError: Files have changed.
     """
-    path = workdir / "files.json"
-    before = json.loads(path.read_text()) if path.is_file() else digests
-    changed = sorted({name for name, _ in before.items() ^ digests.items()})
+    changed = changed_files(workdir, digests)
     if changed and not accept:
         has, it = ("has", "it") if len(changed) == 1 else (f"(and {len(changed) - 1} more) have", "them")
         raise UserError(

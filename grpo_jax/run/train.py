@@ -16,9 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
-from grpo_jax.config.rules import PYTHON_TASK, TEMPLATES
+from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.workdir import digest_files
+from grpo_jax.config.workdir import run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
@@ -118,9 +118,7 @@ def train(
     configs.check_workdir(workdir, cfg)
     reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
     task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
-    notes, digests = getattr(task, "notes", ()), getattr(task, "digests", {})
-    if cfg.prompt.template not in TEMPLATES:
-        digests = digests | digest_files(cfg.prompt.template)
+    notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
     configs.check_files(workdir, digests, accept=accept_changed_files)
     join_processes(os.environ)
     base = read_base_model(cfg)

@@ -78,7 +78,7 @@ def keep_readable(
     """Separates readable from unreadable rows.
 
     Args:
-        source: The name of the file or the list in error messages.
+        source: The name of the file in error messages; "problems" is a list, which has no fields.
         rows: The place of each row, with its problem or with the reason why it has none.
         limit: Largest fraction of rows that may be unreadable.
         graded: Whether the accuracy reward compares completions with the answers. If so, a row is unreadable if no
@@ -111,11 +111,12 @@ def keep_readable(
     unlisted = sum(map(len, list(reasons.values())[SHOWN_REASONS:]))
     listed += f"; and {unlisted:,} more rows" if unlisted else ""
     if count > limit * total:
+        flags = "--config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD"
+        advice = f"name the fields with {flags}, " if source != "problems" else ""
         raise UserError(
             f"The fraction of unreadable rows in {source} (no question, or an answer that no completion could match) "
             f"may be at most task.max_unreadable={limit}; found {count:,} of {total:,} rows: {listed}. Correct them, "
-            "name the fields with --config.task.question=FIELD, --config.task.answer=FIELD and "
-            "--config.task.choices=FIELD, or raise the limit."
+            f"{advice}or raise the limit."
         )
     return problems, f", {count:,} unreadable row{'s' * (count > 1)} ({listed})" if count else ""
 
