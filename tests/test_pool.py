@@ -44,6 +44,7 @@ def act(problems, texts, lengths):
     return {"nan": [float("nan")], "shape": [1, 2], "none": None}.get(problem.metadata["code"][1:], [value])
 
 def twice(problems, texts, lengths):
+    assert problems[0].metadata["log"]
     return [2 * int(problems[0].answer)]
 
 def environment(problems, texts, lengths):
@@ -77,6 +78,7 @@ BEHAVIORS = {
     "os.fork()": ("", ""),  # the child returns too
     "os.fork() or time.sleep(1e6)": ("", ""),
     "subprocess.Popen(['sleep', '1000'])": ("", ""),
+    "problem.metadata['log'] = None": ("", ""),
     "print('chatter')": ("", ""),
     "os.write(1, b'chatter')": ("", ""),
     "assert not sys.stdin.read()": ("", ""),
@@ -312,13 +314,17 @@ def moody(problems, texts, lengths):
 
 
 @pytest.mark.slow
-def test_a_run_continues_and_counts_the_completions_that_a_function_cannot_grade(tmp_path, capsys):
+def test_a_run_continues_and_counts_the_completions_that_a_function_cannot_grade(tmp_path, capsys, monkeypatch):
     """Two runs have the same rewards. The records say why a reward is 0, and the console says it once per rollout."""
+    monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
+    grade_all, early = Grader.grade, []
+    monkeypatch.setattr(Grader, "grade", lambda self, *args: early.append(len(self.payloads)) or grade_all(self, *args))
     (tmp_path / "mine.py").write_text(MOODY)
     parts = json.dumps(["accuracy", "format", f"{tmp_path}/mine.py:moody"])
     flags = ["--config.rollout.prompts=4", "--config.rollout.samples=8", "--config.eval.questions=16"]
     flags += [f"--config.reward.parts={parts}", "--config.reward.weights=[1, 1, 1]", "--config.reward.deadline=1"]
     flags += ["--config.total_steps=2", "--config.log.every_steps=1", "--config.log.samples=-1"]
+    flags += ["--config.rollout.slots=8"]  # two batches of questions in an evaluation
     runs = []
     for name in ("a", "b"):
         main([f"--config={ROOT}/configs/r1zero.py", f"--workdir={tmp_path / name}", *flags])
@@ -334,10 +340,13 @@ def test_a_run_continues_and_counts_the_completions_that_a_function_cannot_grade
             verdict, _, failure = record["why"].partition("; ")
             assert verdict and failure.startswith({0: "timeout in moody.", 1: "error in moody: "}.get(kind, ""))
             assert bool(failure) == (kind < 2)
+    assert not children()
+    # Some completions of the two rollouts are graded while others are sampled, none of the three evaluations' batches.
+    assert sum(map(bool, early)) == 2 * len(runs)
     assert sum(line["reward/timeout"] for line in lines[1:]) and sum(line["reward/error"] for line in lines[1:])
     assert [[record["rewards"] for record in records] for records in runs[0]] == [
         [record["rewards"] for record in records] for records in runs[1]
     ]
     printed = capsys.readouterr()
-    assert "grades are 0 because a reward part failed. The first failure: " in printed.err
+    assert "reward part failed. The first failure: " in printed.err
     assert "timeout" not in printed.out
