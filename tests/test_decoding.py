@@ -10,13 +10,13 @@ from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 PIECES = ["</answer>", "</ans", "wer>", ">\n\n", "é", "🙂", "數", "x", " ", "<", "\r\n"]
-STOP_STRINGS = ("</answer>", "er>", "🙂x", "\n")
+STOP_STRINGS = ("</answer>", "er>", "🙂x", "\n", "🙂", "> ")
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a tokenizer of bytes like GPT-2's, in which `</answer>` and two bytes of an emoji are merged."""
+    """Builds a tokenizer of bytes like GPT-2's, in which `</answer>` and bytes of an emoji are merged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("<", "/"), ("e", "r"), ("er", ">"), ("Ċ", "Ċ"), ("er>", "ĊĊ"), ("ð", "Ł")]
+    merges = [("<", "/"), ("e", "r"), ("er", ">"), ("Ċ", "Ċ"), ("er>", "ĊĊ"), ("Ĥ", "x"), ("ð", "Ł")]
     vocabulary = {piece: n for n, piece in enumerate(["<s>", "</s>", *alphabet, *("".join(pair) for pair in merges)])}
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
@@ -52,12 +52,13 @@ def test_completions_are_decoded_as_defined_by_the_trainers_tokenizer_and_from_i
     tokenizer = makers[kind]() if kind in makers else load_tokenizer(find_model("tiny"))
     from_json = Tokenizer.from_str(tokenizer_backend(tokenizer).to_str())
     rng, size, cut = np.random.default_rng(0), len(tokenizer), 0
-    likely = np.r_[np.arange(size), np.repeat(np.arange(size - 8, size), 40)]  # merges and whole words come last
+    # Merges and whole words come last, then an id that stands for nothing, as in a padded vocabulary.
+    likely = np.r_[np.arange(size), np.repeat(np.arange(size - 8, size + 1), 40)]
     for trial in range(400):
         text = "".join(rng.choice(PIECES, rng.integers(0, 6)))
         ids = np.array([*tokenizer.encode(text, add_special_tokens=False), *rng.choice(likely, trial % 4)], np.int32)
         ids = ids[: rng.integers(0, len(ids) + 1)] if trial % 2 else ids  # often inside a character or a stop string
-        for strings in (STOP_STRINGS, STOP_STRINGS[:1], ()):
+        for strings in (STOP_STRINGS, STOP_STRINGS[:1], STOP_STRINGS[-2:-1], STOP_STRINGS[-1:], ()):
             expected = decode_twice(tokenizer, ids, (1,), strings)
             assert decode_completion(tokenizer, ids, (1,), strings) == expected
             assert decode_completion(from_json, ids, (1,), strings) == expected

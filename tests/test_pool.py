@@ -69,6 +69,7 @@ BEHAVIORS = {
     "os.kill(os.getpid(), signal.SIGSEGV)": ("error", "exit code -11"),
     "os.fork() or time.sleep(1e6); os._exit(1)": ("error", "exit code 1"),  # the child keeps the socket open
     "os.closerange(0, 1000)": ("error", ""),
+    "os.write(int(sys.argv[1]), bytes([0, 0, 0, 2]) + b'{}')": ("error", ""),  # a reply that is not the worker's
     "x = [bytes(2**31) for _ in range(9)]": ("error", "error in act: Its process ran out of memory."),
     "#nan": ("error", "found nan at index 0"),
     "#shape": ("error", "found an array of shape (2,)"),

@@ -280,7 +280,14 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
         seen.append((problems[0], texts[0], int(lengths[0])))
         return -np.asarray(lengths, np.float32)
 
-    metrics = grpo_jax.train(small_config(), workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    cfg, template, given = (
+        small_config(),
+        tmp_path / "template.txt",
+        dict(problems=PROBLEMS, rewards={"brevity": brevity}),
+    )
+    template.write_text("Question: {question} Answer:")
+    cfg.prompt.template = str(template)
+    metrics = grpo_jax.train(cfg, workdir=tmp_path / "run", **given)
     rows = read_rows(tmp_path / "run")
     assert metrics["step"] == 2 and all(metrics[name] == value for name, value in rows[-1].items())
     assert metrics["reward/mean"] == metrics["reward/brevity"] == -metrics["rollout/length_mean"]
@@ -298,16 +305,18 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     }
     assert config["task"]["name"] == "python"
 
-    longer = small_config()
-    longer.total_steps = 3
-    metrics = grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    cfg.total_steps = 3
+    metrics = grpo_jax.train(cfg, workdir=tmp_path / "run", **given)
     assert metrics["step"] == 3 and [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1, 2, 3]
-    again = grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS, rewards={"brevity": brevity})
+    template.write_text("Q: {question} A:")
+    with pytest.raises(UserError, match=r"template.txt has changed since the run in .* was started"):
+        grpo_jax.train(cfg, workdir=tmp_path / "run", **given)
+    again = grpo_jax.train(cfg, workdir=tmp_path / "run", **given, accept_changed_files=True)
     assert again == metrics  # nothing is left to do
     with pytest.raises(
         UserError, match=r"reward\.parts=\('brevity',\) and cannot .*, or the same problems and rewards if"
     ):
-        grpo_jax.train(longer, workdir=tmp_path / "run", problems=PROBLEMS)
+        grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS)
     with pytest.raises(
         UserError, match=r"To resume a run of grpo_jax\.train with rewards=\.\.\., call it again with the same rewards"
     ):
