@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
         for note in [*getattr(task, "notes", ()), *notes]:
             print(note, file=sys.stderr)
     base = read_base_model(cfg)
-    cfg, task, _ = fit_prompts(cfg, base, task)
+    cfg, task, prompt_lengths = fit_prompts(cfg, base, task)
+    if jax.process_index() == 0:
+        print(prompt_lengths, file=sys.stderr)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):

@@ -152,7 +152,7 @@ def test_the_default_config_passes_and_keeps_its_values():
     assert dataclasses.asdict(check(default())) == default().to_dict() == dataclasses.asdict(Config())
     assert check(default()) == Config() and check_pretrain(pretrain_default()) == PretrainConfig()
     cfg = check(changed(seed=3, optim__lr=0.5, task__name="file", task__path="q.jsonl"))
-    assert (cfg.seed, cfg.optim.lr, cfg.task.path, cfg.rollout.prompts) == (3, 0.5, "q.jsonl", 16)
+    assert (cfg.seed, cfg.optim.lr, cfg.task.path, cfg.rollout.prompts) == (3, 0.5, os.path.abspath("q.jsonl"), 16)
 
 
 def test_a_checked_config_cannot_be_changed():

@@ -208,11 +208,60 @@ def test_rows_with_several_right_answers_are_refused_with_the_verifier_that_they
     ],
 )
 def test_rows_without_a_question_or_an_answer_are_refused_with_the_reason(tmp_path, row, says):
-    with pytest.raises(
-        UserError, match=rf"unreadable rows in .*q.jsonl .* found 1 of 1 rows: line 1: .*{says}"
-    ) as raised:
+    with pytest.raises(UserError, match=rf"Of the rows of .*q.jsonl, .* found 1 of 1 rows: line 1: .*{says}") as raised:
         read_one(tmp_path, row)
     assert "--config.task.question=FIELD, --config.task.answer=FIELD" in str(raised.value)
+
+
+def test_a_verifier_that_is_needed_is_not_looked_for_in_fields(tmp_path):
+    with pytest.raises(UserError, match=r"accuracy must not be a reward part\. Correct them\.$"):
+        read_one(tmp_path, {"target": 24, "nums": [3, 4, 2]})
+
+
+def test_choices_differ_only_in_their_content(tmp_path):
+    """The columns of GPQA end with line breaks here and there, for the correct answer more often than for others."""
+    row = {"Question": "Q?", "Correct Answer": "7\n", "Incorrect Answer 1": "8", "Incorrect Answer 2": " 9"}
+    problem = read_one(tmp_path, row | {"Incorrect Answer 3": "two\n lines"})
+    assert sorted(line[4:] for line in problem.question.splitlines()[1:]) == ["7", "8", "9", "two lines"]
+    assert problem.answer[4:] == "7" and f"\n{problem.answer}" in problem.question
+    problem = read_one(tmp_path, {"question": "Q?", "choices": ["7 ", "8\n"], "answer": "8\n"})
+    assert (problem.question, problem.answer) == ("Q?\n(A) 7\n(B) 8", "(B) 8")
+
+
+@pytest.mark.parametrize(
+    "row, question, answer",
+    [
+        ({"question": "Q?", "options": ["(A)1", "(B)2", "(C)1"], "label": ["A", "C"]}, "Q?", "(A), (C)"),
+        (
+            {"question_stem": "Q?", "choices": {"text": ["1", "2"], "label": ["A", "B"]}, "answerKey": "B"},
+            "Q?",
+            "(B) 2",
+        ),
+        (
+            {
+                "question": {"stem": "Q?", "choices": [{"text": "1", "label": "A"}, {"text": "2", "label": "B"}]},
+                "answerKey": "A",
+            },
+            "Q?",
+            "(A) 1",
+        ),
+    ],
+)
+def test_choices_are_found_in_objects_and_several_may_be_correct(tmp_path, row, question, answer):
+    problem = read_one(tmp_path, row)
+    assert (problem.question.splitlines()[0], problem.answer) == (question, answer)
+
+
+def test_a_solution_without_a_box_does_not_stand_for_an_empty_answer(tmp_path):
+    with pytest.raises(UserError, match="the field 'answer' is empty and `solution` has no box"):
+        read_one(tmp_path, {"problem": "Q?", "solution": "Then 9", "answer": ""})
+    assert read_one(tmp_path, {"problem": "Q?", "solution": r"\boxed{9}", "answer": ""}).answer == "9"
+    assert read_one(tmp_path, {"prompt": "Q?", "solution": "9"}).answer == "9"
+
+
+def test_a_path_that_is_too_long_is_an_error_in_one_line():
+    with pytest.raises(UserError, match=r"could not be read from .*File name too long"):
+        read_problems("q" * 300)
 
 
 def test_a_named_field_must_exist(tmp_path):
@@ -234,7 +283,9 @@ def test_unreadable_rows_are_left_out_and_listed_up_to_the_limit(tmp_path):
         "question from `problem`, answer from `answer` in 1 row; 199 problems, 1 unreadable row "
         "(line 5: no field is known to hold the answer; the fields are problem, solution)"
     )
-    with pytest.raises(UserError, match=r"task.max_unreadable=0.001; found 1 of 200 rows: line 5: no field"):
+    with pytest.raises(
+        UserError, match=r"task.max_unreadable=0.001 may be unreadable; found 1 of 200 rows: line 5: no field"
+    ):
         read_with_notes(path, TaskSection(max_unreadable=0.001), graded=True)
 
 
@@ -400,7 +451,8 @@ def test_a_dataset_of_the_hub_is_named_with_config_and_split(monkeypatch):
         ("openai/gsm8k", None, "test"),
     ]
     with pytest.raises(
-        UserError, match="from no/network: the package `datasets` raised ConnectionError: Couldn't reach the"
+        UserError,
+        match="from no/network: there is no such file or folder, and as the id .*the package `datasets` raised ConnectionError: Couldn't reach the",
     ):
         read_problems("no/network")
 

@@ -114,13 +114,15 @@ def test_prompts_that_are_too_long_are_listed_with_the_settings_that_would_fit_t
 
 
 @pytest.mark.parametrize("keys", [dict(limit=64), dict(max_tokens=446)])
-def test_problems_that_are_too_long_can_be_left_out(base, keys, caplog):
+def test_problems_that_are_too_long_can_be_left_out(base, keys):
     given = ProblemList(asked(1, 30, 1, 40), asked(70, 1, first=7))
     _, task, line = fit_prompts(config(too_long="drop", **keys), base, given)
     assert task.train == [given.train[0], given.train[2]] and task.held_out == [given.held_out[1]]
     assert len(given.train) == 4
-    assert caplog.messages == ["Left out 3 of 6 problems, whose prompts have more than 64 tokens."]
-    assert line == "Prompts of up to 64 tokens; rollout.max_prompt_tokens 64"
+    left_out, limit = line.split("\n")
+    assert left_out.startswith("3 of 6 prompts have more than 64 tokens and are left out: q.jsonl line 2 has 93, ")
+    assert left_out.endswith("; 2 problems for training and 1 held out are left")
+    assert limit == "Prompts of up to 64 tokens; rollout.max_prompt_tokens 64"
 
 
 def test_problems_of_an_endless_task_are_never_left_out(base):

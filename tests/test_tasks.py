@@ -272,7 +272,7 @@ def test_problems_of_a_list_with_unreadable_answers_are_left_out_up_to_the_limit
     task = make_task(problems, Config())
     assert len(task.train) + len(task.held_out) == 99
     assert task.notes[0].startswith("99 problems, 1 unreadable row (problems[99]: ")
-    with pytest.raises(UserError, match=r"rows in problems .*found 1 of 99 rows: problems\[98\]: .* them, or"):
+    with pytest.raises(UserError, match=r"rows of problems, .*found 1 of 99 rows: problems\[98\]: .* them, or"):
         make_task(problems[1:], Config())
     assert len(make_task(problems[1:], Config(), graded=False).train) > 80
 

@@ -86,9 +86,10 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
         require(type(value) is kind, f"{name} must be of type {kind.__name__}{ending}")
         because = f", because {spec.because}" if spec.because else ""
         require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
-        values[name] = os.path.expanduser(value) if spec.path else value
-        if name in RESOLVED_PATHS and value not in TEMPLATES and os.path.exists(values[name]):
-            values[name] = os.path.abspath(values[name])  # so that a run can be resumed from another folder
+        values[name] = path = os.path.expanduser(value) if spec.path else value
+        # So that a run can be resumed from another folder. With one slash, it may be the id of a dataset.
+        if name in RESOLVED_PATHS and path not in ("", *TEMPLATES) and (os.path.exists(path) or path.count("/") != 1):
+            values[name] = os.path.abspath(path)
     return build(config_class, values)
 
 

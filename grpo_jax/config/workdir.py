@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
-from grpo_jax.config.rules import TEMPLATES
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 
@@ -51,9 +51,9 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
 
 def digest_files(path: str) -> dict[str, str]:
     """Returns the SHA-256 of a file, or of each file in a folder, by absolute path; empty if `path` is neither."""
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
     digests = {}
-    for file in filter(Path.is_file, files):
+    for file in filter(os.path.isfile, files):
         with file.open("rb") as opened:
             digests[str(file.absolute())] = hashlib.file_digest(opened, "sha256").hexdigest()
     return digests
@@ -61,7 +61,7 @@ def digest_files(path: str) -> dict[str, str]:
 
 def run_digests(task: Any, template: str) -> dict[str, str]:
     """Returns the digests of the files that a run reads: those of its task, and that of `prompt.template`."""
-    return getattr(task, "digests", {}) | ({} if template in TEMPLATES else digest_files(template))
+    return getattr(task, "digests", {}) | (digest_files(template) if os.path.isfile(template) else {})
 
 
 def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:

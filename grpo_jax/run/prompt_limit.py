@@ -1,7 +1,6 @@
 """The prompt limit of a run: `rollout.max_prompt_tokens`, or the length that the problems need if that is 0."""
 
 import copy
-import logging
 from dataclasses import replace
 from itertools import compress
 
@@ -19,8 +18,6 @@ from grpo_jax.tasks.task import Task
 LIMIT_MULTIPLE = 16  # a limit that is derived from the problems is a multiple of this
 NAMED_PROMPTS = 5  # prompts that an error names at most
 
-log = logging.getLogger(__name__)
-
 
 def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task, str]:
     """Chooses the prompt limit of a run, and leaves out problems that exceed it if `task.too_long` is `drop`.
@@ -35,7 +32,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
 
     Returns:
         (cfg, task, line): The config with the limit as `rollout.max_prompt_tokens`, the task, and a line that says how
-        long the prompts are.
+        long the prompts are, after one about those that are left out.
 
     Raises:
         UserError: A prompt is too long, and `task.too_long` does not leave it out; or the task fails or holds out no
@@ -57,7 +54,7 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
         longest = int(counted.max(initial=0)) or most
         room = 0 if is_list else (longest - int(counted.min())) // 2
         limit = min(most, -(-(longest + room) // LIMIT_MULTIPLE) * LIMIT_MULTIPLE)
-    are_short = [split <= limit for split in lengths]
+    line, are_short = "", [split <= limit for split in lengths]
     measured = np.concatenate(lengths)
     kept = measured[measured <= limit]
     if len(kept) < len(measured):
@@ -65,19 +62,25 @@ def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task,
             raise UserError(describe_too_long(cfg, positions, limit, [*names[0], *names[1]], measured, is_list))
         task = copy.copy(task)
         task.train, task.held_out = (list(compress(*pair)) for pair in zip(splits, are_short, strict=True))
-        left_out = f"{len(measured) - len(kept):,} of {len(measured):,} problems"
-        log.warning(f"Left out {left_out}, whose prompts have more than {limit} tokens.")
-    line = f"Prompts of up to {kept.max()} tokens; rollout.max_prompt_tokens {limit}"
+        left = f"{len(task.train):,} problems for training and {len(task.held_out):,} held out are left"
+        long = f"{len(measured) - len(kept):,} of {len(measured):,} prompts have more than {limit} tokens"
+        line = f"{long} and are left out: {name_long([*names[0], *names[1]], measured, limit)}; {left}\n"
+    line += f"Prompts of up to {kept.max()} tokens; rollout.max_prompt_tokens {limit}"
     return replace(cfg, rollout=replace(cfg.rollout, max_prompt_tokens=limit)), task, line
+
+
+def name_long(names: list[str], lengths: Int[np.ndarray, " N"], limit: int) -> str:
+    """Lists the first of the prompts that are longer than the limit, with their lengths."""
+    rows = np.flatnonzero(lengths > limit)
+    named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]]
+    return ", ".join(named + [f"and {len(rows) - NAMED_PROMPTS:,} more"] * (len(rows) > NAMED_PROMPTS))
 
 
 def describe_too_long(
     cfg: Config, positions: int, limit: int, names: list[str], lengths: Int[np.ndarray, " N"], is_list: bool
 ) -> str:
     """Returns the error for prompts that are too long: which of N they are, and which settings would fit all."""
-    rows, longest = np.flatnonzero(lengths > limit), int(lengths.max())
-    named = [f"{names[row]} has {lengths[row]}" for row in rows[:NAMED_PROMPTS]]
-    named += [f"and {len(rows) - NAMED_PROMPTS:,} more"] * (len(rows) > NAMED_PROMPTS)
+    count, longest = np.count_nonzero(lengths > limit), int(lengths.max())
     most = positions - cfg.rollout.max_tokens
     expected, changes = f"rollout.max_prompt_tokens={limit} tokens", [f"rollout.max_prompt_tokens={longest}"]
     if limit == most and not cfg.rollout.max_prompt_tokens:
@@ -87,7 +90,7 @@ def describe_too_long(
         changes = []
     changes += [f"rollout.max_tokens={positions - longest}"] * (longest > most)
     advice = f"Set {' and '.join(changes)}" if longest < positions else "Shorten them"
-    if is_list and cfg.task.too_long == "refuse" and len(rows) < len(lengths):
+    if is_list and cfg.task.too_long == "refuse" and count < len(lengths):
         advice += ", or leave them out with task.too_long=drop"
-    found = f"{len(rows):,} of {len(lengths):,} have more: {', '.join(named)}"
+    found = f"{count:,} of {len(lengths):,} have more: {name_long(names, lengths, limit)}"
     return f"A prompt may have at most {expected}; {found}. {advice}."

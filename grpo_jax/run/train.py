@@ -186,7 +186,8 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
     metrics, records = evaluate(cfg, context, placed, setup.held_out, key)
     write_samples(setup.log.workdir, "eval", run.step, records)
-    setup.log.say(f"step {run.step}: {len(setup.held_out)} held-out questions: {evaluation_line(metrics)}")
+    asked = f"{len(setup.held_out)} held-out question{'s' * (len(setup.held_out) > 1)}"
+    setup.log.say(f"step {run.step}: {asked}: {evaluation_line(metrics)}")
     return metrics | {"time/eval_s": time.monotonic() - start}
 
 

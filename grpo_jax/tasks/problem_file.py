@@ -112,11 +112,13 @@ def keep_readable(
     listed += f"; and {unlisted:,} more rows" if unlisted else ""
     if count > limit * total:
         flags = "--config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD"
-        advice = f"name the fields with {flags}, " if source != "problems" else ""
+        advice = ["Correct them"] + [f"name the fields with {flags}"] * (
+            source != "problems" and not all("needs the verifier" in reason for reason in reasons)
+        )
+        advice += ["raise the limit"] * (count < total)
         raise UserError(
-            f"The fraction of unreadable rows in {source} (no question, or an answer that no completion could match) "
-            f"may be at most task.max_unreadable={limit}; found {count:,} of {total:,} rows: {listed}. Correct them, "
-            f"{advice}or raise the limit."
+            f"Of the rows of {source}, at most a fraction of task.max_unreadable={limit} may be unreadable; found "
+            f"{count:,} of {total:,} rows: {listed}. {', or '.join(advice)}."
         )
     return problems, f", {count:,} unreadable row{'s' * (count > 1)} ({listed})" if count else ""
 

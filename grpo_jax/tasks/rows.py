@@ -38,7 +38,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: The file cannot be read, or a row is malformed; the message names the row.
     """
-    is_dataset = Path(path).is_dir() or (not Path(path).exists() and DATASET_ID.fullmatch(path))
+    is_dataset = os.path.isdir(path) or (not os.path.exists(path) and DATASET_ID.fullmatch(path))
     place = ""
     try:
         for place, row in read_dataset(path) if is_dataset else read_file(path):
@@ -191,7 +191,8 @@ def read_dataset(path: str) -> Iterator[tuple[str, Any]]:
         else:
             data = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # of any of the libraries that it uses
-        raise ValueError(f"the package `datasets` raised {type(error).__name__}: {error}") from None
+        here = "" if os.path.isdir(name) else "there is no such file or folder, and as the id of a dataset on the hub, "
+        raise ValueError(f"{here}the package `datasets` raised {type(error).__name__}: {error}") from None
     batches = data.with_format("arrow").iter(BATCH_ROWS)
     return number_rows(chain.from_iterable(batch.to_pylist() for batch in batches))
 

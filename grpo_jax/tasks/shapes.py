@@ -3,6 +3,7 @@ r"""Makes a problem from a row, by the field names of known data sets.
 Field names are compared in lower case with "_" for a blank, so `correct_answer` also matches `Correct Answer`. Dots
 separate the names of nested fields. From each table, the first field that a row has and that is not empty is used:
 
+    question.stem, question_stem   the original ARC, OpenBookQA
     question   GSM8K, AIME, OlympiadBench, ASDiv, SVAMP, multiple choice, reasoning-gym
     problem    MATH, MATH-500, NuminaMath, OpenR1, DeepScaleR, Big-Math, Polaris, Omni-MATH, AMC
     prompt     DAPO, verl and TRL: a text or messages
@@ -13,7 +14,7 @@ separate the names of nested fields. From each table, the first field that a row
     answer                      most; the last line of GSM8K's, after `####`
     solution                    MATH, NuminaMath-CoT: the last `\boxed`; TRL: the answer itself
 
-    choices   MMLU: an answer is an index; ARC: texts and labels in an object, `answerKey` is a label
+    choices   MMLU: an answer is an index; ARC: texts and labels, `answerKey` is a label
     options   MMLU-Pro, AQuA, AGIEval (SAT, Gaokao): an answer is a letter
 """
 
@@ -29,10 +30,10 @@ from grpo_jax.config.schema import TaskSection
 from grpo_jax.text.answers import MAX_WORDS, find_boxes
 from grpo_jax.text.problem import Problem, read_messages
 
-QUESTIONS = ("question", "problem", "prompt", "query")
+QUESTIONS = ("question.stem", "question_stem", "question", "problem", "prompt", "query")
 CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # fields put before the question, and the separator
 ANSWERS = ("reward_model.ground_truth", "final_answer", "answer", "expected_answer", "ground_truth", "solution")
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "question.choices")
 CHOICE_ANSWERS = ("correct_answer", "answerkey", "answer_index", "answer_idx", "correct", "label", "gold", *ANSWERS)
 GPQA = ("correct_answer", "incorrect_answer_1", "incorrect_answer_2", "incorrect_answer_3")
 
@@ -72,14 +73,14 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
     """
     verifier = needed_verifier(row)
     if graded and verifier:
-        raise ValueError(f"it needs the verifier {verifier!r}, because its question has several correct answers")
+        raise ValueError(
+            f"it needs the verifier {verifier!r}, because its question has several correct answers; accuracy must not "
+            "be a reward part"
+        )
     field, value = find(row, *([fields.question] if fields.question else QUESTIONS))
     require_field(field, "question", fields.question, row)
-    question, used, said = (
-        value if isinstance(value, str) else read_messages(value),
-        [field],
-        [f"question from `{field}`"],
-    )
+    question = value if isinstance(value, str) else read_messages(value)
+    used, said = [field], [f"question from `{field}`"]
     for name, space in {} if fields.question else CONTEXTS.items():
         name, context = find(row, name)
         if isinstance(context, str) and isinstance(question, str):
@@ -90,12 +91,15 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
         require_field(field, "answer", fields.answer, row)
     how = ""
     if texts and isinstance(question, str):
-        index = pick_choice(value, texts, labels)
-        answer = f"({LETTERS[index]}) {texts[index]}"
+        correct = [pick_choice(named, texts, labels) for named in (value if isinstance(value, list) else [value])]
+        answer = ", ".join(f"({LETTERS[index]})" for index in correct)
+        answer += f" {texts[correct[0]]}" if len(correct) == 1 else ""
         question = "\n".join([question, *(f"({LETTERS[i]}) {text}" for i, text in enumerate(texts))])
         said += [f"choices from `{'`, `'.join(names)}`"]
     elif graded:
         answer, how = read_answer(value, field)
+        if field.lower() == "solution" and not how and spell_names(tuple(row), ("answer",)):
+            raise ValueError("no final answer: the field 'answer' is empty and `solution` has no box")
     else:
         answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     used += [field, *names]
@@ -170,13 +174,15 @@ def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[s
     if all(name for name, _ in columns) and not named:
         # The correct answer is the first column. Sorting by hashes hides that, and always gives the same order.
         texts = sorted(
-            (write_value(v) for _, v in columns), key=lambda text: hashlib.sha256((question + text).encode()).digest()
+            (write_choice(v) for _, v in columns), key=lambda text: hashlib.sha256((question + text).encode()).digest()
         )
         return texts, texts, [name for name, _ in columns]
     name, value = find(row, *([named] if named else CHOICES))
     names, labels = [name], []
     if isinstance(value, dict):
         labels, value = value.get("label", list(value)), value.get("text", list(value.values()))
+    elif isinstance(value, list) and all(isinstance(choice, dict) for choice in value):
+        labels, value = ([choice.get(name) for choice in value] for name in ("label", "text"))
     elif not name and all(row.get(letter) for letter in "ABCD"):
         names = [letter for letter in "ABCDE" if row.get(letter)]
         value = [row[letter] for letter in names]
@@ -184,7 +190,7 @@ def find_choices(row: dict[str, Any], named: str, question: str) -> tuple[list[s
         if named:
             raise ValueError(f"the field {named!r} must hold 2 to {len(LETTERS)} choices; found {value!a:.40}")
         return [], [], []
-    texts = [write_value(choice) for choice in value]
+    texts = [write_choice(choice) for choice in value]
     lettered = [_LETTERED.fullmatch(text) for text in texts]  # AQuA and AGIEval write "A)21" and "(A)21"
     if [match and match[1] for match in lettered] == list(LETTERS[: len(texts)]):
         texts = [match[2] for match in lettered if match]
@@ -197,19 +203,23 @@ def pick_choice(answer: Any, texts: list[str], labels: list[str]) -> int:
     Raises:
         ValueError: It names none, or two of them.
     """
-    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     if isinstance(answer, int | float) and answer in range(len(texts)):
         return int(answer)
-    written = write_value(answer).strip()
+    written = write_choice(answer)
     letter = _LETTER.fullmatch(written)
     if written in labels:
         return labels.index(written)
     if letter and letter[1].upper() in LETTERS[: len(texts)]:
         return LETTERS.index(letter[1].upper())
-    named = [index for index, text in enumerate(texts) if written in (text.strip(), str(index))]
+    named = [index for index, text in enumerate(texts) if written in (text, str(index))]
     if len(named) != 1:
         raise ValueError(f"the answer must name one of the choices; found {written!a:.40}, which names {len(named)}")
     return named[0]
+
+
+def write_choice(value: Any) -> str:
+    """Returns a choice as text on one line, so that nothing but its content tells it from the others."""
+    return " ".join(write_value(value).split())
 
 
 def write_value(value: Any) -> str:
