@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
             print(note, file=sys.stderr)
     base = read_base_model(cfg)
     cfg, task, prompt_lengths = fit_prompts(cfg, base, task)
-    if jax.process_index() == 0:
-        print(prompt_lengths, file=sys.stderr)
+    for line in prompt_lengths.splitlines()[:-1]:  # about prompts that are left out
+        print(line, file=sys.stderr)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):
