@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 
 import datasets
 import pyarrow as pa
@@ -481,4 +482,27 @@ def test_a_task_knows_the_digests_of_its_files(tmp_path):
 )
 def test_answers_that_are_accepted_without_parsing_can_be_parsed(answer):
     assert READABLE.fullmatch(answer) and read_expected(answer)
-    assert not any(READABLE.fullmatch(text) for text in ("", "9" * 300, r"\frac{1}{0}", "5 or 6", "()"))
+    assert not any(READABLE.fullmatch(text) for text in ("", "9" * 300, r"\frac{1}{0}", "5 or 6", "()", "1e5.5", "x x"))
+
+
+def test_sums_that_are_accepted_without_parsing_can_be_parsed():
+    draw = random.Random(0)
+    terms = [
+        "0",
+        "12",
+        "3.50",
+        "9" * 20,
+        "x",
+        "3i",
+        "12z",
+        r"\pi",
+        r"2\pi",
+        r"\sqrt{5}",
+        r"7\sqrt{12}",
+        r"3\frac{1}{2}",
+    ]
+    terms += [r"\frac{0}{9}", r"\dfrac{3}{40}", r"2\tfrac{7}{3}"]
+    for _ in range(300):
+        signs = [draw.choice(["", "-"]), *draw.choices(["+", " + ", "-", " - ", " -"], k=draw.randrange(5))]
+        answer = "".join(sign + draw.choice(terms) for sign in signs)
+        assert READABLE.fullmatch(answer) and read_expected(answer), answer
