@@ -414,7 +414,7 @@ def test_a_run_without_held_out_problems_trains_on_all_and_evaluates_nothing(tmp
     assert {json.loads(line)["question"] for line in records} == {row["question"] for row in questions}
     printed = capsys.readouterr().out
     assert (
-        "q.json: question from `question`, answer from `answer`, 4 rows\n4 problems for training, 0 held out\n"
+        "q.json: question from `question`, answer from `answer`; 4 problems\n4 problems for training, 0 held out\n"
         in printed
     )
     assert "No evaluation, because no problems were held out" in printed
