@@ -104,10 +104,11 @@ def grade(parts, weights=None, texts=("a", "bb", "cccc")):
     return weigh_parts(graded, weights or [1.0] * len(parts))
 
 
-def resolve(*parts, language="en", max_tokens=56, cache=0):
+def resolve(*parts, language="en", format_empty=False, max_tokens=56, cache=0):
     """Resolves reward parts with the settings that they read."""
     raw = config.default()
     raw.reward.parts, raw.reward.weights, raw.reward.language = parts, (1.0,) * len(parts), language
+    raw.reward.format_empty = format_empty
     raw.rollout.max_tokens, raw.rollout.overlong_cache = max_tokens, cache
     return resolve_parts(config.check(raw))
 
@@ -140,6 +141,12 @@ def test_a_part_from_a_file_is_labeled_with_its_function_name(tmp_path):
     parts = resolve("accuracy", f"{tmp_path}/my.py:short")
     assert list(parts) == ["accuracy", "short"] and parts["accuracy"] is accuracy_part
     assert grade(parts, [1, 0.5]).total.tolist() == [-0.5, -1, -2]
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_the_format_part_reads_from_the_config_whether_tags_may_be_empty(empty):
+    texts = ("<think></think> <answer></answer>", "<think>a</think> <answer>b</answer>", "<think>")
+    assert grade(resolve("format", format_empty=empty), texts=texts).parts["format"].tolist() == [empty, 1, 0]
 
 
 @pytest.mark.parametrize("target, fractions", [("en", [1, 0.5, 0]), ("ru", [0, 0.5, 1])])

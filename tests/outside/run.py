@@ -200,6 +200,10 @@ def check_rollout(run, index, step, records):
         reference = run.logps(run.reference_step(step - 1), cfg["temperature"], records)
         compare("log-probs", step, "ref_logps", run.recorded("ref_logps", records), reference, LOGP)
 
+    correct = [record["rewards"]["accuracy"] == 1 for record in records]
+    compare("rollouts", step, "why", [record["why"] == "equal" for record in records], correct)
+    read = [record["parsed"] is None or record["parsed"] in record["completion"] for record in records]
+    compare("rollouts", step, "parsed", read, [True] * len(records))
     shape, truncated = (cfg["prompts"], cfg["samples"]), np.array([record["truncated"] for record in records])
     means = {name: np.mean([record["rewards"][name] for record in records]) for name in records[0]["rewards"]}
     rewards = np.reshape([record["reward"] for record in records], shape)
