@@ -73,7 +73,7 @@ def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
 
 def param_shapes(model_cfg: ModelConfig, dtype: str = "float32") -> dict:
     """Returns the tree of `init_params` as `jax.ShapeDtypeStruct` leaves of a dtype, without allocating any array."""
-    shapes = jax.eval_shape(lambda key: init_params(model_cfg, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(model_cfg, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 

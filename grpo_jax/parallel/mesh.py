@@ -14,6 +14,8 @@ activations. An axis that does not divide a dimension is dropped for that dimens
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,7 +45,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, de
             f"The product of the mesh sizes must be the number of devices; found {given}. "
             "Set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    try:
+        # A physical axis of a TPU slice may have to be divided between two axes of the mesh.
+        ordered = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except NotImplementedError:  # no assignment of physical axes was found
+        ordered = np.asarray(devices).reshape(sizes)
+    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def make_rollout_mesh(mesh: Mesh, tensor: int, expert: int) -> Mesh:
+    """Returns the mesh of a rollout: the devices of `mesh` in the same order, with axes data, expert and tensor.
+
+    The order must be the same because one program, which places the weights, has inputs on one mesh and outputs on the
+    other.
+
+    Args:
+        mesh: The mesh of the updates.
+        tensor: Size of the axis `tensor`.
+        expert: Size of the axis `expert`. The rest of the devices are on the axis `data`.
+    """
+    return Mesh(mesh.devices.reshape(-1, 1, expert, tensor), MESH_AXES, axis_types=mesh.axis_types)
 
 
 def num_data_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
@@ -101,11 +122,23 @@ def mesh_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def row_shardings(mesh: Mesh, tree):
+    """Returns a tree of `NamedSharding`s that split the first dimension of every array over the data shards."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, drop_indivisible_axes(P(ROW_AXES), x.shape, mesh)), tree)
+
+
 def shard_rows(mesh: Mesh, tree):
-    """Places host arrays on the mesh, splitting their first dimension. Every process must pass the same values."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, drop_indivisible_axes(P(ROW_AXES), x.shape, mesh))), tree
-    )
+    """Places host arrays on the mesh, splitting their first dimension. Every process must pass the same values.
+
+    Each process copies the rows of its own devices. `jax.device_put` would gather the whole array from every process
+    in order to compare them.
+    """
+
+    def place(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, row_shardings(mesh, tree))
 
 
 def gather_to_host(tree):

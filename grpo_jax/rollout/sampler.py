@@ -17,7 +17,7 @@ from jaxtyping import Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes, unstack_layers
 from grpo_jax.model.parameters import row_for, tree_shardings
-from grpo_jax.parallel.mesh import num_data_shards, path_name
+from grpo_jax.parallel.mesh import num_data_shards, path_name, shard_rows
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens, init_decode, resize_cache
 from grpo_jax.text.problem import Prompts
@@ -96,11 +96,11 @@ def start_rollout(
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
     maximum number of tokens of each completion, and 0 `slots` means one per sequence.
     """
-    shards = num_data_shards()
-    prompts, prompt_index, limits, ids = split_over_shards(prompts, limits, shards)
-    slots = min(-(-slots // shards) * shards or len(limits), len(limits))
-    sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens)
-    return init_decode(model_cfg, params, prompts, prompt_index, limits, ids, key, **sizes)
+    shards, mesh = num_data_shards(), jax.sharding.get_mesh()
+    rows = split_over_shards(prompts, limits, shards)
+    count = len(rows[1])
+    sizes = dict(slots=min(-(-slots // shards) * shards or count, count), columns=columns, max_tokens=max_tokens)
+    return init_decode(model_cfg, params, *(rows if mesh.empty else shard_rows(mesh, rows)), key, **sizes)
 
 
 def generate_rollout(
@@ -167,7 +167,7 @@ def generate_rollout(
 
 @lru_cache
 def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
-    """Returns the compiled function behind `place_for_rollout`, cached per model and mesh."""
+    """Returns the jitted function behind `place_for_rollout`, cached per model and mesh."""
 
     def place(params):
         def cast(path, leaf):

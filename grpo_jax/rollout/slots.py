@@ -20,6 +20,7 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
@@ -28,7 +29,7 @@ from grpo_jax.model.attention import KV, choose_kernel
 from grpo_jax.model.blockwise import BLOCK_SIZE
 from grpo_jax.model.decoder import head_matmul, hidden_states, temperature_logits
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, num_data_shards, path_name
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, num_data_shards, path_name
 from grpo_jax.rollout.draws import TokenFilter, choose_tokens
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import STOPPED
@@ -67,17 +68,42 @@ class DecodeState:
     stopped: Int[Array, " N"]  # 1 if a stop id or stop string ended the completion
 
 
+def row_specs(tree, heads: str | None = None):
+    """Returns a tree of partition specs that split the rows of a `DecodeState` or a `RolloutQueue` over the shards.
+
+    The rows are the leading dimension of every leaf, except that `longest` is replicated and keys and values have a
+    layer dimension in front.
+
+    Args:
+        tree: The tree. Its leaves are recognized by their paths.
+        heads: The mesh axis that splits the heads of keys and values, if one does.
+    """
+
+    def leaf_spec(path, _):
+        name = path_name(path)
+        return P() if "longest" in name else P(None, ROW_AXES, heads) if "kv" in name else P(ROW_AXES)
+
+    return jax.tree_util.tree_map_with_path(leaf_spec, tree)
+
+
+def decode_shardings(mesh: Mesh | AbstractMesh, tree):
+    """Returns the `NamedSharding`s of a `DecodeState` or a `RolloutQueue`, as `init_decode` returns them."""
+
+    def leaf_sharding(x, spec):
+        return NamedSharding(mesh, drop_indivisible_axes(spec, x.shape, mesh))
+
+    return jax.tree.map(leaf_sharding, tree, row_specs(tree, heads="tensor"))
+
+
 def per_shard(function, *args):
     """Applies `function` to the rows of each shard separately, on the current mesh.
 
-    The leading dimension of every leaf is split over the shards, except that `longest` is replicated and keys and
-    values have a layer dimension in front. The result has the structure of the first argument.
+    The rows of the arguments are those of `row_specs`. The result has the structure of the first argument.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*args)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(args)
-    names = [path_name(path) for path, _ in leaves]
-    specs = tuple(P() if "longest" in name else P(None, ROW_AXES) if "kv" in name else P(ROW_AXES) for name in names)
+    leaves, tree = jax.tree.flatten(args)
+    specs = tuple(jax.tree.leaves(row_specs(args), is_leaf=lambda x: isinstance(x, P)))
 
     def apply_to_shard(*leaves):
         return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
@@ -86,7 +112,7 @@ def per_shard(function, *args):
     sharded = jax.shard_map(
         apply_to_shard, in_specs=specs, out_specs=specs[: len(out_leaves)], axis_names=set(ROW_AXES), check_vma=False
     )
-    return jax.tree.unflatten(out_tree, sharded(*(leaf for _, leaf in leaves)))
+    return jax.tree.unflatten(out_tree, sharded(*leaves))
 
 
 def num_score_columns(model_cfg: ModelConfig, width: int) -> int:
@@ -242,7 +268,9 @@ def init_decode(
         lengths=row_zeros(len(limits)),
         stopped=row_zeros(len(limits)),
     )
-    return update_longest(per_shard(refill_slots, state, queue)), queue
+    started = update_longest(per_shard(refill_slots, state, queue)), queue
+    mesh = jax.sharding.get_abstract_mesh()
+    return started if mesh.empty else jax.lax.with_sharding_constraint(started, decode_shardings(mesh, started))
 
 
 @partial(jax.jit, static_argnames=("model_cfg", "greedy", "filter"), donate_argnames=("state",))

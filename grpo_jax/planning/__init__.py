@@ -1,0 +1,7 @@
+"""Plans: compiles a run's programs for accelerators that this machine does not have, and estimates what they take.
+
+Modules, in reading order:
+
+    topology   the slices and cards that programs can be compiled for
+    programs   the programs of a training run, with the arguments that training passes
+"""

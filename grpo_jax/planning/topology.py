@@ -1,0 +1,114 @@
+"""The slices and cards that programs can be compiled for, without having them.
+
+    v5e:8x8  v6e:2x2  v5p:4x4x4     TPU slices, compiled by the package libtpu
+    h100:8  rtx4090:1  l4:1         GPUs, compiled by JAX's CUDA plugin
+    cpu:8                           CPU devices of this machine
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from grpo_jax.errors import UserError
+
+
+class Chip(NamedTuple):
+    """The published figures of a device."""
+
+    platform: str  # "tpu", "gpu" or "cpu"
+    memory_bytes: int  # that a program can allocate
+    bandwidth: float  # of the memory, in bytes per second
+    flops: float  # dense bfloat16 products per second, counting a multiplication and an addition
+    link_bandwidth: float  # bytes per second that a device sends to its neighbours in a slice or a host
+    network_bandwidth: float  # bytes per second that a device sends to other hosts, outside a slice
+    compiler: str = ""  # GPUs: fields of XLA's GpuTargetConfig that differ
+
+
+GIB = 2**30
+# Memory is what XLA reports on the device, not what the data sheet says.
+CHIPS = {
+    "v5e": Chip("tpu", int(15.75 * GIB), 819e9, 197e12, 200e9, 200e9),
+    "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, 918e12, 400e9, 400e9),
+    "v5p": Chip("tpu", int(95.74 * GIB), 2765e9, 459e12, 600e9, 600e9),
+    "h100": Chip("gpu", int(79.1 * GIB), 3350e9, 989e12, 450e9, 50e9),
+    "rtx4090": Chip("gpu", int(23.5 * GIB), 1008e9, 165e12, 32e9, 3e9),
+    "l4": Chip("gpu", int(22.0 * GIB), 300e9, 121e12, 32e9, 3e9),
+}
+
+# The fields of XLA's GpuTargetConfig, of which a program's code depends on few.
+GPU_TARGETS = {
+    "h100": ("NVIDIA H100 80GB HBM3", 132, 233472, 2048, 3352320000000, 52428800, 1.98, 84978434048, 232448, 9, 0),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 128, 102400, 1536, 1008096000000, 75497472, 2.52, 25250000000, 101376, 8, 9),
+    "l4": ("NVIDIA L4", 58, 102400, 1536, 300048000000, 50331648, 2.04, 23600000000, 101376, 8, 9),
+}
+GPUS_PER_HOST = 8
+
+
+def gpu_target(name: str) -> str:
+    """Returns the text of the GpuTargetConfig of a GPU."""
+    kind, cores, shared, threads, bandwidth, cache, clock, memory, optin, major, minor = GPU_TARGETS[name]
+    return f"""
+        gpu_device_info {{
+            threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+            shared_memory_per_core: {shared} threads_per_core_limit: {threads} core_count: {cores}
+            fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock}
+            device_memory_size: {memory} shared_memory_per_block_optin: {optin}
+            cuda_compute_capability {{ major: {major} minor: {minor} }}
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            driver_version: "13.0.0" runtime_version: "13.0.0"
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+        device_description_str: "{kind}"
+    """
+
+
+class Topology(NamedTuple):
+    """A slice of TPUs, or GPUs or CPU devices of some hosts."""
+
+    name: str  # as the user writes it, such as "v5e:8x8"
+    kind: str  # a key of CHIPS, or "cpu"
+    devices: list  # abstract devices; those of this process for CPUs
+
+
+def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
+    """Returns the kind and the sizes of a topology, such as ("v5e", (8, 8)).
+
+    Raises:
+        UserError: It is not one of the known kinds, or its sizes do not fit the kind.
+    """
+    kind, _, sizes = name.partition(":")
+    dims = {"v5e": 2, "v6e": 2, "v5p": 3}.get(kind, 1)
+    if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (dims - 1), sizes):
+        raise UserError(
+            "--topology must be like v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, rtx4090:1, l4:1 or cpu:8; "
+            f"found {name!r}. Write one of these kinds with its sizes."
+        )
+    return kind, tuple(map(int, sizes.split("x")))
+
+
+def describe_topology(name: str) -> Topology:
+    """Returns the topology of this name.
+
+    Raises:
+        UserError: The name is not valid, the compiler is not installed, or it does not know the slice.
+    """
+    kind, sizes = parse_topology(name)
+    count = math.prod(sizes)
+    if kind == "cpu":
+        if count > len(jax.devices("cpu")):
+            raise UserError(f"--topology={name} needs {count} CPU devices; found {len(jax.devices('cpu'))}.")
+        return Topology(name, kind, jax.devices("cpu")[:count])
+    if CHIPS[kind].platform == "tpu":
+        described = topologies.get_topology_desc(name, platform="tpu")
+    else:
+        hosts = max(1, count // GPUS_PER_HOST)
+        shape = f"1x{hosts}x{count // hosts}"
+        described = topologies.get_topology_desc(
+            topology_name=shape, platform="cuda", topology=shape, target_config=gpu_target(kind)
+        )
+    return Topology(name, kind, described.devices)
