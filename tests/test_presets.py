@@ -15,8 +15,8 @@ from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_s
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import MESH_AXES
+from grpo_jax.planning.models import plan_model
 from grpo_jax.rollout.memory import bytes_per_device
-from grpo_jax.weights.families import model_config_from_hf
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILE = CONFIGS / "r1zero.py"
@@ -79,56 +79,9 @@ def test_a_preset_fits_the_devices_that_it_names(recipe, name):
         assert count % known == 0 and (known == count or -1 in sizes)
 
 
-# The architectures of the hub models, from their published config.json.
-ARCHITECTURES = {
-    "qwen2.5-0.5b": "qwen2 151936 896 4864 24 14 2 tied",
-    "qwen2.5-1.5b": "qwen2 151936 1536 8960 28 12 2 tied",
-    "qwen2.5-3b": "qwen2 151936 2048 11008 36 16 2 tied",
-    "qwen2.5-7b": "qwen2 152064 3584 18944 28 28 4 untied",
-    "qwen2.5-32b": "qwen2 152064 5120 27648 64 40 8 untied",
-    "qwen3-1.7b": "qwen3 151936 2048 6144 28 16 8 tied",
-    "qwen3-8b": "qwen3 151936 4096 12288 36 32 8 untied",
-    "qwen3-30b-a3b": "qwen3_moe 151936 2048 6144 48 32 4 untied",
-    "llama3.2-3b": "llama 128256 3072 8192 28 24 8 tied",
-    "llama3.1-8b": "llama 128256 4096 14336 32 32 8 untied",
-    "gemma3-4b": "gemma3_text 262208 2560 10240 34 8 4 tied",
-    "deepseek-v3": "deepseek_v3 129280 7168 18432 61 128 128 untied",
-    "deepseek-math-7b": "llama 102400 4096 11008 30 32 32 untied",
-    "qwen2.5-math-7b": "qwen2 152064 3584 18944 28 28 4 untied",
-    "deepseek-r1-distill-qwen-1.5b": "qwen2 151936 1536 8960 28 12 2 untied",
-    "mistral-small-24b": "mistral 131072 5120 32768 40 32 8 untied",
-    "llama-7b": "llama 32000 4096 11008 32 32 32 untied",
-}
-FURTHER_FIELDS = {
-    "qwen3": {"head_dim": 128},
-    "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
-    "gemma3_text": {"head_dim": 256},
-    "mistral": {"head_dim": 128},
-    "deepseek_v3": {
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_group": 8,
-        "topk_group": 4,
-    },
-}
-
-
-def model_of(name: str) -> ModelConfig:
-    """Returns the architecture of a preset's model."""
-    model_type, *sizes, tied = ARCHITECTURES[name].split()
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    fields += ("num_attention_heads", "num_key_value_heads")
-    raw = dict(zip(fields, map(int, sizes), strict=True))
-    raw |= {"model_type": model_type, "tie_word_embeddings": tied == "tied"} | FURTHER_FIELDS.get(model_type, {})
-    return model_config_from_hf(raw, name)
+def model_of(name: str, recipe: str = "r1zero") -> ModelConfig:
+    """Returns the architecture of a preset's model, from the table that plans use."""
+    return plan_model(checked(recipe, name))
 
 
 def state_bytes(cfg: Config, params: dict, sizes: tuple[int, ...]) -> int:
@@ -155,7 +108,7 @@ def state_bytes(cfg: Config, params: dict, sizes: tuple[int, ...]) -> int:
 def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(recipe, name):
     """At most two thirds of a device's memory, which leaves the rest for activations and the KV cache."""
     cfg = checked(recipe, name)
-    params = param_shapes(model_of(name), cfg.model.param_dtype)
+    params = param_shapes(plan_model(cfg), cfg.model.param_dtype)
     text = PRESETS[recipe][name].__doc__
     stated, unit = re.search(r"([\d.]+) (GB|TB) of state", text).groups()
     total = state_bytes(cfg, params, (1, 1, 1, 1))
