@@ -5,4 +5,5 @@ Modules, in reading order:
     topology   the slices and cards that programs can be compiled for
     models     architectures of the presets' models, without a download
     programs   the programs of a training run, with the arguments that training passes
+    compiling  compiles them in processes of their own
 """
