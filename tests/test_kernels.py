@@ -15,8 +15,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.model import kernels
-from grpo_jax.model.kernels import cudnn_attention, cudnn_supports, make_splash_masks, splash_attention, splash_supports
-from grpo_jax.model.mask import NO_WINDOW, attention_mask, plain_attention
+from grpo_jax.model.kernels import (
+    CausalMask,
+    causal_splash_attention,
+    cudnn_attention,
+    cudnn_supports,
+    make_splash_masks,
+    splash_attention,
+    splash_supports,
+)
+from grpo_jax.model.mask import NO_WINDOW, attention_mask, plain_attention, single_sequence
 from grpo_jax.types import Segments
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +119,17 @@ def test_splash_equals_plain_attention_in_tiles_of_all_sizes(
     length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap
 ):
     check_splash(length, rows, filled, num_heads, num_kv_heads, key_width, value_width, window, softcap)
+
+
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (20, 2.0)])
+def test_causal_splash_equals_plain_attention(small_tiles, window, softcap):
+    """Two rows of one sequence, three heads per key head."""
+    rows, length = 2, 256
+    *inputs, _ = random_inputs(rows, length, 3, 1, 16, 24)
+    segments = single_sequence(jnp.broadcast_to(jnp.arange(length), (rows, length)))
+    options = dict(divisor=3.0, softcap=softcap)
+    got = jax.jit(partial(causal_splash_attention, mask=CausalMask(window), interpret=True, **options))(*inputs)
+    assert_close(got, plain_attention(*inputs, attention_mask(segments, segments, window or NO_WINDOW), **options))
 
 
 def test_splash_skips_empty_tiles(small_tiles):

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward
+from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.attention import KV, choose_kernel
 from grpo_jax.model.decoder import compute_logits, hidden_states, unstack_layers
 from grpo_jax.model.mask import single_sequence
+from grpo_jax.rollout.slots import prefill_prompts
+from grpo_jax.text.problem import Prompts
 from tests.tiny import CONFIG, params
 
 compiled_forward = jax.jit(forward, static_argnums=0)
@@ -52,6 +55,24 @@ def test_decoding_from_the_cache_matches_the_forward_pass(unstacked):
         logits, kv = logits_and_kv(tokens[:, position : position + 1], position, kv)
         np.testing.assert_allclose(logits[:, 0], expected[:, position], atol=2e-5)
     assert len(kv) == (2 if unstacked else 1) and isinstance(kv[0], KV)
+
+
+def test_prefill_by_splash_equals_plain_prefill_and_holds_no_mask():
+    """A layer with a sliding window and one without, on two prompts; the keys of layer 2 depend on layer 1."""
+    layers = LayerConfig(window=20), LayerConfig()
+    weights = unstack_layers(params(replace(CONFIG, layers=layers)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 128), 1, 45)
+    prompts = Prompts(tokens, jnp.full(2, 128), jnp.arange(2))
+
+    def prefill(attention):
+        model_cfg = replace(CONFIG, layers=layers, attention=attention, max_positions=128)
+        return jax.jit(prefill_prompts, static_argnums=0).trace(model_cfg, weights, prompts).lower()
+
+    splash, plain = prefill("splash"), prefill("plain")
+    mask = "tensor<2x128x128xi1>"
+    assert mask in plain.as_text() and mask not in splash.as_text()
+    for got, want in zip(*(jax.tree.leaves(x.compile()(weights, prompts)) for x in (splash, plain)), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_padding_on_either_side_does_not_change_the_logits():

@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import NO_WINDOW, LayerConfig, ModelConfig
 from grpo_jax.model.blockwise import BLOCK_SIZE, blockwise_attention, plan_blocks
-from grpo_jax.model.kernels import cudnn_attention, cudnn_supports, make_splash_masks, splash_attention, splash_supports
+from grpo_jax.model.kernels import (
+    CausalMask,
+    causal_splash_attention,
+    cudnn_attention,
+    cudnn_supports,
+    make_splash_masks,
+    splash_attention,
+    splash_supports,
+)
 from grpo_jax.model.layers import Projection, RMSNorm, make_norm
 from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
@@ -44,7 +52,7 @@ class AttentionInputs(NamedTuple):
     queries: Segments
     keys: Segments  # those of the queries, or of the cache's columns
     window: Int[Array, ""]
-    mask: Any  # in the format of the chosen kernel: bool [N, L, C], SplashMasks, or BlockPlan with a leading shard axis
+    mask: Any  # in the format of the chosen kernel: bool [N, L, C], SplashMasks, CausalMask, or BlockPlan with a shard axis
 
 
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # used for "auto", if the kernel supports the shapes
@@ -73,7 +81,7 @@ def choose_kernel(model_cfg: ModelConfig, length: int, cached: bool) -> str:
 
 
 def make_attention_inputs(
-    model_cfg: ModelConfig, layer: LayerConfig, queries: Segments, columns: int = 0
+    model_cfg: ModelConfig, layer: LayerConfig, queries: Segments, columns: int = 0, *, causal: bool = False
 ) -> AttentionInputs:
     """Builds the `AttentionInputs` of all layers with the config `layer`.
 
@@ -82,6 +90,7 @@ def make_attention_inputs(
         layer: The layers' RoPE and sliding window.
         queries: The segments of the given tokens.
         columns: The number of columns of the cache. 0: there is no cache, and the tokens attend to one another.
+        causal: Whether every row is one sequence from position 0 on, without padding before its end.
     """
     rope_dim = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
     rows, length = queries.position.shape
@@ -95,7 +104,9 @@ def make_attention_inputs(
     def plan_on_shard(*args):  # every shard plans for its own rows
         return jax.tree.map(lambda x: x[None], plan_blocks(*args))
 
-    if kernel == "blocks":
+    if kernel == "splash" and causal:
+        mask = CausalMask(layer.window)
+    elif kernel == "blocks":
         mask = shard_map_on_mesh(plan_on_shard, (by_row, by_row, P()), by_row)(queries, keys, window)
     else:
         mask = constrain(attention_mask(queries, keys, window), ROW_AXES)
@@ -132,7 +143,8 @@ def attend(
 
     def attend_on_shard(q, keys, values, queries, key_segments, window, mask):
         if kernel == "splash":
-            return splash_attention(q, keys, values, mask, interpret=mesh_platform() != "tpu", **options)
+            splash = causal_splash_attention if isinstance(mask, CausalMask) else splash_attention
+            return splash(q, keys, values, mask, interpret=mesh_platform() != "tpu", **options)
         if kernel == "cudnn":
             return cudnn_attention(q, keys, values, mask, divisor=options["divisor"])
         plan = jax.tree.map(lambda x: x[0], mask)

@@ -139,6 +139,7 @@ def hidden_states(
     cache: tuple[KV, ...] | None = None,
     *,
     layout: Layout = "training",
+    causal: bool = False,
 ) -> tuple[Float[Array, "N L D"], tuple[KV, ...]]:
     """Computes the hidden states after the final norm.
 
@@ -151,6 +152,8 @@ def hidden_states(
         cache: One KV cache for each layer stack, in which every row is a single sequence. The tokens are written into
             the columns of their positions and then attend to all columns up to their own.
         layout: How the parameters are placed on the current mesh; see `grpo_jax.model.parameters.Layout`.
+        causal: Whether every row is one sequence from position 0 on. Nothing is differentiated then, and layers that
+            differ in their attention are not stacked.
 
     Returns:
         The hidden states [N, L, D] in the compute dtype, and a KV for each layer stack: the keys and values of the
@@ -163,7 +166,7 @@ def hidden_states(
     x = constrain(x, ROW_AXES, None, None)
     columns = 0 if cache is None else cache[0].v.shape[-2]
     kinds = dict.fromkeys(model_cfg.layers)
-    inputs = {layer: make_attention_inputs(model_cfg, layer, segments, columns) for layer in kinds}
+    inputs = {layer: make_attention_inputs(model_cfg, layer, segments, columns, causal=causal) for layer in kinds}
     stacked_kv, start = [], 0
     for index, stack in enumerate(params["layers"]):
         layers = model_cfg.layers[start : start + num_stacked_layers(stack)]

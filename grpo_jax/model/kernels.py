@@ -1,16 +1,18 @@
 """Attention by vendor kernels: splash attention on TPU, cuDNN on NVIDIA GPUs.
 
-Both compute `grpo_jax.model.mask.plain_attention` without holding the scores in memory. The only array of size
+They compute `grpo_jax.model.mask.plain_attention` without holding the scores in memory. The only array of size
 [N, L, C] is the mask, which splash reads as int32. cuDNN adds it to the scores as a bias of their dtype and computes
 the gradient of that bias too. The output of a query that attends to no key is finite but undefined; it adds nothing to
 the gradients as long as its cotangent is 0.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Bool, DTypeLike, Float
 
@@ -22,6 +24,14 @@ class SplashMasks(NamedTuple):
 
     forward: mask_info.MaskInfo  # for the output and the gradient of the queries
     backward: mask_info.MaskInfo  # for the gradients of keys and values; tiles in the order of keys
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CausalMask:
+    """The mask of rows that each hold one sequence from column 0 on, which is known when a program is traced."""
+
+    window: int  # sliding window in tokens, including the query's own; 0: full attention
 
 
 def tile_size(length: int) -> int:
@@ -99,6 +109,30 @@ def splash_attention(
 
     # vmap does not apply: the kernel decides which tiles to load from the row's own table of empty tiles.
     out = jax.lax.map(attend_row, (jnp.moveaxis(q, 1, 2), jnp.swapaxes(keys, 2, 3), values, masks))
+    return jnp.moveaxis(out, 1, 2)
+
+
+def causal_splash_attention(
+    q: Float[Array, "N L H E"],
+    keys: Float[Array, "N K E L"],
+    values: Float[Array, "N K L _"],
+    mask: CausalMask,
+    *,
+    divisor: float,
+    softcap: float = 0.0,
+    interpret: bool = False,
+) -> Float[Array, "N L H _"]:
+    """Computes `splash_attention` for a mask that needs no array. It has no gradient."""
+    length, size = q.shape[1], tile_size(q.shape[1])
+    one_head = splash_mask.LocalMask((length, length), (mask.window - 1 if mask.window else None, 0), offset=0)
+    kernel = splash_kernel.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([one_head] * q.shape[2]),
+        block_sizes=splash_kernel.BlockSizes(block_q=size, block_kv=size),
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) / divisor).astype(q.dtype)
+    out = jax.vmap(kernel)(jnp.moveaxis(q, 1, 2), jnp.swapaxes(keys, 2, 3), values)
     return jnp.moveaxis(out, 1, 2)
 
 

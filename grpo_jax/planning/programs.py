@@ -1,10 +1,10 @@
 """The programs of a training run, lowered with the very functions and argument shapes that training passes.
 
-    placement   copies the policy into the form that a rollout needs
-    prefill     computes the keys and values of the prompts and fills the slots
-    decode      samples tokens until the cache is full; one program for each size of the cache
-    scoring     computes log-probs under the reference
-    update      computes gradients and applies them
+placement   copies the policy into the form that a rollout needs
+prefill     computes the keys and values of the prompts and fills the slots
+decode      samples tokens until the cache is full; one program for each size of the cache
+scoring     computes log-probs under the reference
+update      computes gradients and applies them
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The slices and cards that programs can be compiled for, without having them.
 
-    v5e:8x8  v6e:2x2  v5p:4x4x4     TPU slices, compiled by the package libtpu
-    h100:8  rtx4090:1  l4:1         GPUs, compiled by JAX's CUDA plugin
-    cpu:8                           CPU devices of this machine
+v5e:8x8  v6e:2x2  v5p:4x4x4     TPU slices, compiled by the package libtpu
+h100:8  rtx4090:1  l4:1         GPUs, compiled by JAX's CUDA plugin
+cpu:8                           CPU devices of this machine
 """
 
 import math

@@ -134,7 +134,8 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
     def prefill(tokens):
         rows = tokens.shape[0]
         positions = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        return hidden_states(model_cfg, params, tokens, single_sequence(positions), layout="rollout")[1]
+        segments = single_sequence(positions)
+        return hidden_states(model_cfg, params, tokens, segments, layout="rollout", causal=True)[1]
 
     batch_size = prefill_batch_size(model_cfg, width) * num_data_shards()
     if count <= batch_size:
