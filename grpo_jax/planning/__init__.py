@@ -5,5 +5,8 @@ Modules, in reading order:
     topology   the slices and cards that programs can be compiled for
     models     architectures of the presets' models, without a download
     programs   the programs of a training run, with the arguments that training passes
+    hlo        reads the text of a compiled program: computations, instructions, how often each runs
+    flops      the products of a compiled program
+    counts     the work of a compiled program on one device: FLOPs, bytes, collectives, copies, kernels
     compiling  compiles them in processes of their own
 """
