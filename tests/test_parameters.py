@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.config.schema import OptimSection
 from grpo_jax.learn.optimizer import decay_mask, make_optimizer
 from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig
-from grpo_jax.model.decoder import init_params, param_shapes, unstack_layers
+from grpo_jax.model.decoder import forward, init_params, param_shapes, unstack_layers
 from grpo_jax.model.layers import Projection, make_norm
 from grpo_jax.model.parameters import (
     AXES,
@@ -96,8 +96,14 @@ def test_every_parameter_has_a_row_with_its_axes(case):
         assert ("{i}" in row.tensor, "{x}" in row.tensor) == (in_layer, "experts" in row.axes), path
 
 
+@cache
+def placed_shapes(model_cfg: ModelConfig) -> dict:
+    return jax.eval_shape(partial(place_for_rollout, model_cfg), shapes(model_cfg))
+
+
 def test_every_row_and_axis_is_used():
-    assert {row_for(path).path for model_cfg in (DENSE, MIXTURE) for path in by_path(shapes(model_cfg))} == ROWS.keys()
+    trees = [make(model_cfg) for model_cfg in (DENSE, MIXTURE) for make in (shapes, placed_shapes)]
+    assert {row_for(path).path for tree in trees for path in by_path(tree)} == ROWS.keys()
     assert len(ROWS) == len(PARAMETERS)
     assert AXES.keys() == {axis for row in PARAMETERS for axis in row.axes}
 
@@ -183,6 +189,10 @@ def test_a_norm_that_multiplies_by_one_plus_its_scale_starts_at_zero():
         ("layers/0/attention/kv_b", P("fsdp", "tensor", None), P(None, "tensor", None)),
         ("layers/0/mlp/up/kernel", P("fsdp", "tensor"), P(None, "tensor")),
         ("layers/0/mlp/up/bias", P(None), P(None)),
+        ("layers/0/attention/qkv/kernel", P("fsdp", "tensor", None, None), P(None, "tensor", None, None)),
+        ("layers/0/attention/qkv/bias", P("tensor", None, None), P("tensor", None, None)),
+        ("layers/0/mlp/gate_up/kernel", P("fsdp", None, "tensor"), P(None, None, "tensor")),
+        ("layers/0/mlp/gate_up/bias", P(None, "tensor"), P(None, "tensor")),
         ("layers/1/moe/experts_gate", P("expert", "fsdp", "tensor"), P("expert", None, "tensor")),
         ("layers/1/moe/experts_down", P("expert", "tensor", "fsdp"), P("expert", "tensor", None)),
         ("layers/1/moe/router/kernel", P("fsdp", None), P(None, None)),
@@ -235,6 +245,27 @@ def test_tensors_have_the_names_of_their_family_and_merged_axes():
 def test_matrices_decay_and_norms_biases_and_router_corrections_do_not():
     for path, decays in by_path(decay_mask(shapes(MIXTURE))).items():
         assert decays == (path.split("/")[-1] not in ("scale", "bias", "correction")), path
+
+
+@pytest.mark.parametrize("tensor, apart", [(1, False), (2, False), (4, True), (8, True)])
+def test_projections_are_merged_unless_the_kv_heads_cannot_be_split(tensor, apart):
+    """With 2 KV heads over 4 devices, the merged kernel would have to be whole on every device; q alone does not."""
+    mesh = make_mesh(data=-1, tensor=tensor)
+    placed = jax.eval_shape(lambda params: place_for_rollout(DENSE, params, mesh), shapes(DENSE))
+    kernels = {
+        path.removeprefix("layers/1/").removesuffix("/kernel"): leaf.shape for path, leaf in by_path(placed).items()
+    }
+    assert ("attention/q" in kernels, "attention/qkv" in kernels) == (apart, not apart)
+    assert apart or kernels["attention/qkv"] == (1, 32, 2, 4, 8)
+    assert kernels["mlp/gate_up"] == (1, 32, 2, 48) and "mlp/gate" not in kernels
+
+
+@pytest.mark.parametrize("model_cfg", [DENSE, MIXTURE])
+def test_merged_projections_compute_what_the_parts_compute(model_cfg):
+    weights = jax.tree.map(lambda x: x + 0.1, jax.jit(init_params, static_argnums=0)(model_cfg, jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, model_cfg.vocab_size)
+    placed = place_for_rollout(model_cfg, weights)
+    np.testing.assert_allclose(forward(model_cfg, placed, tokens), forward(model_cfg, weights, tokens), atol=1e-4)
 
 
 def test_rollouts_keep_the_dtype_of_norms_and_routers_only():

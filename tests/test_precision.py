@@ -70,7 +70,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(model_cfg):
     weights, prompts = params(model_cfg), [[5, 6, 7]] * 4
     placed = place_for_rollout(model_cfg, weights)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(placed)} == {"bfloat16", "float32"}
-    assert placed["layers"][0]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert placed["layers"][0]["attention"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert placed["layers"][0]["attention_norm"]["scale"].dtype == jnp.float32
     rollout = sample(model_cfg, weights, prompts, jax.random.key(0), samples=4, max_tokens=12)
     experience = make_experience(pad_prompts(prompts), rollout)

@@ -26,7 +26,7 @@ from grpo_jax.model.kernels import (
     splash_attention,
     splash_supports,
 )
-from grpo_jax.model.layers import Projection, RMSNorm, make_norm
+from grpo_jax.model.layers import MergedProjection, Projection, RMSNorm, make_norm
 from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
 from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
@@ -169,9 +169,15 @@ class Attention(nn.Module):
     def __call__(self, x, inputs: AttentionInputs, cache: KV | None):
         """Returns the output for hidden states x [N, L, D], and the new keys and values or the written cache."""
         c = self.model_cfg
-        q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
-        k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
-        v = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
+        if self.has_variable("params", "qkv"):
+            outputs = c.num_kv_heads, c.num_heads // c.num_kv_heads + 2, c.head_dim
+            groups = MergedProjection(outputs, c.qkv_bias, name="qkv")(x)
+            q = groups[..., :-2, :].reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+            k, v = groups[..., -2, :], groups[..., -1, :]
+        else:
+            q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
+            k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
+            v = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
         q, k, v = (constrain(y, ROW_AXES, None, "tensor", None) for y in (q, k, v))
         if c.qk_norm:
             q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)

@@ -61,6 +61,20 @@ class Projection(nn.Module):
         return out
 
 
+class MergedProjection(nn.Module):
+    """Several linear maps of the same input, merged by `grpo_jax.model.decoder.merge_projections` for a rollout."""
+
+    outputs: tuple[int, ...]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the projections [..., *outputs] of x [..., D] in the dtype of x."""
+        kernel = module_param(self, "kernel", x.shape[-1], *self.outputs).astype(x.dtype)
+        out = jnp.tensordot(x, kernel, axes=1)  # reshaping the kernel would undo a split of any output but the first
+        return out + module_param(self, "bias", *self.outputs).astype(x.dtype) if self.bias else out
+
+
 class RMSNorm(nn.Module):
     """RMS normalization (arXiv 1910.07467) in float32: x / rms(x) * scale, or * (1 + scale) with `unit_offset`."""
 
@@ -145,7 +159,10 @@ class MLP(nn.Module):
     def __call__(self, x):
         """Returns the MLP's output [N, L, D] for x [N, L, D]."""
         d_model, bias = self.model_cfg.hidden_size, self.model_cfg.mlp_bias
-        gate = Projection((d_model,), (self.width,), bias, name="gate")(x)
-        up = Projection((d_model,), (self.width,), bias, name="up")(x)
+        if self.has_variable("params", "gate_up"):
+            gate, up = jnp.moveaxis(MergedProjection((2, self.width), bias, name="gate_up")(x), -2, 0)
+        else:
+            gate = Projection((d_model,), (self.width,), bias, name="gate")(x)
+            up = Projection((d_model,), (self.width,), bias, name="up")(x)
         hidden = constrain(ACTIVATIONS[self.model_cfg.activation](gate) * up, ROW_AXES, None, "tensor")
         return Projection((self.width,), (d_model,), bias, name="down")(hidden)

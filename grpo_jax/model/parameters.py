@@ -23,7 +23,9 @@ AXES = {
     "vocab": "tensor",  # V
     "embed": "fsdp",  # D
     "heads": "tensor",  # H or K
+    "group": None,  # R + 2: the query heads of a KV head, its key and its value
     "head_dim": None,  # E
+    "pair": None,  # gate and up
     "mlp": "tensor",  # F, of an MLP or of each expert
     "latent": "fsdp",  # the compressed vectors of latent attention
     "experts": "expert",  # X
@@ -111,6 +113,10 @@ PARAMETERS = (
     norm_row("mlp_post_norm", "layers.{i}.post_feedforward_layernorm"),
     norm_row("final_norm", "norm"),
     matrix_row("head/kernel", "lm_head.weight", "embed -> vocab", muon=False),
+    # Only rollouts have these; no checkpoint does (`grpo_jax.model.decoder.merge_projections`).
+    *linear_rows("attention/qkv", "", "embed -> heads group head_dim"),
+    *linear_rows("mlp/gate_up", "", "embed -> pair mlp"),
+    matrix_row("moe/shared/gate_up/kernel", "", "embed -> pair mlp"),
 )
 ROWS = {row.path: row for row in PARAMETERS}
 

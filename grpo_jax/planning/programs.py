@@ -103,7 +103,8 @@ def abstract_decode(run: RunShapes, columns: int):
         return init_decode(run.model_cfg, params, *args, **init_options(run, columns))
 
     shapes = jax.eval_shape(init, abstract_placed(run), *rollout_rows(run), abstract_key())
-    return abstract(shapes, decode_shardings(run.rollout_mesh, shapes))
+    leaves, structure = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(structure, abstract(leaves, decode_shardings(run.rollout_mesh, shapes)))
 
 
 def lower_placement(run: RunShapes):

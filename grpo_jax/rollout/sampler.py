@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.model.decoder import param_shapes, unstack_layers
+from grpo_jax.model.decoder import merge_projections, param_shapes, unstack_layers
 from grpo_jax.model.parameters import row_for, tree_shardings
 from grpo_jax.parallel.mesh import num_data_shards, path_name, shard_rows
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
@@ -96,11 +96,13 @@ def start_rollout(
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
     maximum number of tokens of each completion, and 0 `slots` means one per sequence.
     """
-    shards, mesh = num_data_shards(), jax.sharding.get_mesh()
+    shards = num_data_shards()
     rows = split_over_shards(prompts, limits, shards)
     count = len(rows[1])
     sizes = dict(slots=min(-(-slots // shards) * shards or count, count), columns=columns, max_tokens=max_tokens)
-    return init_decode(model_cfg, params, *(rows if mesh.empty else shard_rows(mesh, rows)), key, **sizes)
+    if not jax.sharding.get_abstract_mesh().empty:
+        rows = shard_rows(jax.sharding.get_mesh(), rows)
+    return init_decode(model_cfg, params, *rows, key, **sizes)
 
 
 def generate_rollout(
@@ -168,12 +170,14 @@ def generate_rollout(
 @lru_cache
 def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
     """Returns the jitted function behind `place_for_rollout`, cached per model and mesh."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
 
     def place(params):
         def cast(path, leaf):
             return leaf if row_for(path_name(path)).keep_dtype else leaf.astype(model_cfg.compute_dtype)
 
-        return jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
+        params = jax.tree_util.tree_map_with_path(cast, unstack_layers(params))
+        return params | {"layers": tuple(merge_projections(layer, tensor) for layer in params["layers"])}
 
     if mesh is None:
         return jax.jit(place)
@@ -184,8 +188,8 @@ def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
 def place_for_rollout(model_cfg: ModelConfig, params, mesh: Mesh | None = None):
     """Copies stacked parameters into the form that decoding needs.
 
-    The copy has separate layers, the compute dtype, and no dimension sharded over fsdp, so that no weight is gathered
-    while decoding. Make one copy per rollout and free it afterwards.
+    The copy has separate layers, merged projections, the compute dtype, and no dimension sharded over fsdp, so that no
+    weight is gathered while decoding. Make one copy per rollout and free it afterwards.
     """
     return rollout_placement(model_cfg, mesh)(params)
 

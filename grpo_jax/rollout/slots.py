@@ -68,8 +68,8 @@ class DecodeState:
     stopped: Int[Array, " N"]  # 1 if a stop id or stop string ended the completion
 
 
-def row_specs(tree, heads: str | None = None):
-    """Returns a tree of partition specs that split the rows of a `DecodeState` or a `RolloutQueue` over the shards.
+def row_specs(tree, heads: str | None = None) -> list[P]:
+    """Returns the partition specs of leaves that split the rows of a `DecodeState` or a `RolloutQueue` over the shards.
 
     The rows are the leading dimension of every leaf, except that `longest` is replicated and keys and values have a
     layer dimension in front.
@@ -79,20 +79,17 @@ def row_specs(tree, heads: str | None = None):
         heads: The mesh axis that splits the heads of keys and values, if one does.
     """
 
-    def leaf_spec(path, _):
+    def leaf_spec(path):
         name = path_name(path)
         return P() if "longest" in name else P(None, ROW_AXES, heads) if "kv" in name else P(ROW_AXES)
 
-    return jax.tree_util.tree_map_with_path(leaf_spec, tree)
+    return [leaf_spec(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def decode_shardings(mesh: Mesh | AbstractMesh, tree):
-    """Returns the `NamedSharding`s of a `DecodeState` or a `RolloutQueue`, as `init_decode` returns them."""
-
-    def leaf_sharding(x, spec):
-        return NamedSharding(mesh, drop_indivisible_axes(spec, x.shape, mesh))
-
-    return jax.tree.map(leaf_sharding, tree, row_specs(tree, heads="tensor"))
+def decode_shardings(mesh: Mesh | AbstractMesh, tree) -> list[NamedSharding]:
+    """Returns the shardings of the leaves of a `DecodeState` or a `RolloutQueue`, as `init_decode` returns them."""
+    pairs = zip(jax.tree.leaves(tree), row_specs(tree, heads="tensor"), strict=True)
+    return [NamedSharding(mesh, drop_indivisible_axes(spec, x.shape, mesh)) for x, spec in pairs]
 
 
 def per_shard(function, *args):
@@ -103,7 +100,7 @@ def per_shard(function, *args):
     if jax.sharding.get_abstract_mesh().empty:
         return function(*args)
     leaves, tree = jax.tree.flatten(args)
-    specs = tuple(jax.tree.leaves(row_specs(args), is_leaf=lambda x: isinstance(x, P)))
+    specs = tuple(row_specs(args))
 
     def apply_to_shard(*leaves):
         return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
@@ -271,7 +268,10 @@ def init_decode(
     )
     started = update_longest(per_shard(refill_slots, state, queue)), queue
     mesh = jax.sharding.get_abstract_mesh()
-    return started if mesh.empty else jax.lax.with_sharding_constraint(started, decode_shardings(mesh, started))
+    if mesh.empty:
+        return started
+    leaves, structure = jax.tree.flatten(started)
+    return jax.tree.unflatten(structure, jax.lax.with_sharding_constraint(leaves, decode_shardings(mesh, started)))
 
 
 @partial(jax.jit, static_argnames=("model_cfg", "greedy", "filter"), donate_argnames=("state",))
