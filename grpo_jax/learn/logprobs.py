@@ -151,7 +151,8 @@ def streaming_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
             new_totals = (target_logit + jnp.where(in_block, block_target, 0.0), new_largest, *sums)
             return tuple(update_columns(spec, x, y, index) for x, y in zip(totals, new_totals, strict=True))
 
-        return jax.lax.fori_loop(0, num_token_blocks, token_block, totals)
+        with jax.named_scope("token_blocks"):
+            return jax.lax.fori_loop(0, num_token_blocks, token_block, totals)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     totals = (zeros, zeros + MIN_LOGIT, zeros, zeros) if spec.entropy else (zeros, zeros + MIN_LOGIT, zeros)
@@ -220,7 +221,8 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
             return d_columns, update_columns(spec, d_hidden, slice_columns(spec, d_hidden, index) + d_x, index)
 
         start = jnp.zeros(columns.shape, jnp.float32), d_hidden
-        d_columns, d_hidden = jax.lax.fori_loop(0, num_token_blocks, token_block, start)
+        with jax.named_scope("token_blocks"):
+            d_columns, d_hidden = jax.lax.fori_loop(0, num_token_blocks, token_block, start)
         if spec.fsdp_sharded:
             d_columns = jax.lax.psum_scatter(d_columns, "fsdp", scatter_dimension=0, tiled=True)
         d_columns = jax.lax.dynamic_slice_in_dim(d_kernel, local_start, width, axis=1) + d_columns

@@ -136,7 +136,8 @@ def score_completions(
     def body(index, logps):
         return jax.lax.dynamic_update_index_in_dim(logps, score(take_micro_batch(batch, index)), index, 1)
 
-    return jax.lax.fori_loop(0, batch.num_micro_batches, body, logps).reshape(batch.tokens.shape)
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(0, batch.num_micro_batches, body, logps).reshape(batch.tokens.shape)
 
 
 def loss_and_metrics(
@@ -221,7 +222,8 @@ def minibatch_gradients(
         jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),  # sharded like the parameters
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sum_shapes),
     )
-    grads, sums = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, zeros)
+    with jax.named_scope("micro_batches"):
+        grads, sums = jax.lax.fori_loop(0, batch.num_micro_batches, accumulate, zeros)
     return grads, finish_metrics(sums)
 
 

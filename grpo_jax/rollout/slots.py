@@ -324,7 +324,8 @@ def decode_tokens(
         state = per_shard(append_tokens, state.replace(kv_cache=kv_cache), queue, token, logp, stops)
         return update_longest(per_shard(refill_slots, state, queue)), steps + 1
 
-    return jax.lax.while_loop(keep_decoding, decode_step, (state, jnp.int32(0)))[0]
+    with jax.named_scope("tokens"):
+        return jax.lax.while_loop(keep_decoding, decode_step, (state, jnp.int32(0)))[0]
 
 
 @partial(jax.jit, static_argnames=("columns",))
