@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):
         step, params = load_policy(cfg, context, workdir, options.base)
-        placed = place_for_rollout(context.model_cfg, params, context.mesh)
+        placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         key = fold_in_all(jax.random.key(cfg.seed), EVALUATION_KEY, step)  # that of the run's own evaluation
         metrics, _ = evaluate(cfg, context, placed, problems, key)
     if options.json and jax.process_index() == 0:

@@ -46,10 +46,11 @@ def main(argv: Sequence[str]) -> None:
     context = build_context(cfg, base)
     with jax.set_mesh(context.mesh):
         _, params = load_policy(cfg, context, workdir, options.base)
-        placed = place_for_rollout(context.model_cfg, params, context.mesh)
-        key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
-        for piece in stream_completion(cfg, context, placed, options.prompt, key):
-            print(piece, end="", flush=True)
+        placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
+        with jax.set_mesh(context.rollout_mesh):
+            key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
+            for piece in stream_completion(cfg, context, placed, options.prompt, key):
+                print(piece, end="", flush=True)
     print()
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import functools
+import operator
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,8 +84,7 @@ def keys_read(source: str, config_class: type) -> set[str]:
                     prefixes[argument.arg] = ""
         first, *rest = dotted(node) or [None]
         if first in prefixes and rest:
-            keys.add(".".join(filter(None, [prefixes[first], *rest[: 1 if prefixes[first] else 2]])))
-            keys.update([] if prefixes[first] else rest[:1])
+            keys.update(".".join(filter(None, [prefixes[first], *rest[:depth]])) for depth in range(1, len(rest) + 1))
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             first, *rest = dotted(node.value) or [None]
             if len(rest) == 1 and prefixes.get(first) == "" and rest[0] in sections.values():
@@ -643,7 +644,7 @@ def test_the_config_page_matches_the_schema():
 
 def test_help_explains_every_key_and_suggests_topics():
     for key, spec in key_specs(Config).items():
-        for topic in ("all", key, key.split(".")[0]):
+        for topic in ("all", key, key.split(".")[0], key.rpartition(".")[0] or key):
             assert f"--config.{key}=" in explain(topic)
         assert " ".join(spec.meaning.split()) in " ".join(explain(key).split())
     assert "--config.corpus.digits=3" in explain("pretrain")
@@ -690,7 +691,7 @@ def test_values_must_have_the_types_of_the_defaults(key, value):
     """A config file or a config.json may hold anything."""
     config = default().to_dict()
     *sections, name = key.split(".")
-    section = config[sections[0]] if sections else config
+    section = functools.reduce(operator.getitem, sections, config)
     section[name] = value
     with pytest.raises(UserError, match=rf"{key} must be of type \w+; found {value!r}. Set --config.{key}="):
         check(ConfigDict(config))
@@ -783,6 +784,8 @@ MAY_CHANGE = {
     "mesh.fsdp",
     "mesh.expert",
     "mesh.tensor",
+    "rollout.mesh.tensor",
+    "rollout.mesh.expert",
     "train.micro_tokens",
     "train.chunk_tokens",
     "train.remat",
@@ -796,10 +799,8 @@ MAY_CHANGE = {
 
 def with_key(cfg: Config, key: str, value) -> Config:
     """Returns the config with another value, which need not be allowed."""
-    section, _, name = key.rpartition(".")
-    if not section:
-        return dataclasses.replace(cfg, **{name: value})
-    return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **{name: value})})
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(cfg, **{name: with_key(getattr(cfg, name), rest, value) if rest else value})
 
 
 @pytest.mark.parametrize("key", key_specs(Config))

@@ -34,7 +34,7 @@ def context():
 @pytest.fixture(scope="module")
 def placed_params(context):
     with jax.set_mesh(context.mesh):
-        return place_for_rollout(context.model_cfg, load(context.source, mesh=context.mesh)[1], context.mesh)
+        return place_for_rollout(context.model_cfg, load(context.source, mesh=context.mesh)[1], context.rollout_mesh)
 
 
 def draw_completions(context, placed_params, problems=SAME_QUESTIONS, **eval_keys):

@@ -26,13 +26,12 @@ TOTAL = 2**26  # bytes, half of which prefill may need
 SHORT = int((prefill_activation_bytes(MODEL, 80) + 2**21) / 0.9)  # leaves 2 MiB next to prefill
 
 
-def plan(monkeypatch, *, total=TOTAL, held=0, mesh=None, **rollout):
-    monkeypatch.setattr(memory, "device_memory_bytes", lambda: total)
+def plan(*, total=TOTAL, held=0, mesh=None, **rollout):
     cfg = default()
     cfg.rollout.max_prompt_tokens = 80
     for key, value in rollout.items():
         cfg.rollout[key] = value
-    return plan_rollout(check(cfg), MODEL, mesh or make_mesh(devices=jax.devices()[:1]), held)
+    return plan_rollout(check(cfg), MODEL, mesh or make_mesh(devices=jax.devices()[:1]), held, total)
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
@@ -63,34 +62,35 @@ def test_bytes_per_device_are_those_of_the_placed_parameters():
     assert bytes_per_device(shapes, tree_shardings(mesh, shapes)) == on_first
 
 
-def test_slots_fill_the_memory_that_is_left(monkeypatch):
+def test_slots_fill_the_memory_that_is_left():
     """By hand: 90% of 64 MiB less prefill, the weights and 16 prompts of 80 tokens, divided by the size of a slot."""
-    made = plan(monkeypatch)
+    made = plan()
     token = kv_bytes_per_token(MODEL)
     weights = bytes_per_device(param_shapes(MODEL), tree_shardings(make_mesh(8, 1, 1), param_shapes(MODEL)))
     slot = token * (80 + 56 + 80) + 12 * 48
-    assert made.slot_bytes == slot
+    assert made.memory.slot_bytes == slot
     free = int(0.9 * TOTAL) - weights - 16 * 80 * token - prefill_activation_bytes(MODEL, 80)
     assert made.free_bytes == free and made.max_slots == free // slot
     assert made.slots == min(128, made.max_slots)
-    assert made.max_slots - plan(monkeypatch, held=100 * slot).max_slots == 100
-    assert plan(monkeypatch, slots=7).slots == 7 and plan(monkeypatch, slots=1000).slots == 128
+    assert made.max_slots - plan(held=100 * slot).max_slots == 100
+    assert plan(slots=7).slots == 7 and plan(slots=1000).slots == 128
 
 
-def test_a_plan_describes_itself_in_one_line(monkeypatch):
-    made = plan(monkeypatch, slots=7)._replace(slot_bytes=2**19, max_slots=50499)
+def test_a_plan_describes_itself_in_one_line():
+    made = plan(slots=7)
+    made = made._replace(memory=made.memory._replace(slot_bytes=2**19), max_slots=50499)
     assert str(made) == "7 decode slots, 0.5 MiB of KV cache each (up to 50,499 would fit)"
 
 
-def test_little_memory_gives_fewer_slots_than_sequences(monkeypatch):
-    made = plan(monkeypatch, total=SHORT, max_tokens=400)
+def test_little_memory_gives_fewer_slots_than_sequences():
+    made = plan(total=SHORT, max_tokens=400)
     assert 0 < made.slots == made.max_slots < 128
 
 
-def test_slots_are_a_multiple_of_the_data_shards(monkeypatch):
+def test_slots_are_a_multiple_of_the_data_shards():
     mesh = make_mesh(2, 4, 1)
-    assert plan(monkeypatch, mesh=mesh, slots=9).slots == 16
-    assert plan(monkeypatch, mesh=mesh).max_slots % 8 == 0
+    assert plan(mesh=mesh, slots=9).slots == 16
+    assert plan(mesh=mesh).max_slots % 8 == 0
 
 
 @pytest.mark.parametrize("width, count", [(128, 4), (512, 3)])
@@ -106,25 +106,25 @@ def test_prefill_needs_no_more_memory_than_estimated(width, count):
     assert temporaries / min(count, batch_size) < estimate / batch_size
 
 
-def test_more_slots_than_fit_are_refused_with_the_largest_number_that_fits(monkeypatch):
-    most = plan(monkeypatch, total=SHORT).max_slots
-    assert plan(monkeypatch, total=SHORT, slots=most).slots == most
+def test_more_slots_than_fit_are_refused_with_the_largest_number_that_fits():
+    most = plan(total=SHORT).max_slots
+    assert plan(total=SHORT, slots=most).slots == most
     with pytest.raises(UserError, match=rf"may be at most {most} .*; found {most + 1}, .*\. Lower rollout.slots or"):
-        plan(monkeypatch, total=SHORT, slots=most + 1)
-    with pytest.raises(UserError, match=r"at most 0 .*\. Lower rollout.max_tokens or shard the model"):
-        plan(monkeypatch, total=SHORT, held=2**22)
+        plan(total=SHORT, slots=most + 1)
+    with pytest.raises(UserError, match=r"at most 0 .*\. Use at least 2 devices, with mesh.fsdp=2. Keep less state"):
+        plan(total=SHORT, held=2**22)
 
 
-def test_a_mesh_splits_weights_heads_and_prompts(monkeypatch):
+def test_a_mesh_splits_weights_heads_and_prompts():
     """With 4 data and 2 tensor shards a device holds a quarter of the prompts and half of the keys and values."""
     mesh = make_mesh(2, 2, 2)
-    made = plan(monkeypatch, mesh=mesh, held=1000)
+    made = plan(mesh=mesh, held=1000)
     shapes = param_shapes(MODEL)
     weights = bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
     assert weights < bytes_per_device(shapes, tree_shardings(make_mesh(8, 1, 1), shapes))
     token = kv_bytes_per_token(MODEL) // 2
     slot = token * (80 + 56 + 80) + 12 * 48
-    assert made.slot_bytes == slot
+    assert made.memory.slot_bytes == slot
     free = int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_activation_bytes(MODEL, 80, 2)
     assert made.max_slots == free // slot * 4
 

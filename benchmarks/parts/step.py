@@ -206,7 +206,7 @@ def measure(small: bool, seconds_left: Callable[[], float]) -> Iterator[dict[str
 def measure_step(work: Work, seconds_left: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Yields the lines of `measure`; the mesh must be set."""
     compiled, begin, model_cfg = count_compilations(), time.perf_counter(), work.context.model_cfg
-    placement = place_for_rollout, model_cfg, work.learner.state.params, work.context.mesh
+    placement = place_for_rollout, model_cfg, work.learner.state.params, work.context.rollout_mesh
     _, placed = seconds_of(*placement)
     if not compile_programs(work, placed, seconds_left):
         yield {"left_out": "the step", "reason": "no time: its programs are not compiled yet"}

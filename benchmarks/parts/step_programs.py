@@ -12,7 +12,7 @@ from common import Learner
 
 from grpo_jax.config import Config
 from grpo_jax.learn.update import make_experience, score_completions, take_rows
-from grpo_jax.parallel.mesh import shard_rows
+from grpo_jax.parallel.mesh import make_rollout_mesh, shard_rows
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.draws import NO_FILTER
@@ -72,6 +72,9 @@ def make_work(small: bool) -> Work:
     learner = random_learner(shrink(QWEN_1_5B) if small else QWEN_1_5B, cfg)
     model_cfg, mesh, source = learner.model_cfg, learner.mesh, find_model("tiny")
     tokenizer = FoldedTokenizer(load_tokenizer(source))
+    plan = plan_rollout(
+        cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training=True), device_memory_bytes()
+    )
     context = RunContext(
         source=source,
         model_cfg=model_cfg,
@@ -80,7 +83,8 @@ def make_work(small: bool) -> Work:
         stop_ids=(),
         stop_table=build_stop_table(model_cfg.vocab_size, (), (), None),
         mesh=mesh,
-        rollout_plan=plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training=True)),
+        rollout_mesh=make_rollout_mesh(mesh, plan.tensor, plan.expert),
+        rollout_plan=plan,
         grader=Grader(cfg, resolve_parts(cfg), tokenizer, ()),
     )
     tokens = np.random.default_rng(SEED).integers(model_cfg.vocab_size, size=(prompts, prompt_tokens))

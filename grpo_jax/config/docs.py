@@ -1,6 +1,7 @@
 """Renders the schema as docs/config.md: `python -m grpo_jax.config.docs > docs/config.md`."""
 
 import itertools
+import operator
 
 from grpo_jax.config.help import describe_key
 from grpo_jax.config.keys import key_specs
@@ -22,7 +23,7 @@ def markdown() -> str:
         specs = key_specs(config_class)
         for section, names in itertools.groupby(specs, key=lambda name: name.rpartition(".")[0]):
             if section:
-                lines += ["", f"### `{section}`", "", f"{type(getattr(config_class, section)).__doc__}"]
+                lines += ["", f"### `{section}`", "", f"{type(operator.attrgetter(section)(config_class)).__doc__}"]
             lines += ["", "| key | default | allowed | meaning |", "|---|---|---|---|"]
             for name in names:
                 allowed, meaning = describe_key(name, specs[name])

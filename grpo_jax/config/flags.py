@@ -194,6 +194,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
         if "mesh" in raw:  # the run may have used more devices than there are here
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
+            raw.rollout.mesh = default().rollout.mesh
     apply_overrides(raw, rest)
     if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
         configs = (read_config(workdir), raw)

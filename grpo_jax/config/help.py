@@ -36,7 +36,7 @@ def explain(topic: str) -> str:
     lines: list[str] = []
     for part in dataclasses.fields(config_class):
         keys = {name: spec for name, spec in key_specs(config_class).items() if name.split(".")[0] == part.name}
-        chosen = [name for name in keys if topic in ("all", "pretrain", part.name, name)]
+        chosen = [name for name in keys if topic in ("all", "pretrain", name) or name.startswith(f"{topic}.")]
         if chosen and "spec" not in part.metadata:
             lines.append(f"{part.name}: {phrase(part)}")
         for name in chosen:

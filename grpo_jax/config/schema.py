@@ -144,6 +144,14 @@ class RewardSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutMeshSection(Resumable):
+    """The mesh of rollouts, over the devices of `mesh`; the devices that its axes leave split rows."""
+
+    tensor: int = key(0, "like mesh.tensor; 0 for the smallest that fits, from mesh.tensor on", at_least=0)
+    expert: int = key(0, "like mesh.expert; 0 for the smallest that fits, from mesh.expert on", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutSection:
     """The completions that are sampled from the policy."""
 
@@ -162,6 +170,7 @@ class RolloutSection:
     )
     overlong_cache: int = key(0, "tokens before the limit, over which `soft` and `length` fall to -1", at_least=0)
     slots: int = key(0, "number of decode slots; 0 for as many as fit in memory", at_least=0, resumable=True)
+    mesh: RolloutMeshSection = RolloutMeshSection()
 
 
 @dataclass(frozen=True, kw_only=True)

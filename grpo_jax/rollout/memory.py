@@ -1,5 +1,6 @@
 """Estimates the device memory that a rollout needs, before allocating any of it."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
-from grpo_jax.config.schema import Config
+from grpo_jax.config.schema import Config, RolloutMeshSection
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
@@ -23,17 +25,30 @@ USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left f
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-class RolloutPlan(NamedTuple):
-    """How many decode slots to use across all devices, and how much memory they take per device."""
+class RolloutMemory(NamedTuple):
+    """What a rollout takes of one device's memory on a given mesh, in bytes."""
 
+    weight_bytes: int  # the copy of the policy
+    placement_bytes: int  # temporaries while the copy is made, before there are slots
+    prompt_bytes: int  # the prefilled KV of the prompts
+    prefill_bytes: int  # temporaries of prefilling
+    token_bytes: int  # the KV of one token
+    slot_bytes: int  # of one slot: its KV cache, the prefilled KV of a prompt, and the logits
+
+
+class RolloutPlan(NamedTuple):
+    """The mesh of rollouts, how many decode slots to use across all devices, and how much memory they take of each."""
+
+    tensor: int  # size of the mesh axis `tensor` in rollouts
+    expert: int  # size of the mesh axis `expert` in rollouts
     slots: int
     max_slots: int  # the largest number of slots that fits
-    slot_bytes: int  # memory of one slot: its KV cache, the prefilled KV of a prompt, and the logits
     free_bytes: int  # memory of one device that is available for slots
+    memory: RolloutMemory
 
     def __str__(self) -> str:
         """Describes the plan in one line for the console."""
-        each = mebibytes(self.slot_bytes)
+        each = mebibytes(self.memory.slot_bytes)
         return f"{self.slots} decode slots, {each} of KV cache each (up to {self.max_slots:,} would fit)"
 
 
@@ -86,46 +101,150 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     return prefill_batch_size(model_cfg, width) * width * 4 * floats_per_token
 
 
-def plan_rollout(cfg: Config, model_cfg: ModelConfig, mesh, held_bytes: int, *, strict: bool = True) -> RolloutPlan:
-    """Chooses the number of decode slots: `rollout.slots`, or if that is 0, as many as fit and can be used.
-
-    Args:
-        cfg: The config of the run.
-        model_cfg: The model.
-        mesh: The device mesh.
-        held_bytes: Bytes that one device holds during a rollout in addition to the rollout's own data.
-        strict: Raise if `rollout.slots` slots do not fit; otherwise use as many as fit.
-
-    Raises:
-        UserError: There is not enough memory.
-    """
-    rollout = cfg.rollout
-    shards, tensor = num_data_shards(mesh), mesh.shape["tensor"]
+def rollout_memory(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh) -> RolloutMemory:
+    """Returns the memory that a rollout takes of each device of a mesh."""
+    rollout, tensor = cfg.rollout, mesh.shape["tensor"]
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
     weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
     token_bytes = kv_bytes_per_token(model_cfg, tensor)
     prompt_bytes = token_bytes * rollout.max_prompt_tokens
     logit_bytes = 3 * 4 * model_cfg.vocab_size  # float32 logits and what sampling derives from them
-    slot_bytes = token_bytes * (rollout.max_prompt_tokens + rollout.max_tokens) + prompt_bytes + logit_bytes
-    total_bytes = device_memory_bytes()
-    free_bytes = int(USABLE_FRACTION * total_bytes) - held_bytes - weight_bytes
-    free_bytes -= prompt_bytes * -(-rollout.prompts // shards)
-    free_bytes = max(0, free_bytes - prefill_activation_bytes(model_cfg, rollout.max_prompt_tokens, tensor))
-    max_slots = free_bytes // slot_bytes * shards
-    sequences = rollout.prompts * rollout.samples
-    slots = min(rollout.slots or sequences, sequences)
-    if not (rollout.slots and strict):
-        slots = min(slots, max(max_slots, shards))
-    slots = -(-slots // shards) * shards
-    if slots > max_slots:
-        fix = "rollout.slots or set it to 0" if max_slots else "rollout.max_tokens or shard the model over more devices"
+    with jax.sharding.use_abstract_mesh(mesh):  # the attention kernel depends on the platform
+        prefill_bytes = prefill_activation_bytes(model_cfg, rollout.max_prompt_tokens, tensor)
+    return RolloutMemory(
+        weight_bytes=weight_bytes,
+        placement_bytes=0,
+        prompt_bytes=prompt_bytes * -(-rollout.prompts // num_data_shards(mesh)),
+        prefill_bytes=prefill_bytes,
+        token_bytes=token_bytes,
+        slot_bytes=token_bytes * (rollout.max_prompt_tokens + rollout.max_tokens) + prompt_bytes + logit_bytes,
+    )
+
+
+def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> list[AbstractMesh]:
+    """Returns the meshes that `rollout.mesh` allows over the devices of `mesh`, those that split weights least first.
+
+    Raises:
+        UserError: There are none.
+    """
+    count = math.prod(mesh.shape.values())
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+
+    def allowed(given: int, training: int, split: int) -> list[int]:
+        larger = [size for size in divisors if size % training == 0 and split % size == 0]
+        return [given] if given else sorted({training, *larger})
+
+    tensors = allowed(cfg.rollout.mesh.tensor, mesh.shape["tensor"], model_cfg.num_heads)
+    experts = allowed(
+        cfg.rollout.mesh.expert, mesh.shape["expert"], model_cfg.experts.num_experts if model_cfg.experts else 1
+    )
+    pairs = [(expert, tensor) for expert in experts for tensor in tensors if count % (expert * tensor) == 0]
+    if not pairs:
         raise UserError(
-            f"rollout.slots may be at most {max_slots} to fit in memory; found {slots}, over {shards} data shard(s). A "
-            f"slot takes {mebibytes(slot_bytes)} ({rollout.max_prompt_tokens} + {rollout.max_tokens} tokens of "
-            f"{token_bytes / 1024:.1f} KiB), and {mebibytes(free_bytes)} of a device's {mebibytes(total_bytes)} are "
-            f"free next to {mebibytes(held_bytes)} of state and {mebibytes(weight_bytes)} of weights. Lower {fix}."
+            f"The product of rollout.mesh.tensor and rollout.mesh.expert must divide the {count} devices; found "
+            f"{cfg.rollout.mesh.tensor} and {cfg.rollout.mesh.expert}. Set them to 0 to have them chosen."
         )
-    return RolloutPlan(slots, max_slots, slot_bytes, free_bytes)
+    pairs.sort(key=lambda pair: (math.prod(pair), pair))
+    return [mesh.abstract_mesh.update(axis_sizes=(count // (e * t), 1, e, t)) for e, t in pairs]
+
+
+def best_plan(
+    cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMesh, held_bytes: int, memory_bytes: int
+) -> RolloutPlan:
+    """Returns the plan on the first of `rollout_meshes` where all usable slots fit, or else on that with most slots.
+
+    The arguments are those of `plan_rollout`.
+    """
+    sequences, usable_bytes = cfg.rollout.prompts * cfg.rollout.samples, int(USABLE_FRACTION * memory_bytes)
+    wanted = min(cfg.rollout.slots or sequences, sequences)
+
+    def plan_on(mesh: AbstractMesh) -> RolloutPlan:
+        memory, shards = rollout_memory(cfg, model_cfg, mesh), num_data_shards(mesh)
+        free_bytes = usable_bytes - held_bytes - memory.weight_bytes
+        fits = free_bytes >= memory.placement_bytes
+        free_bytes = max(0, free_bytes - memory.prompt_bytes - memory.prefill_bytes) if fits else 0
+        max_slots = free_bytes // memory.slot_bytes * shards
+        slots = -(-min(wanted, max(max_slots, shards)) // shards) * shards
+        return RolloutPlan(mesh.shape["tensor"], mesh.shape["expert"], slots, max_slots, free_bytes, memory)
+
+    plans = [plan_on(each) for each in rollout_meshes(cfg, model_cfg, mesh)]
+    return next((plan for plan in plans if plan.max_slots >= wanted), max(plans, key=lambda plan: plan.max_slots))
+
+
+def plan_rollout(
+    cfg: Config,
+    model_cfg: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    held_bytes: int,
+    memory_bytes: int,
+    *,
+    strict: bool = True,
+) -> RolloutPlan:
+    """Chooses the mesh of rollouts, as `rollout.mesh` allows, and the number of decode slots.
+
+    The number of slots is `rollout.slots`, or if that is 0, as many as fit and can be used. Nothing is asked of the
+    devices, so those of the mesh need not be there.
+
+    Args:
+        cfg: The config of the run.
+        model_cfg: The model.
+        mesh: The mesh of the updates. Its devices determine the platform.
+        held_bytes: Bytes that one device holds during a rollout in addition to the rollout's own data.
+        memory_bytes: The memory of one device.
+        strict: Raise if `rollout.slots` slots do not fit; otherwise use as many as fit.
+
+    Raises:
+        UserError: There is not enough memory.
+    """
+    plan = best_plan(cfg, model_cfg, mesh, held_bytes, memory_bytes)
+    shards = math.prod(mesh.shape.values()) // plan.tensor
+    if cfg.rollout.slots and strict:
+        wanted = min(cfg.rollout.slots, cfg.rollout.prompts * cfg.rollout.samples)
+        plan = plan._replace(slots=-(-wanted // shards) * shards)
+    if plan.slots <= plan.max_slots:
+        return plan
+    fixes = fixes_for(cfg, model_cfg, mesh, held_bytes, memory_bytes, plan)
+    raise UserError(
+        f"rollout.slots may be at most {plan.max_slots} to fit in memory; found {plan.slots}, over {shards} data "
+        f"shard(s). A slot takes {mebibytes(plan.memory.slot_bytes)} ({cfg.rollout.max_prompt_tokens} + "
+        f"{cfg.rollout.max_tokens} tokens of {plan.memory.token_bytes / 1024:.1f} KiB), and "
+        f"{mebibytes(plan.free_bytes)} of a device's {mebibytes(memory_bytes)} are free next to "
+        f"{mebibytes(held_bytes)} of state and {mebibytes(plan.memory.weight_bytes)} of weights. {fixes}"
+    )
+
+
+def fixes_for(
+    cfg: Config,
+    model_cfg: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    held_bytes: int,
+    memory_bytes: int,
+    plan: RolloutPlan,
+) -> str:
+    """Returns what to do about a plan that does not fit, the cheapest first; the other arguments are its own."""
+    data, fsdp, expert, tensor = mesh.axis_sizes
+    any_mesh = dataclasses.replace(cfg.rollout, slots=0, mesh=RolloutMeshSection())
+    free_choice = dataclasses.replace(cfg, rollout=any_mesh)
+
+    def fitting(data: int, fsdp: int, held_bytes: int) -> RolloutPlan | None:
+        other = mesh.abstract_mesh.update(axis_sizes=(data, fsdp, expert, tensor))
+        best = best_plan(free_choice, model_cfg, other, held_bytes, memory_bytes)
+        return best if best.max_slots > plan.max_slots else None
+
+    fixes = ["Lower rollout.slots or set it to 0."] if plan.max_slots else []
+    if best := fitting(data, fsdp, held_bytes):
+        fixes.append(f"Set rollout.mesh.tensor={best.tensor} and rollout.mesh.expert={best.expert}.")
+    elif data > 1 and fitting(1, data * fsdp, held_bytes // data):
+        fixes.append(f"Set mesh.data=1 and mesh.fsdp={data * fsdp}.")
+    if not fixes:
+        logit_and_prompt_bytes = plan.memory.slot_bytes - plan.memory.token_bytes * cfg.rollout.max_tokens
+        if (tokens := (plan.free_bytes - logit_and_prompt_bytes) // plan.memory.token_bytes) > 0:
+            fixes.append(f"Lower rollout.max_tokens to {tokens}.")
+        more = (2**i for i in range(1, 11) if fitting(data, fsdp * 2**i, held_bytes >> i))
+        if factor := next(more, 0):
+            fixes.append(f"Use at least {math.prod(mesh.axis_sizes) * factor} devices, with mesh.fsdp={fsdp * factor}.")
+        fixes.append("Keep less state: optim.mu_dtype, model.reference_dtype, loss.kl_coef=0, optim.name=adafactor.")
+    return " ".join(fixes)
 
 
 def mebibytes(count: int) -> str:

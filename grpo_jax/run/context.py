@@ -1,4 +1,4 @@
-"""Builds what every entry point needs from a config: model config, tokenizer, stop table, mesh and rollout plan."""
+"""Builds what every entry point needs from a config: model config, tokenizer, stop table, meshes and rollout plan."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +15,10 @@ from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_s
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
-from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.parallel.mesh import make_mesh, make_rollout_mesh
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rewards.pool import Grader
-from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, plan_rollout
+from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import open_model_tensors
@@ -46,7 +46,8 @@ class RunContext(NamedTuple):
     tokenizer: Any
     stop_ids: tuple[int, ...]  # the EOS ids that end a completion
     stop_table: np.ndarray  # [A, V], built from stop_ids and rollout.stop_strings
-    mesh: Mesh
+    mesh: Mesh  # of the updates
+    rollout_mesh: Mesh  # of rollouts: the same devices, split as the rollout plan says
     rollout_plan: RolloutPlan
     grader: Grader  # without parts if nothing is graded
 
@@ -90,9 +91,20 @@ def build_context(
     log_indivisible_axes(mesh, param_shapes(model_cfg, cfg.model.param_dtype))
     stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
-    plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training), strict=training)
-    grader = Grader(cfg, reward_parts or {}, tokenizer, stop_ids)
-    return RunContext(source, model_cfg, prompt_format, tokenizer, stop_ids, stop_table, mesh, plan, grader)
+    held_bytes = resident_bytes(cfg, model_cfg, mesh, training)
+    plan = plan_rollout(cfg, model_cfg, mesh, held_bytes, device_memory_bytes(), strict=training)
+    return RunContext(
+        source,
+        model_cfg,
+        prompt_format,
+        tokenizer,
+        stop_ids,
+        stop_table,
+        mesh,
+        make_rollout_mesh(mesh, plan.tensor, plan.expert),
+        plan,
+        Grader(cfg, reward_parts or {}, tokenizer, stop_ids),
+    )
 
 
 def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, tokenizer, training: bool) -> ModelConfig:

@@ -12,7 +12,7 @@ from grpo_jax.rewards.pool import FAILURES
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout
 from grpo_jax.run.context import RunContext
-from grpo_jax.run.stages import grade_completions, sample_records
+from grpo_jax.run.stages import grade_completions, rehome_key, sample_records
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
@@ -33,7 +33,7 @@ def evaluate(
         (metrics, records): The mean of each reward part (`eval/accuracy`, ...) and of the length (`eval/length_mean`),
         and one record per problem.
     """
-    shards = num_data_shards(context.mesh)
+    shards = num_data_shards(context.rollout_mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
     sampling = dict(max_tokens=cfg.rollout.max_tokens, temperature=cfg.eval.temperature, stop_table=context.stop_table)
     filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
@@ -44,7 +44,9 @@ def evaluate(
         padded = batch + batch[-1:] * (batch_size - len(batch))
         prompt_ids = range(start, start + batch_size)
         prompts = encode_prompts(context.prompt_format, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
-        rollout = generate_rollout(context.model_cfg, params, prompts, key, samples=1, filter=filter, **sampling)
+        with jax.set_mesh(context.rollout_mesh):
+            inputs = params, prompts, rehome_key(key)
+            rollout = generate_rollout(context.model_cfg, *inputs, samples=1, filter=filter, **sampling)
         rollout = jax.tree.map(itemgetter(slice(len(batch))), gather_to_host(rollout))
         grades, rewards = grade_completions(cfg, context, batch, rollout)
         failures += [grades.scores[kind].sum() for kind in FAILURES]

@@ -35,10 +35,15 @@ def fold_in_all(key, *counters: int):
     return key
 
 
+def rehome_key(key):
+    """Returns the key as an array of the current mesh, whose programs take no array that was made on another mesh."""
+    return jax.random.wrap_key_data(jax.device_get(jax.random.key_data(key)))
+
+
 def submit_finished(context: RunContext, problems: Sequence[Problem], samples: int, state: DecodeState) -> None:
     """Queues completions that have ended for the workers, which grade them while others are being sampled."""
     slots, lengths = (np.array(x) for x in jax.device_get((state.sequence, state.lengths)))
-    shards, (count, width) = num_data_shards(context.mesh), state.tokens.shape
+    shards, (count, width) = num_data_shards(context.rollout_mesh), state.tokens.shape
     first = np.repeat(np.arange(shards) * (count // shards), len(slots) // shards)  # first sequence of a slot's shard
     lengths[(first + slots)[slots >= 0]] = 0
     ended = [n for n in np.flatnonzero(lengths[: len(problems) * samples]) if n not in context.grader.payloads]
@@ -57,18 +62,19 @@ def draw_completions(
     If the problems are given and workers are running, they grade completions that end early while others are sampled.
     """
     overlaps = problems and context.grader.workers and jax.process_count() == 1
-    rollout = generate_rollout(
-        context.model_cfg,
-        place_for_rollout(context.model_cfg, params, context.mesh),
-        prompts,
-        key,
-        samples=cfg.rollout.samples,
-        max_tokens=cfg.rollout.max_tokens,
-        temperature=cfg.rollout.temperature,
-        stop_table=context.stop_table,
-        slots=context.rollout_plan.slots,
-        on_progress=partial(submit_finished, context, problems, cfg.rollout.samples) if overlaps else None,
-    )
+    with jax.set_mesh(context.rollout_mesh):
+        rollout = generate_rollout(
+            context.model_cfg,
+            place_for_rollout(context.model_cfg, params, context.rollout_mesh),
+            prompts,
+            rehome_key(key),
+            samples=cfg.rollout.samples,
+            max_tokens=cfg.rollout.max_tokens,
+            temperature=cfg.rollout.temperature,
+            stop_table=context.stop_table,
+            slots=context.rollout_plan.slots,
+            on_progress=partial(submit_finished, context, problems, cfg.rollout.samples) if overlaps else None,
+        )
     return gather_to_host(rollout)
 
 

@@ -182,7 +182,7 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     if not setup.held_out:
         return {}
     start = time.monotonic()
-    placed = place_for_rollout(context.model_cfg, run.train.params, context.mesh)
+    placed = place_for_rollout(context.model_cfg, run.train.params, context.rollout_mesh)
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
     metrics, records = evaluate(cfg, context, placed, setup.held_out, key)
     write_samples(setup.log.workdir, "eval", run.step, records)
