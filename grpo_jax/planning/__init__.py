@@ -8,5 +8,6 @@ Modules, in reading order:
     hlo        reads the text of a compiled program: computations, instructions, how often each runs
     flops      the products of a compiled program
     counts     the work of a compiled program on one device: FLOPs, bytes, collectives, copies, kernels
+    needs      what a run needs by formula: memory, FLOPs, and the least bytes of decoding
     compiling  compiles them in processes of their own
 """

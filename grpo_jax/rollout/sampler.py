@@ -11,7 +11,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from grpo_jax.model.architecture import ModelConfig
@@ -168,7 +168,7 @@ def generate_rollout(
 
 
 @lru_cache
-def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | None):
+def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | AbstractMesh | None):
     """Returns the jitted function behind `place_for_rollout`, cached per model and mesh."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
 

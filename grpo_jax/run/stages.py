@@ -13,7 +13,7 @@ from tqdm import tqdm
 from grpo_jax.config.schema import Config
 from grpo_jax.learn.advantages import advantages
 from grpo_jax.learn.grpo import estimate_kl
-from grpo_jax.learn.packing import packed_shape, unpack_completions
+from grpo_jax.learn.packing import PackedShape, packed_shape, unpack_completions
 from grpo_jax.learn.update import minibatch_rows, pack_minibatch, score_completions, take_rows
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
 from grpo_jax.parallel.processes import from_first_process
@@ -78,12 +78,11 @@ def draw_completions(
     return gather_to_host(rollout)
 
 
-def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
-    """Packs completions on the host, into rows whose shape has room for `completions` of them."""
-    shards = num_data_shards(mesh)
+def batch_shape(cfg: Config, shards: int, completions: int) -> PackedShape:
+    """Returns the shape of the packed rows that have room for `completions` completions, on this many data shards."""
     # If completions are left out, a minibatch may hold parts of more groups than if all groups were complete.
     are_complete = cfg.train.minibatches == 1 or (cfg.groups.equal == "keep" and cfg.rollout.overlong != "mask")
-    shape = packed_shape(
+    return packed_shape(
         completions,
         cfg.rollout.samples if are_complete else 1,
         cfg.rollout.max_prompt_tokens,
@@ -91,8 +90,14 @@ def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> Pa
         cfg.train.micro_tokens,
         shards,
     )
+
+
+def pack_rows(cfg: Config, mesh, experience: Experience, completions: int) -> PackedBatch:
+    """Packs completions on the host, into rows whose shape has room for `completions` of them."""
+    shards = num_data_shards(mesh)
     # num_sequences is static, so packing fewer completions must not change it: that would compile again.
-    return pack_minibatch(experience, cfg.loss, shape, shards).replace(num_sequences=completions)
+    packed = pack_minibatch(experience, cfg.loss, batch_shape(cfg, shards, completions), shards)
+    return packed.replace(num_sequences=completions)
 
 
 def start_scoring(

@@ -1,0 +1,265 @@
+"""What a run needs by formula, per chip: the bytes that it holds, the FLOPs of its programs, the least decode bytes.
+
+FLOPs count a multiplication and an addition. All completions are taken to be as long as `rollout.max_tokens` allows,
+and all prompts as long as `rollout.max_prompt_tokens`. A matrix of the layers costs 2 FLOPs per parameter and token in
+the forward pass and 4 in the backward pass. `train.remat=layers` adds 2 for what the backward pass recomputes:
+everything but attention and the MLP's last matrix, whose output no gradient needs. The head costs 2 in the forward pass
+and 6 in the backward pass, which recomputes the logits. Attention multiplies twice per query and key in the forward
+pass, and five times in the backward pass of a flash kernel.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
+from grpo_jax.learn.packing import assign_rows
+from grpo_jax.model.architecture import ModelConfig
+from grpo_jax.model.decoder import head_path, param_shapes
+from grpo_jax.model.parameters import row_for, tree_shardings
+from grpo_jax.parallel.mesh import MESH_AXES, num_data_shards, path_name
+from grpo_jax.planning.programs import RunShapes, abstract_placed, rollout_sizes
+from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token
+from grpo_jax.run.stages import batch_shape
+
+BACKWARD_ATTENTION = 2.5  # FLOPs of attention's backward pass by those of its forward pass
+
+
+class Work(NamedTuple):
+    """The FLOPs of a program on one chip."""
+
+    products: float  # of matrix products with weights
+    attention: float
+
+    @property
+    def flops(self) -> float:
+        """Returns all of them."""
+        return self.products + self.attention
+
+    def times(self, count: float) -> "Work":
+        """Returns the work of doing the same `count` times."""
+        return Work(count * self.products, count * self.attention)
+
+
+class Matrices(NamedTuple):
+    """The parameters that a token is multiplied with on one chip, where fsdp is gathered and tensor is not."""
+
+    layers: float  # of all layers; of a mixture, only the experts that a token passes through
+    recomputed: float  # those whose products the backward pass computes again
+    head: float
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """Returns a mesh of these sizes without devices."""
+    return AbstractMesh((data, fsdp, expert, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def is_recomputed(model_cfg: ModelConfig, path: str) -> bool:
+    """Returns whether the backward pass multiplies with this matrix of a layer once more, as in the forward pass."""
+    if model_cfg.remat == "layers":
+        # With post-norms, the output of the last matrix is normalized, and the norm's gradient needs it.
+        return model_cfg.post_norms or path not in ("mlp/down/kernel", "moe/shared/down/kernel")
+    # `matmuls` keeps what linear layers compute; experts, routers and latent keys and values are computed otherwise.
+    is_linear = path.endswith("/kernel") and path != "moe/router/kernel"
+    return model_cfg.remat == "matmuls" and not is_linear
+
+
+@lru_cache
+def matrices(model_cfg: ModelConfig, tensor: int) -> Matrices:
+    """Returns the parameters that a token is multiplied with, when the tensor axis has the given size."""
+    shapes = param_shapes(model_cfg)
+    shardings = tree_shardings(abstract_mesh(tensor=tensor), shapes)
+    layers = recomputed = head = 0.0
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        name, row = path_name(path), row_for(path_name(path))
+        size = math.prod(sharding.shard_shape(leaf.shape))
+        if name == head_path(model_cfg):
+            head = size
+        elif name.startswith("layers/") and row.inputs:
+            if row.stacked:
+                size *= model_cfg.experts.num_experts_per_token / model_cfg.experts.num_experts
+            layers += size
+            recomputed += size if is_recomputed(model_cfg, row.path) else 0
+    return Matrices(layers, recomputed, head)
+
+
+def attended_keys(model_cfg: ModelConfig, first: int, last: int) -> int:
+    """Returns how many keys the queries at positions `first` to `last` - 1 attend to, over all layers."""
+    positions = np.arange(first + 1, last + 1)
+    windows = [layer.window for layer in model_cfg.layers]
+    return sum(
+        windows.count(window) * int(np.minimum(positions, window or last).sum()) for window in dict.fromkeys(windows)
+    )
+
+
+def flops_per_key(model_cfg: ModelConfig, tensor: int, *, cached: bool = False) -> float:
+    """Returns the FLOPs of all heads on one chip for a query and a key in the forward pass of one layer."""
+    heads = model_cfg.num_heads // (tensor if model_cfg.num_heads % tensor == 0 else 1)
+    widths = 2 * model_cfg.head_dim
+    if latent := model_cfg.latent:  # in a cache, the compressed vectors are both keys and values
+        widths = latent.qk_nope_head_dim + latent.v_head_dim if not cached else 2 * latent.kv_lora_rank
+        widths += latent.qk_rope_head_dim
+    return 2 * heads * widths
+
+
+class FullBatch(NamedTuple):
+    """A batch of completions of full length, packed into rows."""
+
+    width: int  # tokens of a row
+    micro_batches: int  # rows that a data shard computes, one after another
+    tokens: int  # real tokens of all rows, including the copies of prompts
+    completion_tokens: int  # of all rows
+    prompts: int  # copies of prompts in all rows
+
+
+@lru_cache
+def full_batch(cfg, shards: int, completions: int) -> FullBatch:
+    """Packs this many completions of full length as training would."""
+    prompt, completion = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens
+    width = batch_shape(cfg, shards, completions).width
+    prompt_ids = np.arange(completions) // cfg.rollout.samples
+    rows = assign_rows(prompt_ids, np.full(completions, prompt), np.full(completions, completion), width)
+    prompts = sum(len(groups) for groups in rows)
+    tokens = prompts * prompt + completions * completion
+    return FullBatch(width, -(-len(rows) // shards), tokens, completions * completion, prompts)
+
+
+def scored_batch(run: RunShapes) -> FullBatch:
+    """Returns the batch that the reference scores: a whole rollout."""
+    return full_batch(run.cfg, num_data_shards(run.mesh), run.cfg.rollout.prompts * run.cfg.rollout.samples)
+
+
+def updated_batch(run: RunShapes) -> FullBatch:
+    """Returns the batch of an update."""
+    completions = run.cfg.rollout.prompts * run.cfg.rollout.samples // run.cfg.train.minibatches
+    return full_batch(run.cfg, num_data_shards(run.mesh), completions)
+
+
+def forward_work(run: RunShapes, batch: FullBatch) -> Work:
+    """Returns the work of computing the log-probs of a batch, including that on padding but for attention."""
+    model_cfg, tensor, rollout = run.model_cfg, run.mesh.shape["tensor"], run.cfg.rollout
+    weights, tokens = matrices(model_cfg, tensor), batch.width * batch.micro_batches
+    shards = num_data_shards(run.mesh)
+    scored = batch.completion_tokens / shards
+    length = rollout.max_prompt_tokens + rollout.max_tokens
+    keys = batch.prompts * attended_keys(model_cfg, 0, rollout.max_prompt_tokens)
+    completions = batch.completion_tokens // rollout.max_tokens
+    keys += completions * attended_keys(model_cfg, rollout.max_prompt_tokens, length)
+    attention = keys / shards * flops_per_key(model_cfg, tensor)
+    return Work(2 * weights.layers * tokens + 2 * weights.head * scored, attention)
+
+
+def update_work(run: RunShapes, *, remat: bool = True) -> Work:
+    """Returns the work of one update.
+
+    Args:
+        run: The run.
+        remat: Whether to count what the backward pass recomputes. Without it, these are the FLOPs of the model's
+            definition, which model FLOPs utilization (MFU) counts.
+    """
+    batch = updated_batch(run)
+    forward, weights = forward_work(run, batch), matrices(run.model_cfg, run.mesh.shape["tensor"])
+    if not remat:
+        return forward.times(3)
+    again = 2 * weights.head * batch.completion_tokens / num_data_shards(run.mesh)
+    again += 2 * weights.recomputed * batch.width * batch.micro_batches
+    return Work(3 * forward.products + again, (1 + BACKWARD_ATTENTION) * forward.attention)
+
+
+def shard_slots(run: RunShapes) -> int:
+    """Returns the decode slots of one data shard."""
+    shards = num_data_shards(run.rollout_mesh)
+    sequences = run.cfg.rollout.prompts * run.cfg.rollout.samples
+    return min(-(-run.slots // shards), -(-sequences // shards))
+
+
+def shard_prompts(run: RunShapes) -> int:
+    """Returns the most prompts that one data shard prefills."""
+    rollout = run.cfg.rollout
+    sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
+    # Shards whose sequences are not whole groups may begin and end within a group.
+    whole = sequences % rollout.samples == 0 or rollout.samples % sequences == 0
+    return -(-sequences // rollout.samples) + (0 if whole else 1)
+
+
+def prefill_work(run: RunShapes) -> Work:
+    """Returns the work of prefilling the prompts of a rollout."""
+    model_cfg, tensor, width = run.model_cfg, run.rollout_mesh.shape["tensor"], run.cfg.rollout.max_prompt_tokens
+    keys = attended_keys(model_cfg, 0, width)
+    work = Work(2 * matrices(model_cfg, tensor).layers * width, keys * flops_per_key(model_cfg, tensor))
+    return work.times(shard_prompts(run))
+
+
+def decode_work(run: RunShapes, columns: int) -> Work:
+    """Returns the work of one decode step, in which every slot attends to `columns` columns."""
+    model_cfg, tensor = run.model_cfg, run.rollout_mesh.shape["tensor"]
+    weights = matrices(model_cfg, tensor)
+    attention = model_cfg.num_layers * columns * flops_per_key(model_cfg, tensor, cached=True)
+    return Work(2 * (weights.layers + weights.head), attention).times(shard_slots(run))
+
+
+class Memory(NamedTuple):
+    """The bytes that one chip holds for a run, without the temporaries of its programs."""
+
+    state: int  # the policy and the optimizer's state
+    reference: int  # 0 without a KL penalty
+    gradients: int  # in float32, during an update
+    rollout_weights: int
+    cache: int  # at its largest
+    prompt_kv: int  # keys and values of the prompts, from which slots are filled
+    completions: int  # tokens and log-probs
+
+
+def run_memory(run: RunShapes) -> Memory:
+    """Returns the bytes that one chip holds."""
+    cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
+    shapes, reference = (param_shapes(model_cfg, dtype) for dtype in (cfg.model.param_dtype, cfg.model.reference_dtype))
+    optimizer, shardings = make_optimizer(cfg.optim), tree_shardings(run.mesh, shapes)
+    state = train_state_shapes(shapes, optimizer), train_state_shardings(run.mesh, shapes, optimizer)
+    token_bytes = kv_bytes_per_token(model_cfg, run.rollout_mesh.shape["tensor"])
+    sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
+    return Memory(
+        state=bytes_per_device(*state),
+        reference=bytes_per_device(reference, shardings) if cfg.loss.kl_coef else 0,
+        gradients=bytes_per_device(param_shapes(model_cfg, "float32"), shardings),
+        rollout_weights=rollout_weight_bytes(run),
+        cache=shard_slots(run) * rollout_sizes(run)[-1] * token_bytes,
+        prompt_kv=shard_prompts(run) * rollout.max_prompt_tokens * token_bytes,
+        completions=8 * sequences * rollout.max_tokens,
+    )
+
+
+def rollout_weight_bytes(run: RunShapes) -> int:
+    """Returns the bytes of the weights that a rollout holds on one chip."""
+    placed = abstract_placed(run)
+    return bytes_per_device(placed, jax.tree.map(lambda leaf: leaf.sharding, placed))
+
+
+def decode_bytes(run: RunShapes, columns: int) -> int:
+    """Returns the least bytes that one decode step moves on one chip.
+
+    The weights and the cache are read once, and the float32 logits are written once and read once. Of an embedding
+    table that is not the head, and of experts, only what the slots' tokens need is read.
+    """
+    model_cfg, slots, mesh = run.model_cfg, shard_slots(run), run.rollout_mesh
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_placed(run)):
+        name = path_name(path)
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if name == "embed/embedding" and not model_cfg.tie_embeddings:
+            size *= min(1, slots / model_cfg.vocab_size)
+        elif row_for(name).stacked:
+            chosen = model_cfg.experts.num_experts_per_token / model_cfg.experts.num_experts
+            size *= 1 - (1 - chosen) ** (slots * mesh.shape["expert"])  # the expert axis shares its tokens
+        total += size
+    vocabulary = model_cfg.vocab_size // (
+        mesh.shape["tensor"] if model_cfg.vocab_size % mesh.shape["tensor"] == 0 else 1
+    )
+    token_bytes = kv_bytes_per_token(model_cfg, mesh.shape["tensor"])
+    return int(total) + slots * (columns * token_bytes + 2 * 4 * vocabulary)
