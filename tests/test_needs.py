@@ -13,12 +13,12 @@ import pytest
 from grpo_jax.config import check, default
 from grpo_jax.learn.update import minibatch_gradients, score_completions
 from grpo_jax.model.architecture import LayerConfig
-from grpo_jax.model.decoder import hidden_states, param_shapes
-from grpo_jax.model.mask import attention_mask
+from grpo_jax.model.decoder import compute_logits, hidden_states, init_params, param_shapes
+from grpo_jax.model.mask import attention_mask, single_sequence
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning import needs
-from grpo_jax.planning.programs import RunShapes, abstract_decode
-from grpo_jax.rollout.sampler import rollout_placement
+from grpo_jax.planning.programs import RunShapes
+from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
 from grpo_jax.run.stages import pack_rows
 from grpo_jax.types import Experience
 from grpo_jax.weights.source import read_model_config
@@ -144,22 +144,31 @@ def test_model_flops_do_not_count_what_is_computed_again():
 
 
 @pytest.mark.parametrize("sizes", [dict(), dict(data=2), dict(data=2, tensor=2)])
-def test_bytes_of_a_rollout_are_those_of_its_arrays(sizes):
-    """On the devices of a mesh, whose shards are those of the mesh without devices."""
+def test_bytes_of_rollout_weights_are_those_of_the_placed_arrays(sizes):
     run = run_of(rollout_sizes=sizes)
     mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
-    placed = rollout_placement(CONFIG, mesh)(params())
-    state, queue = abstract_decode(run, PROMPT + COMPLETION)
+    shards = [x for leaf in jax.tree.leaves(place_for_rollout(CONFIG, params(), mesh)) for x in leaf.addressable_shards]
+    assert needs.run_memory(run).rollout_weights == sum(x.data.nbytes for x in shards if x.device == jax.devices()[0])
 
-    def bytes_of(tree):
-        shards = jax.tree.map(lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize, tree)
-        return sum(jax.tree.leaves(shards))
 
-    memory = needs.run_memory(run)
-    assert memory.rollout_weights == bytes_of(placed)
-    assert memory.cache == bytes_of(state.kv_cache)
-    assert memory.prompt_kv == bytes_of(queue.prompt_kv)
-    assert memory.completions == bytes_of((state.tokens, state.logps))
+def test_bytes_of_a_rollout_are_those_of_its_arrays():
+    prompts, limits = pad_prompts([[1] * PROMPT] * 4), np.full((4, 2), COMPLETION)
+    options = dict(slots=6, columns=PROMPT + COMPLETION, max_tokens=COMPLETION)
+    placed = place_for_rollout(CONFIG, params())
+    state, queue = start_rollout(CONFIG, placed, prompts, jax.random.key(0), limits, **options)
+    memory = needs.run_memory(run_of(slots=6))
+    for expected, arrays in (
+        (memory.cache, state.kv_cache),
+        (memory.prompt_kv, queue.prompt_kv),
+        (memory.completions, (state.tokens, state.logps)),
+    ):
+        assert expected == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    split = needs.run_memory(run_of(slots=6, rollout_sizes=dict(data=2, tensor=2)))
+    assert (split.cache, split.prompt_kv, split.completions) == (
+        memory.cache // 4,
+        memory.prompt_kv // 4,
+        memory.completions // 2,
+    )
 
 
 def test_bytes_of_the_state_are_those_of_its_arrays():
@@ -184,26 +193,28 @@ def test_the_least_bytes_of_a_decode_step():
 
 
 def test_a_decode_step_reads_only_the_experts_that_its_tokens_choose():
+    """Two of 5 experts per token: 8 tokens that choose at random leave (3/5)^8 of an expert unread, and one 3/5."""
     run = run_of(MODELS["qwen3_moe"], slots=1)
     experts = run.model_cfg.experts
-    placed = 3 * 4 * run.model_cfg.num_layers * experts.num_experts * 32 * experts.intermediate_size
-    chosen = experts.num_experts_per_token / experts.num_experts
-    everything = needs.decode_bytes(run._replace(slots=8), 0) - 8 * 2 * 4 * 96
-    one = needs.decode_bytes(run, 0) - 2 * 4 * 96
-    assert everything - one == pytest.approx(placed * ((1 - chosen) - (1 - chosen) ** 8), rel=1e-2)
+    layers = sum(layer.use_experts for layer in run.model_cfg.layers)
+    placed = 4 * layers * experts.num_experts * 3 * 32 * experts.intermediate_size
+    embeddings, logits = 7 * 4 * 32, 7 * 2 * 4 * 96  # of the 7 tokens more
+    more = needs.decode_bytes(run._replace(slots=8), 0) - needs.decode_bytes(run, 0)
+    assert more == pytest.approx(placed * (0.6 - 0.6**8) + embeddings + logits, abs=1)
 
 
 def test_products_of_a_decode_step_are_those_of_the_traced_program():
     run = run_of(MODELS["qwen2"], slots=8)
-    state, _ = abstract_decode(run, 96)
+    placed = jax.eval_shape(lambda: place_for_rollout(run.model_cfg, init_params(run.model_cfg, jax.random.key(0))))
+    tokens, segments = jnp.zeros((8, 1), jnp.int32), single_sequence(jnp.zeros((8, 1), jnp.int32))
+    kv_shapes = jax.eval_shape(lambda weights: hidden_states(run.model_cfg, weights, tokens, segments)[1], placed)
+    cache = jax.tree.map(
+        lambda x: jnp.zeros([96 if size == 1 and axis > 2 else size for axis, size in enumerate(x.shape)]), kv_shapes
+    )
 
-    def step(params, cache, tokens):
-        from grpo_jax.model.decoder import compute_logits
-        from grpo_jax.model.mask import single_sequence
+    def step(weights):
+        hidden, _ = hidden_states(run.model_cfg, weights, tokens, segments, cache, layout="rollout")
+        return compute_logits(run.model_cfg, weights, hidden)
 
-        hidden, _ = hidden_states(run.model_cfg, params, tokens, single_sequence(tokens), cache, layout="rollout")
-        return compute_logits(run.model_cfg, params, hidden)
-
-    placed = jax.eval_shape(rollout_placement(run.model_cfg, None), param_shapes(run.model_cfg))
-    traced = jax.make_jaxpr(step)(placed, state.kv_cache, jnp.zeros((8, 1), jnp.int32))
+    traced = jax.make_jaxpr(step)(placed)
     assert product_flops(traced.jaxpr, trips=1) == needs.decode_work(run, 96).products
