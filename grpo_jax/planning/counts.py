@@ -288,10 +288,10 @@ def count_program(
             continue
         kernels += step.times
         moved += step.times * bytes_moved(program, step)
-        largest = max((shape.bytes for shape in instruction.shapes), default=0)
-        if largest >= min_copy_bytes and step.times and is_copy(program, instruction):
-            shape = max(instruction.shapes, key=lambda shape: shape.bytes)
-            copies.append(ArrayCopy(shape.text, shape.bytes, step.times, instruction.op_name))
+        if step.times and is_copy(program, instruction):
+            results = instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes
+            large = [shape for shape in results if shape.bytes >= min_copy_bytes]
+            copies += [ArrayCopy(shape.text, shape.bytes, step.times, instruction.op_name) for shape in large]
     return ProgramCounts(
         product_flops,
         attention_flops,
