@@ -170,10 +170,8 @@ class Attention(nn.Module):
         """Returns the output for hidden states x [N, L, D], and the new keys and values or the written cache."""
         c = self.model_cfg
         if self.has_variable("params", "qkv"):
-            outputs = c.num_kv_heads, c.num_heads // c.num_kv_heads + 2, c.head_dim
-            groups = MergedProjection(outputs, c.qkv_bias, name="qkv")(x)
-            q = groups[..., :-2, :].reshape(*x.shape[:-1], c.num_heads, c.head_dim)
-            k, v = groups[..., -2, :], groups[..., -1, :]
+            heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
+            q, k, v = MergedProjection(tuple((h, c.head_dim) for h in heads), c.qkv_bias, name="qkv")(x)
         else:
             q = Projection((c.hidden_size,), (c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
             k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)

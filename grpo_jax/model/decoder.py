@@ -94,31 +94,31 @@ def unstack_layers(params: dict) -> dict:
 def merge_projections(stack: dict, tensor: int) -> dict:
     """Returns a layer stack that projects queries, keys and values with one matrix, and gate and up with another.
 
-    A decode step is then fewer and larger products. The query heads of a KV head, its key and its value lie side by
-    side, [D, K, R + 2, E], so that one layout serves all meshes that can split the KV heads.
+    A decode step then has fewer and larger products. A merged kernel is [D, shards, outputs of a shard], so that every
+    device has the columns of its own heads. Projections that `tensor` does not divide stay apart, because it may still
+    divide the query heads.
 
     Args:
         stack: The layer stack.
-        tensor: Size of the mesh axis that splits heads. If it does not divide the KV heads, queries, keys and values
-            stay apart, because the axis may still split the query heads.
+        tensor: Size of the mesh axis that splits the heads and the MLP's columns.
     """
 
-    def merge_heads(q, k, v):  # kernels [layers, D, heads, E] or biases [layers, heads, E]
-        grouped = q.reshape(*k.shape[:-1], -1, k.shape[-1])
-        return jnp.concatenate([grouped, k[..., None, :], v[..., None, :]], axis=-2)
+    def merge(module, name, parts, axis):
+        if parts[-1] not in module or module[parts[-1]]["kernel"].shape[axis] % tensor:
+            return module
 
-    def merge(module, name, parts, function):
-        merged = jax.tree.map(function, *(module[part] for part in parts))
+        def side_by_side(path, *leaves):
+            lead = 2 if path[-1].key == "kernel" else 1  # kernels [layers, D, *outputs], biases [layers, *outputs]
+            return jnp.concatenate([leaf.reshape(*leaf.shape[:lead], tensor, -1) for leaf in leaves], axis=-1)
+
+        merged = jax.tree_util.tree_map_with_path(side_by_side, *(module[part] for part in parts))
         return {name: merged} | {key: value for key, value in module.items() if key not in parts}
 
-    def merge_module(module):
-        if "k" in module and module["k"]["kernel"].shape[-2] % tensor == 0:
-            return merge(module, "qkv", ("q", "k", "v"), merge_heads)
-        if "gate" in module:
-            return merge(module, "gate_up", ("gate", "up"), lambda gate, up: jnp.stack([gate, up], axis=-2))
-        return {key: merge_module(value) if isinstance(value, dict) else value for key, value in module.items()}
+    def merge_modules(module):
+        module = merge(merge(module, "qkv", ("q", "k", "v"), -2), "gate_up", ("gate", "up"), -1)
+        return {key: merge_modules(value) if isinstance(value, dict) else value for key, value in module.items()}
 
-    return merge_module(stack)
+    return merge_modules(stack)
 
 
 def apply_layer_stack(

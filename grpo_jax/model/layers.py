@@ -1,5 +1,6 @@
 """The building blocks of decoder layers: projections, norms, the embedding table and the MLP."""
 
+import itertools
 import math
 from functools import partial
 
@@ -64,15 +65,19 @@ class Projection(nn.Module):
 class MergedProjection(nn.Module):
     """Several linear maps of the same input, merged by `grpo_jax.model.decoder.merge_projections` for a rollout."""
 
-    outputs: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
     bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        """Returns the projections [..., *outputs] of x [..., D] in the dtype of x."""
-        kernel = module_param(self, "kernel", x.shape[-1], *self.outputs).astype(x.dtype)
-        out = jnp.tensordot(x, kernel, axes=1)  # reshaping the kernel would undo a split of any output but the first
-        return out + module_param(self, "bias", *self.outputs).astype(x.dtype) if self.bias else out
+        """Returns the projections of x [..., D], each [..., *outputs], in the dtype of x."""
+        shards = self.get_variable("params", "kernel").shape[-2]
+        sizes = [math.prod(output) // shards for output in self.outputs]
+        out = jnp.tensordot(x, module_param(self, "kernel", x.shape[-1], shards, sum(sizes)).astype(x.dtype), axes=1)
+        if self.bias:
+            out = out + module_param(self, "bias", shards, sum(sizes)).astype(x.dtype)
+        parts = jnp.split(out, list(itertools.accumulate(sizes))[:-1], axis=-1)
+        return [part.reshape(*x.shape[:-1], *output) for part, output in zip(parts, self.outputs, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -160,7 +165,7 @@ class MLP(nn.Module):
         """Returns the MLP's output [N, L, D] for x [N, L, D]."""
         d_model, bias = self.model_cfg.hidden_size, self.model_cfg.mlp_bias
         if self.has_variable("params", "gate_up"):
-            gate, up = jnp.moveaxis(MergedProjection((2, self.width), bias, name="gate_up")(x), -2, 0)
+            gate, up = MergedProjection(((self.width,),) * 2, bias, name="gate_up")(x)
         else:
             gate = Projection((d_model,), (self.width,), bias, name="gate")(x)
             up = Projection((d_model,), (self.width,), bias, name="up")(x)

@@ -23,13 +23,13 @@ AXES = {
     "vocab": "tensor",  # V
     "embed": "fsdp",  # D
     "heads": "tensor",  # H or K
-    "group": None,  # R + 2: the query heads of a KV head, its key and its value
     "head_dim": None,  # E
-    "pair": None,  # gate and up
     "mlp": "tensor",  # F, of an MLP or of each expert
     "latent": "fsdp",  # the compressed vectors of latent attention
     "experts": "expert",  # X
     "routes": None,  # X, as the outputs of a router
+    "shards": "tensor",  # the size of that mesh axis
+    "merged": None,  # a shard's outputs of several projections
 }
 
 # Where parameters live: "training" splits them over fsdp as well; "rollout" does not, so that decoding a token gathers
@@ -114,9 +114,9 @@ PARAMETERS = (
     norm_row("final_norm", "norm"),
     matrix_row("head/kernel", "lm_head.weight", "embed -> vocab", muon=False),
     # Only rollouts have these; no checkpoint does (`grpo_jax.model.decoder.merge_projections`).
-    *linear_rows("attention/qkv", "", "embed -> heads group head_dim"),
-    *linear_rows("mlp/gate_up", "", "embed -> pair mlp"),
-    matrix_row("moe/shared/gate_up/kernel", "", "embed -> pair mlp"),
+    *linear_rows("attention/qkv", "", "embed -> shards merged"),
+    *linear_rows("mlp/gate_up", "", "embed -> shards merged"),
+    matrix_row("moe/shared/gate_up/kernel", "", "embed -> shards merged"),
 )
 ROWS = {row.path: row for row in PARAMETERS}
 
