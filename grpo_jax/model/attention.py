@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import NO_WINDOW, LayerConfig, ModelConfig
 from grpo_jax.model.blockwise import BLOCK_SIZE, blockwise_attention, plan_blocks
+from grpo_jax.model.cache import KV, write_cache
 from grpo_jax.model.kernels import (
     CausalMask,
     causal_splash_attention,
@@ -34,17 +35,6 @@ from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec,
 from grpo_jax.types import Segments
 
 
-class KV(NamedTuple):
-    """Cached keys and values of one layer, or of several layers stacked.
-
-    Keys are stored after RoPE, with the columns last, which is the layout that their product with the queries needs.
-    With latent attention K is 1: `v` holds the compressed vectors and `k` the rotary part of the key.
-    """
-
-    k: Float[Array, "*layers N K E C"]
-    v: Float[Array, "*layers N K C _"]
-
-
 class AttentionInputs(NamedTuple):
     """Rotary tables and mask of a batch, shared by all layers with the same `LayerConfig`."""
 
@@ -52,7 +42,7 @@ class AttentionInputs(NamedTuple):
     queries: Segments
     keys: Segments  # those of the queries, or of the cache's columns
     window: Int[Array, ""]
-    mask: Any  # in the format of the chosen kernel: bool [N, L, C], SplashMasks, CausalMask, or BlockPlan with a shard axis
+    mask: Any  # in the format of the chosen kernel: bool [N, L, C], SplashMasks, CausalMask, or BlockPlan of each shard
 
 
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # used for "auto", if the kernel supports the shapes
@@ -113,15 +103,6 @@ def make_attention_inputs(
         if kernel == "splash":
             mask = shard_map_on_mesh(make_splash_masks, (by_row,), by_row)(mask)
     return AttentionInputs(rope_tables(layer.rope, rope_dim, queries.position), queries, keys, window, mask)
-
-
-def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
-    """Returns the cache with L new tokens per row written into `columns`."""
-
-    def write_row(cache, new, columns):
-        return KV(cache.k.at[:, :, columns].set(new.k), cache.v.at[:, columns].set(new.v))
-
-    return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
 
 
 def kv_head_copies(num_heads: int, num_kv_heads: int, num_shards: int) -> int:

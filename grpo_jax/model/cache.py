@@ -1,0 +1,123 @@
+"""The KV cache that decoding attends to, and writing a token into it.
+
+Column c of a row's cache holds the token at position c. Rows are at different positions, so a token is written into a
+different column of each row. XLA does that in place on CPUs and GPUs. On TPUs it would copy the whole cache into
+another layout and back, so a kernel writes there: of every row it reads and writes only the tiles that hold the column.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.parallel.mesh import drop_indivisible_axes, mesh_platform, shard_map_on_mesh
+from jax.sharding import PartitionSpec as P
+from grpo_jax.parallel.mesh import ROW_AXES
+
+LANES, SUBLANES = 128, 8  # of a tile of a TPU's memory, to which arrays are padded
+BATCH_BYTES = 2**22  # tiles that are copied at the same time
+
+
+class KV(NamedTuple):
+    """Cached keys and values of one layer, or of several layers stacked.
+
+    Keys are stored after RoPE, with the columns last, which is the layout that their product with the queries needs.
+    With latent attention K is 1: `v` holds the compressed vectors and `k` the rotary part of the key.
+    """
+
+    k: Float[Array, "*layers N K E C"]
+    v: Float[Array, "*layers N K C _"]
+
+
+def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
+    """Returns the cache with L new tokens per row written into `columns`."""
+    if mesh_platform() == "tpu" and columns.shape[1] == 1:
+        return write_token(cache, new, columns[:, 0])
+
+    def write_row(cache, new, columns):
+        return KV(cache.k.at[:, :, columns].set(new.k), cache.v.at[:, columns].set(new.v))
+
+    return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
+
+
+def write_token(cache: KV, new: KV, columns: Int[Array, " N"], *, interpret: bool = False) -> KV:
+    """Computes `write_cache` for one token per row, in place on a TPU.
+
+    Args:
+        cache: The cache.
+        new: Keys and values of the tokens, with one column.
+        columns: The column of each row, at least 0 and less than C.
+        interpret: Whether to interpret the kernel operation by operation, which works on any device.
+    """
+
+    def write(cache, new, columns):
+        keys = write_tiles(cache.k, new.k[..., 0], columns, axis=3, interpret=interpret)
+        if cache.v.shape[-1] % LANES == 0:
+            return KV(keys, write_tiles(cache.v, new.v[:, :, 0], columns, axis=2, interpret=interpret))
+        # Narrow values are stored with the columns last, where they fill whole lanes; transposing them costs nothing.
+        return KV(keys, write_tiles(cache.v.mT, new.v[:, :, 0], columns, axis=3, interpret=interpret).mT)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = P() if mesh.empty else drop_indivisible_axes(P(ROW_AXES, "tensor"), cache.k.shape, mesh)
+    return shard_map_on_mesh(write, (spec, spec, P(*spec[:1])), spec)(cache, new, columns)
+
+
+def write_tiles(
+    cache: Float[Array, "N K _ _"],
+    new: Float[Array, "N K E"],
+    columns: Int[Array, " N"],
+    *,
+    axis: int,
+    interpret: bool,
+) -> Float[Array, "N K _ _"]:
+    """Writes one vector per row and head into a cache whose columns are along `axis`, which is 2 or 3."""
+    rows, heads, width = new.shape
+    size = LANES if axis == 3 else SUBLANES
+    tile = (heads, width, size) if axis == 3 else (heads, size, width)
+    batch = min(rows, max(1, BATCH_BYTES // (math.prod(tile) * cache.dtype.itemsize)))
+
+    def write(columns, new, old, out, tiles, semaphores):
+        def copy(i, reverse):
+            row = pl.program_id(0) * batch + i
+            span = pl.ds(pl.multiple_of(columns[row] // size * size, size), size)
+            there = out.at[(row, slice(None), slice(None), span) if axis == 3 else (row, slice(None), span)]
+            ends = (tiles.at[i], there) if reverse else (there, tiles.at[i])
+            return pltpu.make_async_copy(*ends, semaphores.at[i])
+
+        def change(i, _):
+            copy(i, False).wait()
+            row = pl.program_id(0) * batch + i
+            value = new[row].astype(jnp.float32)[:, None]
+            if axis == 3:  # turn the vectors, which lie along the lanes, into columns
+                shape = (1, width, width)
+                diagonal = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+                value = jnp.sum(jnp.where(diagonal, value, 0), axis=-1, keepdims=True)
+            written = jax.lax.broadcasted_iota(jnp.int32, tile, axis - 1) == columns[row] % size
+            tiles[i] = jnp.where(written, value, tiles[i].astype(jnp.float32)).astype(tiles.dtype)
+            copy(i, True).start()
+
+        count = jnp.minimum(batch, rows - pl.program_id(0) * batch)
+        for each in (lambda i, _: copy(i, False).start(), change, lambda i, _: copy(i, True).wait()):
+            jax.lax.fori_loop(0, count, each, None)
+
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(-(-rows // batch),),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
+        out_specs=hbm,
+        scratch_shapes=[pltpu.VMEM((batch, *tile), cache.dtype), pltpu.SemaphoreType.DMA((batch,))],
+    )
+    return pl.pallas_call(
+        write,
+        out_shape=pltpu.HBM(cache.shape, cache.dtype),
+        grid_spec=grid,
+        input_output_aliases={2: 0},
+        # The last tile may reach into the padding of the cache.
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        interpret=interpret,
+    )(columns, new, cache)
