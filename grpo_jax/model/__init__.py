@@ -7,6 +7,7 @@ Modules, in reading order:
     mask          attention masks and a reference implementation of attention
     blockwise     attention block by block, in memory linear in the row length
     kernels       attention by vendor kernels: splash on TPU, cuDNN on GPU
+    cache         the KV cache, and writing tokens into it
     rope          rotary position embeddings
     layers        projections, norms, token embeddings and the MLP
     attention     grouped-query and latent attention, with or without a KV cache

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.parallel.mesh import drop_indivisible_axes, mesh_platform, shard_map_on_mesh
-from jax.sharding import PartitionSpec as P
-from grpo_jax.parallel.mesh import ROW_AXES
+from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, mesh_platform, shard_map_on_mesh
 
 LANES, SUBLANES = 128, 8  # of a tile of a TPU's memory, to which arrays are padded
 BATCH_BYTES = 2**22  # tiles that are copied at the same time
@@ -42,6 +42,14 @@ def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
         return KV(cache.k.at[:, :, columns].set(new.k), cache.v.at[:, columns].set(new.v))
 
     return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
+
+
+def keep_layout(cache: KV) -> KV:
+    """Has a compiled loop carry the cache in the layout that `write_token` needs, so that it is not copied."""
+    if mesh_platform() != "tpu" or cache.v.shape[-1] % LANES == 0:
+        return cache
+    axes = range(cache.v.ndim)
+    return KV(cache.k, with_layout_constraint(cache.v, Layout((*axes[:-2], axes[-1], axes[-2]))))
 
 
 def write_token(cache: KV, new: KV, columns: Int[Array, " N"], *, interpret: bool = False) -> KV:
@@ -81,8 +89,10 @@ def write_tiles(
     batch = min(rows, max(1, BATCH_BYTES // (math.prod(tile) * cache.dtype.itemsize)))
 
     def write(columns, new, old, out, tiles, semaphores):
+        first = pl.program_id(0) * batch
+
         def copy(i, reverse):
-            row = pl.program_id(0) * batch + i
+            row = first + i
             span = pl.ds(pl.multiple_of(columns[row] // size * size, size), size)
             there = out.at[(row, slice(None), slice(None), span) if axis == 3 else (row, slice(None), span)]
             ends = (tiles.at[i], there) if reverse else (there, tiles.at[i])
@@ -90,17 +100,19 @@ def write_tiles(
 
         def change(i, _):
             copy(i, False).wait()
-            row = pl.program_id(0) * batch + i
+            row = first + i
             value = new[row].astype(jnp.float32)[:, None]
             if axis == 3:  # turn the vectors, which lie along the lanes, into columns
                 shape = (1, width, width)
-                diagonal = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+                diagonal = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(
+                    jnp.int32, shape, 2
+                )
                 value = jnp.sum(jnp.where(diagonal, value, 0), axis=-1, keepdims=True)
             written = jax.lax.broadcasted_iota(jnp.int32, tile, axis - 1) == columns[row] % size
             tiles[i] = jnp.where(written, value, tiles[i].astype(jnp.float32)).astype(tiles.dtype)
             copy(i, True).start()
 
-        count = jnp.minimum(batch, rows - pl.program_id(0) * batch)
+        count = jnp.minimum(batch, rows - first)
         for each in (lambda i, _: copy(i, False).start(), change, lambda i, _: copy(i, True).wait()):
             jax.lax.fori_loop(0, count, each, None)
 

@@ -25,8 +25,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.model.attention import KV, choose_kernel
+from grpo_jax.model.attention import choose_kernel
 from grpo_jax.model.blockwise import BLOCK_SIZE
+from grpo_jax.model.cache import KV, keep_layout
 from grpo_jax.model.decoder import head_matmul, hidden_states, temperature_logits
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, num_data_shards, path_name
@@ -165,7 +166,7 @@ def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
             one = jax.lax.dynamic_slice_in_dim(prompt_kv, prompt[slot], 1, axis=1)
             return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
 
-        return jax.tree.map(copy, kv_cache, queue.prompt_kv)
+        return tuple(keep_layout(kv) for kv in jax.tree.map(copy, kv_cache, queue.prompt_kv))
 
     return state.replace(
         kv_cache=jax.lax.fori_loop(0, jnp.sum(refilled), copy_prompt, state.kv_cache),
