@@ -5,33 +5,24 @@ The processes run `python -m grpo_jax.plan` again with the same arguments and `-
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 
 import jax
 
-from grpo_jax.planning.programs import RunShapes, run_programs
+from grpo_jax.parallel.mesh import num_data_shards
+from grpo_jax.planning.counts import ProgramCounts, count_program
+from grpo_jax.planning.needs import scored_batch, updated_batch
+from grpo_jax.planning.programs import RunShapes, abstract_decode, run_programs, shard_bytes
 
 CUDNN_VERSION = 91000  # what a plan answers where JAX asks the installed cuDNN for its version
-
-
-def compiler_environment(kind: str, count: int, environ: dict[str, str]) -> dict[str, str]:
-    """Returns the environment variables that let a process compile for a topology.
-
-    Args:
-        kind: The kind of the topology's devices, such as "v5e" or "cpu".
-        count: The number of its devices.
-        environ: The environment of this process.
-    """
-    changes = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if kind == "cpu":
-        flags = environ.get("XLA_FLAGS", "")
-        changes["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    return environ | changes
+LISTED_COPY_BYTES = 2**26  # copies of arrays of this size and more are listed
 
 
 def assume_cudnn() -> None:
@@ -41,27 +32,40 @@ def assume_cudnn() -> None:
     fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION
 
 
+def program_counts(run: RunShapes, name: str, text: str) -> ProgramCounts:
+    """Counts the work of a compiled program: of one token for `decode`, otherwise of the whole program."""
+    if name.startswith("decode"):
+        sizes = shard_bytes(abstract_decode(run, int(name.split()[1]))[0].kv_cache)
+        return count_program(text, run.rollout_mesh.shape, {"refill": 0}, min(sizes), inside="tokens")
+    mesh = run.rollout_mesh if name in ("placement", "prefill") else run.mesh
+    batch = updated_batch(run) if name == "update" else scored_batch(run)
+    scored = batch.completion_tokens / num_data_shards(mesh) / batch.micro_batches
+    trips = {"micro_batches": batch.micro_batches, "token_blocks": math.ceil(scored / run.cfg.train.chunk_tokens)}
+    return count_program(text, mesh.shape, trips | {"refill": 1}, LISTED_COPY_BYTES)
+
+
 def compile_program(run: RunShapes, name: str) -> dict:
     """Compiles one program in this process.
 
     Returns:
         A dict of plain values: the digest of the lowered program, the seconds of compilation, the bytes per device that
-        the compiler states, and the counts of `grpo_jax.planning.hlo`.
+        the compiler states, the peak memory of this process, and the fields of `ProgramCounts`.
     """
     if jax.devices()[0].platform != run.mesh.devices.flat[0].platform == "gpu":
         assume_cudnn()
     lowered = run_programs(run)[name]()
     start = time.monotonic()
     compiled = lowered.compile()
-    memory = compiled.memory_analysis()
+    seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     return {
         "name": name,
         "digest": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "counts": asdict(program_counts(run, name, compiled.as_text())),
     }
 
 

@@ -7,6 +7,7 @@ scoring     computes log-probs under the reference
 update      computes gradients and applies them
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ def abstract_rows(mesh: Mesh, tree):
     """Returns what `shard_rows` would return for host arrays, as `jax.ShapeDtypeStruct`s."""
     tree = jax.tree.map(np.asarray, tree)
     return abstract(tree, row_shardings(mesh, tree))
+
+
+def shard_bytes(tree) -> list[int]:
+    """Returns the bytes that one device holds of each array of a tree."""
+    return [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
 
 
 def abstract_params(run: RunShapes, dtype: str):

@@ -5,12 +5,11 @@ h100:8  rtx4090:1  l4:1         GPUs, compiled by JAX's CUDA plugin
 cpu:8                           CPU devices of this machine
 """
 
+import importlib.util
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
-
-import jax
-from jax.experimental import topologies
 
 from grpo_jax.errors import UserError
 
@@ -67,14 +66,6 @@ def gpu_target(name: str) -> str:
     """
 
 
-class Topology(NamedTuple):
-    """A slice of TPUs, or GPUs or CPU devices of some hosts."""
-
-    name: str  # as the user writes it, such as "v5e:8x8"
-    kind: str  # a key of CHIPS, or "cpu"
-    devices: list  # abstract devices; those of this process for CPUs
-
-
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """Returns the kind and the sizes of a topology, such as ("v5e", (8, 8)).
 
@@ -91,24 +82,55 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(map(int, sizes.split("x")))
 
 
-def describe_topology(name: str) -> Topology:
-    """Returns the topology of this name.
+def compiler_environment(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment variables with which a process can compile for a topology. JAX reads them when imported.
+
+    Args:
+        name: The topology.
+        environ: The environment of this process.
+    """
+    kind, sizes = parse_topology(name)
+    changes = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if kind == "cpu":
+        count = f"--xla_force_host_platform_device_count={math.prod(sizes)}"
+        changes["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {count}".strip()
+    return {**environ, **changes}
+
+
+def check_compiler(kind: str) -> None:
+    """Raises a UserError if the compiler for a kind of device is not installed."""
+    package = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda13"}.get(CHIPS[kind].platform if kind in CHIPS else "cpu")
+    try:
+        found = package is None or importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        raise UserError(
+            f"Compiling for {kind} needs the extra `plan`; found no package {package}. In an environment of its own, run "
+            "`pip install -c constraints.txt -e '.[plan]'`, or use the one that `make test-plan` creates."
+        )
+
+
+def topology_devices(name: str) -> list:
+    """Returns the devices of a topology. Those of an accelerator can only be compiled for.
 
     Raises:
-        UserError: The name is not valid, the compiler is not installed, or it does not know the slice.
+        UserError: The compiler does not know such a slice.
     """
+    import jax  # imported here, because what it reads of the environment must be set first
+    from jax.experimental import topologies
+
     kind, sizes = parse_topology(name)
     count = math.prod(sizes)
     if kind == "cpu":
-        if count > len(jax.devices("cpu")):
-            raise UserError(f"--topology={name} needs {count} CPU devices; found {len(jax.devices('cpu'))}.")
-        return Topology(name, kind, jax.devices("cpu")[:count])
-    if CHIPS[kind].platform == "tpu":
-        described = topologies.get_topology_desc(name, platform="tpu")
-    else:
-        hosts = max(1, count // GPUS_PER_HOST)
-        shape = f"1x{hosts}x{count // hosts}"
-        described = topologies.get_topology_desc(
-            topology_name=shape, platform="cuda", topology=shape, target_config=gpu_target(kind)
-        )
-    return Topology(name, kind, described.devices)
+        return jax.devices("cpu")[:count]
+    hosts = max(1, count // GPUS_PER_HOST)
+    shape = f"1x{hosts}x{count // hosts}"
+    try:
+        if CHIPS[kind].platform == "tpu":
+            return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        gpu = dict(topology=shape, target_config=gpu_target(kind))
+        return list(topologies.get_topology_desc(shape, platform="cuda", **gpu).devices)
+    except Exception as error:  # each compiler raises its own kinds
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology={name} must be a slice that exists; the compiler found: {message}. Choose another.")
