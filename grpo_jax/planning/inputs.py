@@ -1,12 +1,15 @@
 """Builds what a plan is made of: the config, the model and the meshes of a run on devices that need not be there."""
 
+from collections.abc import Sequence
+
+import jax
+
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.mesh import make_mesh, make_rollout_mesh
 from grpo_jax.planning.models import plan_model
 from grpo_jax.planning.programs import RunShapes
-from grpo_jax.planning.topology import CHIPS, Topology
-from grpo_jax.rollout.memory import device_memory_bytes, plan_rollout
+from grpo_jax.rollout.memory import plan_rollout
 from grpo_jax.run.context import read_base_model, resident_bytes
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.tasks.streams import resolve_task
@@ -26,20 +29,19 @@ def with_prompt_limit(cfg: Config) -> Config:
         raise UserError(f"{error} Or set rollout.max_prompt_tokens: a plan then needs neither problems nor a tokenizer.")
 
 
-def plan_inputs(cfg: Config, topology: Topology) -> RunShapes:
-    """Returns the shapes of a run on a topology.
+def plan_inputs(cfg: Config, devices: Sequence[jax.Device], memory_bytes: int) -> RunShapes:
+    """Returns the shapes of a run.
 
     Args:
         cfg: A checked config.
-        topology: The devices.
+        devices: The devices.
+        memory_bytes: The memory of one device.
 
     Raises:
-        UserError: The model or the mesh does not fit the config.
-        NoRoomError: The rollout does not fit in the memory of the devices.
+        UserError: The model or the mesh does not fit the config, or the rollout does not fit in the memory.
     """
     cfg = with_prompt_limit(cfg)
     model_cfg = plan_model(cfg)
-    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert, topology.devices)
-    memory = CHIPS[topology.kind].memory_bytes if topology.kind in CHIPS else device_memory_bytes()
-    plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training=True), memory)
+    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert, devices)
+    plan = plan_rollout(cfg, model_cfg, mesh, resident_bytes(cfg, model_cfg, mesh, training=True), memory_bytes)
     return RunShapes(cfg, model_cfg, mesh, make_rollout_mesh(mesh, plan.tensor, plan.expert), plan.slots)
