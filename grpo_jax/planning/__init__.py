@@ -9,5 +9,6 @@ Modules, in reading order:
     flops      the products of a compiled program
     counts     the work of a compiled program on one device: FLOPs, bytes, collectives, copies, kernels
     needs      what a run needs by formula: memory, FLOPs, and the least bytes of decoding
+    estimate   seconds and cost of a run, from what a chip can do
     compiling  compiles them in processes of their own
 """

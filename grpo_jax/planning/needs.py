@@ -263,3 +263,27 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
     )
     token_bytes = kv_bytes_per_token(model_cfg, mesh.shape["tensor"])
     return int(total) + slots * (columns * token_bytes + 2 * 4 * vocabulary)
+
+
+def counting_options(run: RunShapes, name: str) -> dict:
+    """Returns the arguments `trips`, `inside` and `min_copy_bytes` of `count_program` for a program of the run.
+
+    Of a decode program, one step is counted. All completions have full length.
+    """
+    kind, _, columns = name.partition(" ")
+    if kind == "decode":
+        model_cfg, tensor = run.model_cfg, run.rollout_mesh.shape["tensor"]
+        layer_bytes = kv_bytes_per_token(model_cfg, tensor) * shard_slots(run) * int(columns) // model_cfg.num_layers
+        # A copy of the keys or of the values of one layer is half of that, and latent keys are less than half.
+        return dict(
+            trips={"refill": shard_slots(run) / run.cfg.rollout.max_tokens},
+            inside="tokens",
+            min_copy_bytes=layer_bytes // 4,
+        )
+    trips = {}
+    if kind in ("scoring", "update"):
+        batch = scored_batch(run) if kind == "scoring" else updated_batch(run)
+        rows = num_data_shards(run.mesh) * batch.micro_batches
+        block = min(batch.width, run.cfg.train.chunk_tokens)
+        trips = {"micro_batches": batch.micro_batches, "token_blocks": batch.completion_tokens / rows / block}
+    return dict(trips=trips, inside="", min_copy_bytes=2**24)
