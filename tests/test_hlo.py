@@ -314,10 +314,12 @@ DECODE = """\
   %keys = bf16[128,1536]{1,0:T(8,128)} get-tuple-element(%state), index=0
   %values = bf16[128,1536]{1,0:T(8,128)} get-tuple-element(%state), index=1
   %i = s32[] get-tuple-element(%state), index=2
+  %step = s32[] constant(1)
+  %later = s32[] add(%i, %step)
   %row = bf16[1,1536]{1,0:T(1,128)} iota(), iota_dimension=1
   %written = bf16[128,1536]{1,0:T(8,128)} fusion(%keys, %row, %i), kind=kLoop, calls=%write
   COPIES
-  ROOT %next = (bf16[128,1536]{1,0:T(8,128)}, bf16[128,1536]{1,0:T(8,128)}, s32[]) tuple(%written, %values, %i)
+  ROOT %next = (bf16[128,1536]{1,0:T(8,128)}, bf16[128,1536]{1,0:T(8,128)}, s32[]) tuple(%written, %values, %later)
 }
 
 %condition (state: (bf16[128,1536], bf16[128,1536], s32[])) -> pred[] {
@@ -358,11 +360,45 @@ def test_copies_of_the_cache_in_the_decode_loop_are_listed(copies, expected):
     assert count_program(text, ONE, {}, CACHE + 1).copies == ()
 
 
+@pytest.mark.parametrize(("step", "trips"), [(1, 3), (2, 2), (3, 1)])
+def test_loops_may_count_in_larger_steps(step, trips):
+    text = program(LOOP, DECODE.replace("COPIES", "").replace("constant(1)", f"constant({step})"))
+    counts = count_program(text, ONE, {}, CACHE)
+    assert (counts.host_reads, counts.unknown) == (trips + 1, ())
+    unknown = count_program(text.replace("add(%i, %step)", "multiply(%i, %step)"), ONE, {}, CACHE)
+    assert unknown.unknown == ("jit(decode)/tokens/while",)
+
+
 def test_bytes_and_kernels_of_a_token():
-    counts = count_program(program(LOOP, DECODE.replace("  COPIES\n", "")), ONE, {}, CACHE, inside="tokens")
-    # The row is made and read, and the cache is written, at one row each; the index is read by the write and the test.
-    assert counts.kernels == 3
-    assert counts.bytes == 3 * 1536 * 2 + 4 + (4 + 4 + 1)
+    counts = count_program(program(LOOP, DECODE.replace("COPIES", "")), ONE, {}, CACHE, inside="tokens")
+    # A row is made, read and written into the cache. The index is increased, read by the write and compared.
+    assert counts.kernels == 4
+    assert counts.bytes == 3 * 1536 * 2 + 3 * 4 + 4 + (4 + 4 + 1)
+
+
+STEP = """\
+%step.{name} (part: bf16[224,64], whole: bf16[896,64]) -> (bf16[224,64], bf16[896,64]) {{
+  %part = bf16[224,64]{{1,0}} parameter(0)
+  %whole = bf16[896,64]{{1,0}} parameter(1)
+  %gathered = bf16[896,64]{{1,0}} all-gather(%part), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, \
+backend_config={{"async_collective_fusion_config":{{"flag_start":"{start}","flag_end":"{start}"}}}}
+  ROOT %both = (bf16[224,64]{{1,0}}, bf16[896,64]{{1,0}}) tuple(%part, %gathered)
+}}"""
+
+
+def test_a_collective_that_is_fused_into_several_products_counts_once():
+    fusion = "fusion(%part, %whole), kind=kCustom, calls=%step"
+    body = f"""\
+  %part = bf16[224,64]{{1,0}} parameter(0)
+  %whole = bf16[896,64]{{1,0}} parameter(1)
+  %begin = (bf16[224,64]{{1,0}}, bf16[896,64]{{1,0}}) {fusion}.begin
+  %go.on = (bf16[224,64]{{1,0}}, bf16[896,64]{{1,0}}) {fusion}.later
+  ROOT %end = (bf16[224,64]{{1,0}}, bf16[896,64]{{1,0}}) {fusion}.later"""
+    steps = STEP.format(name="begin", start=-1), STEP.format(name="later", start=2)
+    counts = read(body, *steps, mesh_axes={"data": 1, "fsdp": 4})
+    (item,) = counts.collectives
+    assert (item.kind, item.bytes, item.count) == ("all-gather", 896 * 64 * 2, 1)
+    assert counts.bytes == (224 + 896) * 64 * 2
 
 
 def test_text_without_a_program_is_refused():

@@ -87,6 +87,20 @@ def result_bytes(shape: ArrayShape) -> int:
     return 0 if shape.on_chip else shape.bytes
 
 
+def is_later_step(instruction: Instruction) -> bool:
+    """Returns whether an instruction goes on with a collective that another one began.
+
+    TPUs fuse steps of a collective into the products that run meanwhile, and repeat its instruction in each fusion.
+    """
+    return bool(re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', instruction.attributes))
+
+
+def kind_of_collective(instruction: Instruction) -> str:
+    """Returns the kind of a collective that an instruction begins, such as "all-gather", or ""."""
+    opcode = instruction.opcode.removesuffix("-start")
+    return opcode if opcode in COLLECTIVES and not is_later_step(instruction) else ""
+
+
 def is_bitcast(fused: Computation) -> bool:
     """Returns whether a fused computation returns its operand as it is."""
     return all(instruction.opcode in ("parameter", "bitcast") for instruction in fused.instructions.values())
@@ -104,6 +118,8 @@ def bytes_read(program: Program, computation: Computation, value: Instruction, w
             total += user.shapes[0].bytes
         elif user.opcode in ("dynamic-update-slice", "scatter") and first:
             continue  # written in place
+        elif user.opcode == "tuple" or is_later_step(user):
+            continue  # handed on
         elif fused:
             parameters = [fused.parameter(index) for index, name in enumerate(user.operands) if name == value.name]
             total += sum(bytes_read(program, fused, parameter, whole) for parameter in parameters)
@@ -118,6 +134,8 @@ def bytes_written(program: Program, computation: Computation, value: Instruction
         return bytes_written(program, computation, computation.operand(value, 0))
     if value.opcode == "tuple":
         return [sum(bytes_written(program, computation, computation.instructions[name])) for name in value.operands]
+    if value.opcode == "parameter" or is_later_step(value):
+        return [0 for _ in value.shapes]  # handed on
     if value.opcode in ("dynamic-update-slice", "scatter"):
         update = 1 if value.opcode == "dynamic-update-slice" else (len(value.operands) + 1) // 2
         return [computation.operand(value, update).shapes[0].bytes]
@@ -145,12 +163,6 @@ def bytes_moved(program: Program, step: Execution) -> int:
             total += bytes_read(program, alone, computation.instructions[name], shapes[0].bytes)
     written = bytes_written(program, computation, instruction)
     return total + sum(size for size, shape in zip(written, instruction.shapes, strict=False) if not shape.on_chip)
-
-
-def kind_of_collective(instruction: Instruction) -> str:
-    """Returns the kind of a collective, such as "all-gather", or "" for other instructions and for the ends of one."""
-    opcode = instruction.opcode.removesuffix("-start")
-    return opcode if opcode in COLLECTIVES else ""
 
 
 def replica_groups(attributes: str, mesh_axes: Mapping[str, int]) -> list[tuple[int, ...]]:

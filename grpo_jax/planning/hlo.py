@@ -151,36 +151,48 @@ def call_target(instruction: Instruction) -> str:
     return match[1] if match and instruction.opcode == "custom-call" else ""
 
 
-def constant_value(computation: Computation, name: str) -> int | None:
-    """Returns the value of an instruction that is an integer constant or a copy of one, else None."""
+def uncopied(computation: Computation, name: str) -> Instruction:
+    """Returns the instruction of this name, or the one that it copies."""
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation.operand(instruction, 0)
+    return instruction
+
+
+def constant_value(computation: Computation, name: str) -> int | None:
+    """Returns the value of an instruction that is an integer constant or a copy of one, else None."""
+    instruction = uncopied(computation, name)
     constant = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
     return int(instruction.arguments) if constant else None
 
 
-def counted_trips(program: Program, caller: Computation, loop: Instruction) -> int | None:
-    """Returns the trips of a loop that counts up by one to a constant, else None."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-        return int(known[1])
-    condition = program.computations[loop.called("condition")[0]]
+def compared_operands(program: Program, condition: Computation) -> tuple[str, ...]:
+    """Returns the two values of a loop's condition of the form `counter < end`, or () for others."""
     compare, sides = condition.root, condition.root.operands
     if compare.opcode == "fusion":
         fused = program.computations[compare.called("calls")[0]]
         compare = fused.root
         if any(fused.instructions[side].opcode != "parameter" for side in compare.operands):
-            return None
+            return ()
         sides = tuple(sides[int(fused.instructions[side].arguments)] for side in compare.operands)
-    if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+    return sides if compare.opcode == "compare" and "direction=LT" in compare.attributes else ()
+
+
+def counted_trips(program: Program, caller: Computation, loop: Instruction) -> int | None:
+    """Returns the trips of a loop that counts in constant steps from a constant to a constant, else None."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
+    sides, initial = compared_operands(program, condition), caller.operand(loop, 0)
+    counter = condition.instructions[sides[0]] if sides else condition.root
+    if counter.opcode != "get-tuple-element" or {initial.opcode, body.root.opcode} != {"tuple"}:
         return None
-    counter, end = condition.instructions[sides[0]], constant_value(condition, sides[1])
-    index = re.search(r"index=(\d+)", counter.attributes)
-    initial = caller.operand(loop, 0)
-    if counter.opcode != "get-tuple-element" or end is None or index is None or initial.opcode != "tuple":
-        return None
-    start = constant_value(caller, initial.operands[int(index[1])])
-    return None if start is None else end - start
+    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    start, end = constant_value(caller, initial.operands[index]), constant_value(condition, sides[1])
+    increment = uncopied(body, body.root.operands[index])
+    steps = [constant_value(body, name) for name in increment.operands] if increment.opcode == "add" else []
+    step = next((value for value in steps if value), None)
+    return None if start is None or end is None or step is None else -(-(end - start) // step)
 
 
 def loop_scope(loop: Instruction, scopes: Mapping[str, float]) -> str | None:

@@ -26,7 +26,9 @@ def with_prompt_limit(cfg: Config) -> Config:
     try:
         return fit_prompts(cfg, read_base_model(cfg), resolve_task(cfg, graded=False))[0]
     except UserError as error:
-        raise UserError(f"{error} Or set rollout.max_prompt_tokens: a plan then needs neither problems nor a tokenizer.")
+        raise UserError(
+            f"{error} Or set rollout.max_prompt_tokens: a plan then needs neither problems nor a tokenizer."
+        )
 
 
 def plan_inputs(cfg: Config, devices: Sequence[jax.Device], memory_bytes: int) -> RunShapes:
