@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.model import kernels
+from grpo_jax.model.decoder import hidden_states
 from grpo_jax.model.kernels import (
     CausalMask,
     causal_splash_attention,
@@ -26,6 +28,7 @@ from grpo_jax.model.kernels import (
 )
 from grpo_jax.model.mask import NO_WINDOW, attention_mask, plain_attention, single_sequence
 from grpo_jax.types import Segments
+from tests.tiny import CONFIG, params
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,16 +209,35 @@ def test_cudnn_equals_plain_attention_on_a_gpu():
     run_in_subprocess("check_cudnn('cudnn', jnp.bfloat16, 3e-2)", JAX_PLATFORMS="cuda")
 
 
-def test_cudnn_is_called_in_both_passes(monkeypatch):
+def lower_for_cuda(monkeypatch, function, *args) -> str:
     """Lowers for a GPU, which needs none."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_cudnn_is_called_in_both_passes(monkeypatch):
     *inputs, cotangent = (x.astype(jnp.bfloat16) for x in random_inputs(2, 64, 6, 2, 128, 128))
     run = with_gradients(partial(cudnn_attention, mask=jnp.ones((2, 64, 64), bool), divisor=3.0), cotangent)
-    text = run.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower_for_cuda(monkeypatch, run, *inputs)
     assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
     assert '"fmha_scale": 0.333' in text.replace("\\22", '"')
+
+
+@pytest.mark.parametrize("remat", ["matmuls", "layers"])
+def test_cudnn_attends_once_to_a_row_of_a_rematerialized_layer(monkeypatch, remat):
+    """The layers are scanned. cuDNN returns three gradients and a workspace, but no gradient of the mask [1, 1, L, L]."""
+    model_cfg = replace(CONFIG, attention="cudnn", compute_dtype="bfloat16", remat=remat)
+    tokens = jnp.ones((1, 64), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(hidden_states(model_cfg, params, tokens, single_sequence(jnp.arange(64)[None]))[0])
+
+    text = lower_for_cuda(monkeypatch, jax.grad(loss), params())
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+    (backward,) = (line for line in text.splitlines() if "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in line)
+    assert backward.split("->")[1].count("tensor<") == 4 and "1x1x64x64" not in backward.split("->")[1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.attention import KV, Attention, AttentionInputs, LatentAttention, make_attention_inputs
 from grpo_jax.model.experts import MixtureOfExperts
+from grpo_jax.model.kernels import CUDNN_FORWARD
 from grpo_jax.model.layers import MLP, Embed, Projection, make_norm
 from grpo_jax.model.mask import single_sequence, soft_cap
 from grpo_jax.model.parameters import Layout
@@ -141,7 +142,11 @@ def apply_layer_stack(
 
     if model_cfg.remat != "none":
         saved = ("attention", "matmul") if model_cfg.remat == "matmuls" else ("attention",)
-        policy = jax.checkpoint_policies.save_only_these_names(*saved)
+        has_name = jax.checkpoint_policies.save_only_these_names(*saved)
+
+        def policy(primitive, *args, **params):
+            return primitive.name == CUDNN_FORWARD or has_name(primitive, *args, **params)
+
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(layers) == 1)
 
     if len(layers) == 1:

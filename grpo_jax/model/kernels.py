@@ -1,21 +1,23 @@
 """Attention by vendor kernels: splash attention on TPU, cuDNN on NVIDIA GPUs.
 
 They compute `grpo_jax.model.mask.plain_attention` without holding the scores in memory. The only array of size
-[N, L, C] is the mask, which splash reads as int32. cuDNN adds it to the scores as a bias of their dtype and computes
-the gradient of that bias too. The output of a query that attends to no key is finite but undefined; it adds nothing to
-the gradients as long as its cotangent is 0.
+[N, L, C] is the mask, which splash reads as int32 and cuDNN adds to the scores as a bias of their dtype. The output of
+a query that attends to no key is finite but undefined; it adds nothing to the gradients as long as its cotangent is 0.
 """
 
+import contextlib
 import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 from jaxtyping import Array, Bool, DTypeLike, Float
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's operation, whose results `jax.checkpoint` cannot name
 TILE_SIZES = (512, 384, 256, 128)  # tokens along either side of a tile of the mask; empty tiles are skipped
 
 
@@ -157,4 +159,18 @@ def cudnn_attention(
     """Computes `plain_attention` with cuDNN's flash attention, or in XLA, where the scores are held in memory."""
     keys, values = jnp.moveaxis(keys, -1, 1), jnp.swapaxes(values, 1, 2)
     options = dict(mask=mask[:, None], scale=1 / divisor, implementation=implementation)
-    return jax.nn.dot_product_attention(q, keys, values, **options)
+    with no_gradient_of_the_mask():
+        return jax.nn.dot_product_attention(q, keys, values, **options)
+
+
+@contextlib.contextmanager
+def no_gradient_of_the_mask():
+    """Traces cuDNN attention without the gradient of its bias, an array [1, 1, L, C] that older JAX always computes."""
+    decides = getattr(cudnn, "should_export_dbias", None)
+    if decides:
+        cudnn.should_export_dbias = lambda *args: False
+    try:
+        yield
+    finally:
+        if decides:
+            cudnn.should_export_dbias = decides
