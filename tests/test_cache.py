@@ -18,7 +18,7 @@ def random_cache(rows: int, heads: int, key_width: int, value_width: int, dtype=
     shapes += [(rows, heads, size, value_width) for size in (COLUMNS, 1)]
     keys = jax.random.split(jax.random.key(0), 4)
     k, new_k, v, new_v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
-    edges = jnp.asarray([0, COLUMNS - 1, 127, 128, 7, 8, 131])
+    edges = jnp.asarray([0, COLUMNS - 1, 127, 128, 7, 8, COLUMNS])
     return KV(k, v), KV(new_k, new_v), jnp.resize(edges, rows)
 
 
@@ -28,7 +28,7 @@ def random_cache(rows: int, heads: int, key_width: int, value_width: int, dtype=
     ids=["wide values", "narrow values", "bfloat16"],
 )
 def test_the_kernel_writes_what_xla_writes(monkeypatch, heads, key_width, value_width, dtype):
-    """Seven rows, of which two are written at a time: in the first and last column of tiles and between."""
+    """Seven rows, of which two are written at a time: in the first and last columns of tiles, and past the end."""
     monkeypatch.setattr(cache_module, "BATCH_BYTES", 2 * 128 * heads * key_width * jnp.dtype(dtype).itemsize)
     cache, new, columns = random_cache(7, heads, key_width, value_width, dtype)
     got = jax.jit(write_token, static_argnames="interpret")(cache, new, columns, interpret=True)

@@ -227,7 +227,7 @@ def test_cudnn_is_called_in_both_passes(monkeypatch):
 
 @pytest.mark.parametrize("remat", ["matmuls", "layers"])
 def test_cudnn_attends_once_to_a_row_of_a_rematerialized_layer(monkeypatch, remat):
-    """The layers are scanned. cuDNN returns three gradients and a workspace, but no gradient of the mask [1, 1, L, L]."""
+    """The layers are scanned. cuDNN returns three gradients and a workspace, but none of the mask [1, 1, L, L]."""
     model_cfg = replace(CONFIG, attention="cudnn", compute_dtype="bfloat16", remat=remat)
     tokens = jnp.ones((1, 64), jnp.int32)
 

@@ -58,8 +58,9 @@ def write_token(cache: KV, new: KV, columns: Int[Array, " N"], *, interpret: boo
     Args:
         cache: The cache.
         new: Keys and values of the tokens, with one column.
-        columns: The column of each row, at least 0 and less than C.
-        interpret: Whether to interpret the kernel operation by operation, which works on any device.
+        columns: The column of each row, at least 0. Nothing is written into columns that do not exist.
+        interpret: Whether to interpret the kernel operation by operation, which works on any device if whole tiles make
+            up the cache.
     """
 
     def write(cache, new, columns):
@@ -91,9 +92,12 @@ def write_tiles(
     def write(columns, new, old, out, tiles, semaphores):
         first = pl.program_id(0) * batch
 
+        def tile_start(row):
+            return jnp.minimum(columns[row], cache.shape[axis] - 1) // size * size
+
         def copy(i, reverse):
             row = first + i
-            span = pl.ds(pl.multiple_of(columns[row] // size * size, size), size)
+            span = pl.ds(pl.multiple_of(tile_start(row), size), size)
             there = out.at[(row, slice(None), slice(None), span) if axis == 3 else (row, slice(None), span)]
             ends = (tiles.at[i], there) if reverse else (there, tiles.at[i])
             return pltpu.make_async_copy(*ends, semaphores.at[i])
@@ -108,7 +112,7 @@ def write_tiles(
                     jnp.int32, shape, 2
                 )
                 value = jnp.sum(jnp.where(diagonal, value, 0), axis=-1, keepdims=True)
-            written = jax.lax.broadcasted_iota(jnp.int32, tile, axis - 1) == columns[row] % size
+            written = tile_start(row) + jax.lax.broadcasted_iota(jnp.int32, tile, axis - 1) == columns[row]
             tiles[i] = jnp.where(written, value, tiles[i].astype(jnp.float32)).astype(tiles.dtype)
             copy(i, True).start()
 
