@@ -54,7 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, de
 
 
 def make_rollout_mesh(mesh: Mesh, tensor: int, expert: int) -> Mesh:
-    """Returns the mesh of a rollout: the devices of `mesh` in the same order, with axes data, expert and tensor.
+    """Returns the mesh of a rollout: the devices of `mesh` in the same order.
 
     The order must be the same because one program, which places the weights, has inputs on one mesh and outputs on the
     other.
@@ -62,9 +62,17 @@ def make_rollout_mesh(mesh: Mesh, tensor: int, expert: int) -> Mesh:
     Args:
         mesh: The mesh of the updates.
         tensor: Size of the axis `tensor`.
-        expert: Size of the axis `expert`. The rest of the devices are on the axis `data`.
+        expert: Size of the axis `expert`.
     """
-    return Mesh(mesh.devices.reshape(-1, 1, expert, tensor), MESH_AXES, axis_types=mesh.axis_types)
+    sizes = rollout_axis_sizes(mesh, tensor, expert)
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def rollout_axis_sizes(mesh: Mesh | AbstractMesh, tensor: int, expert: int) -> tuple[int, int, int, int]:
+    """Returns the sizes of the axes of a rollout's mesh; `tensor` times `expert` must divide the number of devices."""
+    rest = mesh.size // (expert * tensor)
+    data = math.gcd(mesh.shape["data"], rest)
+    return data, rest // data, expert, tensor
 
 
 def num_data_shards(mesh: Mesh | AbstractMesh | None = None) -> int:

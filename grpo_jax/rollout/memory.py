@@ -17,7 +17,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.model.parameters import tree_shardings
-from grpo_jax.parallel.mesh import num_data_shards
+from grpo_jax.parallel.mesh import num_data_shards, rollout_axis_sizes
 from grpo_jax.rollout.slots import num_score_columns, prefill_batch_size
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs
@@ -127,7 +127,7 @@ def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMes
     Raises:
         UserError: There are none.
     """
-    count = math.prod(mesh.shape.values())
+    count = mesh.size
     divisors = [size for size in range(1, count + 1) if count % size == 0]
 
     def allowed(given: int, training: int, split: int) -> list[int]:
@@ -145,7 +145,7 @@ def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMes
             f"{cfg.rollout.mesh.tensor} and {cfg.rollout.mesh.expert}. Set them to 0 to have them chosen."
         )
     pairs.sort(key=lambda pair: (math.prod(pair), pair))
-    return [mesh.abstract_mesh.update(axis_sizes=(count // (e * t), 1, e, t)) for e, t in pairs]
+    return [mesh.abstract_mesh.update(axis_sizes=rollout_axis_sizes(mesh, t, e)) for e, t in pairs]
 
 
 def best_plan(
@@ -197,7 +197,7 @@ def plan_rollout(
         UserError: There is not enough memory.
     """
     plan = best_plan(cfg, model_cfg, mesh, held_bytes, memory_bytes)
-    shards = math.prod(mesh.shape.values()) // plan.tensor
+    shards = mesh.size // plan.tensor
     if cfg.rollout.slots and strict:
         wanted = min(cfg.rollout.slots, cfg.rollout.prompts * cfg.rollout.samples)
         plan = plan._replace(slots=-(-wanted // shards) * shards)
@@ -242,7 +242,7 @@ def fixes_for(
             fixes.append(f"Lower rollout.max_tokens to {tokens}.")
         more = (2**i for i in range(1, 11) if fitting(data, fsdp * 2**i, held_bytes >> i))
         if factor := next(more, 0):
-            fixes.append(f"Use at least {math.prod(mesh.axis_sizes) * factor} devices, with mesh.fsdp={fsdp * factor}.")
+            fixes.append(f"Use at least {mesh.size * factor} devices, with mesh.fsdp={fsdp * factor}.")
         fixes.append("Keep less state: optim.mu_dtype, model.reference_dtype, loss.kl_coef=0, optim.name=adafactor.")
     return " ".join(fixes)
 
