@@ -3,6 +3,7 @@
 The exit code is 0 if the run fits in the memory of the devices and 3 if it does not.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 from grpo_jax import config as configs
 from grpo_jax.config import flags
+from grpo_jax.errors import UserError
+from grpo_jax.planning.topology import CHIPS, check_compiler, compiler_environment, parse_topology, topology_devices
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,10 +23,33 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--topology", metavar="KIND:SIZES", help="v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, l4:1, cpu:8, ...")
     parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of a device for an hour, for the cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--program", help=flags.argparse.SUPPRESS)  # compile this program only; see planning.compiling
+    parser.add_argument("--program", help=argparse.SUPPRESS)  # see grpo_jax.planning.compiling
     options, raw, _ = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
-    print(options, cfg and json and os and sys)
+    if options.topology is None:
+        raise UserError("--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8; found none.")
+    kind, _ = parse_topology(options.topology)
+    check_compiler(kind)
+    environ = compiler_environment(options.topology, os.environ)
+    os.environ.update(environ)  # before JAX is imported
+
+    from grpo_jax.planning import compiling, inputs, programs
+    from grpo_jax.rollout.memory import device_memory_bytes
+
+    devices = topology_devices(options.topology)
+    memory_bytes = CHIPS[kind].memory_bytes if kind in CHIPS else device_memory_bytes()
+    run = inputs.plan_inputs(cfg, devices, memory_bytes)
+    if options.program:
+        print(json.dumps(compiling.compile_program(run, options.program)))
+        return
+    results = compiling.compile_programs(argv, list(programs.run_programs(run)), environ, print_progress)
+    print(json.dumps(results, indent=2))
+
+
+def print_progress(result: dict) -> None:
+    """Prints one line about a compiled program to stderr."""
+    error = result.get("error")
+    print(f"{result['name']}: {error or 'compiled in {:.0f} s'.format(result['seconds'])}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
