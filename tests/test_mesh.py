@@ -1,6 +1,8 @@
 """Meshes, and the specs of arrays on them."""
 
+import itertools
 import logging
+from dataclasses import dataclass
 
 import jax
 import pytest
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.mesh import constrain, drop_indivisible_axes, make_mesh
+from grpo_jax.parallel.mesh import MESH_AXES, constrain, drop_indivisible_axes, make_mesh, make_rollout_mesh
 from grpo_jax.run.context import build_context, read_base_model
 
 
@@ -22,6 +24,89 @@ def test_minus_one_becomes_the_remaining_devices():
 def test_sizes_that_do_not_match_the_devices_are_refused(sizes):
     with pytest.raises(UserError, match=f"mesh.data={sizes[0]}.*8 device"):
         make_mesh(*sizes)
+
+
+@dataclass(frozen=True)
+class TpuChip:
+    """What a mesh asks of a TPU device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    process_index: int
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+    @property
+    def client(self):
+        """A mesh compares the clients of its devices."""
+        return TpuChip
+
+
+def tpu_slice(kind: str, *dims: int) -> list[TpuChip]:
+    """Returns the chips of a slice, four to a host, in the order in which JAX lists them."""
+    dims = dims + (1,) * (3 - len(dims))
+    places = itertools.product(*(range(size) for size in reversed(dims)))
+    return [TpuChip(i, place[::-1], kind, i // 4) for i, place in enumerate(places)]
+
+
+def factorizations(count: int, parts: int):
+    """Yields all tuples of `parts` sizes whose product is `count`."""
+    if parts == 1:
+        yield (count,)
+        return
+    for size in range(1, count + 1):
+        if count % size == 0:
+            yield from ((size, *rest) for rest in factorizations(count // size, parts - 1))
+
+
+SLICES = [
+    ("TPU v5", 2, 2, 1),
+    ("TPU v5", 2, 2, 2),
+    ("TPU v5", 4, 4, 4),
+    ("TPU v5", 4, 4, 8),
+    ("TPU v5", 4, 4, 12),
+    ("TPU v5", 8, 8, 8),
+    ("TPU v5 lite", 2, 4),
+    ("TPU v5 lite", 8, 8),
+    ("TPU v5 lite", 16, 16),
+    ("TPU v6 lite", 2, 2),
+]
+
+
+@pytest.mark.parametrize("chips", SLICES, ids=lambda chips: f"{chips[0]} {'x'.join(map(str, chips[1:]))}")
+def test_any_sizes_whose_product_is_the_slice_make_a_mesh(chips):
+    """`jax.make_mesh` refuses, for example, tensor 2 on 4x4x4 and tensor 4 on 8x8x8."""
+    devices = tpu_slice(*chips)
+    for sizes in factorizations(len(devices), len(MESH_AXES)):
+        mesh = make_mesh(**dict(zip(MESH_AXES, sizes, strict=True)), devices=devices)
+        assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(devices)
+
+
+def hops(a: TpuChip, b: TpuChip) -> int:
+    """Returns the number of links between two chips, without those that wrap around."""
+    return sum(abs(x - y) for x, y in zip(a.coords, b.coords, strict=True))
+
+
+@pytest.mark.parametrize("chips", SLICES, ids=lambda chips: f"{chips[0]} {'x'.join(map(str, chips[1:]))}")
+def test_tensor_shards_of_a_rollout_are_neighbours_in_the_slice(chips):
+    """Weights that training splits over fsdp alone are split over 4 chips in a rollout, as for 7B on a v5e-64."""
+    devices = tpu_slice(*chips)
+    mesh = make_mesh(fsdp=-1, devices=devices)
+    rollout_mesh = make_rollout_mesh(mesh, tensor=4, expert=1)
+    assert [*rollout_mesh.devices.flat] == [*mesh.devices.flat]
+    for group in rollout_mesh.devices.reshape(-1, 4):
+        assert all(hops(a, b) <= 2 for a, b in itertools.pairwise(group))
+
+
+def test_a_rollout_mesh_keeps_the_data_axis_where_it_can():
+    """With the sizes of the training mesh it is that mesh, so that a rollout is placed and split as before."""
+    mesh = make_mesh(2, 2, 2)
+    assert make_rollout_mesh(mesh, tensor=2, expert=1) == mesh
+    assert make_rollout_mesh(mesh, tensor=4, expert=1).axis_sizes == (2, 1, 1, 4)
+    assert make_rollout_mesh(mesh, tensor=4, expert=2).axis_sizes == (1, 1, 2, 4)
+    assert make_rollout_mesh(make_mesh(1, 8), tensor=2, expert=1).axis_sizes == (1, 4, 1, 2)
 
 
 def test_a_run_logs_each_dropped_axis_once(caplog):
