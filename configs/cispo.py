@@ -65,7 +65,8 @@ def qwen25_32b():
 
     python -m grpo_jax.main --config=configs/cispo.py:qwen2.5-32b --workdir=runs/cispo-qwen2.5-32b
 
-    On 128 devices of 80 GB or more (128 x H100, TPU v5p-256).
+    On v5p:4x4x8: not planned yet
+    On h100:128: not planned yet
     """
     cfg = hub_model(
         cispo(config.default()),

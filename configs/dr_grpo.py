@@ -58,7 +58,10 @@ def qwen25_math_7b():
 
     python -m grpo_jax.main --config=configs/dr_grpo.py:qwen2.5-math-7b --workdir=runs/qwen2.5-math-7b
 
-    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16). The paper used 8 x A100 for 27 hours.
+    On v5p:2x2x2: not planned yet
+    On h100:8: not planned yet
+
+    The paper used 8 x A100 for 27 hours.
     """
     cfg = hub_model(
         dr_grpo(config.default()),

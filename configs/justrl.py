@@ -62,7 +62,8 @@ def deepseek_r1_distill_qwen_15b():
 
     python -m grpo_jax.main --config=configs/justrl.py:deepseek-r1-distill-qwen-1.5b --workdir=runs/justrl-1.5b
 
-    On 32 devices of 80 GB or more (32 x H100, TPU v5p-64), as in the script; or 8 of 80 GB, more slowly.
+    On v5p:2x4x4: not planned yet
+    On h100:32: not planned yet
     """
     cfg = hub_model(
         justrl(config.default()),

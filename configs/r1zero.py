@@ -79,7 +79,8 @@ def qwen25_05b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-0.5b --workdir=runs/qwen2.5-0.5b
 
-    On 1 device of 80 GB (H100), or 4 of 16 GB (TPU v5e-4).
+    On rtx4090:1: not planned yet
+    On v5e:2x2: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-0.5B", max_tokens=1024, lr=1e-6)
 
@@ -89,9 +90,54 @@ def qwen25_15b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-1.5b --workdir=runs/qwen2.5-1.5b
 
-    On 4 devices of 32 GB or more (4 x H100, TPU v6e-4).
+    On v5e:2x4: not planned yet
+    On v6e:2x2: not planned yet
+    On h100:4: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-1.5B", max_tokens=1024, lr=1e-6)
+
+
+def qwen25_15b_24gb():
+    """Trains Qwen2.5-1.5B on one card of 24 GB: 12.4 GB of state.
+
+    python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-1.5b-24gb --workdir=runs/qwen2.5-1.5b-24gb
+
+    On rtx4090:1: not planned yet
+
+    To fit, it gives up the reference and its KL penalty, and AdamW's moments: Adafactor keeps one factored moment
+    instead.
+    """
+    cfg = hub_model(config.default(), "Qwen/Qwen2.5-1.5B", prompts=8, max_tokens=1024, lr=1e-6)
+    cfg.loss.kl_coef, cfg.model.reference_dtype = 0.0, config.default().model.reference_dtype
+    cfg.optim.name, cfg.optim.b2 = "adafactor", 0.999
+    cfg.train.micro_tokens = 1536
+    return cfg
+
+
+def qwen25_15b_kaggle():
+    """Trains Qwen2.5-1.5B on the eight chips of a TPU v5e-8 as Kaggle lends it: 28 GB of state.
+
+    python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-1.5b-kaggle --workdir=runs/qwen2.5-1.5b-kaggle
+
+    On v5e:2x4: not planned yet
+
+    A session ends after 9 hours: checkpoints are written every 10 updates, and the same command resumes.
+    """
+    cfg = qwen25_15b()
+    cfg.checkpoint.every_steps, cfg.total_steps = 10, 300
+    return cfg
+
+
+def qwen25_3b_80gb():
+    """Trains Qwen2.5-3B on one card of 80 GB: 56 GB of state.
+
+    python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-3b-80gb --workdir=runs/qwen2.5-3b-80gb
+
+    On h100:1: not planned yet
+
+    Half the prompts of `qwen2.5-3b` and completions of at most 1,024 tokens, so that an update does not take minutes.
+    """
+    return hub_model(config.default(), "Qwen/Qwen2.5-3B", prompts=16, max_tokens=1024, lr=1e-6)
 
 
 def qwen25_3b():
@@ -99,7 +145,8 @@ def qwen25_3b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-3b --workdir=runs/qwen2.5-3b
 
-    On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
+    On v5p:2x2x1: not planned yet
+    On h100:4: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-3B", max_tokens=2048, lr=1e-6)
 
@@ -109,7 +156,9 @@ def qwen25_7b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-7b --workdir=runs/qwen2.5-7b
 
-    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
+    On v5p:2x2x2: not planned yet
+    On v5e:8x8: not planned yet
+    On h100:8: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-7B", max_tokens=4096, lr=1e-6)
 
@@ -119,7 +168,10 @@ def qwen25_32b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-32b --workdir=runs/qwen2.5-32b
 
-    On 64 devices of 80 GB or more (64 x H100, TPU v5p-128). R1-Zero-Qwen-32B allowed 32,768 tokens per completion.
+    On v5p:4x4x4: not planned yet
+    On h100:64: not planned yet
+
+    R1-Zero-Qwen-32B allowed 32,768 tokens per completion.
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-32B", max_tokens=8192, lr=2e-6, tensor=4)
 
@@ -129,7 +181,8 @@ def qwen3_17b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-1.7b --workdir=runs/qwen3-1.7b
 
-    On 4 devices of 32 GB or more (4 x H100, TPU v6e-4).
+    On v6e:2x2: not planned yet
+    On h100:4: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen3-1.7B-Base", max_tokens=2048, lr=1e-6)
 
@@ -139,7 +192,8 @@ def qwen3_8b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-8b --workdir=runs/qwen3-8b
 
-    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
+    On v5p:2x2x2: not planned yet
+    On h100:8: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen3-8B-Base", max_tokens=4096, lr=1e-6)
 
@@ -159,7 +213,8 @@ def llama32_3b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:llama3.2-3b --workdir=runs/llama3.2-3b
 
-    On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
+    On v5p:2x2x1: not planned yet
+    On h100:4: not planned yet
     """
     return hub_model(config.default(), "meta-llama/Llama-3.2-3B", max_tokens=2048, lr=1e-6)
 
@@ -169,7 +224,8 @@ def llama31_8b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:llama3.1-8b --workdir=runs/llama3.1-8b
 
-    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16).
+    On v5p:2x2x2: not planned yet
+    On h100:8: not planned yet
     """
     return hub_model(config.default(), "meta-llama/Llama-3.1-8B", max_tokens=4096, lr=1e-6)
 
@@ -179,7 +235,8 @@ def gemma3_4b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:gemma3-4b --workdir=runs/gemma3-4b
 
-    On 4 devices of 80 GB or more (4 x H100, TPU v5p-8).
+    On v6e:2x4: not planned yet
+    On h100:4: not planned yet
     """
     return hub_model(config.default(), "google/gemma-3-4b-pt", max_tokens=2048, lr=1e-6)
 
@@ -215,7 +272,10 @@ PRESETS = {
     "smollm2": smollm2,
     "qwen2.5-0.5b": qwen25_05b,
     "qwen2.5-1.5b": qwen25_15b,
+    "qwen2.5-1.5b-24gb": qwen25_15b_24gb,
+    "qwen2.5-1.5b-kaggle": qwen25_15b_kaggle,
     "qwen2.5-3b": qwen25_3b,
+    "qwen2.5-3b-80gb": qwen25_3b_80gb,
     "qwen2.5-7b": qwen25_7b,
     "qwen2.5-32b": qwen25_32b,
     "qwen3-1.7b": qwen3_17b,

@@ -54,8 +54,11 @@ def llama_7b():
 
     python -m grpo_jax.main --config=configs/rloo.py:llama-7b --workdir=runs/rloo-llama-7b
 
-    On 8 devices of 80 GB or more (8 x H100, TPU v5p-16). This package does not support the family of the other model,
-    Pythia-6.9B, for whose runs the batch size and KL coefficient were published.
+    On v5p:2x2x2: not planned yet
+    On h100:8: not planned yet
+
+    This package does not support the family of the other model, Pythia-6.9B, for whose runs the batch size and KL
+    coefficient were published.
     """
     cfg = hub_model(
         rloo(config.default()),

@@ -42,12 +42,11 @@ def plan_file(file: Path, preset: str, topology: str) -> Path:
 
 def plan_line(report: dict) -> str:
     """Returns the line of a docstring that states a plan."""
-    state, peaks = report["held"]["state"] + report["held"]["reference"], report["peaks"]
-    worst = " and ".join(f"{name} {peaks[name] / GIB:.1f}" for name in ("rollout", "update"))
-    return (
-        f"    On {report['topology']}: {state / GIB:.1f} GiB of state a chip; {worst} of {report['memory_bytes'] / GIB:.1f} GiB; "
-        f"{report['estimate']['step_seconds']:,.0f} s a step"
-    )
+    held, peaks = report["held"], report["peaks"]
+    state, memory = (size / GIB for size in (held["state"] + held["reference"], report["memory_bytes"]))
+    rollout, update = (peaks[phase] / GIB for phase in ("rollout", "update"))
+    fit = f"rollouts take {rollout:.1f} and updates {update:.1f} of {memory:.1f} GiB, {state:.1f} of them state"
+    return f"    On {report['topology']}: {fit}; about {report['estimate']['step_seconds']:,.0f} s a step"
 
 
 def main(wanted: list[str]) -> int:

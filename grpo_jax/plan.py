@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> None:
     parser = flags.make_parser(
         __doc__, "python -m grpo_jax.plan --config=configs/r1zero.py:qwen2.5-7b --topology=v5p:2x2x2"
     )
-    parser.add_argument("--topology", metavar="KIND:SIZES", help="v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, l4:1, cpu:8, ...")
+    parser.add_argument(
+        "--topology", metavar="KIND:SIZES", help="v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, l4:1, cpu:8, ..."
+    )
     parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of a device for an hour, for the cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--program", help=argparse.SUPPRESS)  # see grpo_jax.planning.compiling

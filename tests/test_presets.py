@@ -1,5 +1,6 @@
 """Tests the presets of configs/r1zero.py, and the memory and devices that all presets state."""
 
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import MESH_AXES
 from grpo_jax.planning.models import plan_model
+from grpo_jax.planning.topology import CHIPS, parse_topology
 from grpo_jax.rollout.memory import bytes_per_device
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,7 +28,10 @@ NAMES = (
     "smollm2",
     "qwen2.5-0.5b",
     "qwen2.5-1.5b",
+    "qwen2.5-1.5b-24gb",
+    "qwen2.5-1.5b-kaggle",
     "qwen2.5-3b",
+    "qwen2.5-3b-80gb",
     "qwen2.5-7b",
     "qwen2.5-32b",
     "qwen3-1.7b",
@@ -65,11 +70,18 @@ def test_all_presets_exist():
     assert [recipe for recipe in RECIPES if len(PRESETS[recipe]) < 2 or next(iter(PRESETS[recipe])) != "tiny"] == []
 
 
+def planned_machines(text: str) -> list[tuple[int, float]]:
+    """Returns the number of chips, and the memory of one in GB, of every topology that a docstring names."""
+    parsed = [parse_topology(name) for name in re.findall(r"^ *On (\w+:[\dx]+):", text, flags=re.M)]
+    return [(math.prod(sizes), CHIPS[kind].memory_bytes / 1e9) for kind, sizes in parsed]
+
+
 @pytest.mark.parametrize(("recipe", "name"), EVERY_PRESET)
 def test_a_preset_fits_the_devices_that_it_names(recipe, name):
     config = checked(recipe, name)
     text = PRESETS[recipe][name].__doc__
     devices = [int(number) for number in re.findall(r"(?:On|or) (\d+) (?:device|of)", text)]
+    devices += [count for count, _ in planned_machines(text)]
     assert devices
     for count in devices:
         sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor]
@@ -113,12 +125,13 @@ def test_the_state_of_a_preset_is_as_large_as_it_says_and_fits(recipe, name):
     stated, unit = re.search(r"([\d.]+) (GB|TB) of state", text).groups()
     total = state_bytes(cfg, params, (1, 1, 1, 1))
     assert total == pytest.approx(float(stated) * {"GB": 1e9, "TB": 1e12}[unit], rel=0.03)
-    machines = re.findall(r"(\d+) (?:devices? )?of (\d+) GB", text)
+    machines = [(int(count), int(size)) for count, size in re.findall(r"(\d+) (?:devices? )?of (\d+) GB", text)]
+    machines += planned_machines(text)
     assert machines
     for devices, memory in machines:
         fixed = cfg.mesh.expert * cfg.mesh.tensor
-        sizes = (cfg.mesh.data, int(devices) // fixed, cfg.mesh.expert, cfg.mesh.tensor)
-        assert state_bytes(cfg, params, sizes) < int(memory) * 1e9 * 2 / 3
+        sizes = (cfg.mesh.data, devices // fixed, cfg.mesh.expert, cfg.mesh.tensor)
+        assert state_bytes(cfg, params, sizes) < memory * 1e9 * 2 / 3
 
 
 @pytest.mark.parametrize(("recipe", "name"), EVERY_PRESET)

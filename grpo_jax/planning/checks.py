@@ -39,7 +39,8 @@ def violations(report: Mapping, model_cfg: ModelConfig) -> list[str]:
             what = f"{name}: {each['kind']} of {each['bytes']:,} bytes over {'+'.join(each['axes'])}, {each['op_name']}"
             if each["kind"] == "all-gather" and each["bytes"] > most:
                 found.append(what)
-            if name == "update" and each["kind"] == "all-reduce" and "fsdp" in each["axes"] and each["bytes"] > SMALL_BYTES:
+            is_sum = each["kind"] == "all-reduce" and "fsdp" in each["axes"]
+            if name == "update" and is_sum and each["bytes"] > SMALL_BYTES:
                 found.append(what)
         if name.startswith("decode"):
             found += [f"{name}: copies {each['array']}, {each['op_name']}" for each in counts["copies"]]

@@ -28,7 +28,7 @@ def with_prompt_limit(cfg: Config) -> Config:
     except UserError as error:
         raise UserError(
             f"{error} Or set rollout.max_prompt_tokens: a plan then needs neither problems nor a tokenizer."
-        )
+        ) from None
 
 
 def plan_inputs(cfg: Config, devices: Sequence[jax.Device], memory_bytes: int) -> RunShapes:

@@ -106,8 +106,9 @@ def check_compiler(kind: str) -> None:
         found = None
     if not found:
         raise UserError(
-            f"Compiling for {kind} needs the extra `plan`; found no package {package}. In an environment of its own, run "
-            "`pip install -c constraints.txt -e '.[plan]'`, or use the one that `make test-plan` creates."
+            f"Compiling for {kind} needs the extra `plan`; found no package {package}. Run "
+            "`pip install -c constraints.txt -e '.[plan]'` in an environment of its own, or `make test-plan`, which "
+            "creates .venv-plan."
         )
 
 
@@ -133,4 +134,6 @@ def topology_devices(name: str) -> list:
         return list(topologies.get_topology_desc(shape, platform="cuda", **gpu).devices)
     except Exception as error:  # each compiler raises its own kinds
         message = " ".join(str(error).split())[:200]
-        raise UserError(f"--topology={name} must be a slice that exists; the compiler found: {message}. Choose another.")
+        raise UserError(
+            f"--topology={name} must be a slice that exists; the compiler found: {message}. Choose another."
+        ) from None
