@@ -108,10 +108,11 @@ def runner_up_margin(keys, logits):
     import jax
     import jax.numpy as jnp
 
-    from grpo_jax.rollout.draws import gumbel_stages
+    from grpo_jax.rollout.draws import gumbel_noise, split_into_blocks
 
-    blocks, block_logits, block_noise, token_noise = gumbel_stages(keys, logits)
-    block_scores = block_logits + block_noise
+    block_noise, token_noise = gumbel_noise(keys, logits.shape[-1])
+    blocks = split_into_blocks(logits, token_noise.shape[-1])
+    block_scores = jax.nn.logsumexp(blocks, axis=-1) + block_noise
     block = jnp.argmax(block_scores, axis=-1)
     token_scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] + token_noise
 

@@ -2,13 +2,18 @@
 
 import functools
 import importlib
+import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from grpo_jax.parallel.mesh import ROW_AXES, make_mesh
 from grpo_jax.rollout.draws import TokenFilter, choose_tokens, draw_tokens, keep_mask, vocab_block_width
 
 compiled_keep_mask = jax.jit(keep_mask, static_argnums=1)
@@ -71,6 +76,37 @@ def test_changing_logits_by_less_than_half_the_margin_does_not_change_a_draw(mon
     signs = np.random.default_rng(0).choice([-1, 1], logits.shape)
     np.testing.assert_array_equal(draw(logits + 0.49 * margin[:, None] * signs)[0], tokens)
     assert (margin > 0).all() and (margin < 1).any()
+
+
+def draw_twice(vocab_size, greedy, shape=(1, 2, 4), dtype=jnp.float32):
+    """Returns what one device draws from 8 rows of logits, and what a mesh draws whose `tensor` axis splits them."""
+    keys = jax.random.split(jax.random.key(7), 8)
+    logits = (3 * jax.random.normal(jax.random.key(8), (8, vocab_size))).astype(dtype).astype(jnp.float32)
+    whole, mesh = draw_tokens(keys, logits, greedy), make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, NamedSharding(mesh, P(ROW_AXES, "tensor")))
+        program = jax.jit(lambda keys, logits: choose_tokens(keys, logits, greedy, TokenFilter()))
+        return whole, program(keys, split), program.lower(keys, split).compile().as_text()
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("vocab_size, aligned", [(256, True), (1000, False), (4096, True), (5012, False), (12, False)])
+def test_logits_that_are_split_over_devices_give_the_same_draws_and_are_not_gathered(vocab_size, aligned, greedy):
+    """Devices hold whole blocks, or blocks that begin on one device and end on another, or less than a block each."""
+    assert (vocab_size // 4 % vocab_block_width(vocab_size) == 0) == aligned
+    (tokens, logps), (split_tokens, split_logps), text = draw_twice(vocab_size, greedy)
+    np.testing.assert_array_equal(split_tokens, tokens)
+    np.testing.assert_allclose(split_logps, logps, atol=2e-6)
+    moved = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-", text)]
+    assert moved and max(moved) <= 4 * 4 * (vocab_size / vocab_block_width(vocab_size) + 2), moved
+
+
+def test_of_tokens_that_are_equally_likely_the_greedy_choice_is_the_first_on_any_device():
+    (tokens, _), (split_tokens, _), _ = draw_twice(64, greedy=True, dtype=jnp.float8_e4m3fn)
+    logits = (3 * jax.random.normal(jax.random.key(8), (8, 64))).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    assert (np.sum(np.asarray(logits) == np.max(logits, axis=1, keepdims=True), axis=1) > 1).any()
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=1))
+    np.testing.assert_array_equal(split_tokens, tokens)
 
 
 def kept_by_definition(probs, filter):

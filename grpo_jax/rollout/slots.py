@@ -320,7 +320,7 @@ def decode_tokens(
         product = head_matmul(model_cfg, params, hidden[:, 0])
         logits = temperature_logits(model_cfg, product, 1.0 if greedy else temperature)
         keys = jax.vmap(jax.random.fold_in)(per_shard(slot_keys, state.sequence, queue), state.num_sampled)
-        token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, None), greedy, filter)
+        token, logp = choose_tokens(keys, constrain(logits, ROW_AXES, "tensor"), greedy, filter)
         stops = stop_table[state.stop_state, token].astype(jnp.int32)
         state = per_shard(append_tokens, state.replace(kv_cache=kv_cache), queue, token, logp, stops)
         return update_longest(per_shard(refill_slots, state, queue)), steps + 1
