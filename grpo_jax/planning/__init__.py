@@ -10,5 +10,7 @@ Modules, in reading order:
     counts     the work of a compiled program on one device: FLOPs, bytes, collectives, copies, kernels
     needs      what a run needs by formula: memory, FLOPs, and the least bytes of decoding
     estimate   seconds and cost of a run, from what a chip can do
+    remedies   settings that would make a run fit
+    report     the report of a plan, as plain values and as text
     compiling  compiles them in processes of their own
 """

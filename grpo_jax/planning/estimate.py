@@ -156,14 +156,14 @@ def prefill_load(run: RunShapes) -> Load:
     """Returns the least load of prefilling the prompts of a rollout."""
     tokens = needs.shard_prompts(run) * run.cfg.rollout.max_prompt_tokens
     sent = tensor_sums(run, run.rollout_mesh.shape, tokens, 2)
-    return Load(needs.prefill_work(run).flops, needs.rollout_weight_bytes(run), sent)
+    return Load(needs.prefill_work(run).flops, needs.run_memory(run).rollout_weights, sent)
 
 
 def placement_load(run: RunShapes) -> Load:
     """Returns the least load of placing the weights: each chip receives those that it does not hold, and writes all."""
-    weights, fsdp = needs.rollout_weight_bytes(run), run.mesh.shape["fsdp"]
-    sent = (Sent(("fsdp",), ring(fsdp) * weights, 1),) if fsdp > 1 else ()
-    return Load(0, needs.run_memory(run).state / 3 + weights, sent)
+    memory, fsdp = needs.run_memory(run), run.mesh.shape["fsdp"]
+    sent = (Sent(("fsdp",), ring(fsdp) * memory.rollout_weights, 1),) if fsdp > 1 else ()
+    return Load(0, memory.state / 3 + memory.rollout_weights, sent)
 
 
 def training_load(run: RunShapes, batch: needs.FullBatch, work: needs.Work, *, backward: bool) -> Load:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from grpo_jax.config.schema import Config
+from grpo_jax.learn.logprobs import MAX_VOCAB_BLOCK
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.learn.packing import assign_rows
 from grpo_jax.model.architecture import ModelConfig
@@ -24,9 +26,14 @@ from grpo_jax.model.parameters import row_for, tree_shardings
 from grpo_jax.parallel.mesh import MESH_AXES, num_data_shards, path_name
 from grpo_jax.planning.programs import RunShapes, abstract_placed, rollout_sizes
 from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token
+from grpo_jax.rollout.sampler import rollout_placement
 from grpo_jax.run.stages import batch_shape
 
 BACKWARD_ATTENTION = 2.5  # FLOPs of attention's backward pass by those of its forward pass
+
+
+# A plan asks for these many times, and tracing a model takes a good part of a second.
+cached_shapes, cached_kv_bytes = lru_cache(param_shapes), lru_cache(kv_bytes_per_token)
 
 
 class Work(NamedTuple):
@@ -71,7 +78,7 @@ def is_recomputed(model_cfg: ModelConfig, path: str) -> bool:
 @lru_cache
 def matrices(model_cfg: ModelConfig, tensor: int) -> Matrices:
     """Returns the parameters that a token is multiplied with, when the tensor axis has the given size."""
-    shapes = param_shapes(model_cfg)
+    shapes = cached_shapes(model_cfg)
     shardings = tree_shardings(abstract_mesh(tensor=tensor), shapes)
     layers = recomputed = head = 0.0
     for (path, leaf), sharding in zip(
@@ -119,7 +126,7 @@ class FullBatch(NamedTuple):
 
 
 @lru_cache
-def full_batch(cfg, shards: int, completions: int) -> FullBatch:
+def full_batch(cfg: Config, shards: int, completions: int) -> FullBatch:
     """Packs this many completions of full length as training would."""
     prompt, completion = cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens
     width = batch_shape(cfg, shards, completions).width
@@ -219,26 +226,29 @@ class Memory(NamedTuple):
 def run_memory(run: RunShapes) -> Memory:
     """Returns the bytes that one chip holds."""
     cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
-    shapes, reference = (param_shapes(model_cfg, dtype) for dtype in (cfg.model.param_dtype, cfg.model.reference_dtype))
+    shapes, reference = (
+        cached_shapes(model_cfg, dtype) for dtype in (cfg.model.param_dtype, cfg.model.reference_dtype)
+    )
     optimizer, shardings = make_optimizer(cfg.optim), tree_shardings(run.mesh, shapes)
     state = train_state_shapes(shapes, optimizer), train_state_shardings(run.mesh, shapes, optimizer)
-    token_bytes = kv_bytes_per_token(model_cfg, run.rollout_mesh.shape["tensor"])
+    token_bytes = cached_kv_bytes(model_cfg, run.rollout_mesh.shape["tensor"])
     sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
     return Memory(
         state=bytes_per_device(*state),
         reference=bytes_per_device(reference, shardings) if cfg.loss.kl_coef else 0,
-        gradients=bytes_per_device(param_shapes(model_cfg, "float32"), shardings),
-        rollout_weights=rollout_weight_bytes(run),
+        gradients=bytes_per_device(cached_shapes(model_cfg, "float32"), shardings),
+        rollout_weights=rollout_weight_bytes(model_cfg, run.rollout_mesh, cfg.model.param_dtype),
         cache=shard_slots(run) * rollout_sizes(run)[-1] * token_bytes,
         prompt_kv=shard_prompts(run) * rollout.max_prompt_tokens * token_bytes,
         completions=8 * sequences * rollout.max_tokens,
     )
 
 
-def rollout_weight_bytes(run: RunShapes) -> int:
-    """Returns the bytes of the weights that a rollout holds on one chip."""
-    placed = abstract_placed(run)
-    return bytes_per_device(placed, jax.tree.map(lambda leaf: leaf.sharding, placed))
+@lru_cache
+def rollout_weight_bytes(model_cfg: ModelConfig, mesh: Mesh | AbstractMesh, param_dtype: str) -> int:
+    """Returns the bytes of the weights that a rollout holds on one chip of its mesh."""
+    shapes = jax.eval_shape(rollout_placement(model_cfg, mesh), cached_shapes(model_cfg, param_dtype))
+    return bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
 
 
 def decode_bytes(run: RunShapes, columns: int) -> int:
@@ -261,29 +271,41 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
     vocabulary = model_cfg.vocab_size // (
         mesh.shape["tensor"] if model_cfg.vocab_size % mesh.shape["tensor"] == 0 else 1
     )
-    token_bytes = kv_bytes_per_token(model_cfg, mesh.shape["tensor"])
+    token_bytes = cached_kv_bytes(model_cfg, mesh.shape["tensor"])
     return int(total) + slots * (columns * token_bytes + 2 * 4 * vocabulary)
 
 
-def counting_options(run: RunShapes, name: str) -> dict:
-    """Returns the arguments `trips`, `inside` and `min_copy_bytes` of `count_program` for a program of the run.
+GRADIENT_TREES = (
+    3  # float32 trees of the gradients' size that an update holds at its peak, in the programs that we read
+)
 
-    Of a decode program, one step is counted. All completions have full length.
+
+def update_temporaries(run: RunShapes, memory: Memory) -> int:
+    """Estimates the temporaries of an update on one chip, within 15% for the TPU programs that we read; GPUs need less.
+
+    They are float32 gradients, what the backward pass keeps of each layer, and the activations, gathered weights and
+    whole gradient of one layer and of a block of the head.
     """
-    kind, _, columns = name.partition(" ")
-    if kind == "decode":
-        model_cfg, tensor = run.model_cfg, run.rollout_mesh.shape["tensor"]
-        layer_bytes = kv_bytes_per_token(model_cfg, tensor) * shard_slots(run) * int(columns) // model_cfg.num_layers
-        # A copy of the keys or of the values of one layer is half of that, and latent keys are less than half.
-        return dict(
-            trips={"refill": shard_slots(run) / run.cfg.rollout.max_tokens},
-            inside="tokens",
-            min_copy_bytes=layer_bytes // 4,
-        )
-    trips = {}
-    if kind in ("scoring", "update"):
-        batch = scored_batch(run) if kind == "scoring" else updated_batch(run)
-        rows = num_data_shards(run.mesh) * batch.micro_batches
-        block = min(batch.width, run.cfg.train.chunk_tokens)
-        trips = {"micro_batches": batch.micro_batches, "token_blocks": batch.completion_tokens / rows / block}
-    return dict(trips=trips, inside="", min_copy_bytes=2**24)
+    model_cfg, tensor = run.model_cfg, run.mesh.shape["tensor"]
+    tokens, size = updated_batch(run).width, 2 if model_cfg.compute_dtype == "bfloat16" else 4
+    width, heads = model_cfg.hidden_size, flops_per_key(model_cfg, tensor) / 4  # queries of one chip
+    mlp = model_cfg.intermediate_size / tensor
+    kept_per_layer = {
+        "layers": width + heads,
+        "matmuls": 2 * width + 4 * heads + 3 * mlp,
+        "none": 8 * width + 6 * heads + 5 * mlp,
+    }[model_cfg.remat]
+    kept = model_cfg.num_layers * tokens * kept_per_layer * size
+    layer = 4 * tokens * (4 * mlp + 6 * width + 3 * heads)
+    layer += (2 * size + 4) * matrices(model_cfg, tensor).layers / model_cfg.num_layers
+    block = min(MAX_VOCAB_BLOCK, model_cfg.vocab_size)
+    head = block * ((8 + size) * width + 16 * run.cfg.train.chunk_tokens)
+    return int(GRADIENT_TREES * memory.gradients + kept + layer + head)
+
+
+def phase_peaks(run: RunShapes) -> dict[str, int]:
+    """Estimates the most bytes that one chip holds while it samples, and while it updates."""
+    memory = run_memory(run)
+    held, logits = memory.state + memory.reference, 12 * run.model_cfg.vocab_size * shard_slots(run)
+    rollout = memory.rollout_weights + memory.cache + memory.prompt_kv + memory.completions + logits
+    return {"rollout": held + rollout, "update": held + update_temporaries(run, memory)}

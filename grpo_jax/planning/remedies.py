@@ -1,0 +1,101 @@
+"""Settings that would make a run fit that does not, those that cost the least first."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from grpo_jax.planning import needs
+from grpo_jax.planning.programs import RunShapes
+
+MAX_TIMES_MORE_CHIPS = 64
+
+
+class Remedy(NamedTuple):
+    """A change of settings."""
+
+    settings: str  # as a user would write it
+    saves: dict[str, int]  # bytes by phase, by formula
+    suffices: bool  # whether the run would fit with this change alone
+
+
+def change_config(run: RunShapes, section: str, **values) -> RunShapes:
+    """Returns the run with other values in a section of its config."""
+    changed = dataclasses.replace(getattr(run.cfg, section), **values)
+    return run._replace(cfg=dataclasses.replace(run.cfg, **{section: changed}))
+
+
+def resize_mesh(mesh: AbstractMesh, **sizes: int) -> AbstractMesh:
+    """Returns a mesh with other sizes of some axes."""
+    return mesh.update(axis_sizes=tuple(sizes.get(axis, size) for axis, size in mesh.shape.items()))
+
+
+def rollout_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
+    """Yields the changes that only a rollout notices: fewer slots, and weights split further."""
+    shards, slots = math.prod(run.rollout_mesh.axis_sizes[:3]), needs.shard_slots(run)
+    while slots > 1:
+        slots //= 2
+        yield f"rollout.slots={slots * shards}", run._replace(slots=slots * shards)
+    data, tensor = run.rollout_mesh.shape["data"], run.rollout_mesh.shape["tensor"]
+    for factor in (2, 4, 8):
+        if data % factor == 0 and run.model_cfg.num_heads % (tensor * factor) == 0:
+            mesh = resize_mesh(run.rollout_mesh, data=data // factor, tensor=tensor * factor)
+            yield f"rollout.mesh.tensor={tensor * factor}", run._replace(rollout_mesh=mesh)
+
+
+def training_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
+    """Yields the changes of how updates are computed: smaller micro-batches, less kept, and the mesh."""
+    longest = run.cfg.rollout.max_prompt_tokens + run.cfg.rollout.max_tokens
+    if needs.updated_batch(run).width > -(-longest // 128) * 128:
+        yield f"train.micro_tokens={longest}", change_config(run, "train", micro_tokens=longest)
+    if run.model_cfg.remat != "layers":
+        model_cfg = dataclasses.replace(run.model_cfg, remat="layers")
+        yield "train.remat=layers", change_config(run, "train", remat="layers")._replace(model_cfg=model_cfg)
+    data, fsdp, tensor = (run.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    if data > 1:
+        yield f"mesh.data=1 mesh.fsdp={data * fsdp}", run._replace(mesh=resize_mesh(run.mesh, data=1, fsdp=data * fsdp))
+    for factor in (2, 4, 8):
+        if fsdp % factor == 0 and run.model_cfg.num_heads % (tensor * factor) == 0:
+            mesh = resize_mesh(run.mesh, fsdp=fsdp // factor, tensor=tensor * factor)
+            yield f"mesh.tensor={tensor * factor} mesh.fsdp={fsdp // factor}", run._replace(mesh=mesh)
+
+
+def hardware_and_state_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
+    """Yields what costs most: more chips, less precise or smaller state, and no reference."""
+    chips, factor = math.prod(run.mesh.axis_sizes), 2
+    while factor <= MAX_TIMES_MORE_CHIPS:
+        mesh = resize_mesh(run.mesh, fsdp=run.mesh.shape["fsdp"] * factor)
+        rollout_mesh = resize_mesh(run.rollout_mesh, data=run.rollout_mesh.shape["data"] * factor)
+        yield f"{chips * factor} chips", run._replace(mesh=mesh, rollout_mesh=rollout_mesh)
+        factor *= 2
+    if run.cfg.optim.name != "adafactor":
+        if run.cfg.optim.mu_dtype == "float32":
+            yield "optim.mu_dtype=bfloat16", change_config(run, "optim", mu_dtype="bfloat16")
+        yield "optim.name=adafactor optim.b2=0.999", change_config(run, "optim", name="adafactor", b2=0.999)
+    if run.cfg.loss.kl_coef:
+        yield "loss.kl_coef=0", change_config(run, "loss", kl_coef=0.0)
+
+
+def find_remedies(run: RunShapes, excess: dict[str, int]) -> list[Remedy]:
+    """Returns the changes that help, those that cost the least first.
+
+    Of the changes of one setting, only the smallest that suffices is returned, or the largest if none does.
+
+    Args:
+        run: The run.
+        excess: The bytes that each phase ("rollout", "update") holds beyond what a chip has; negative if it fits.
+    """
+    run = run._replace(mesh=run.mesh.abstract_mesh, rollout_mesh=run.rollout_mesh.abstract_mesh)
+    before, best = needs.phase_peaks(run), {}
+    for changes in (rollout_changes, training_changes, hardware_and_state_changes):
+        for settings, changed in changes(run):
+            after = needs.phase_peaks(changed)
+            saves = {phase: before[phase] - after[phase] for phase in before}
+            suffices = all(saves[phase] >= excess[phase] for phase in before)
+            helps = any(saves[phase] > 0 and excess[phase] > 0 for phase in before)
+            name = "chips" if settings.endswith("chips") else settings.split("=")[0]
+            if helps and not (name in best and best[name].suffices):
+                best[name] = Remedy(settings, saves, suffices)
+    return list(best.values())
