@@ -121,7 +121,7 @@ def test_rows_are_written_in_place():
 
         return jax.lax.fori_loop(0, 100, body, buffer)
 
-    counts = count(jax.jit(write, donate_argnums=0), ones(1000, 256), ones(1, 256), mesh_axes=ONE)
+    counts = count(jax.jit(write, donate_argnums=0), ones(1000, 256), ones(1, 256))
     assert 100 * 2 * 1024 <= counts.bytes < 3e6  # and not 100 times the megabyte of the buffer
 
 
@@ -244,8 +244,13 @@ def test_splash_attention_computes_the_tiles_on_and_below_the_diagonal(kernel, w
     assert (counts.product_flops, counts.attention_flops) == (0, 2 * 12 * 36 * 512 * 512 * widths)
 
 
-def test_a_kernel_of_unknown_content_is_named():
-    assert read(SPLASH.format(kernel="my_kernel")).unknown == ("jit(f)/attention/my_kernel/pallas_call",)
+def test_a_kernel_counts_what_it_states_and_is_named_if_it_states_nothing():
+    text = SPLASH.format(kernel="my_kernel")
+    counts = read(text)
+    assert (counts.product_flops, counts.unknown) == (0, ("jit(f)/attention/my_kernel/pallas_call",))
+    text += ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"8","bytes_accessed":"24"}}}'
+    counts = read(text)
+    assert (counts.product_flops, counts.bytes, counts.unknown) == (8, 24, ())
 
 
 CUDNN = """\
@@ -369,8 +374,10 @@ def test_loops_may_count_in_larger_steps(step, trips):
     assert unknown.unknown == ("jit(decode)/tokens/while",)
 
 
-def test_bytes_and_kernels_of_a_token():
-    counts = count_program(program(LOOP, DECODE.replace("COPIES", "")), ONE, {}, CACHE, inside="tokens")
+@pytest.mark.parametrize("write", ["dynamic-update-slice(%a, %row, %i, %i)", "scatter(%a, %i, %row), to_apply=%last"])
+def test_bytes_and_kernels_of_a_token(write):
+    text = program(LOOP, DECODE.replace("COPIES", "").replace("dynamic-update-slice(%a, %row, %i, %i)", write))
+    counts = count_program(text, ONE, {}, CACHE, inside="tokens")
     # A row is made, read and written into the cache. The index is increased, read by the write and compared.
     assert counts.kernels == 4
     assert counts.bytes == 3 * 1536 * 2 + 3 * 4 + 4 + (4 + 4 + 1)

@@ -128,8 +128,10 @@ def write_tiles(
         out_specs=hbm,
         scratch_shapes=[pltpu.VMEM((batch, *tile), cache.dtype), pltpu.SemaphoreType.DMA((batch,))],
     )
+    moved = 2 * rows * math.prod(tile) * cache.dtype.itemsize + new.size * new.dtype.itemsize
     return pl.pallas_call(
         write,
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
         out_shape=pltpu.HBM(cache.shape, cache.dtype),
         grid_spec=grid,
         input_output_aliases={2: 0},

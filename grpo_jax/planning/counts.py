@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from grpo_jax.planning.flops import flops_of
+from grpo_jax.planning.flops import flops_of, stated_cost
 from grpo_jax.planning.hlo import (
     ArrayShape,
     Computation,
@@ -156,6 +156,8 @@ def bytes_moved(program: Program, step: Execution) -> int:
         return target.bytes * ((not source.on_chip) + (not target.on_chip))
     if kind_of_collective(instruction):
         return 2 * sum(result_bytes(shape) for shapes in operands for shape in shapes)
+    if cost := stated_cost(instruction):
+        return int(cost["bytes_accessed"])
     alone = Computation({instruction.name: instruction}, instruction)
     total = 0
     for name, shapes in dict(zip(instruction.operands, operands, strict=True)).items():

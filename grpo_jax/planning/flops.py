@@ -100,6 +100,12 @@ def cudnn_flops(call: Instruction, computation: Computation) -> float:
     return 2.0 * products * n * heads * length * columns * width * (0.5 if causal else 1.0)
 
 
+def stated_cost(call: Instruction) -> dict[str, float]:
+    """Returns what a Pallas kernel's `cost_estimate` states, such as {"flops": 8.0, "bytes_accessed": 24.0}, or {}."""
+    estimate = re.search(r'"cost_estimate":(\{[^}]*\})', call.attributes)
+    return {name: float(value) for name, value in json.loads(estimate[1]).items()} if estimate else {}
+
+
 def is_attention(op_name: str, scopes: Mapping[str, float]) -> bool:
     """Returns whether a product belongs to attention itself, not to a projection or another layer."""
     path, _, _ = op_name.rpartition("/")
@@ -114,7 +120,10 @@ def flops_of(step: Execution, scopes: Mapping[str, float]) -> tuple[float, float
     if "fmha" in target:
         return 0.0, cudnn_flops(instruction, computation)
     if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
-        return (0.0, splash_flops(instruction, computation)) if "splash" in instruction.op_name else None
+        if "splash" in instruction.op_name:
+            return 0.0, splash_flops(instruction, computation)
+        cost = stated_cost(instruction)
+        return (cost["flops"], 0.0) if cost else None
     if target.startswith("__cublas"):
         flops = gemm_flops(instruction, computation)
     elif instruction.opcode in ("dot", "ragged-dot"):
