@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
 from grpo_jax.model.parameters import param_spec
-from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, shard_map_on_mesh
+from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, scatter_sum, shard_map_on_mesh
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
@@ -224,7 +224,7 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
         with jax.named_scope("token_blocks"):
             d_columns, d_hidden = jax.lax.fori_loop(0, num_token_blocks, token_block, start)
         if spec.fsdp_sharded:
-            d_columns = jax.lax.psum_scatter(d_columns, "fsdp", scatter_dimension=0, tiled=True)
+            d_columns = scatter_sum(d_columns, 0)
         d_columns = jax.lax.dynamic_slice_in_dim(d_kernel, local_start, width, axis=1) + d_columns
         return jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, local_start, axis=1), d_hidden
 

@@ -8,11 +8,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.model.parameters import Layout, module_param, param_spec
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, row_spec, shard_map_on_mesh
+from grpo_jax.model.parameters import Layout, matrix_spec, module_param, param_path, param_spec
+from grpo_jax.parallel.mesh import (
+    ROW_AXES,
+    constrain,
+    drop_indivisible_axes,
+    mesh_platform,
+    row_spec,
+    scatter_sum,
+    shard_map_on_mesh,
+)
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -22,23 +31,46 @@ ACTIVATIONS = {
 }
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "tokens _"], kernel: Float[Array, "_ _"]) -> Float[Array, "tokens _"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Float[Array, "tokens _"], kernel: Float[Array, "_ _"], spec: P = P()) -> Float[Array, "tokens _"]:
     """Computes `x @ kernel` in the dtype of x.
 
     The kernel's gradient is accumulated in float32, also when the devices of a mesh add up their shares of it.
+
+    Args:
+        x: The inputs.
+        kernel: The matrix.
+        spec: How the current mesh splits the matrix.
     """
     return x @ kernel.astype(x.dtype)
 
 
-def linear_bwd(residuals, d_out):
+def scattered_gradient(x, d_out, spec: P):
+    """Returns the float32 gradient of the kernel of `linear`, of which each device only ever receives its own part."""
+    dim = spec.index("fsdp")
+    columns = [axis if axis == "tensor" else None for axis in spec]
+
+    def add_up(x, d_out):
+        # The compiler for TPUs scatters rows of any number, but columns only in multiples of 128.
+        product = jnp.matmul(*((d_out.T, x) if dim else (x.T, d_out)), preferred_element_type=jnp.float32)
+        total = jax.lax.psum(scatter_sum(product, 0), ("data", "expert"))
+        return total.T if dim else total
+
+    rows = row_spec(x.shape[0])[0]
+    return shard_map_on_mesh(add_up, (P(rows, columns[0]), P(rows, columns[1])), spec)(x, d_out)
+
+
+def linear_bwd(spec, residuals, d_out):
     """Returns the gradients of `linear` with respect to x and the kernel."""
     x, kernel = residuals
-    d_kernel = jnp.matmul(x.T, d_out, preferred_element_type=jnp.float32)
+    if "fsdp" in spec and row_spec(x.shape[0])[0] and mesh_platform() == "tpu":
+        d_kernel = scattered_gradient(x, d_out, spec)
+    else:
+        d_kernel = jnp.matmul(x.T, d_out, preferred_element_type=jnp.float32)
     return d_out @ kernel.T.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), linear_bwd)
+linear.defvjp(lambda x, kernel, spec: (linear(x, kernel, spec), (x, kernel)), linear_bwd)
 
 
 class Projection(nn.Module):
@@ -55,7 +87,8 @@ class Projection(nn.Module):
         kernel = module_param(self, "kernel", *self.inputs, *self.outputs)
         lead = x.shape[: x.ndim - len(self.inputs)]
         # Two-dimensional, because the backward pass of the same product on [N, L, D] takes twice as long on a CPU.
-        out = checkpoint_name(linear(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out)), "matmul")
+        spec = matrix_spec(param_path(self, "kernel"), self.inputs, self.outputs)
+        out = checkpoint_name(linear(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out), spec), "matmul")
         out = out.reshape(*lead, *self.outputs)
         if self.bias:
             out = out + module_param(self, "bias", *self.outputs).astype(x.dtype)

@@ -136,6 +136,11 @@ def row_for(path: str) -> ParameterRow:
     return ROWS[name]
 
 
+def param_path(module: nn.Module, name: str) -> str:
+    """Returns the path of a module's parameter in a layer's parameter tree."""
+    return f"{'/'.join(module.path) or module.name}/{name}"
+
+
 def module_param(module: nn.Module, name: str, *shape: int, offset: float = 0.0) -> jax.Array:
     """Declares a parameter of a module, like `module.param`, with the initializer that its row states.
 
@@ -145,7 +150,7 @@ def module_param(module: nn.Module, name: str, *shape: int, offset: float = 0.0)
         *shape: The shape of the parameter. Its dtype is float32.
         offset: A constant that the module adds to the parameter. It is subtracted from a constant initial value.
     """
-    row = row_for(f"{'/'.join(module.path) or module.name}/{name}")
+    row = row_for(param_path(module, name))
 
     def init(key):
         if not isinstance(row.init, str):
@@ -170,6 +175,18 @@ def param_spec(path: str, layout: Layout = "training") -> P:
         whole = len(axes) == 1 or mesh_axis in spec or (layout == "rollout" and mesh_axis == "fsdp")
         spec.append(None if whole else mesh_axis)
     return P(*spec)
+
+
+def matrix_spec(path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> P:
+    """Returns how the current mesh splits a kernel [*inputs, *outputs] as a matrix; P() without a mesh.
+
+    The first axis of the inputs and that of the outputs are the ones that may be split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return P()
+    spec = drop_indivisible_axes(param_spec(path), (*inputs, *outputs), mesh)
+    return P(spec[0], spec[len(inputs)])
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, params, *, layout: Layout = "training"):

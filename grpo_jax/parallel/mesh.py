@@ -12,6 +12,7 @@ activations. An axis that does not divide a dimension is dropped for that dimens
 """
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -118,6 +119,22 @@ def shard_map_on_mesh(function, in_specs, out_specs):
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def scatter_sum(x: jax.Array, dim: int) -> jax.Array:
+    """Sums x over the fsdp axis and returns this device's part of dimension `dim`. For use in `shard_map`.
+
+    The compiler for TPUs may turn a reduce-scatter over a whole slice, or over more than 32 chips, into an all-reduce
+    of the whole array. Two reduce-scatters over smaller groups of chips send the same number of bytes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    size = mesh.shape["fsdp"]
+    group = min(size, 32, max(4, mesh.size // 2))
+    scatter = partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dim, tiled=True)
+    if mesh_platform() != "tpu" or group == size or size % group:
+        return scatter(x)
+    devices = np.arange(size).reshape(group, -1)
+    return scatter(scatter(x, axis_index_groups=devices.T.tolist()), axis_index_groups=devices.tolist())
 
 
 def mesh_platform() -> str:
