@@ -14,13 +14,15 @@ import pytest
 
 import grpo_jax.learn.logprobs
 import grpo_jax.model.blockwise
+import grpo_jax.model.layers
+import grpo_jax.parallel.mesh
 from grpo_jax.config import check, default
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer
 from grpo_jax.learn.update import make_update
 from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.decoder import hidden_states
-from grpo_jax.model.layers import embed_tokens
-from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.model.layers import embed_tokens, linear
+from grpo_jax.model.parameters import matrix_spec, tree_shardings
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, make_mesh, num_data_shards, shard_rows
 from tests.tiny import CONFIG, all_gather_shapes, experience, packed, params
 
@@ -106,6 +108,27 @@ def test_a_sharded_table_has_the_embeddings_and_gradient_of_a_whole_one(sizes, r
         np.testing.assert_array_equal(jax.jit(embed_tokens)(sharded, tokens), table[tokens])
         grad = jax.jit(jax.grad(lambda table: jnp.sum(d_out * embed_tokens(table, tokens))))(sharded)
     np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 4, 1)])
+@pytest.mark.parametrize(
+    "path, inputs, outputs", [("attention/q/kernel", (16,), (4, 6)), ("mlp/down/kernel", (24,), (16,))]
+)
+def test_gradients_scattered_as_on_tpus_are_those_of_one_device(path, inputs, outputs, sizes, monkeypatch):
+    """On (1, 8, 1), where fsdp spans the slice, groups of 4 and then of 2 devices scatter the sum."""
+    shape = np.prod(inputs), np.prod(outputs)
+    x, d_out = (jax.random.normal(jax.random.key(n), (40, size)) for n, size in enumerate(shape))
+    expected, mesh = x.T @ d_out, make_mesh(*sizes)
+    for module in (grpo_jax.model.layers, grpo_jax.parallel.mesh):
+        monkeypatch.setattr(module, "mesh_platform", lambda: "tpu")
+    with jax.set_mesh(mesh):
+        spec = matrix_spec(path, inputs, outputs)
+        gradient = jax.jit(lambda x, d: jax.vjp(lambda k: linear(x, k, spec), jnp.zeros(shape))[1](d)[0])
+        compiled = gradient.lower(*shard_rows(mesh, (x, d_out))).compile()
+        result = compiled(*shard_rows(mesh, (x, d_out)))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert result.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+    assert compiled.as_text().count(" reduce-scatter(") == (2 if sizes == (1, 8, 1) else 1)
 
 
 def test_an_embedding_lookup_gathers_ids_over_fsdp_but_no_embeddings():

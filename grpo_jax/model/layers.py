@@ -32,7 +32,7 @@ ACTIVATIONS = {
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: Float[Array, "tokens _"], kernel: Float[Array, "_ _"], spec: P = P()) -> Float[Array, "tokens _"]:
+def linear(x: Float[Array, "tokens _"], kernel: Float[Array, "_ _"], spec: P) -> Float[Array, "tokens _"]:
     """Computes `x @ kernel` in the dtype of x.
 
     The kernel's gradient is accumulated in float32, also when the devices of a mesh add up their shares of it.
