@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load, sample
+from grpo_jax.model.cache import KV
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.rollout import sampler
+from grpo_jax.rollout import sampler, slots
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import (
     cache_sizes,
@@ -27,7 +28,14 @@ from grpo_jax.rollout.sampler import (
     start_rollout,
     to_rollout,
 )
-from grpo_jax.rollout.slots import decode_tokens, init_decode, prefill_batch_size, prefill_prompts, resize_cache
+from grpo_jax.rollout.slots import (
+    copy_prompts,
+    decode_tokens,
+    init_decode,
+    prefill_batch_size,
+    prefill_prompts,
+    resize_cache,
+)
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import PromptFormat
 from grpo_jax.text.stops import build_stop_table
@@ -226,6 +234,25 @@ def test_a_cache_that_grows_and_shrinks_does_not_change_completions(monkeypatch)
     whole = generate_rollout(model_cfg, placed, prompts, jax.random.key(0), **options, slots=1)
     np.testing.assert_array_equal(resized.tokens, whole.tokens)
     np.testing.assert_allclose(resized.logps, whole.logps, atol=2e-5)
+
+
+@pytest.mark.parametrize("refilled", [[], [2], [0, 3, 4], range(5)])
+def test_a_gpu_copies_the_prompts_of_all_refilled_slots_at_once(refilled, monkeypatch):
+    """It leaves in the cache what copying one slot at a time leaves; only the loop over slots is gone."""
+    rng, mask = np.random.default_rng(0), np.isin(np.arange(5), list(refilled))
+    cache, prompts = (
+        (KV(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, n, 2, 4, c), (1, n, 2, c, 4)))),)
+        for n, c in ((5, 9), (3, 6))
+    )
+    args = cache, prompts, jnp.asarray(mask), jnp.asarray([2, 0, 1, 1, 2])
+    one_by_one = copy_prompts(*args)
+    monkeypatch.setattr(slots, "mesh_platform", lambda: "gpu")
+    jax.tree.map(np.testing.assert_array_equal, copy_prompts(*args), one_by_one)
+    assert [
+        bool((new != old).any()) for new, old in zip(one_by_one[0].k[0], cache[0].k[0], strict=True)
+    ] == mask.tolist()
+    turns = jax.make_jaxpr(copy_prompts)(cache, prompts, jnp.ones(5, bool), args[3])
+    assert "dynamic_update_slice" not in str(turns) and "scatter" in str(turns)
 
 
 @pytest.mark.parametrize("count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (16, 8, 4)])

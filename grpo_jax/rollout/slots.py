@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.attention import choose_kernel
@@ -30,7 +30,7 @@ from grpo_jax.model.blockwise import BLOCK_SIZE
 from grpo_jax.model.cache import KV, keep_layout
 from grpo_jax.model.decoder import head_matmul, hidden_states, temperature_logits
 from grpo_jax.model.mask import single_sequence
-from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, num_data_shards, path_name
+from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, mesh_platform, num_data_shards, path_name
 from grpo_jax.rollout.draws import TokenFilter, choose_tokens
 from grpo_jax.text.problem import Prompts
 from grpo_jax.text.stops import STOPPED
@@ -149,6 +149,35 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
     return jax.tree.map(merge_batches, jax.lax.map(prefill, batches))
 
 
+def copy_prompts(
+    kv_cache: tuple[KV, ...], prompt_kv: tuple[KV, ...], refilled: Bool[Array, " M"], prompt: Int[Array, " M"]
+) -> tuple[KV, ...]:
+    """Returns a shard's cache with the keys and values of `prompt` in the first columns of the refilled slots.
+
+    The cache is updated in place. A GPU copies the prompts of all refilled slots at once, because the host starts every
+    kernel and every turn of a loop. Elsewhere a scatter would become a loop over all slots for each array, so one slot
+    is copied at a time; there is rarely more than one.
+    """
+    at_once, num_slots = mesh_platform() == "gpu", len(refilled)
+    targets = jnp.where(refilled, jnp.arange(num_slots), num_slots)  # writes past the last slot are dropped
+    refilled_slots = jnp.nonzero(refilled, size=num_slots, fill_value=0)[0]
+
+    def copy_turn(i, kv_cache):
+        slot = refilled_slots[i]
+
+        def copy(cache, kv):
+            if at_once:
+                return cache.at[:, targets, :, : kv.shape[3], : kv.shape[4]].set(kv[:, prompt], mode="drop")
+            one = jax.lax.dynamic_slice_in_dim(kv, prompt[slot], 1, axis=1)
+            return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
+
+        return tuple(keep_layout(kv) for kv in jax.tree.map(copy, kv_cache, prompt_kv))
+
+    # A loop of at most one turn stands for a conditional, which would copy the cache.
+    turns = jnp.any(refilled).astype(jnp.int32) if at_once else jnp.sum(refilled)
+    return jax.lax.fori_loop(0, turns, copy_turn, kv_cache)
+
+
 def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
     """Assigns the next sequences of a shard's queue to its idle slots."""
     idle = state.sequence < 0
@@ -157,19 +186,8 @@ def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
     sequence = jnp.where(refilled, candidate, state.sequence)
     prompt = queue.prompt_index[jnp.where(refilled, candidate, 0)]
     last_position = queue.prompts.lengths[prompt] - 1
-    refilled_slots = jnp.nonzero(refilled, size=len(refilled), fill_value=0)[0]
-
-    def copy_prompt(i, kv_cache):
-        slot = refilled_slots[i]
-
-        def copy(cache, prompt_kv):
-            one = jax.lax.dynamic_slice_in_dim(prompt_kv, prompt[slot], 1, axis=1)
-            return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
-
-        return tuple(keep_layout(kv) for kv in jax.tree.map(copy, kv_cache, queue.prompt_kv))
-
     return state.replace(
-        kv_cache=jax.lax.fori_loop(0, jnp.sum(refilled), copy_prompt, state.kv_cache),
+        kv_cache=copy_prompts(state.kv_cache, queue.prompt_kv, refilled, prompt),
         sequence=sequence,
         last_token=jnp.where(refilled, queue.prompts.tokens[prompt, last_position], state.last_token),
         position=jnp.where(refilled, last_position, jnp.where(sequence < 0, 0, state.position)),
