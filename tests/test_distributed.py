@@ -26,14 +26,19 @@ TIMEOUT_S = 300
 
 
 def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.main") -> tuple[list[int], list[str]]:
-    """Runs an entry point as one process per workdir and returns the exit codes and outputs.
+    """Runs an entry point as one process per workdir and returns the exit codes and outputs."""
+    return run_processes(logs, [["-m", module, f"--workdir={workdir}", *FLAGS, *flags] for workdir in workdirs])
+
+
+def run_processes(logs: Path, arguments: list[list[str]]) -> tuple[list[int], list[str]]:
+    """Runs Python with each list of arguments as one process of a run, which has four devices; returns as `run` does.
 
     Process 1 has a umask of 077, as if no other user could read its files.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    count = len(workdirs)
+    count = len(arguments)
     xla_flags = f"--xla_force_host_platform_device_count={4 // count}"
     xla_flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # as in conftest.py
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "PYTHONPATH": str(ROOT)}
@@ -41,11 +46,11 @@ def run(logs: Path, workdirs: list[Path], *flags: str, module: str = "grpo_jax.m
         environ |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     processes, files = [], [logs / f"process-{i}.txt" for i in range(count)]
     try:
-        for i, (workdir, path) in enumerate(zip(workdirs, files, strict=True)):
+        for i, (own, path) in enumerate(zip(arguments, files, strict=True)):
             with open(path, "w") as out:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", module, f"--workdir={workdir}", *FLAGS, *flags],
+                        [sys.executable, *own],
                         cwd=logs,
                         env=environ | {"JAX_PROCESS_ID": str(i)},
                         stdout=out,
@@ -72,6 +77,32 @@ def metrics(workdir: Path) -> list[dict]:
         {name: value for name, value in line.items() if not name.startswith("time/") and name != "rollout/tokens_per_s"}
         for line in lines
     ]
+
+
+OWN_ROWS = """
+import os
+
+import jax
+import numpy as np
+
+from grpo_jax.parallel.mesh import make_mesh, shard_rows
+from grpo_jax.parallel.processes import join_processes
+
+join_processes(os.environ)
+process = jax.process_index()
+batch = {"tokens": np.full((8, 3), process), "lengths": np.full(8, process)}
+for leaf in jax.tree.leaves(shard_rows(make_mesh(data=-1), batch)):
+    assert leaf.shape[0] == 8 and leaf.addressable_shards
+    for shard in leaf.addressable_shards:
+        assert (np.asarray(shard.data) == process).all()
+"""
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_make_a_batch_from_their_own_rows(tmp_path, count):
+    """Each process passes other values. If any were gathered or compared, the arrays would be refused or differ."""
+    codes, printed = run_processes(tmp_path, [["-c", OWN_ROWS]] * count)
+    assert codes == [0] * count, "\n".join(text[-3000:] for text in printed)
 
 
 @pytest.mark.slow
