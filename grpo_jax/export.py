@@ -9,6 +9,7 @@ import jax
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
+from grpo_jax.parallel.cache import keep_compiled_programs
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.run.export import export_policy
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
         "--step", type=int, metavar="N", help="export the policy after update N; default: the newest checkpoint"
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
+    keep_compiled_programs(os.environ)
     if not options.out:
         raise UserError("--out must name the folder to write; found none. Pass --out=DIR.")
     if options.base and options.step is not None:

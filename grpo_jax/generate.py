@@ -9,6 +9,7 @@ import jax
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
+from grpo_jax.parallel.cache import keep_compiled_programs
 from grpo_jax.parallel.processes import is_multiprocess
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
         "--temperature", type=float, help="0 is greedy; default: rollout.temperature; eval.top_k, top_p, min_p apply"
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
+    keep_compiled_programs(os.environ)
     if not options.prompt:
         raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):

@@ -11,6 +11,7 @@ from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
 from grpo_jax.errors import UserError
+from grpo_jax.parallel.cache import keep_compiled_programs
 from grpo_jax.parallel.processes import is_multiprocess
 
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
         help="resume even if files that the run reads have changed since it was started",
     )
     options, raw, workdir = flags.parse_flags(parser, argv)
+    keep_compiled_programs(os.environ)
     if raw.job == "pretrain":
         from grpo_jax.tiny.pretrain import pretrain
 
