@@ -13,7 +13,7 @@ from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.cache import keep_compiled_programs
+from grpo_jax.parallel.compilation import keep_compiled_programs
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import accuracy_part, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout

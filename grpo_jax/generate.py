@@ -9,7 +9,7 @@ import jax
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.cache import keep_compiled_programs
+from grpo_jax.parallel.compilation import keep_compiled_programs
 from grpo_jax.parallel.processes import is_multiprocess
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model

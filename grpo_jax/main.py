@@ -11,7 +11,7 @@ from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.cache import keep_compiled_programs
+from grpo_jax.parallel.compilation import keep_compiled_programs
 from grpo_jax.parallel.processes import is_multiprocess
 
 

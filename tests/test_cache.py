@@ -1,75 +1,48 @@
-"""Entry points keep compiled programs on disk, where the next run finds them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The kernel that writes a token into the KV cache equals XLA's scatter."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grpo_jax import evaluate, export, generate, main
-from grpo_jax.parallel import cache
+from grpo_jax.model import cache as cache_module
+from grpo_jax.model.cache import KV, write_cache, write_token
+from grpo_jax.parallel.mesh import make_mesh
 
-ROOT = Path(__file__).parent.parent
-SETTINGS = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
-CONFIG = f"--config={ROOT}/configs/r1zero.py"
-PRETRAIN = f"--config={ROOT}/configs/pretrain_tiny.py"
+COLUMNS = 256
 
 
-@pytest.mark.parametrize("folder", ["", "elsewhere"])
-def test_the_cache_that_the_environment_names_is_respected(folder):
-    before = [getattr(jax.config, name) for name in SETTINGS]
-    cache.keep_compiled_programs({"JAX_COMPILATION_CACHE_DIR": folder})
-    assert [getattr(jax.config, name) for name in SETTINGS] == before
-
-
-class Called(Exception):
-    """Ends an entry point."""
+def random_cache(rows: int, heads: int, key_width: int, value_width: int, dtype=jnp.float32):
+    """Returns a cache, the keys and values of a token for each row, and a column for each row."""
+    shapes = [(rows, heads, key_width, size) for size in (COLUMNS, 1)]
+    shapes += [(rows, heads, size, value_width) for size in (COLUMNS, 1)]
+    keys = jax.random.split(jax.random.key(0), 4)
+    k, new_k, v, new_v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    edges = jnp.asarray([0, COLUMNS - 1, 127, 128, 7, 8, COLUMNS])
+    return KV(k, v), KV(new_k, new_v), jnp.resize(edges, rows)
 
 
 @pytest.mark.parametrize(
-    "entry, flags",
-    [
-        (main, [CONFIG]),
-        (main, [PRETRAIN]),
-        (evaluate, [CONFIG]),
-        (generate, [CONFIG, "--prompt=1 + 1?"]),
-        (export, [CONFIG, "--out=out"]),
-    ],
+    "heads, key_width, value_width, dtype",
+    [(2, 16, 128, jnp.float32), (1, 16, 24, jnp.bfloat16), (2, 128, 128, jnp.bfloat16)],
+    ids=["wide values", "narrow values", "bfloat16"],
 )
-def test_every_entry_point_keeps_its_programs(monkeypatch, tmp_path, entry, flags):
-    def keep(environ):
-        assert environ is os.environ
-        raise Called
-
-    monkeypatch.setattr(entry, "keep_compiled_programs", keep)
-    with pytest.raises(Called):
-        entry.main([*flags, f"--workdir={tmp_path}"])
-
-
-COMPILING = """
-import os
-import jax
-from grpo_jax.parallel.cache import keep_compiled_programs
-
-keep_compiled_programs(os.environ)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-events = []
-jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-jax.jit(lambda x: x * 3 + 1)(2.0)
-print(sum(event == "/jax/compilation_cache/cache_hits" for event in events))
-"""
+def test_the_kernel_writes_what_xla_writes(monkeypatch, heads, key_width, value_width, dtype):
+    """Seven rows, of which two are written at a time: in the first and last columns of tiles, and past the end."""
+    monkeypatch.setattr(cache_module, "BATCH_BYTES", 2 * 128 * heads * key_width * jnp.dtype(dtype).itemsize)
+    cache, new, columns = random_cache(7, heads, key_width, value_width, dtype)
+    got = jax.jit(write_token, static_argnames="interpret")(cache, new, columns, interpret=True)
+    want = jax.jit(write_cache)(cache, new, columns[:, None])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert (got.k != cache.k).any() and (got.v != cache.v).any()
 
 
-def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
-    environ = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environ |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-
-    def compile_in_process() -> str:
-        command = [sys.executable, "-c", COMPILING]
-        return subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout.strip()
-
-    assert compile_in_process() == "0"
-    assert list((tmp_path / ".cache" / "grpo_jax" / "programs").glob("*-cache"))
-    assert compile_in_process() == "1"
+@pytest.mark.parametrize("heads", [2, 1])
+def test_the_kernel_writes_the_rows_and_heads_of_each_shard(heads):
+    """Two heads are split over tensor; one is not."""
+    cache, new, columns = random_cache(4, heads, 16, 16)
+    want = write_cache(cache, new, columns[:, None])
+    with jax.set_mesh(make_mesh(1, 4, 2)):
+        got = jax.jit(write_token, static_argnames="interpret")(cache, new, columns, interpret=True)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert ("tensor" in got.k.sharding.spec) == (heads == 2)

@@ -2,7 +2,7 @@
 
 Modules, in reading order:
 
-    mesh       the device mesh, and helpers that shard arrays over it
-    processes  detects and joins the processes of a multi-host run
-    cache      the persistent compilation cache
+    mesh         the device mesh, and helpers that shard arrays over it
+    processes    detects and joins the processes of a multi-host run
+    compilation  the persistent compilation cache
 """
