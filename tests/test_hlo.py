@@ -91,6 +91,14 @@ def test_the_caller_states_the_trips_of_loops_by_their_scope():
     assert partly.product_flops == 5 * 2 * product and len(partly.unknown) == 1 and "refill" in partly.unknown[0]
 
 
+def test_every_branch_of_a_conditional_counts():
+    def choose(x, wanted):
+        return jax.lax.cond(wanted, lambda x: x @ jnp.sin(x @ x), lambda x: jnp.cos(x) @ x, x)
+
+    counts = count(choose, ones(32, 32), True)
+    assert (counts.product_flops, counts.host_reads) == (3 * 2 * 32**3, 1)
+
+
 def test_one_trip_of_a_loop_can_be_counted():
     product, args = 2 * 32**3, (ones(32, 32), 5, 2)
     token = count(nested_loops, *args, trips={"tokens": 5, "refill": 0.25}, inside="tokens")
@@ -370,6 +378,7 @@ def test_loops_may_count_in_larger_steps(step, trips):
     text = program(LOOP, DECODE.replace("COPIES", "").replace("constant(1)", f"constant({step})"))
     counts = count_program(text, ONE, {}, CACHE)
     assert (counts.host_reads, counts.unknown) == (trips + 1, ())
+    assert counts.kernels == 1 + 3 * trips + (trips + 1)  # the first copy, the body, the comparison
     unknown = count_program(text.replace("add(%i, %step)", "multiply(%i, %step)"), ONE, {}, CACHE)
     assert unknown.unknown == ("jit(decode)/tokens/while",)
 

@@ -175,7 +175,8 @@ def copy_prompts(
 
     # A loop of at most one turn stands for a conditional, which would copy the cache.
     turns = jnp.any(refilled).astype(jnp.int32) if at_once else jnp.sum(refilled)
-    return jax.lax.fori_loop(0, turns, copy_turn, kv_cache)
+    with jax.named_scope("refill"):
+        return jax.lax.fori_loop(0, turns, copy_turn, kv_cache)
 
 
 def refill_slots(state: DecodeState, queue: RolloutQueue) -> DecodeState:
