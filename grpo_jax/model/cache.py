@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -44,12 +43,36 @@ def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
     return jax.vmap(write_row)(cache, new, columns)  # vmap shows the partitioner that rows are independent
 
 
-def keep_layout(cache: KV) -> KV:
-    """Has a compiled loop carry the cache in the layout that `write_token` needs, so that it is not copied."""
-    if mesh_platform() != "tpu" or cache.v.shape[-1] % LANES == 0:
-        return cache
-    axes = range(cache.v.ndim)
-    return KV(cache.k, with_layout_constraint(cache.v, Layout((*axes[:-2], axes[-1], axes[-2]))))
+def copy_prompt(cache: KV, prompts: KV, slot: Int[Array, ""], prompt: Int[Array, ""]) -> KV:
+    """Returns the cache [1, M, ...] with the columns of one prompt of `prompts` [1, P, ...] at the start of a slot's.
+
+    On a mesh it must be called for the rows of one shard.
+    """
+    if mesh_platform() == "tpu":
+        return copy_prompt_in_place(cache, prompts, slot, prompt)
+
+    def copy(cache, prompts):
+        one = jax.lax.dynamic_slice_in_dim(prompts, prompt, 1, axis=1)
+        return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
+
+    return jax.tree.map(copy, cache, prompts)
+
+
+def copy_prompt_in_place(cache: KV, prompts: KV, slot, prompt, *, interpret: bool = False) -> KV:
+    """Computes `copy_prompt` by a kernel, so that a loop leaves the cache where and how `write_token` needs it."""
+
+    def copy(cache, prompts, indices):
+        keys = copy_tiles(cache.k[0], prompts.k[0], indices, axis=3, interpret=interpret)[None]
+        if cache.v.shape[-1] % LANES == 0:
+            return KV(keys, copy_tiles(cache.v[0], prompts.v[0], indices, axis=2, interpret=interpret)[None])
+        return KV(keys, copy_tiles(cache.v[0].mT, prompts.v[0].mT, indices, axis=3, interpret=interpret).mT[None])
+
+    args, mesh = (cache, prompts, jnp.stack([slot, prompt])), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return copy(*args)
+    spec = drop_indivisible_axes(P(None, None, "tensor"), cache.k.shape, mesh)
+    specs = dict(in_specs=(spec, spec, P()), out_specs=spec)
+    return jax.shard_map(copy, **specs, axis_names={"tensor"}, check_vma=False)(*args)
 
 
 def write_token(cache: KV, new: KV, columns: Int[Array, " N"], *, interpret: bool = False) -> KV:
@@ -85,7 +108,7 @@ def write_tiles(
 ) -> Float[Array, "N K _ _"]:
     """Writes one vector per row and head into a cache whose columns are along `axis`, which is 2 or 3."""
     rows, heads, width = new.shape
-    size = LANES if axis == 3 else SUBLANES
+    size = min(LANES if axis == 3 else SUBLANES, cache.shape[axis])
     tile = (heads, width, size) if axis == 3 else (heads, size, width)
     batch = min(rows, max(1, BATCH_BYTES // (math.prod(tile) * cache.dtype.itemsize)))
 
@@ -139,3 +162,39 @@ def write_tiles(
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpret,
     )(columns, new, cache)
+
+
+def copy_tiles(
+    cache: Float[Array, "M K _ _"],
+    prompts: Float[Array, "P K _ _"],
+    indices: Int[Array, "2"],
+    *,
+    axis: int,
+    interpret: bool,
+) -> Float[Array, "M K _ _"]:
+    """Copies row indices[1] of `prompts` into row indices[0] of a cache whose columns are along `axis`, 2 or 3."""
+    tile = (1, *prompts.shape[1:axis], LANES, *prompts.shape[axis + 1 :])
+
+    def copy(indices, prompts_tile, old, out):
+        column = pl.program_id(0) * LANES + jax.lax.broadcasted_iota(jnp.int32, tile, axis)
+        # What lies past the prompt's end may be NaN, which attention would multiply by 0.
+        out[...] = jnp.where(column < prompts.shape[axis], prompts_tile[...], 0).astype(out.dtype)
+
+    def tile_at(position):
+        return lambda step, indices: (indices[position], 0, *((step, 0) if axis == 2 else (0, step)))
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(-(-prompts.shape[axis] // LANES),),
+        in_specs=[pl.BlockSpec(tile, tile_at(1)), pl.BlockSpec(memory_space=pltpu.HBM)],
+        out_specs=pl.BlockSpec(tile, tile_at(0)),
+    )
+    moved = 2 * math.prod(prompts.shape[1:]) * cache.dtype.itemsize
+    return pl.pallas_call(
+        copy,
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
+        out_shape=pltpu.HBM(cache.shape, cache.dtype),
+        grid_spec=grid,
+        input_output_aliases={2: 0},
+        interpret=interpret,
+    )(indices, prompts, cache)

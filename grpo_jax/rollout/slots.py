@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.attention import choose_kernel
 from grpo_jax.model.blockwise import BLOCK_SIZE
-from grpo_jax.model.cache import KV, keep_layout
+from grpo_jax.model.cache import KV, copy_prompt
 from grpo_jax.model.decoder import head_matmul, hidden_states, temperature_logits
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, drop_indivisible_axes, mesh_platform, num_data_shards, path_name
@@ -162,16 +162,15 @@ def copy_prompts(
     targets = jnp.where(refilled, jnp.arange(num_slots), num_slots)  # writes past the last slot are dropped
     refilled_slots = jnp.nonzero(refilled, size=num_slots, fill_value=0)[0]
 
+    def copy_all(cache, kv):
+        return cache.at[:, targets, :, : kv.shape[3], : kv.shape[4]].set(kv[:, prompt], mode="drop")
+
     def copy_turn(i, kv_cache):
+        if at_once:
+            return jax.tree.map(copy_all, kv_cache, prompt_kv)
         slot = refilled_slots[i]
-
-        def copy(cache, kv):
-            if at_once:
-                return cache.at[:, targets, :, : kv.shape[3], : kv.shape[4]].set(kv[:, prompt], mode="drop")
-            one = jax.lax.dynamic_slice_in_dim(kv, prompt[slot], 1, axis=1)
-            return jax.lax.dynamic_update_slice(cache, one, (0, slot, 0, 0, 0))
-
-        return tuple(keep_layout(kv) for kv in jax.tree.map(copy, kv_cache, prompt_kv))
+        pairs = zip(kv_cache, prompt_kv, strict=True)
+        return tuple(copy_prompt(cache, prompts, slot, prompt[slot]) for cache, prompts in pairs)
 
     # A loop of at most one turn stands for a conditional, which would copy the cache.
     turns = jnp.any(refilled).astype(jnp.int32) if at_once else jnp.sum(refilled)
