@@ -11,6 +11,7 @@ Modules, in reading order:
     needs      what a run needs by formula: memory, FLOPs, and the least bytes of decoding
     estimate   seconds and cost of a run, from what a chip can do
     remedies   settings that would make a run fit
+    suggest    searches for the settings that make a run fast
     report     the report of a plan, as plain values and as text
     compiling  compiles them in processes of their own
 """

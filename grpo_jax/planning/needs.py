@@ -8,6 +8,7 @@ and 6 in the backward pass, which recomputes the logits. Attention multiplies tw
 pass, and five times in the backward pass of a flash kernel.
 """
 
+import dataclasses
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_path, param_shapes
 from grpo_jax.model.parameters import row_for, tree_shardings
 from grpo_jax.parallel.mesh import MESH_AXES, num_data_shards, path_name
-from grpo_jax.planning.programs import RunShapes, abstract_placed, rollout_sizes
+from grpo_jax.planning.programs import RunShapes, rollout_sizes
 from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token
 from grpo_jax.rollout.sampler import rollout_placement
 from grpo_jax.run.stages import batch_shape
@@ -57,6 +58,7 @@ class Matrices(NamedTuple):
 
     layers: float  # of all layers; of a mixture, only the experts that a token passes through
     recomputed: float  # those whose products the backward pass computes again
+    prefilled: float  # those that the keys and values depend on: of the last layer, only their own projections
     head: float
 
 
@@ -80,7 +82,8 @@ def matrices(model_cfg: ModelConfig, tensor: int) -> Matrices:
     """Returns the parameters that a token is multiplied with, when the tensor axis has the given size."""
     shapes = cached_shapes(model_cfg)
     shardings = tree_shardings(abstract_mesh(tensor=tensor), shapes)
-    layers = recomputed = head = 0.0
+    layers = recomputed = prefilled = head = 0.0
+    last_stack = f"layers/{len(model_cfg.layer_stacks) - 1}/"
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
     ):
@@ -93,7 +96,10 @@ def matrices(model_cfg: ModelConfig, tensor: int) -> Matrices:
                 size *= model_cfg.experts.num_experts_per_token / model_cfg.experts.num_experts
             layers += size
             recomputed += size if is_recomputed(model_cfg, row.path) else 0
-    return Matrices(layers, recomputed, head)
+            is_cached = row.path in ("attention/k/kernel", "attention/v/kernel", "attention/kv_a/kernel")
+            is_last = name.startswith(last_stack) and not is_cached
+            prefilled += size * (1 - is_last / leaf.shape[0])
+    return Matrices(layers, recomputed, prefilled, head)
 
 
 def attended_keys(model_cfg: ModelConfig, first: int, last: int) -> int:
@@ -198,8 +204,8 @@ def shard_prompts(run: RunShapes) -> int:
 def prefill_work(run: RunShapes) -> Work:
     """Returns the work of prefilling the prompts of a rollout."""
     model_cfg, tensor, width = run.model_cfg, run.rollout_mesh.shape["tensor"], run.cfg.rollout.max_prompt_tokens
-    keys = attended_keys(model_cfg, 0, width)
-    work = Work(2 * matrices(model_cfg, tensor).layers * width, keys * flops_per_key(model_cfg, tensor))
+    keys = attended_keys(dataclasses.replace(model_cfg, layers=model_cfg.layers[:-1]), 0, width)
+    work = Work(2 * matrices(model_cfg, tensor).prefilled * width, keys * flops_per_key(model_cfg, tensor))
     return work.times(shard_prompts(run))
 
 
@@ -223,6 +229,7 @@ class Memory(NamedTuple):
     completions: int  # tokens and log-probs
 
 
+@lru_cache
 def run_memory(run: RunShapes) -> Memory:
     """Returns the bytes that one chip holds."""
     cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
@@ -237,7 +244,7 @@ def run_memory(run: RunShapes) -> Memory:
         state=bytes_per_device(*state),
         reference=bytes_per_device(reference, shardings) if cfg.loss.kl_coef else 0,
         gradients=bytes_per_device(cached_shapes(model_cfg, "float32"), shardings),
-        rollout_weights=rollout_weight_bytes(model_cfg, run.rollout_mesh, cfg.model.param_dtype),
+        rollout_weights=sum(placed_bytes(model_cfg, run.rollout_mesh, cfg.model.param_dtype).values()),
         cache=shard_slots(run) * rollout_sizes(run)[-1] * token_bytes,
         prompt_kv=shard_prompts(run) * rollout.max_prompt_tokens * token_bytes,
         completions=8 * sequences * rollout.max_tokens,
@@ -245,10 +252,12 @@ def run_memory(run: RunShapes) -> Memory:
 
 
 @lru_cache
-def rollout_weight_bytes(model_cfg: ModelConfig, mesh: Mesh | AbstractMesh, param_dtype: str) -> int:
-    """Returns the bytes of the weights that a rollout holds on one chip of its mesh."""
+def placed_bytes(model_cfg: ModelConfig, mesh: Mesh | AbstractMesh, param_dtype: str) -> dict[str, int]:
+    """Returns the bytes of each parameter that a rollout holds on one chip of its mesh, by path."""
     shapes = jax.eval_shape(rollout_placement(model_cfg, mesh), cached_shapes(model_cfg, param_dtype))
-    return bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
+    shardings = jax.tree.leaves(tree_shardings(mesh, shapes, layout="rollout"))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), shardings, strict=True)
+    return {path_name(path): bytes_per_device(leaf, sharding) for (path, leaf), sharding in leaves}
 
 
 def decode_bytes(run: RunShapes, columns: int) -> int:
@@ -259,15 +268,15 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
     """
     model_cfg, slots, mesh = run.model_cfg, shard_slots(run), run.rollout_mesh
     total = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_placed(run)):
-        name = path_name(path)
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for name, size in placed_bytes(model_cfg, mesh, run.cfg.model.param_dtype).items():
         if name == "embed/embedding" and not model_cfg.tie_embeddings:
-            size *= min(1, slots / model_cfg.vocab_size)
+            total += size * min(1, slots / model_cfg.vocab_size)
         elif row_for(name).stacked:
             chosen = model_cfg.experts.num_experts_per_token / model_cfg.experts.num_experts
-            size *= 1 - (1 - chosen) ** (slots * mesh.shape["expert"])  # the expert axis shares its tokens
-        total += size
+            # The chips along the expert axis compute each other's tokens.
+            total += size * (1 - (1 - chosen) ** (slots * mesh.shape["expert"]))
+        else:
+            total += size
     vocabulary = model_cfg.vocab_size // (
         mesh.shape["tensor"] if model_cfg.vocab_size % mesh.shape["tensor"] == 0 else 1
     )

@@ -202,9 +202,10 @@ def format_memory(report: Mapping) -> str:
 
 def format_work(report: Mapping) -> str:
     """Formats the FLOPs and bytes of the compiled programs beside what is needed."""
-    lines = [
-        "Work per chip      TFLOP     needed  ratio  attention     needed   GB moved      least  ratio    kernels copies"
-    ]
+    header = (
+        "Work per chip      TFLOP     needed  ratio  attention     needed  GB moved      least  ratio   kernels copies"
+    )
+    lines = [header]
     for name, program in report["programs"].items():
         counts = program.get("counts")
         if not counts:
@@ -214,10 +215,10 @@ def format_work(report: Mapping) -> str:
         line += f"{needed / 1e12:11.3f}{counts['product_flops'] / needed:7.2f}" if needed else " " * 18
         line += f"{counts['attention_flops'] / 1e12:11.3f}"
         line += f"{program['needed_attention_flops'] / 1e12:11.3f}" if needed else " " * 11
-        line += f"{counts['bytes'] / 1e9:11.2f}"
+        line += f"{counts['bytes'] / 1e9:10.2f}"
         line += f"{least / 1e9:11.2f}{counts['bytes'] / least:7.2f}" if least else " " * 18
         copies = sum(copy["count"] for copy in counts["copies"])
-        lines.append(line + f"{counts['kernels']:11,.0f}{copies:8,.0f}")
+        lines.append(line + f"{counts['kernels']:10,.0f}{copies:7,.0f}")
     lines.append("  decode: one token for every slot; the other programs: all micro-batches at full length")
     decodes = [program for name, program in report["programs"].items() if name.startswith("decode")]
     reads = [program["counts"]["host_reads"] for program in decodes if program.get("counts")]
@@ -255,7 +256,7 @@ def format_estimate(estimate: Mapping) -> str:
     lines.append(f"  {speed:,.0f} tokens/s per chip in the rollout; MFU of the update {mfu:.0%}")
     if "cost_of_1000_steps" in estimate:
         cost, price = estimate["cost_of_1000_steps"], estimate["price_per_chip_hour"]
-        lines.append(f"  1,000 updates cost {cost:,.0f} at {price:g} per chip and hour")
+        lines.append(f"  1,000 updates cost {cost:,.2f} at {price:g} per chip and hour")
     lines.append("  estimates, from published figures and assumed efficiencies; every completion at rollout.max_tokens")
     return "\n".join(lines)
 

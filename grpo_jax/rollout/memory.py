@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +102,7 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     return prefill_batch_size(model_cfg, width) * width * 4 * floats_per_token
 
 
+@lru_cache  # tracing the model takes a good part of a second
 def rollout_memory(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh) -> RolloutMemory:
     """Returns the memory that a rollout takes of each device of a mesh."""
     rollout, tensor = cfg.rollout, mesh.shape["tensor"]

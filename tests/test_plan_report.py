@@ -1,0 +1,187 @@
+"""Reports of plans: peaks, the verdict and its exit code, what would help, and settings that a search suggests."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import pytest
+
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.planning import needs
+from grpo_jax.planning.estimate import estimate_run
+from grpo_jax.planning.programs import RunShapes, rollout_sizes
+from grpo_jax.planning.remedies import find_remedies
+from grpo_jax.planning.report import DOES_NOT_FIT, FITS, USABLE, exit_code, format_report, plan_report
+from grpo_jax.planning.suggest import suggest_settings
+from grpo_jax.planning.topology import CHIPS, Chip
+from tests.test_needs import COMPLETION, run_of
+
+MIB = 2**20
+NO_COUNTS = dict(product_flops=0.0, attention_flops=0.0, bytes=1e6, kernels=0.0, host_reads=0.0)
+
+
+def compiled(name: str, arguments=0, results=0, aliased=0, temporary=0, **counts) -> dict:
+    sizes = dict(argument_bytes=arguments, output_bytes=results, alias_bytes=aliased, temp_bytes=temporary)
+    counted = NO_COUNTS | dict(collectives=[], copies=[]) | counts
+    return {"name": name, "digest": "abc", "seconds": 3.0, **sizes, "counts": counted}
+
+
+def results_of(run: RunShapes, *changed: dict) -> dict[str, dict]:
+    columns = rollout_sizes(run)[-1]
+    names = "placement", "prefill", f"decode {columns}", "scoring", "update"
+    return {name: compiled(name) for name in names} | {result["name"]: result for result in changed}
+
+
+def report_of(run: RunShapes, *changed: dict, memory_bytes=100 * MIB, kind="v5e", price=None) -> dict:
+    return plan_report(run, f"{kind}:1", kind, memory_bytes, results_of(run, *changed), price)
+
+
+def test_a_peak_counts_what_is_kept_for_other_programs():
+    run = run_of()
+    memory = needs.run_memory(run)
+    sizes = dict(arguments=500, results=90, aliased=40, temporary=7)
+    for name, held in (
+        ("placement", memory.state + memory.reference - 500),  # the policy is an argument and a part of the state
+        ("prefill", memory.state + memory.reference),
+        ("decode 96", memory.state + memory.reference),
+        ("scoring", memory.state),  # the reference is an argument
+        ("update", memory.reference),  # the state is an argument
+    ):
+        report = report_of(run, compiled(name, **sizes))
+        assert report["programs"][name]["peak_bytes"] == held + 500 + 90 - 40 + 7
+
+
+def test_a_phase_has_the_peak_of_its_largest_program():
+    report = report_of(run_of(), compiled("decode 96", temporary=5 * MIB), compiled("prefill", temporary=3 * MIB))
+    assert report["peaks"]["rollout"] == report["programs"]["decode 96"]["peak_bytes"]
+    assert set(report["peaks"]) == {"rollout", "scoring", "update"}
+
+
+def test_the_verdict_and_the_exit_code():
+    run = run_of()
+    held = needs.run_memory(run).reference
+    budget = int(USABLE * 100 * MIB)
+    exact = report_of(run, compiled("update", temporary=budget - held))
+    assert exact["fits"] and exit_code(exact) == FITS == 0 and "remedies" not in exact
+    above = report_of(run, compiled("update", temporary=budget - held + 1))
+    assert not above["fits"] and exit_code(above) == DOES_NOT_FIT == 3
+    assert "Fits." in format_report(exact) and "Does not fit." in format_report(above)
+
+
+def test_a_compiler_that_ends_is_a_line_of_the_report():
+    report = report_of(run_of(), {"name": "prefill", "error": "the compiler ended with signal 6: Check failed"})
+    assert exit_code(report) == DOES_NOT_FIT
+    text = format_report(report)
+    assert "prefill         the compiler ended with signal 6" in text and "Does not compile: prefill." in text
+
+
+def test_the_text_shows_what_was_counted_beside_what_is_needed():
+    run = run_of()
+    work = needs.update_work(run)
+    exchange = dict(kind="all-gather", axes=["fsdp"], devices=4, bytes=2e9, sent_bytes=1.5e9, count=3.0, op_name="x")
+    update = compiled("update", product_flops=2 * work.products, collectives=[exchange, exchange | {"bytes": 1e9}])
+    least = needs.decode_bytes(run, 96)
+    copy = dict(array="f32[8]", bytes=32, count=2.0, op_name="y")
+    decode = compiled("decode 96", bytes=1.5 * least, copies=[copy], kernels=350.0)
+    lines = format_report(report_of(run, update, decode, price=2.0)).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Work per chip")) :]
+    work_line, decode_line = (
+        next(line for line in table if line.startswith(name)) for name in ("  update ", "  decode 96 ")
+    )
+    assert " 2.00 " in work_line
+    assert decode_line.split()[-3:] == ["1.50", "350", "2"]
+    assert any(line.split() == ["update", "all-gather", "fsdp", "6", "9.000", "2000.00"] for line in lines)
+    assert any("1,000 updates cost" in line for line in lines)
+
+
+def test_a_report_is_plain_json_and_estimates_what_the_counts_say():
+    run = run_of()
+    report = report_of(run, compiled("update", product_flops=1e15), price=2.0)
+    assert json.loads(json.dumps(report)) == report
+    made = estimate_run(run, CHIPS["v5e"], report["programs"])
+    assert report["estimate"]["update"]["total"] == made.update.total
+    assert report["estimate"]["update"]["limit"] == "products"
+    assert report["estimate"]["cost_of_1000_steps"] == pytest.approx(1000 * made.step / 3600 * 2)
+    assert "cost_of_1000_steps" not in report_of(run)["estimate"]
+    assert "estimate" not in report_of(run, kind="cpu") and format_report(report_of(run, kind="cpu"))
+
+
+def test_a_gpu_run_that_needs_more_than_jax_takes_is_told_how():
+    large = compiled("update", temporary=80 * MIB)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in format_report(report_of(run_of(), large, kind="h100"))
+    assert "MEM_FRACTION" not in format_report(report_of(run_of(), large))
+    assert "MEM_FRACTION" not in format_report(report_of(run_of(), kind="h100"))
+
+
+def settings_of(run: RunShapes, **excess: int) -> dict[str, bool]:
+    return {remedy.settings: remedy.suffices for remedy in find_remedies(run, {"rollout": -1, "update": -1} | excess)}
+
+
+def test_remedies_of_a_rollout_begin_with_fewer_slots():
+    run = run_of(slots=16, data=2, fsdp=2, rollout_sizes=dict(data=4))
+    memory = needs.run_memory(run)
+    assert needs.shard_slots(run) == 2
+    found = settings_of(run, rollout=memory.cache // 2)
+    assert next(iter(found)) == "rollout.slots=4" and found["rollout.slots=4"]
+    assert found["rollout.mesh.tensor=2"]
+    far = settings_of(run, rollout=10 * MIB)
+    assert not any(far.values())
+    assert list(far)[:2] == ["rollout.slots=4", "rollout.mesh.tensor=2"]
+    assert list(far)[-2:] == ["optim.name=adafactor optim.b2=0.999", "loss.kl_coef=0"]
+
+
+def test_remedies_of_an_update_do_not_touch_the_rollout():
+    run = run_of(slots=8, data=2, fsdp=2)
+    run = run._replace(cfg=dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, micro_tokens=400)))
+    found = settings_of(run, update=1000)
+    assert not any(name.startswith("rollout") for name in found)
+    names = [name.split("=")[0] for name in found]
+    assert names == ["train.micro_tokens", "train.remat", "mesh.data", "mesh.tensor", "8 chips", *names[-3:]]
+    assert names[-3:] == ["optim.mu_dtype", "optim.name", "loss.kl_coef"]
+    assert found["mesh.data=1 mesh.fsdp=4"]
+
+
+def test_a_remedy_suffices_when_the_changed_run_fits_by_formula():
+    run = run_of(slots=8, fsdp=2)
+    before = needs.phase_peaks(run)
+    without = dataclasses.replace(run.cfg, loss=dataclasses.replace(run.cfg.loss, kl_coef=0.0))
+    saved = before["update"] - needs.phase_peaks(run._replace(cfg=without))["update"]
+    assert saved == needs.run_memory(run).reference
+    assert settings_of(run, update=saved)["loss.kl_coef=0"]
+    assert not settings_of(run, update=saved + 1)["loss.kl_coef=0"]
+
+
+def suggestions(memory_bytes: int, count=3, **limits):
+    run = run_of()
+    chip = Chip("tpu", memory_bytes, bandwidth=1e9, flops=1e12, link_bandwidth=1e9, network_bandwidth=1e9)
+    cfg = dataclasses.replace(run.cfg, rollout=dataclasses.replace(run.cfg.rollout, **limits))
+    mesh = make_mesh(devices=jax.devices()[:1]).abstract_mesh.update(axis_sizes=(4, 1, 1, 1))
+    return suggest_settings(cfg, run.model_cfg, mesh, chip, count), chip
+
+
+def test_suggested_settings_fit_and_are_sorted():
+    found, chip = suggestions(100 * MIB, count=100)
+    assert len({(made.run.mesh, made.run.rollout_mesh) for made in found}) == len(found) > 3
+    for made in found:
+        assert max(needs.phase_peaks(made.run).values()) <= chip.memory_bytes
+        assert made.run.mesh.size == made.run.rollout_mesh.size == 4
+        assert made.run.cfg.train.micro_tokens >= 32 + COMPLETION
+        assert set(made.settings) == {
+            *("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.mesh.tensor", "rollout.mesh.expert"),
+            *("rollout.slots", "train.micro_tokens"),
+        }
+    steps = [made.estimate.step for made in found]
+    assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(steps))
+    assert suggestions(100 * MIB)[0] == found[:3]
+
+
+def test_less_memory_leaves_fewer_choices():
+    plenty, little = (suggestions(memory, count=100)[0] for memory in (100 * MIB, 20 * MIB))
+    assert 0 < len(little) < len(plenty)
+    assert suggestions(MIB)[0] == []
+
+
+def test_suggestions_keep_the_slots_and_the_rollout_mesh_that_are_given():
+    for made in suggestions(100 * MIB, count=100, slots=4)[0]:
+        assert made.run.slots == 4
