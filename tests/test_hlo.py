@@ -87,6 +87,7 @@ def test_the_caller_states_the_trips_of_loops_by_their_scope():
     stated = count(nested_loops, *args, trips={"tokens": 5, "refill": 2})
     assert (stated.product_flops, stated.unknown) == (5 * (1 + 2) * product, ())
     assert stated.host_reads == (5 + 1) + 5 * (2 + 1)
+    assert count(nested_loops, *args, trips={"tokens": 5, "refill": 0}).product_flops == 5 * product
     partly = count(nested_loops, *args, trips={"tokens": 5})
     assert partly.product_flops == 5 * 2 * product and len(partly.unknown) == 1 and "refill" in partly.unknown[0]
 
@@ -390,6 +391,14 @@ def test_bytes_and_kernels_of_a_token(write):
     # A row is made, read and written into the cache. The index is increased, read by the write and compared.
     assert counts.kernels == 4
     assert counts.bytes == 3 * 1536 * 2 + 3 * 4 + 4 + (4 + 4 + 1)
+
+
+def test_a_loop_that_never_runs_holds_nothing_unknown():
+    kernel = '%c = bf16[128,1536]{1,0} custom-call(%values), custom_call_target="tpu_custom_call"'
+    text = program(LOOP, DECODE.replace("COPIES", kernel).replace("add(%i, %step)", "multiply(%i, %step)"))
+    assert len(count_program(text, ONE, {"tokens": 1}, CACHE).unknown) == 1
+    never = count_program(text, ONE, {"tokens": 0}, CACHE)
+    assert (never.unknown, never.kernels) == ((), 2)  # the copy before the loop and the comparison
 
 
 STEP = """\

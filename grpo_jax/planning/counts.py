@@ -281,6 +281,8 @@ def count_program(
     product_flops = attention_flops = moved = kernels = host_reads = 0.0
     collectives, copies, unknown = [], [], {}
     for step in executions(program, trips, inside):
+        if not step.times:
+            continue
         instruction = step.instruction
         known = flops_of(step, trips)
         if known is None:
@@ -288,7 +290,7 @@ def count_program(
         else:
             product_flops += step.times * known[0]
             attention_flops += step.times * known[1]
-        if kind_of_collective(instruction) and step.times:
+        if kind_of_collective(instruction):
             collectives.append(read_collective(step, mesh_axes))
         if instruction.opcode == "while":
             count = loop_trips(program, step.computation, instruction, trips)
@@ -302,7 +304,7 @@ def count_program(
             continue
         kernels += step.times
         moved += step.times * bytes_moved(program, step)
-        if step.times and is_copy(program, instruction):
+        if is_copy(program, instruction):
             results = instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes
             large = [shape for shape in results if shape.bytes >= min_copy_bytes]
             copies += [ArrayCopy(shape.text, shape.bytes, step.times, instruction.op_name) for shape in large]
