@@ -25,6 +25,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of a device for an hour, for the cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--earlier",
+        metavar="FILE.json",
+        type=os.path.expanduser,
+        help="an earlier plan of the same run as JSON; programs that have not changed are not compiled again",
+    )
     parser.add_argument("--program", help=argparse.SUPPRESS)  # see grpo_jax.planning.compiling
     options, raw, _ = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
@@ -35,17 +41,21 @@ def main(argv: Sequence[str]) -> None:
     environ = compiler_environment(options.topology, os.environ)
     os.environ.update(environ)  # before JAX is imported
 
-    from grpo_jax.planning import compiling, inputs, programs
+    from grpo_jax.planning import compiling, inputs, programs, report
     from grpo_jax.rollout.memory import device_memory_bytes
 
     devices = topology_devices(options.topology)
     memory_bytes = CHIPS[kind].memory_bytes if kind in CHIPS else device_memory_bytes()
     run = inputs.plan_inputs(cfg, devices, memory_bytes)
     if options.program:
-        print(json.dumps(compiling.compile_program(run, options.program)))
+        print(json.dumps(compiling.compile_program(run, options.program, compiling.read_earlier(options.earlier))))
         return
-    results = compiling.compile_programs(argv, list(programs.run_programs(run)), environ, print_progress)
-    print(json.dumps(results, indent=2))
+    names = list(programs.run_programs(run))
+    print(f"Compiling {', '.join(names)} for {options.topology}", file=sys.stderr, flush=True)
+    results = compiling.compile_programs(argv, names, environ, print_progress)
+    plan = report.plan_report(run, options.topology, kind, memory_bytes, results, options.price)
+    print(json.dumps(plan) if options.json else report.format_report(plan))
+    sys.exit(report.exit_code(plan))
 
 
 def print_progress(result: dict) -> None:

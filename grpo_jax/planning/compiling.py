@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from pathlib import Path
 
 import jax
 
+from grpo_jax.errors import UserError
 from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.planning.counts import ProgramCounts, count_program
 from grpo_jax.planning.needs import scored_batch, updated_batch
@@ -44,8 +46,30 @@ def program_counts(run: RunShapes, name: str, text: str) -> ProgramCounts:
     return count_program(text, mesh.shape, trips | {"refill": 1}, LISTED_COPY_BYTES)
 
 
-def compile_program(run: RunShapes, name: str) -> dict:
-    """Compiles one program in this process.
+def read_earlier(path: str | None) -> dict[str, dict]:
+    """Returns the programs of an earlier plan by their digests; none if there is no such plan.
+
+    Raises:
+        UserError: The file is not a plan.
+    """
+    if path is None:
+        return {}
+    try:
+        programs = json.loads(Path(path).read_text(encoding="utf-8"))["programs"].values()
+        return {program["digest"]: program for program in programs if "digest" in program}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--earlier must name a plan that --json printed; found {path}: {error}. Leave it out."
+        ) from None
+
+
+def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> dict:
+    """Compiles one program in this process, unless it is one of those that were compiled earlier.
+
+    Args:
+        run: The run.
+        name: The program.
+        earlier: Results by digest.
 
     Returns:
         A dict of plain values: the digest of the lowered program, the seconds of compilation, the bytes per device that
@@ -54,12 +78,15 @@ def compile_program(run: RunShapes, name: str) -> dict:
     if jax.devices()[0].platform != run.mesh.devices.flat[0].platform == "gpu":
         assume_cudnn()
     lowered = run_programs(run)[name]()
+    digest = hashlib.sha256(f"{run.mesh.devices.flat[0].device_kind} {lowered.as_text()}".encode()).hexdigest()
+    if digest in earlier:
+        return earlier[digest] | {"name": name}
     start = time.monotonic()
     compiled = lowered.compile()
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     return {
         "name": name,
-        "digest": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "digest": digest,
         "seconds": seconds,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
