@@ -307,7 +307,7 @@ def update_temporaries(run: RunShapes, memory: Memory) -> int:
     kept = model_cfg.num_layers * tokens * kept_per_layer * size
     layer = 4 * tokens * (4 * mlp + 6 * width + 3 * heads)
     layer += (2 * size + 4) * matrices(model_cfg, tensor).layers / model_cfg.num_layers
-    block = min(MAX_VOCAB_BLOCK, model_cfg.vocab_size)
+    block = min(MAX_VOCAB_BLOCK, model_cfg.vocab_size / tensor)
     head = block * ((8 + size) * width + 16 * run.cfg.train.chunk_tokens)
     return int(GRADIENT_TREES * memory.gradients + kept + layer + head)
 
