@@ -137,7 +137,7 @@ def test_remedies_of_an_update_do_not_touch_the_rollout():
     found = settings_of(run, update=1000)
     assert not any(name.startswith("rollout") for name in found)
     names = [name.split("=")[0] for name in found]
-    assert names == ["train.micro_tokens", "train.remat", "mesh.data", "mesh.tensor", "8 chips", *names[-3:]]
+    assert names == ["train.micro_tokens", "train.remat", "mesh.data", "8 chips", *names[-3:]]
     assert names[-3:] == ["optim.mu_dtype", "optim.name", "loss.kl_coef"]
     assert found["mesh.data=1 mesh.fsdp=4"]
 
