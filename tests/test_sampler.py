@@ -236,6 +236,12 @@ def test_a_cache_that_grows_and_shrinks_does_not_change_completions(monkeypatch)
     np.testing.assert_allclose(resized.logps, whole.logps, atol=2e-5)
 
 
+def test_a_cache_of_33_thousand_columns_grows_in_seven_programs():
+    assert cache_sizes(512, 33280) == [768, 1024, 2048, 4096, 8192, 16384, 33280]
+    assert cache_sizes(128, 1000) == [192, 256, 384, 512, 768, 1000]
+    assert cache_sizes(512, 600) == [600]
+
+
 @pytest.mark.parametrize("refilled", [[], [2], [0, 3, 4], range(5)])
 def test_a_gpu_copies_the_prompts_of_all_refilled_slots_at_once(refilled, monkeypatch):
     """It leaves in the cache what copying one slot at a time leaves; only the loop over slots is gone."""

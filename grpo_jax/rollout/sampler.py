@@ -43,11 +43,13 @@ def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
 def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
     """Returns the column counts that a KV cache may have: 128, 192, 256, 384, 512, ... and finally `max_columns`.
 
+    From 1,024 on they double, so that long rollouts compile few programs.
+
     Args:
         prompt_columns: Columns of a padded prompt, T. Every size is larger.
         max_columns: Columns that the longest possible sequence needs.
     """
-    sizes = sorted({size << shift for size in (128, 192) for shift in range(max_columns.bit_length())})
+    sizes = sorted({192, 384, 768} | {128 << shift for shift in range(max_columns.bit_length())})
     return [size for size in sizes if size > prompt_columns and size * 1.2 < max_columns] + [max_columns]
 
 
