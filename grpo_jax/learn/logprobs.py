@@ -17,14 +17,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
 from grpo_jax.model.parameters import param_spec
-from grpo_jax.parallel.mesh import (
-    drop_indivisible_axes,
-    mesh_platform,
-    num_data_shards,
-    row_spec,
-    scatter_sum,
-    shard_map_on_mesh,
-)
+from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, scatter_sum, shard_map_on_mesh
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
@@ -108,12 +101,6 @@ def block_logits(spec: ScoreSpec, columns, hidden, first_id, skip):
     raw_logits = jnp.matmul(flat, columns, preferred_element_type=spec.model_cfg.logit_dtype)
     logits = temperature_logits(spec.model_cfg, raw_logits.reshape(*hidden.shape[:-1], -1), spec.temperature, first_id)
     return logits if skip is None else jnp.where(jnp.arange(logits.shape[-1]) < skip, -jnp.inf, logits)
-
-
-def transpose_for_product(x):
-    """Returns x transposed, as a factor of a product. CPUs take many times as long if it is not contiguous."""
-    # A barrier keeps XLA from folding the transpose into the product.
-    return jax.lax.optimization_barrier(x.T) if mesh_platform() == "cpu" else x.T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -204,7 +191,9 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
     def vocab_block(block, totals):
         d_kernel, d_hidden = totals
         columns, local_start, first_id, skip = take_vocab_block(spec, kernel, block, hidden.dtype)
-        columns_t = transpose_for_product(columns)
+        # The barriers keep XLA from folding transposes into the products: a CPU takes many times as long for a product
+        # of transposed matrices as for one of matrices that are contiguous in memory.
+        columns_t = jax.lax.optimization_barrier(columns.T)
 
         def token_block(index, totals):
             d_columns, d_hidden = totals
@@ -226,7 +215,8 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
                 d_logits -= slice_columns(spec, d_entropies, index)[..., None] * probs * centered
             (d_raw,) = logits_vjp(d_logits if skip is None else jnp.where(ids < skip, 0.0, d_logits))
             d_raw = d_raw.reshape(-1, width).astype(hidden.dtype)
-            d_columns += jnp.matmul(transpose_for_product(flat), d_raw, preferred_element_type=jnp.float32)
+            flat_t = jax.lax.optimization_barrier(flat.T)
+            d_columns += jnp.matmul(flat_t, d_raw, preferred_element_type=jnp.float32)
             d_x = jnp.matmul(d_raw, columns_t, preferred_element_type=jnp.float32).reshape(x.shape)
             return d_columns, update_columns(spec, d_hidden, slice_columns(spec, d_hidden, index) + d_x, index)
 
