@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from grpo_jax.model.blockwise import BLOCK_SIZE, blockwise_attention, plan_blocks
 from grpo_jax.model.decoder import forward
+from grpo_jax.model.mask import NO_WINDOW, single_sequence
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning.counts import axes_of_groups, count_program, replica_groups
 from grpo_jax.planning.hlo import parse_shapes
@@ -121,6 +123,24 @@ def test_gradients_of_the_decoder_take_six_flops_per_weight_and_token():
     assert (counts.product_flops, counts.attention_flops) == (products, attention)
     counts = count(jax.grad(lambda weights: jnp.sum(jnp.sin(run(weights)))), weights)
     assert (counts.product_flops, counts.attention_flops) == (3 * products, 3 * attention)
+
+
+def test_blockwise_attention_visits_the_blocks_on_and_below_the_diagonal():
+    length, heads, width = 4 * BLOCK_SIZE, 2, 16
+    inputs = ones(1, length, heads, width), ones(1, heads, width, length), ones(1, heads, length, width)
+    segments = single_sequence(jnp.arange(length)[None], jnp.ones((1, length), bool))
+    plan = plan_blocks(segments, segments, NO_WINDOW)
+
+    @jax.named_scope("attention")
+    def attend(q, keys, values):
+        return blockwise_attention(q, keys, values, segments, segments, NO_WINDOW, plan, divisor=4.0)
+
+    product = 2 * (1 + 2 + 3 + 4) * BLOCK_SIZE**2 * heads * width
+    counts = count(attend, *inputs, trips={"key_blocks": 2.5})
+    assert (counts.product_flops, counts.attention_flops, counts.unknown) == (0, 2 * product, ())
+    gradients = jax.grad(lambda *inputs: jnp.sum(attend(*inputs) ** 2), argnums=(0, 1, 2))
+    counts = count(gradients, *inputs, trips={"key_blocks": 2.5})
+    assert (counts.product_flops, counts.attention_flops, counts.unknown) == (0, (2 + 5) * product, ())
 
 
 def test_rows_are_written_in_place():

@@ -167,7 +167,9 @@ def flash_forward(size, divisor, softcap, q, keys, values, mask_inputs):
 
         zero = zeros_varying_like((*q_block.shape[:-1], 1), q)
         out = zeros_varying_like((*q_block.shape[:-1], values.shape[-1]), q)
-        top, total, out = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, (zero + MIN_SCORE, zero, out))
+        with jax.named_scope("key_blocks"):
+            start = zero + MIN_SCORE, zero, out
+            top, total, out = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, start)
         total = jnp.where(total > 0, total, 1.0)  # 0 where a query attends to no key
         return ungroup_heads((out / total).astype(values.dtype), size), top + jnp.log(total)
 
@@ -219,7 +221,8 @@ def flash_attention_bwd(size, divisor, softcap, residuals, dout):
             return dq, dkeys, dvalues_t
 
         grads = zeros_varying_like(q_block.shape, q), *kv_grads
-        dq, *kv_grads = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, grads)
+        with jax.named_scope("key_blocks"):
+            dq, *kv_grads = jax.lax.fori_loop(0, plan.num_needed[query_block], visit, grads)
         return tuple(kv_grads), ungroup_heads((dq / divisor).astype(q.dtype), size)
 
     kv_grads = zeros_varying_like(keys.shape, q), zeros_varying_like(values_t.shape, q)

@@ -1,6 +1,6 @@
 """Compiles the programs of a run, each in a process of its own: a compiler that aborts ends only its own process.
 
-The processes run `python -m grpo_jax.plan` again with the same arguments and `--program=NAME`, and print one JSON object.
+The processes run `python -m grpo_jax.plan` again with the same arguments and `--program=NAME`, and print a JSON object.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.errors import UserError
+from grpo_jax.model.blockwise import BLOCK_SIZE
 from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.planning.counts import ProgramCounts, count_program
 from grpo_jax.planning.needs import scored_batch, updated_batch
@@ -43,7 +44,9 @@ def program_counts(run: RunShapes, name: str, text: str) -> ProgramCounts:
     batch = updated_batch(run) if name == "update" else scored_batch(run)
     scored = batch.completion_tokens / num_data_shards(mesh) / batch.micro_batches
     trips = {"micro_batches": batch.micro_batches, "token_blocks": math.ceil(scored / run.cfg.train.chunk_tokens)}
-    return count_program(text, mesh.shape, trips | {"refill": 1}, LISTED_COPY_BYTES)
+    width = run.cfg.rollout.max_prompt_tokens if name == "prefill" else batch.width
+    trips |= {"refill": 1, "key_blocks": (width / BLOCK_SIZE + 1) / 2}  # one sequence a row, which is the most
+    return count_program(text, mesh.shape, trips, LISTED_COPY_BYTES)
 
 
 def read_earlier(path: str | None) -> dict[str, dict]:
