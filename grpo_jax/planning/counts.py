@@ -172,10 +172,9 @@ def replica_groups(attributes: str, mesh_axes: Mapping[str, int]) -> list[tuple[
     everyone = range(math.prod(mesh_axes.values()))
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1])]
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, sizes, order = (list(map(int, part.split(","))) if part else None for part in match.groups())
-        ids = transposed_iota(sizes, order or range(len(sizes)))
-        return [tuple(ids[i : i + shape[-1]]) for i in range(0, len(ids), shape[-1])]
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\S+)", attributes):
+        ids, width = device_list(match[2]), int(match[1])
+        return [tuple(ids[i : i + width]) for i in range(0, len(ids), width)]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
         return mesh_groups(*match.groups())
     return [tuple(everyone)]
@@ -190,6 +189,15 @@ def transposed_iota(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
     ]
 
 
+def device_list(text: str) -> list[int]:
+    """Parses `0,2,1,3`, or `[2,4]T(1,0)`: the numbers 0, 1, ... of a transposed array of these sizes."""
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
+        return [int(device) for device in text.split(",")]
+    sizes = [int(size) for size in match[1].split(",")]
+    return transposed_iota(sizes, [int(axis) for axis in match[2].split(",")] if match[2] else range(len(sizes)))
+
+
 def mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[tuple[int, ...]]:
     """Returns the groups of `mesh['a'=2,'b'=4] {'a','b':(1)2}`: devices that differ in these (parts of) axes only."""
     sizes, grouped = [], []
@@ -200,16 +208,8 @@ def mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[tuple[int,
         grouped += [False, True, False]
     split = [axis for axis in range(len(sizes)) if not grouped[axis]] + [i for i in range(len(sizes)) if grouped[i]]
     ids, width = transposed_iota(sizes, split), math.prod(size for size, g in zip(sizes, grouped, strict=True) if g)
-    if device_ids:
-        iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)
-        named = [list(map(int, part.split(","))) for part in iota.groups() if part] if iota else []
-        devices = (
-            transposed_iota(named[0], named[-1] if len(named) == 2 else range(len(named[0])))
-            if iota
-            else list(map(int, device_ids.split(",")))
-        )
-        ids = [devices[i] for i in ids]
-    return [tuple(ids[i : i + width]) for i in range(0, len(ids), width)]
+    devices = device_list(device_ids) if device_ids else range(len(ids))
+    return [tuple(devices[i] for i in ids[start : start + width]) for start in range(0, len(ids), width)]
 
 
 def axes_of_groups(groups: Sequence[Sequence[int]], mesh_axes: Mapping[str, int]) -> tuple[str, ...]:
@@ -253,7 +253,7 @@ def is_copy(program: Program, instruction: Instruction) -> bool:
 
 def merge(items: list) -> tuple:
     """Adds up the counts of items that are equal except for their count and op_name; the most bytes come first."""
-    merged = {}
+    merged: dict = {}
     for item in items:
         key = replace(item, count=0, op_name="")
         first = merged.setdefault(key, replace(item, count=0))
@@ -279,7 +279,9 @@ def count_program(
     """
     program = parse_program(text)
     product_flops = attention_flops = moved = kernels = host_reads = 0.0
-    collectives, copies, unknown = [], [], {}
+    collectives: list[Collective] = []
+    copies: list[ArrayCopy] = []
+    unknown: dict[str, None] = {}
     for step in executions(program, trips, inside):
         if not step.times:
             continue

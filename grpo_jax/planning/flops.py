@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import product
 
-from grpo_jax.planning.hlo import Computation, Execution, Instruction, call_target
+from grpo_jax.planning.hlo import Computation, Execution, Instruction, call_target, required_match
 
 # Parts of an op_name that do not say which module an operation belongs to.
 STRUCTURE = re.compile(
@@ -52,7 +52,7 @@ def convolution_flops(conv: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of a `convolution`, the form that products have on TPUs. Padding is not counted."""
     left, right = (computation.operand(conv, i).shapes[0].dims for i in (0, 1))
     out = conv.shapes[0].dims
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", conv.attributes)
+    labels = required_match(r"dim_labels=(\w+)_(\w+)->(\w+)", conv.attributes)
     fields = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window={([^}]*)}", conv.attributes) or [""] * 2)[1]))
     rank = len(left) - 2
 
@@ -74,7 +74,7 @@ def convolution_flops(conv: Instruction, computation: Computation) -> float:
 
 def gemm_flops(call: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of a call of cuBLAS."""
-    numbers = re.search(r'"dot_dimension_numbers":(\{[^}]*\})', call.attributes)
+    numbers = required_match(r'"dot_dimension_numbers":(\{[^}]*\})', call.attributes)
     contracted = json.loads(numbers[1])["lhs_contracting_dimensions"]
     left = computation.operand(call, 0).shapes[0].dims
     return 2.0 * math.prod(call.shapes[0].dims) * math.prod(left[int(axis)] for axis in contracted)
@@ -88,7 +88,7 @@ def splash_flops(call: Instruction, computation: Computation) -> float:
     share = (tiles[0] + 1) / (2 * tiles[0]) if tiles[0] == tiles[1] else 1.0
     pairs = share * math.prod(queries[:-1]) * keys[-2]
     widths = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}  # products as wide as the keys, and as the values
-    by_keys, by_values = widths[re.search(r"splash_\w+_(fwd|dq|dkv)_", call.op_name)[1]]
+    by_keys, by_values = widths[required_match(r"splash_\w+_(fwd|dq|dkv)_", call.op_name)[1]]
     return 2.0 * pairs * (by_keys * queries[-1] + by_values * values[-1])
 
 

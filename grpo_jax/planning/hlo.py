@@ -18,6 +18,17 @@ class ArrayShape(NamedTuple):
     on_chip: bool  # in a TPU core's own memory rather than in HBM
 
 
+def required_match(pattern: str, text: str) -> re.Match:
+    """Returns the first match of a pattern that compiled programs are known to hold.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if match := re.search(pattern, text):
+        return match
+    raise ValueError(f"Expected {pattern!r} in the text of a compiled program; found {text[:300]!r}.")
+
+
 class Instruction(NamedTuple):
     """One line of a computation."""
 
@@ -187,7 +198,7 @@ def counted_trips(program: Program, caller: Computation, loop: Instruction) -> i
     counter = condition.instructions[sides[0]] if sides else condition.root
     if counter.opcode != "get-tuple-element" or {initial.opcode, body.root.opcode} != {"tuple"}:
         return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    index = int(required_match(r"index=(\d+)", counter.attributes)[1])
     start, end = constant_value(caller, initial.operands[index]), constant_value(condition, sides[1])
     increment = uncopied(body, body.root.operands[index])
     steps = [constant_value(body, name) for name in increment.operands] if increment.opcode == "add" else []
