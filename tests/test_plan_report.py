@@ -7,6 +7,8 @@ import json
 import jax
 import pytest
 
+from grpo_jax.config import check, default
+from grpo_jax.config.flags import override_key
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning import needs
 from grpo_jax.planning.estimate import estimate_run
@@ -171,6 +173,10 @@ def test_suggested_settings_fit_and_are_sorted():
             *("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.mesh.tensor", "rollout.mesh.expert"),
             *("rollout.slots", "train.micro_tokens"),
         }
+    cfg = default()
+    for flag in found[0].flags:
+        override_key(cfg, *flag.removeprefix("--config.").split("="))
+    assert check(cfg).rollout.mesh.tensor == found[0].run.rollout_mesh.shape["tensor"]
     steps = [made.estimate.step for made in found]
     assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(steps))
     assert suggestions(100 * MIB)[0] == found[:3]

@@ -37,6 +37,11 @@ class Suggestion(NamedTuple):
             "train.micro_tokens": self.run.cfg.train.micro_tokens,
         }
 
+    @property
+    def flags(self) -> list[str]:
+        """Returns the settings as a user writes them on the command line."""
+        return [f"--config.{name}={value}" for name, value in self.settings.items()]
+
 
 def divisors(number: int) -> list[int]:
     """Returns the numbers that divide `number`."""
