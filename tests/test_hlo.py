@@ -47,14 +47,17 @@ def test_a_product_takes_two_flops_per_multiplication():
     assert batched.product_flops == 2 * 3 * 4 * 40 * 24 * 16
 
 
-@pytest.mark.parametrize("options", [{}, {"window_strides": (2, 3)}, {"lhs_dilation": (3, 1), "rhs_dilation": (1, 2)}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window_strides": (2, 3)}, {"lhs_dilation": (3, 1), "rhs_dilation": (1, 2)}, {"feature_group_count": 3}],
+)
 def test_a_convolution_takes_no_flops_for_padding(options):
     options = {"window_strides": (1, 1), "padding": ((2, 1), (0, 3))} | options
 
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, **options)
 
-    x, kernel = ones(2, 3, 9, 8), ones(5, 3, 4, 2)
+    x, kernel = ones(2, 3, 9, 8), ones(6, 3 // options.get("feature_group_count", 1), 4, 2)
     # Each multiplication of ones adds 1 to the result.
     assert count(convolve, x, kernel).product_flops == 2 * float(convolve(x, kernel).sum())
 
