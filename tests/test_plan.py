@@ -10,8 +10,8 @@ REPO = Path(__file__).parent.parent
 # Several micro-batches, slots that are refilled, a cache that grows, and a rollout mesh that differs from the mesh.
 KEYS = """
     rollout.prompts=4 rollout.samples=4 rollout.max_tokens=60 rollout.max_prompt_tokens=96 rollout.slots=8
-    train.micro_tokens=128 rollout.mesh.tensor=2 rollout.temperature=3 mesh.data=2 mesh.fsdp=4 model.reference_dtype=bfloat16 total_steps=1 eval.questions=0
-    log.samples=0
+    rollout.temperature=3 rollout.mesh.tensor=2 train.micro_tokens=128 mesh.data=2 mesh.fsdp=4
+    model.reference_dtype=bfloat16 total_steps=1 eval.questions=0 log.samples=0
 """.split()
 
 

@@ -49,6 +49,12 @@ def program_counts(run: RunShapes, name: str, text: str) -> ProgramCounts:
     return count_program(text, mesh.shape, trips, LISTED_COPY_BYTES)
 
 
+def resident_bytes_of_process() -> int:
+    """Returns the resident memory of this process."""
+    pages = Path("/proc/self/statm")  # only Linux has it
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
+
+
 def read_earlier(path: str | None) -> dict[str, dict]:
     """Returns the programs of an earlier plan by their digests; none if there is no such plan.
 
@@ -76,10 +82,12 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
 
     Returns:
         A dict of plain values: the digest of the lowered program, the seconds of compilation, the bytes per device that
-        the compiler states, the peak memory of this process, and the fields of `ProgramCounts`.
+        the compiler states, the fields of `ProgramCounts`, and the memory of this process: `started_bytes` before it
+        lowered the program, and by how much it grew until it was compiled (`compiler_bytes`).
     """
     if jax.devices()[0].platform != run.mesh.devices.flat[0].platform == "gpu":
         assume_cudnn()
+    started_bytes = resident_bytes_of_process()
     lowered = run_programs(run)[name]()
     digest = hashlib.sha256(f"{run.mesh.devices.flat[0].device_kind} {lowered.as_text()}".encode()).hexdigest()
     if digest in earlier:
@@ -95,6 +103,8 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
+        "started_bytes": started_bytes,
+        "compiler_bytes": max(0, resident_bytes_of_process() - started_bytes),
         "counts": asdict(program_counts(run, name, compiled.as_text())),
     }
 

@@ -103,6 +103,8 @@ def plan_report(
         "errors": errors,
         "programs": programs,
     }
+    if report["platform"] == "cpu":
+        report["process_bytes"] = process_bytes(memory, chips, peaks, results)
     report["notes"] = plan_notes(run, report)
     if not fits:
         formula = needs.phase_peaks(run)
@@ -112,6 +114,19 @@ def plan_report(
         made = estimate_run(run, CHIPS[kind], results)
         report["estimate"] = describe_estimate(made, chips, price)
     return report
+
+
+def process_bytes(memory: needs.Memory, devices: int, peaks: Mapping[str, int], results: Mapping[str, Mapping]) -> int:
+    """Returns the peak resident memory of a training process whose CPU devices share it.
+
+    It consists of what the process needs before it compiles, what compiling each program by itself adds, and what the
+    devices hold. While a checkpoint is being saved, there is a second copy of the policy and the optimizer's state.
+    """
+    compiled = [result for result in results.values() if "compiler_bytes" in result]
+    started = max((result["started_bytes"] for result in compiled), default=0)
+    compiler = sum(result["compiler_bytes"] for result in compiled)
+    saving = 2 * memory.state + memory.reference
+    return started + compiler + devices * max(saving, *peaks.values())
 
 
 def plan_notes(run: RunShapes, report: Mapping) -> list[str]:
@@ -197,6 +212,8 @@ def format_memory(report: Mapping) -> str:
     for phase, peak in report["peaks"].items():
         free = report["budget_bytes"] - peak
         lines.append(f"  {phase:<16}{gib(peak)} {gib(free)}{'' if free >= 0 else '  does not fit'}")
+    if "process_bytes" in report:
+        lines += ["", f"Peak resident memory of the process: {report['process_bytes'] / GIB:.2f} GiB"]
     return "\n".join(lines)
 
 
