@@ -230,20 +230,23 @@ class Memory(NamedTuple):
 
 
 @lru_cache
+def training_memory(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
+    """Returns the bytes of the state, of the reference and of the gradients on one chip of the mesh of the updates."""
+    param_dtype, reference_dtype = cfg.model.param_dtype, cfg.model.reference_dtype
+    shapes, optimizer = cached_shapes(model_cfg, param_dtype), make_optimizer(cfg.optim)
+    shardings = tree_shardings(mesh, shapes)
+    state = train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer)
+    reference = bytes_per_device(cached_shapes(model_cfg, reference_dtype), shardings) if cfg.loss.kl_coef else 0
+    return bytes_per_device(*state), reference, bytes_per_device(cached_shapes(model_cfg, "float32"), shardings)
+
+
 def run_memory(run: RunShapes) -> Memory:
     """Returns the bytes that one chip holds."""
     cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
-    shapes, reference = (
-        cached_shapes(model_cfg, dtype) for dtype in (cfg.model.param_dtype, cfg.model.reference_dtype)
-    )
-    optimizer, shardings = make_optimizer(cfg.optim), tree_shardings(run.mesh, shapes)
-    state = train_state_shapes(shapes, optimizer), train_state_shardings(run.mesh, shapes, optimizer)
     token_bytes = cached_kv_bytes(model_cfg, run.rollout_mesh.shape["tensor"])
     sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
     return Memory(
-        state=bytes_per_device(*state),
-        reference=bytes_per_device(reference, shardings) if cfg.loss.kl_coef else 0,
-        gradients=bytes_per_device(cached_shapes(model_cfg, "float32"), shardings),
+        *training_memory(cfg, model_cfg, run.mesh),
         rollout_weights=sum(placed_bytes(model_cfg, run.rollout_mesh, cfg.model.param_dtype).values()),
         cache=shard_slots(run) * rollout_sizes(run)[-1] * token_bytes,
         prompt_kv=shard_prompts(run) * rollout.max_prompt_tokens * token_bytes,
@@ -289,13 +292,14 @@ GRADIENT_TREES = (
 )
 
 
-def update_temporaries(run: RunShapes, memory: Memory) -> int:
+def update_temporaries(run: RunShapes) -> int:
     """Estimates the temporaries of an update on one chip, within 15% for the TPU programs that we read; GPUs need less.
 
     They are float32 gradients, what the backward pass keeps of each layer, and the activations, gathered weights and
     whole gradient of one layer and of a block of the head.
     """
     model_cfg, tensor = run.model_cfg, run.mesh.shape["tensor"]
+    gradients = training_memory(run.cfg, model_cfg, run.mesh)[2]
     tokens, size = updated_batch(run).width, 2 if model_cfg.compute_dtype == "bfloat16" else 4
     width, heads = model_cfg.hidden_size, flops_per_key(model_cfg, tensor) / 4  # queries of one chip
     mlp = model_cfg.intermediate_size / tensor
@@ -309,7 +313,7 @@ def update_temporaries(run: RunShapes, memory: Memory) -> int:
     layer += (2 * size + 4) * matrices(model_cfg, tensor).layers / model_cfg.num_layers
     block = min(MAX_VOCAB_BLOCK, model_cfg.vocab_size / tensor)
     head = block * ((8 + size) * width + 16 * run.cfg.train.chunk_tokens)
-    return int(GRADIENT_TREES * memory.gradients + kept + layer + head)
+    return int(GRADIENT_TREES * gradients + kept + layer + head)
 
 
 def phase_peaks(run: RunShapes) -> dict[str, int]:
@@ -317,4 +321,4 @@ def phase_peaks(run: RunShapes) -> dict[str, int]:
     memory = run_memory(run)
     held, logits = memory.state + memory.reference, 12 * run.model_cfg.vocab_size * shard_slots(run)
     rollout = memory.rollout_weights + memory.cache + memory.prompt_kv + memory.completions + logits
-    return {"rollout": held + rollout, "update": held + update_temporaries(run, memory)}
+    return {"rollout": held + rollout, "update": held + update_temporaries(run)}

@@ -111,9 +111,9 @@ def suggest_settings(
         for tokens in micro_batches(cfg):
             run = RunShapes(cfg, model_cfg, training_mesh, training_mesh, training_mesh.size)
             run = change_config(run, "train", micro_tokens=tokens)
-            memory = needs.run_memory(run)
-            held = memory.state + memory.reference
-            if held + needs.update_temporaries(run, memory) > usable:
+            state, reference, _ = needs.training_memory(run.cfg, model_cfg, training_mesh)
+            held = state + reference
+            if held + needs.update_temporaries(run) > usable:
                 continue
             for rollout_mesh, slots in rollout_choices(cfg, model_cfg, training_mesh, usable - held):
                 tried = run._replace(rollout_mesh=rollout_mesh, slots=slots)
