@@ -1,8 +1,9 @@
-"""The KV cache that decoding attends to, and writing a token into it.
+"""The KV cache that decoding attends to, writing a token into it, and copying a prompt into it.
 
 Column c of a row's cache holds the token at position c. Rows are at different positions, so a token is written into a
 different column of each row. XLA does that in place on CPUs and GPUs. On TPUs it would copy the whole cache into
 another layout and back, so a kernel writes there: of every row it reads and writes only the tiles that hold the column.
+Every kernel that changes the cache keeps it in HBM; otherwise XLA would move parts of it to VMEM and back.
 """
 
 import math
@@ -130,11 +131,8 @@ def write_tiles(
             row = first + i
             value = new[row].astype(jnp.float32)[:, None]
             if axis == 3:  # turn the vectors, which lie along the lanes, into columns
-                shape = (1, width, width)
-                diagonal = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(
-                    jnp.int32, shape, 2
-                )
-                value = jnp.sum(jnp.where(diagonal, value, 0), axis=-1, keepdims=True)
+                index = [jax.lax.broadcasted_iota(jnp.int32, (1, width, width), side) for side in (1, 2)]
+                value = jnp.sum(jnp.where(index[0] == index[1], value, 0), axis=-1, keepdims=True)
             written = tile_start(row) + jax.lax.broadcasted_iota(jnp.int32, tile, axis - 1) == columns[row]
             tiles[i] = jnp.where(written, value, tiles[i].astype(jnp.float32)).astype(tiles.dtype)
             copy(i, True).start()
