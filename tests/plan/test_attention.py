@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax.config import check, default
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.planning.compiling import program_counts
+from grpo_jax.planning.compiling import assume_cudnn, program_counts
 from grpo_jax.planning.programs import RunShapes, run_programs
 from grpo_jax.planning.topology import compiler_environment, topology_devices
 from tests.tiny import CONFIG
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def compile_rollout(topology: str, name: str, tensor: int, changed: dict) -> None:
     """Compiles a program of a rollout of a small model. Prints the copies of its cache and its text."""
+    assume_cudnn()
     cfg = default()
     cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens, cfg.rollout.prompts, cfg.rollout.samples = 512, 512, 32, 8
     widths = dict(hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=128, vocab_size=4096)
