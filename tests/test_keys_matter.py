@@ -124,6 +124,8 @@ CASES = {
     "rollout.overlong": Case("keep", "zero", (*REWARDS, "policy"), BREVITY),
     "rollout.overlong_cache": Case(8, 24, ("train rewards", *REWARDS, "policy"), {"rollout.overlong": "soft"}),
     "rollout.slots": Case(0, 8, ("init_decode", "decode_tokens")),
+    "rollout.mesh.tensor": Case(1, 2, ("init_decode", "decode_tokens")),
+    "rollout.mesh.expert": Case(1, 2, ("init_decode", "decode_tokens")),
     "groups.equal": Case(
         "keep", "drop", ("train update_steps", "metrics", "policy"), {"rollout.prompts": 8, "rollout.samples": 2}
     ),

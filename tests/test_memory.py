@@ -8,19 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from grpo_jax.config import check, default
+from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
-from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.parallel.mesh import MESH_AXES, make_mesh, make_rollout_mesh
+from grpo_jax.planning.models import plan_model
 from grpo_jax.rollout import memory
-from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token, plan_rollout, prefill_activation_bytes
+from grpo_jax.rollout.memory import (
+    bytes_per_device,
+    kv_bytes_per_token,
+    plan_rollout,
+    prefill_activation_bytes,
+    rollout_memory,
+)
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
 from grpo_jax.rollout.slots import prefill_batch_size, prefill_prompts
 from grpo_jax.weights.source import read_model_config
 from tests.tiny import CONFIG, params
 
+REPO = Path(__file__).parent.parent
+GOLDEN = REPO / "tests" / "golden"
 MODEL = dataclasses.replace(CONFIG, max_positions=1024)
 TOTAL = 2**26  # bytes, half of which prefill may need
 SHORT = int((prefill_activation_bytes(MODEL, 80) + 2**21) / 0.9)  # leaves 2 MiB next to prefill
@@ -123,7 +134,7 @@ def test_a_mesh_splits_weights_heads_and_prompts():
     weights = bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
     assert weights < bytes_per_device(shapes, tree_shardings(make_mesh(8, 1, 1), shapes))
     token = kv_bytes_per_token(MODEL) // 2
-    slot = token * (80 + 56 + 80) + 12 * 48
+    slot = token * (80 + 56 + 80) + 12 * 48 // 2
     assert made.memory.slot_bytes == slot
     free = int(0.9 * TOTAL) - 1000 - weights - 4 * 80 * token - prefill_activation_bytes(MODEL, 80, 2)
     assert made.max_slots == free // slot * 4
@@ -141,6 +152,86 @@ def test_cpu_devices_divide_the_memory_of_the_machine_or_container(monkeypatch, 
 
 
 def test_latent_attention_caches_only_the_latent():
-    model_cfg = read_model_config(Path(__file__).parent / "golden" / "deepseek_v3")
+    model_cfg = read_model_config(GOLDEN / "deepseek_v3")
     latent = model_cfg.latent
     assert kv_bytes_per_token(model_cfg) == model_cfg.num_layers * (latent.kv_lora_rank + latent.qk_rope_head_dim) * 4
+
+
+def abstract_mesh(platform: str, **sizes: int) -> AbstractMesh:
+    """Returns a mesh of devices that are not there."""
+    device = make_mesh(devices=jax.devices()[:1]).abstract_mesh.abstract_device
+    sizes = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    device = type(device)(device_kind=platform, num_cores=1, platform=platform)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device)
+
+
+def plan_7b(mesh: AbstractMesh, memory_gib: float, state_gib: float = 106.2, **keys):
+    """Plans rollouts of 32 x 16 completions of 512 + 4,096 tokens of Qwen2.5-7B, whose state is split over fsdp.
+
+    The state is 7.6e9 parameters and two moments in float32, and the reference in bfloat16.
+    """
+    cfg = load_config(f"{REPO}/configs/r1zero.py:qwen2.5-7b")
+    cfg.rollout.max_tokens = 4096
+    for key, value in keys.items():
+        override_key(cfg, key.replace("__", "."), str(value))
+    held = int(state_gib * 2**30) // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    cfg = check(cfg)
+    return plan_rollout(cfg, plan_model(cfg), mesh, held, int(memory_gib * 2**30))
+
+
+def test_a_rollout_splits_weights_over_tensor_until_its_slots_fit():
+    """14.2 GiB of weights and as much while they are placed leave no room on a chip of 15.75 GiB; a quarter does."""
+    assert plan_7b(abstract_mesh("tpu", fsdp=64), 15.75)[:3] == (4, 1, 512)
+    assert plan_7b(abstract_mesh("tpu", fsdp=16, tensor=4), 15.75)[:3] == (4, 1, 512)
+    assert plan_7b(abstract_mesh("tpu", fsdp=8), 95.74)[:3] == (1, 1, 512)
+    assert plan_7b(abstract_mesh("gpu", fsdp=8), 79.1)[:3] == (1, 1, 512)
+
+
+def test_a_rollout_mesh_may_be_given():
+    assert plan_7b(abstract_mesh("tpu", fsdp=64), 15.75, rollout__mesh__tensor=4).tensor == 4
+    assert plan_7b(abstract_mesh("tpu", fsdp=8), 95.74, rollout__mesh__tensor=2).tensor == 2
+    with pytest.raises(UserError, match=r"must divide the 8 devices; found 3 and 0\. Set them to 0"):
+        plan_7b(abstract_mesh("tpu", fsdp=8), 95.74, rollout__mesh__tensor=3)
+
+
+def test_a_mixture_splits_its_experts_first():
+    """Experts are split without copies of the cache or of the attention weights."""
+    mesh, total = make_mesh(1, 8), 2**26
+    model_cfg = dataclasses.replace(read_model_config(GOLDEN / "qwen3_moe_plain"), max_positions=1024)
+    cfg = default()
+    cfg.rollout.max_prompt_tokens, cfg.rollout.slots = 80, 8
+    cfg = check(cfg)
+    whole = rollout_memory(cfg, model_cfg, mesh.abstract_mesh)
+    halves = rollout_memory(cfg, model_cfg, make_rollout_mesh(mesh, tensor=1, expert=2).abstract_mesh)
+    assert halves.weight_bytes < whole.weight_bytes and halves.slot_bytes == whole.slot_bytes
+    held = int(0.9 * total) - whole.weight_bytes - whole.prompt_bytes - whole.prefill_bytes - whole.slot_bytes + 1
+    assert plan_rollout(cfg, model_cfg, mesh, held, total)[:2] == (1, 2)
+
+
+def test_refusals_name_what_helps():
+    """Each of the settings that a refusal names first then fits."""
+    v5e_64 = abstract_mesh("tpu", fsdp=64)
+    with pytest.raises(
+        UserError, match=r"at most 0 .*weights\. Set rollout\.mesh\.tensor=4 and rollout\.mesh\.expert=1\."
+    ):
+        plan_7b(v5e_64, 15.75, rollout__mesh__tensor=1)
+    with pytest.raises(UserError, match=r"at most \d+ .*Lower rollout\.slots or set it to 0\.$"):
+        plan_7b(v5e_64, 15.75, rollout__max_tokens=32000, rollout__slots=512)
+    assert plan_7b(v5e_64, 15.75, rollout__max_tokens=32000).slots < 512
+    with pytest.raises(UserError, match=r"Set mesh\.data=1 and mesh\.fsdp=64\."):
+        plan_7b(abstract_mesh("tpu", data=16, fsdp=4), 15.75)
+    with pytest.raises(UserError, match=r"Use at least 16 devices, with mesh\.fsdp=16\. Keep less state"):
+        plan_7b(abstract_mesh("tpu", fsdp=4), 15.75)
+    assert plan_7b(abstract_mesh("tpu", fsdp=16), 15.75).tensor == 4
+
+
+def test_the_copy_of_the_weights_is_as_large_as_planned():
+    model_cfg = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    cfg = default()
+    cfg.rollout.max_prompt_tokens = 80
+    for tensor in (1, 2, 4):
+        mesh = make_rollout_mesh(make_mesh(1, 8), tensor=tensor, expert=1)
+        shapes = jax.eval_shape(lambda mesh=mesh: place_for_rollout(model_cfg, params(), mesh))
+        placed = bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
+        planned = rollout_memory(check(cfg), model_cfg, mesh.abstract_mesh).weight_bytes
+        assert planned <= placed <= 1.1 * planned  # norms keep float32

@@ -97,7 +97,7 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     It covers the attention scores and their softmax, and the activations of one layer, in float32.
     """
     heads = model_cfg.num_heads // tensor if model_cfg.num_heads % tensor == 0 else model_cfg.num_heads
-    mlp_width = max(model_cfg.intermediate_size, model_cfg.hidden_size)
+    mlp_width = max(model_cfg.intermediate_size // tensor, model_cfg.hidden_size)
     floats_per_token = 2 * heads * num_score_columns(model_cfg, width) + 2 * mlp_width + 8 * model_cfg.hidden_size
     return prefill_batch_size(model_cfg, width) * width * 4 * floats_per_token
 
@@ -107,15 +107,17 @@ def rollout_memory(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh) -> R
     """Returns the memory that a rollout takes of each device of a mesh."""
     rollout, tensor = cfg.rollout, mesh.shape["tensor"]
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
+    split_bytes = bytes_per_device(weights, tree_shardings(mesh, weights))
     weight_bytes = bytes_per_device(weights, tree_shardings(mesh, weights, layout="rollout"))
     token_bytes = kv_bytes_per_token(model_cfg, tensor)
     prompt_bytes = token_bytes * rollout.max_prompt_tokens
-    logit_bytes = 3 * 4 * model_cfg.vocab_size  # float32 logits and what sampling derives from them
+    vocab_shard = model_cfg.vocab_size // (tensor if model_cfg.vocab_size % tensor == 0 else 1)
+    logit_bytes = 3 * 4 * vocab_shard  # float32 logits and what sampling derives from them
     with jax.sharding.use_abstract_mesh(mesh):  # the attention kernel depends on the platform
         prefill_bytes = prefill_activation_bytes(model_cfg, rollout.max_prompt_tokens, tensor)
     return RolloutMemory(
         weight_bytes=weight_bytes,
-        placement_bytes=0,
+        placement_bytes=weight_bytes if split_bytes < weight_bytes else 0,  # all weights are gathered at the same time
         prompt_bytes=prompt_bytes * -(-rollout.prompts // num_data_shards(mesh)),
         prefill_bytes=prefill_bytes,
         token_bytes=token_bytes,
