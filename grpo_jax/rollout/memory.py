@@ -148,7 +148,7 @@ def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMes
             f"The product of rollout.mesh.tensor and rollout.mesh.expert must divide the {count} devices; found "
             f"{cfg.rollout.mesh.tensor} and {cfg.rollout.mesh.expert}. Set them to 0 to have them chosen."
         )
-    pairs.sort(key=lambda pair: (math.prod(pair), pair))
+    pairs.sort(key=lambda pair: (math.prod(pair), pair[1]))  # experts first: they are split without copies of the cache
     return [mesh.abstract_mesh.update(axis_sizes=rollout_axis_sizes(mesh, t, e)) for e, t in pairs]
 
 
