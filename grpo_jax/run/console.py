@@ -16,13 +16,17 @@ def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
     """Describes the model, the devices and the rollouts of a run for the console, and where the run resumes."""
     param_count = sum(leaf.size for leaf in jax.tree.leaves(run.train.params))
     devices = jax.devices()
-    axes = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items())
+    axes, rollout_axes = (
+        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        for mesh in (context.mesh, context.rollout_mesh)
+    )
+    own_mesh = "" if rollout_axes == axes else f", on the mesh {rollout_axes}"
     resuming = f"\nResuming after step {run.step}" if 0 < run.step < cfg.total_steps else ""
     return (
         f"{cfg.model.path}: {param_count:,} parameters on {len(devices)} {devices[0].device_kind} "
         f"device{'s' if len(devices) > 1 else ''} ({axes})\n"
         f"Each rollout: {cfg.rollout.prompts} prompts x {cfg.rollout.samples} completions, {context.rollout_plan}"
-        f"{resuming}"
+        f"{own_mesh}{resuming}"
     )
 
 
