@@ -78,6 +78,7 @@ def hub_model(
     cfg.rollout.prompts, cfg.rollout.samples = prompts, samples
     cfg.rollout.max_prompt_tokens, cfg.rollout.max_tokens = max_prompt_tokens, max_tokens
     cfg.train.minibatches, cfg.train.micro_tokens = minibatches, 4096
+    cfg.train.chunk_tokens = 2048  # smaller chunks make accelerators read the head's gradient more often
     cfg.optim.lr, cfg.total_steps = lr, steps
     cfg.optim.b2 = 0.95  # usual in the pretraining of large models; recovers from a spike sooner than 0.999
     cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert = 1, fsdp, tensor, expert

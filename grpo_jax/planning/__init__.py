@@ -5,6 +5,7 @@ Modules, in reading order:
     topology   the slices and cards that programs can be compiled for
     models     architectures of the presets' models, without a download
     programs   the programs of a training run, with the arguments that training passes
+    inputs     a run's config, model and meshes on devices that need not be there
     hlo        reads the text of a compiled program: computations, instructions, how often each runs
     flops      the products of a compiled program
     counts     the work of a compiled program on one device: FLOPs, bytes, collectives, copies, kernels
@@ -13,5 +14,6 @@ Modules, in reading order:
     remedies   settings that would make a run fit
     suggest    searches for the settings that make a run fast
     report     the report of a plan, as plain values and as text
-    compiling  compiles them in processes of their own
+    checks     what a plan must not show: whole gathers and sums, copies of the cache, repeated work
+    compiling  compiles programs in processes of their own
 """
