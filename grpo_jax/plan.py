@@ -26,6 +26,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of a device for an hour, for the cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
+        "--suggest", action="store_true", help="search meshes, slots and micro-batches; plan the best 3"
+    )
+    parser.add_argument(
         "--earlier",
         metavar="FILE.json",
         type=os.path.expanduser,
@@ -41,27 +44,22 @@ def main(argv: Sequence[str]) -> None:
     environ = compiler_environment(options.topology, os.environ)
     os.environ.update(environ)  # before JAX is imported
 
-    from grpo_jax.planning import compiling, inputs, programs, report
+    from grpo_jax.planning import compiling, inputs, planner, report
     from grpo_jax.rollout.memory import device_memory_bytes
 
     devices = topology_devices(options.topology)
     memory_bytes = CHIPS[kind].memory_bytes if kind in CHIPS else device_memory_bytes()
-    run = inputs.plan_inputs(cfg, devices, memory_bytes)
     if options.program:
+        run, _ = inputs.plan_inputs(cfg, devices, memory_bytes)
         print(json.dumps(compiling.compile_program(run, options.program, compiling.read_earlier(options.earlier))))
         return
-    names = list(programs.run_programs(run))
-    print(f"Compiling {', '.join(names)} for {options.topology}", file=sys.stderr, flush=True)
-    results = compiling.compile_programs(argv, names, environ, print_progress)
-    plan = report.plan_report(run, options.topology, kind, memory_bytes, results, options.price)
-    print(json.dumps(plan) if options.json else report.format_report(plan))
-    sys.exit(report.exit_code(plan))
-
-
-def print_progress(result: dict) -> None:
-    """Prints one line about a compiled program to stderr."""
-    error = result.get("error")
-    print(f"{result['name']}: {error or 'compiled in {:.0f} s'.format(result['seconds'])}", file=sys.stderr, flush=True)
+    target = planner.Target(options.topology, kind, devices, memory_bytes, options.price, argv, environ)
+    plans = planner.plan_suggestions(raw, target) if options.suggest else [planner.plan_config(cfg, target)]
+    if options.json:
+        print(json.dumps(plans if options.suggest else plans[0]))
+    else:
+        print("\n\n\n".join(map(report.format_report, plans)))
+    sys.exit(min(map(report.exit_code, plans)))
 
 
 if __name__ == "__main__":

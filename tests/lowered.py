@@ -58,7 +58,7 @@ def main(workdir, *keys):
     raw = load_config(str(CONFIG))
     for key in keys:
         override_key(raw, *key.split("=", 1))
-    programs = run_programs(plan_inputs(check(raw), jax.devices(), memory_bytes=2**30))
+    programs = run_programs(plan_inputs(check(raw), jax.devices(), memory_bytes=2**30)[0])
     planned = {name: digest(lower()) for name, lower in programs.items()}
     lowered = {}
     record(grpo_jax.rollout.sampler, "init_decode", lambda *_: "prefill", lowered)

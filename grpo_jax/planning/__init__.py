@@ -16,4 +16,5 @@ Modules, in reading order:
     report     the report of a plan, as plain values and as text
     checks     what a plan must not show: whole gathers and sums, copies of the cache, repeated work
     compiling  compiles programs in processes of their own
+    planner    makes plans: of a config, or of the settings that are expected to be the fastest
 """

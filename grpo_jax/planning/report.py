@@ -19,6 +19,9 @@ GPU_DEFAULT = 0.75  # of its memory, which JAX takes unless XLA_PYTHON_CLIENT_ME
 MIXTURE_NOTE = (
     "The update of a mixture multiplies every local expert with every token, so it takes far longer than needed."
 )
+EXPERTS_NOTE = "Every chip holds the tokens of its whole expert axis, once for each expert that a token passes through."
+LONG_ROW = 16384  # tokens, from which on masks of a whole row take gibibytes
+LONG_ROW_NOTE = "Updates mask attention with arrays of {width:,} x {width:,}, which take {gib:.1f} GiB and are made anew in every layer."
 
 
 def program_peak(result: Mapping, memory: needs.Memory) -> int:
@@ -67,6 +70,7 @@ def plan_report(
     memory_bytes: int,
     results: Mapping[str, Mapping],
     price: float | None = None,
+    refusal: str = "",
 ) -> dict:
     """Returns the report of a plan as plain values.
 
@@ -77,6 +81,7 @@ def plan_report(
         memory_bytes: The memory of one of them.
         results: What compiling each program gave, by name.
         price: Price of a chip for an hour, if the cost is wanted.
+        refusal: Why training would refuse to start; nothing is compiled then, and the peaks are those of the formulas.
     """
     memory, chips = needs.run_memory(run), math.prod(run.mesh.shape.values())
     programs = {name: describe_program(run, result, memory) for name, result in results.items()}
@@ -84,9 +89,11 @@ def plan_report(
     for name, program in programs.items():
         if "peak_bytes" in program:
             peaks[phase_of(name)] = max(peaks.get(phase_of(name), 0), program["peak_bytes"])
+    if refusal:
+        peaks = needs.phase_peaks(run)
     budget = int(USABLE * memory_bytes)
     errors = {name: program["error"] for name, program in programs.items() if program.get("error")}
-    fits = not errors and all(peak <= budget for peak in peaks.values())
+    fits = not errors and not refusal and all(peak <= budget for peak in peaks.values())
     report: dict = {
         "model": run.cfg.model.path,
         "topology": topology,
@@ -101,6 +108,7 @@ def plan_report(
         "peaks": peaks,
         "fits": fits,
         "errors": errors,
+        "refusal": refusal,
         "programs": programs,
     }
     if report["platform"] == "cpu":
@@ -110,7 +118,7 @@ def plan_report(
         formula = needs.phase_peaks(run)
         excess = {phase: peaks.get(phase, formula[phase]) - budget for phase in formula}
         report["remedies"] = [remedy._asdict() for remedy in find_remedies(run, excess)]
-    if kind in CHIPS:
+    if kind in CHIPS and not refusal:
         made = estimate_run(run, CHIPS[kind], results)
         report["estimate"] = describe_estimate(made, chips, price)
     return report
@@ -132,6 +140,11 @@ def process_bytes(memory: needs.Memory, devices: int, peaks: Mapping[str, int], 
 def plan_notes(run: RunShapes, report: Mapping) -> list[str]:
     """Returns what a reader should know besides the numbers."""
     notes = [MIXTURE_NOTE] if run.model_cfg.experts else []
+    if run.mesh.shape["expert"] > 1:
+        notes.append(EXPERTS_NOTE)
+    width = needs.updated_batch(run).width
+    if report["platform"] == "tpu" and width >= LONG_ROW:
+        notes.append(LONG_ROW_NOTE.format(width=width, gib=6 * width**2 / GIB))
     if report["platform"] == "gpu" and max(report["peaks"].values(), default=0) > GPU_DEFAULT * report["memory_bytes"]:
         taken = f"JAX takes {GPU_DEFAULT:.0%} of a GPU's memory by default"
         notes.append(f"{taken}; this run needs XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}.")
@@ -180,9 +193,8 @@ def format_report(report: Mapping) -> str:
         f"rollouts on {mesh_text(report['rollout_mesh'])}, with {report['slots']} decode slots",
         "",
         format_memory(report),
-        "",
-        format_work(report),
     ]
+    parts += ["", format_work(report)] if report["programs"] else []
     parts += ["", exchanges] if (exchanges := format_exchanges(report)) else []
     parts += ["", format_estimate(report["estimate"])] if "estimate" in report else []
     parts += [f"\nNote: {note}" for note in report["notes"]]
@@ -201,7 +213,8 @@ def format_memory(report: Mapping) -> str:
     ]
     lines = ["Memory per chip                GiB"]
     lines += [f"  {name:<24}{gib(count)}" for name, count in rows]
-    lines += ["", "Program           arguments   results   aliased temporary      peak  compiled in"]
+    if report["programs"]:
+        lines += ["", "Program           arguments   results   aliased temporary      peak  compiled in"]
     for name, program in report["programs"].items():
         if program.get("error"):
             lines.append(f"  {name:<16}{program['error']}")
@@ -283,6 +296,7 @@ def format_verdict(report: Mapping) -> str:
     if report["fits"]:
         return "Fits."
     lines = ["Does not fit." if not report["errors"] else f"Does not compile: {', '.join(report['errors'])}."]
+    lines += [f"  {report['refusal']}"] if report["refusal"] else []
     for remedy in report.get("remedies", ()):
         saved = max(remedy["saves"].values())
         verdict = "would fit" if remedy["suffices"] else "not enough by itself"

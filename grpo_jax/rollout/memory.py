@@ -37,6 +37,19 @@ class RolloutMemory(NamedTuple):
     slot_bytes: int  # of one slot: its KV cache, the prefilled KV of a prompt, and the logits
 
 
+class NoRoomError(UserError):
+    """A rollout does not fit in the memory of the devices.
+
+    Attributes:
+        reason: What it takes and what there is, without what to do about it.
+    """
+
+    def __init__(self, reason: str, fixes: str):
+        """Builds the error from its parts."""
+        super().__init__(f"{reason} {fixes}")
+        self.reason = reason
+
+
 class RolloutPlan(NamedTuple):
     """The mesh of rollouts, how many decode slots to use across all devices, and how much memory they take of each."""
 
@@ -198,7 +211,7 @@ def plan_rollout(
         strict: Raise if `rollout.slots` slots do not fit; otherwise use as many as fit.
 
     Raises:
-        UserError: There is not enough memory.
+        NoRoomError: There is not enough memory.
     """
     plan = best_plan(cfg, model_cfg, mesh, held_bytes, memory_bytes)
     shards = mesh.size // plan.tensor
@@ -208,12 +221,13 @@ def plan_rollout(
     if plan.slots <= plan.max_slots:
         return plan
     fixes = fixes_for(cfg, model_cfg, mesh, held_bytes, memory_bytes, plan)
-    raise UserError(
+    raise NoRoomError(
         f"rollout.slots may be at most {plan.max_slots} to fit in memory; found {plan.slots}, over {shards} data "
         f"shard(s). A slot takes {mebibytes(plan.memory.slot_bytes)} ({cfg.rollout.max_prompt_tokens} + "
         f"{cfg.rollout.max_tokens} tokens of {plan.memory.token_bytes / 1024:.1f} KiB), and "
         f"{mebibytes(plan.free_bytes)} of a device's {mebibytes(memory_bytes)} are free next to "
-        f"{mebibytes(held_bytes)} of state and {mebibytes(plan.memory.weight_bytes)} of weights. {fixes}"
+        f"{mebibytes(held_bytes)} of state and {mebibytes(plan.memory.weight_bytes)} of weights.",
+        fixes,
     )
 
 
