@@ -21,7 +21,10 @@ MIXTURE_NOTE = (
 )
 EXPERTS_NOTE = "Every chip holds the tokens of its whole expert axis, once for each expert that a token passes through."
 LONG_ROW = 16384  # tokens, from which on masks of a whole row take gibibytes
-LONG_ROW_NOTE = "Updates mask attention with arrays of {width:,} x {width:,}, which take {gib:.1f} GiB and are made anew in every layer."
+LONG_ROW_NOTE = (
+    "Updates mask attention with arrays of {width:,} x {width:,}, which take {gib:.1f} GiB and are made anew in every "
+    "layer."
+)
 
 
 def program_peak(result: Mapping, memory: needs.Memory) -> int:
