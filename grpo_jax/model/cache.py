@@ -20,6 +20,7 @@ from grpo_jax.parallel.mesh import ROW_AXES, drop_indivisible_axes, mesh_platfor
 
 LANES, SUBLANES = 128, 8  # of a tile of a TPU's memory, to which arrays are padded
 BATCH_BYTES = 2**22  # tiles that are copied at the same time
+BATCH_ROWS = 256  # most rows at the same time; each needs a semaphore, of which a chip has fewer than 512
 
 
 class KV(NamedTuple):
@@ -111,7 +112,7 @@ def write_tiles(
     rows, heads, width = new.shape
     size = min(LANES if axis == 3 else SUBLANES, cache.shape[axis])
     tile = (heads, width, size) if axis == 3 else (heads, size, width)
-    batch = min(rows, max(1, BATCH_BYTES // (math.prod(tile) * cache.dtype.itemsize)))
+    batch = min(rows, BATCH_ROWS, max(1, BATCH_BYTES // (math.prod(tile) * cache.dtype.itemsize)))
 
     def write(columns, new, old, out, tiles, semaphores):
         first = pl.program_id(0) * batch
@@ -121,7 +122,8 @@ def write_tiles(
 
         def copy(i, reverse):
             row = first + i
-            span = pl.ds(pl.multiple_of(tile_start(row), size), size)
+            # A cache of a single tile may be narrower than what offsets must be multiples of.
+            span = slice(None) if size == cache.shape[axis] else pl.ds(pl.multiple_of(tile_start(row), size), size)
             there = out.at[(row, slice(None), slice(None), span) if axis == 3 else (row, slice(None), span)]
             ends = (tiles.at[i], there) if reverse else (there, tiles.at[i])
             return pltpu.make_async_copy(*ends, semaphores.at[i])

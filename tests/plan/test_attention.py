@@ -6,9 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from grpo_jax.config import check, default
+from grpo_jax.model.cache import KV, write_token
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning.compiling import assume_cudnn, program_counts
 from grpo_jax.planning.programs import RunShapes, run_programs
@@ -34,8 +37,12 @@ def compile_rollout(topology: str, name: str, tensor: int, changed: dict) -> Non
 
 
 def run_compile_rollout(topology: str, name: str, tensor: int = 1, **changed) -> str:
-    """Returns what `compile_rollout` prints in a new process: a compiler that aborts ends its process."""
-    call = f"compile_rollout({topology!r}, {name!r}, {tensor}, {changed})"
+    """Returns what `compile_rollout` prints."""
+    return in_new_process(f"compile_rollout({topology!r}, {name!r}, {tensor}, {changed})", topology)
+
+
+def in_new_process(call: str, topology: str) -> str:
+    """Returns what a call of this module prints in a new process: a compiler that aborts ends its process."""
     process = subprocess.run(
         [sys.executable, "-c", f"from tests.plan.test_attention import *; {call}"],
         capture_output=True,
@@ -58,6 +65,23 @@ def run_compile_rollout(topology: str, name: str, tensor: int = 1, **changed) ->
 def test_decoding_copies_no_cache(topology, tensor, changed):
     printed = run_compile_rollout(topology, "decode 1024", tensor, **changed)
     assert printed.startswith("copies: () ") and "tpu_custom_call" in printed
+
+
+def compile_write(topology: str, rows: int, columns: int) -> None:
+    """Compiles the kernel that writes a token, for one KV head of width 128 a chip."""
+    shapes = [(rows, 1, 128, columns), (rows, 1, columns, 128), (rows, 1, 128, 1), (rows, 1, 1, 128)]
+    mesh = make_mesh(devices=topology_devices(topology)[:1])
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    k, v, new_k, new_v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes)
+    positions = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        jax.jit(write_token).lower(KV(k, v), KV(new_k, new_v), positions).compile()
+
+
+@pytest.mark.parametrize("rows, columns", [(1024, 256), (8, 40)])
+def test_the_cache_may_have_many_rows_or_less_than_a_tile_of_columns(rows, columns):
+    """A chip has semaphores for fewer than 512 copies at a time, and copies in HBM begin at multiples of a tile."""
+    in_new_process(f"compile_write('v5e:2x2', {rows}, {columns})", "v5e:2x2")
 
 
 def test_prompts_are_prefilled_on_v5p():
