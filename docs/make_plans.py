@@ -3,8 +3,9 @@
     python docs/make_plans.py [RECIPE[:PRESET] ...]
 
 Each plan is kept as docs/plans/RECIPE-PRESET-TOPOLOGY.json. Programs that have not changed since are not compiled
-again. The lines `On TOPOLOGY: ...` of the docstrings are written anew from the plans. The exit code is 3 if a plan does
-not fit, or its programs gather or sum whole arrays, copy the cache or compute more than they need to.
+again. The lines `On TOPOLOGY: ...` of the docstrings and the table in docs/scaling.md are rewritten from the plans. The
+exit code is 3 if a plan does not fit, or its programs gather or sum whole arrays, copy the cache or compute more than
+they need to.
 """
 
 import json
@@ -13,14 +14,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jax.sharding import AbstractDevice, AbstractMesh
+
 from grpo_jax.config import check
-from grpo_jax.config.flags import load_config
+from grpo_jax.config.flags import load_config, override_key
+from grpo_jax.parallel.mesh import rollout_axis_sizes
+from grpo_jax.planning import needs
 from grpo_jax.planning.checks import violations
+from grpo_jax.planning.estimate import estimate_run
 from grpo_jax.planning.models import plan_model
-from grpo_jax.planning.topology import GIB
+from grpo_jax.planning.programs import RunShapes
+from grpo_jax.planning.topology import CHIPS, GIB
+from grpo_jax.rollout.memory import plan_rollout
 
 REPO = Path(__file__).parent.parent
 PLANS = REPO / "docs" / "plans"
+SCALING = REPO / "docs" / "scaling.md"
+R1ZERO_KEYS = "rollout.prompts=512 rollout.max_tokens=32768 train.minibatches=16"
+# Rows of the table of what grows: a preset of r1zero.py, a number of v5p chips, and keys.
+GROWTH = [
+    *(("qwen2.5-7b", chips, "") for chips in (8, 32, 128, 512)),
+    *(("qwen2.5-7b", 64, f"rollout.max_tokens={tokens}") for tokens in (1024, 4096, 16384, 32768)),
+    *(("qwen2.5-7b", 64, f"rollout.mesh.tensor={tensor}") for tensor in (2, 4)),
+    *((preset, 64, "rollout.max_tokens=4096") for preset in ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-32b")),
+    *((preset, 512, R1ZERO_KEYS) for preset in ("qwen2.5-7b", "qwen2.5-32b")),
+    *(("deepseek-v3", chips, "") for chips in (512, 1024, 2048)),
+]
 PLAN_LINE = re.compile(r"^    On ((?:v5e|v6e|v5p|h100|rtx4090|l4):[\dx]+).*$", flags=re.M)
 
 
@@ -49,6 +68,81 @@ def plan_line(report: dict) -> str:
     return f"    On {report['topology']}: {fit}; about {report['estimate']['step_seconds']:,.0f} s a step"
 
 
+def plans_table() -> str:
+    """Returns the Markdown table of all plans that are kept, in the order in which the docstrings name them."""
+    rows = [
+        "| preset | devices | mesh | rollout mesh | slots | peak GiB: rollout, update | of GiB | rollout s | scoring s "
+        "| update s | step s | tokens/s per chip | MFU | bound by: rollout, update |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for file, preset, topology in named_plans():
+        path = plan_file(file, preset, topology)
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            rows.append(table_row(f"[{file.stem}](../configs/{file.name}):{preset}", report))
+    return "\n".join(rows) + "\n"
+
+
+def table_row(name: str, report: dict) -> str:
+    """Returns the row of one plan."""
+    meshes = (
+        ", ".join(f"{axis} {size}" for axis, size in report[mesh].items() if size > 1) or "one device"
+        for mesh in ("mesh", "rollout_mesh")
+    )
+    peaks = ", ".join(f"{report['peaks'].get(phase, 0) / GIB:.1f}" for phase in ("rollout", "update"))
+    cells = [name, report["topology"], *meshes, f"{report['slots']:,}", peaks, f"{report['memory_bytes'] / GIB:.1f}"]
+    if report["fits"]:
+        made = report["estimate"]
+        phases = [made[phase] for phase in ("rollout", "scoring", "update")]
+        cells += [f"{phase['total']:,.0f}" for phase in phases] + [f"{made['step_seconds']:,.0f}"]
+        cells += [f"{made['tokens_per_second_per_chip']:,.0f}", f"{made['update_mfu']:.0%}"]
+        cells.append(f"{phases[0]['limit']}, {phases[2]['limit']}")
+    else:
+        cells += ["does not fit", *[""] * 6]
+    return f"| {' | '.join(cells)} |"
+
+
+def growth_table() -> str:
+    """Returns the Markdown table of what runs of several sizes should take, all of it by formula."""
+    lines = [
+        "| preset | chips | keys | state and reference | rollout weights | cache | temporaries of an update | rollout s "
+        "| scoring s | update s | step s | tokens/s per chip |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for preset, chips, keys in GROWTH:
+        run = formula_run(preset, chips, keys.split())
+        memory, made = needs.run_memory(run), estimate_run(run, CHIPS["v5p"])
+        held = memory.state + memory.reference
+        sizes = held, memory.rollout_weights, memory.cache, needs.update_temporaries(run)
+        seconds = made.rollout.total, made.scoring.total, made.update.total, made.step, made.tokens_per_second
+        cells = [preset, f"{chips:,}", f"`{keys}`" if keys else "", *(f"{size / GIB:.1f}" for size in sizes)]
+        lines.append(f"| {' | '.join([*cells, *(f'{value:,.0f}' for value in seconds)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def formula_run(preset: str, chips: int, keys: list[str]) -> RunShapes:
+    """Returns a run on v5p chips of which only the number is known."""
+    raw = load_config(f"{REPO / 'configs' / 'r1zero.py'}:{preset}")
+    for key in keys:
+        override_key(raw, *key.split("="))
+    cfg = check(raw)
+    model_cfg, tensor, expert = plan_model(cfg), cfg.mesh.tensor, cfg.mesh.expert
+    mesh = needs.abstract_mesh(fsdp=chips // (tensor * expert), expert=expert, tensor=tensor)
+    device = AbstractDevice("TPU v5p", num_cores=None, platform="tpu")
+    mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
+    held_bytes = sum(needs.training_memory(cfg, model_cfg, mesh)[:2])
+    plan = plan_rollout(cfg, model_cfg, mesh, held_bytes, CHIPS["v5p"].memory_bytes)
+    rollout_mesh = mesh.update(axis_sizes=rollout_axis_sizes(mesh, plan.tensor, plan.expert))
+    return RunShapes(cfg, model_cfg, mesh, rollout_mesh, plan.slots)
+
+
+def with_tables(page: str) -> str:
+    """Returns a page with its tables written anew, each after a line `<!-- NAME -->`."""
+    for name, table in (("plans", plans_table()), ("growth", growth_table())):
+        page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _, table=table: table, page, flags=re.S)
+    return page
+
+
 def main(wanted: list[str]) -> int:
     """Makes the plans and returns the exit code."""
     PLANS.mkdir(exist_ok=True)
@@ -69,6 +163,7 @@ def main(wanted: list[str]) -> int:
         found += [f"{spec} on {topology}: {line}" for line in violations(report, plan_model(check(load_config(spec))))]
         text = file.read_text(encoding="utf-8")
         file.write_text(replace_line(text, preset, topology, plan_line(report)), encoding="utf-8")
+    SCALING.write_text(with_tables(SCALING.read_text(encoding="utf-8")), encoding="utf-8")
     print(*found, sep="\n")
     return 3 if found else 0
 
