@@ -49,7 +49,7 @@ def named_plans() -> list[tuple[Path, str, str]]:
     for file in sorted((REPO / "configs").glob("*.py")):
         for body in file.read_text(encoding="utf-8").split("\ndef ")[1:]:
             function = body.partition("(")[0]
-            preset = re.search(rf'"([^"]+)": {function},', file.read_text(encoding="utf-8"))
+            preset = re.search(rf'"([^"]+)": {function}\b', file.read_text(encoding="utf-8"))
             plans += [(file, preset[1], topology) for topology in PLAN_LINE.findall(body)]
     return plans
 
@@ -66,6 +66,11 @@ def plan_line(report: dict) -> str:
     rollout, update = (peaks[phase] / GIB for phase in ("rollout", "update"))
     fit = f"rollouts take {rollout:.1f} and updates {update:.1f} of {memory:.1f} GiB, {state:.1f} of them state"
     return f"    On {report['topology']}: {fit}; about {report['estimate']['step_seconds']:,.0f} s a step"
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats seconds with at least two digits."""
+    return f"{seconds:,.{1 if seconds < 10 else 0}f}"
 
 
 def plans_table() -> str:
@@ -94,7 +99,7 @@ def table_row(name: str, report: dict) -> str:
     if report["fits"]:
         made = report["estimate"]
         phases = [made[phase] for phase in ("rollout", "scoring", "update")]
-        cells += [f"{phase['total']:,.0f}" for phase in phases] + [f"{made['step_seconds']:,.0f}"]
+        cells += [format_seconds(value) for value in (*(phase["total"] for phase in phases), made["step_seconds"])]
         cells += [f"{made['tokens_per_second_per_chip']:,.0f}", f"{made['update_mfu']:.0%}"]
         cells.append(f"{phases[0]['limit']}, {phases[2]['limit']}")
     else:
@@ -114,9 +119,10 @@ def growth_table() -> str:
         memory, made = needs.run_memory(run), estimate_run(run, CHIPS["v5p"])
         held = memory.state + memory.reference
         sizes = held, memory.rollout_weights, memory.cache, needs.update_temporaries(run)
-        seconds = made.rollout.total, made.scoring.total, made.update.total, made.step, made.tokens_per_second
+        seconds = made.rollout.total, made.scoring.total, made.update.total, made.step
         cells = [preset, f"{chips:,}", f"`{keys}`" if keys else "", *(f"{size / GIB:.1f}" for size in sizes)]
-        lines.append(f"| {' | '.join([*cells, *(f'{value:,.0f}' for value in seconds)])} |")
+        cells += [*map(format_seconds, seconds), f"{made.tokens_per_second:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,7 +168,8 @@ def main(wanted: list[str]) -> int:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         found += [f"{spec} on {topology}: {line}" for line in violations(report, plan_model(check(load_config(spec))))]
         text = file.read_text(encoding="utf-8")
-        file.write_text(replace_line(text, preset, topology, plan_line(report)), encoding="utf-8")
+        if report["fits"]:
+            file.write_text(replace_line(text, preset, topology, plan_line(report)), encoding="utf-8")
     SCALING.write_text(with_tables(SCALING.read_text(encoding="utf-8")), encoding="utf-8")
     print(*found, sep="\n")
     return 3 if found else 0
@@ -170,7 +177,7 @@ def main(wanted: list[str]) -> int:
 
 def replace_line(text: str, preset: str, topology: str, line: str) -> str:
     """Returns a config file's text with the line of one plan replaced."""
-    function = re.search(rf'"{re.escape(preset)}": (\w+),', text)[1]
+    function = re.search(rf'"{re.escape(preset)}": (\w+)', text)[1]
     before, start, body = text.partition(f"\ndef {function}(")
     return before + start + re.sub(rf"^    On {re.escape(topology)}\b.*$", line, body, count=1, flags=re.M)
 
