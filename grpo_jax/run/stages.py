@@ -62,10 +62,11 @@ def draw_completions(
     If the problems are given and workers are running, they grade completions that end early while others are sampled.
     """
     overlaps = problems and context.grader.workers and jax.process_count() == 1
+    placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
     with jax.set_mesh(context.rollout_mesh):
         rollout = generate_rollout(
             context.model_cfg,
-            place_for_rollout(context.model_cfg, params, context.rollout_mesh),
+            placed,
             prompts,
             rehome_key(key),
             samples=cfg.rollout.samples,
