@@ -134,7 +134,10 @@ def topology_devices(name: str) -> list:
     shape = f"1x{hosts}x{count // hosts}"
     try:
         if CHIPS[kind].platform == "tpu":
-            return list(topologies.get_topology_desc(name, platform="tpu").devices)
+            # A host has 2 x 2 chips, but there are slices of one chip.
+            of_a_host = [min(2, size) for size in (*sizes[:2], 1)]
+            tpu = dict(chips_per_host_bounds=of_a_host)
+            return list(topologies.get_topology_desc(name, platform="tpu", **tpu).devices)
         gpu = dict(topology=shape, target_config=gpu_target(kind))
         return list(topologies.get_topology_desc(shape, platform="cuda", **gpu).devices)
     except Exception as error:  # each compiler raises its own kinds
