@@ -1,4 +1,4 @@
-"""What is wrong with a compiled run besides its memory: whole gathers and sums, copies of the cache, repeated work."""
+"""What a plan must not show besides a misfit: whole gathers and sums, copies of the cache, repeated work."""
 
 import math
 from collections.abc import Mapping
@@ -10,14 +10,36 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import path_name
 
 MAX_FLOPS_RATIO = 1.1  # products of a program by those that it has to compute
-SMALL_BYTES = 2**22  # of biases and norms, whose gradients are summed whole
+ROUNDING = 1.05  # of the sizes of arrays: what is exchanged may be padded
 
 
-def largest_matrix_bytes(model_cfg: ModelConfig) -> int:
-    """Returns the bytes of the largest matrix of a layer in float32, the most that one gather should bring together."""
-    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg))
-    sizes = [math.prod(leaf.shape[1:]) for path, leaf in leaves if path_name(path).startswith("layers/")]
-    return 4 * max(sizes)
+def matrix_sizes(model_cfg: ModelConfig) -> tuple[list[int], int]:
+    """Returns the number of elements of each matrix of a layer, and of the largest matrix of the model."""
+    leaves = [
+        (path_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg))
+    ]
+    layers = [math.prod(shape[1:]) for name, shape in leaves if name.startswith("layers/") and name.endswith("kernel")]
+    return layers, max(*layers, *(math.prod(shape) for name, shape in leaves if not name.startswith("layers/")))
+
+
+def forbidden_exchanges(report: Mapping, model_cfg: ModelConfig) -> list[str]:
+    """Returns gathers of more than a matrix, and sums of whole gradients.
+
+    Sums of arrays as small as the smallest matrix are allowed, because that is how a TPU's compiler gathers these.
+    """
+    layers, largest = matrix_sizes(model_cfg)
+    # A rollout's weights are gathered once, in two bytes, and only the part of the device's tensor shard.
+    most_placed = 4 * max(max(layers), largest // report["rollout_mesh"]["tensor"])
+    found = []
+    for name, program in report["programs"].items():
+        most = ROUNDING * (most_placed if name == "placement" else 4 * max(layers))
+        for each in (program.get("counts") or {}).get("collectives", ()):
+            is_gather = each["kind"] == "all-gather" and each["bytes"] > most
+            is_sum = each["kind"] == "all-reduce" and "fsdp" in each["axes"]
+            if is_gather or (name == "update" and is_sum and each["bytes"] > ROUNDING * 4 * min(layers)):
+                over = "+".join(each["axes"])
+                found.append(f"{name}: {each['kind']} of {each['bytes']:,} bytes over {over} {each['op_name']}")
+    return found
 
 
 def violations(report: Mapping, model_cfg: ModelConfig) -> list[str]:
@@ -30,21 +52,11 @@ def violations(report: Mapping, model_cfg: ModelConfig) -> list[str]:
     found = [f"{name}: {error}" for name, error in report["errors"].items()]
     if not report["fits"] and not found:
         found.append(f"does not fit: peaks {report['peaks']} of {report['budget_bytes']} bytes")
-    most = largest_matrix_bytes(model_cfg)
     for name, program in report["programs"].items():
         counts = program.get("counts")
-        if not counts:
-            continue
-        for each in counts["collectives"]:
-            what = f"{name}: {each['kind']} of {each['bytes']:,} bytes over {'+'.join(each['axes'])}, {each['op_name']}"
-            if each["kind"] == "all-gather" and each["bytes"] > most:
-                found.append(what)
-            is_sum = each["kind"] == "all-reduce" and "fsdp" in each["axes"]
-            if name == "update" and is_sum and each["bytes"] > SMALL_BYTES:
-                found.append(what)
-        if name.startswith("decode"):
+        if counts and name.startswith("decode"):
             found += [f"{name}: copies {each['array']}, {each['op_name']}" for each in counts["copies"]]
         needed = program.get("needed_product_flops")
-        if needed and counts["product_flops"] > MAX_FLOPS_RATIO * needed:
+        if counts and needed and counts["product_flops"] > MAX_FLOPS_RATIO * needed:
             found.append(f"{name}: {counts['product_flops']:.3g} FLOPs of products where {needed:.3g} are needed")
-    return found
+    return found + forbidden_exchanges(report, model_cfg)
