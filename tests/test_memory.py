@@ -201,11 +201,24 @@ def test_a_mixture_splits_its_experts_first():
     cfg = default()
     cfg.rollout.max_prompt_tokens, cfg.rollout.slots = 80, 8
     cfg = check(cfg)
-    whole = rollout_memory(cfg, model_cfg, mesh.abstract_mesh)
-    halves = rollout_memory(cfg, model_cfg, make_rollout_mesh(mesh, tensor=1, expert=2).abstract_mesh)
+    split = make_rollout_mesh(mesh, tensor=1, expert=2).abstract_mesh
+    whole, halves = (rollout_memory(cfg, model_cfg, each, mesh.abstract_mesh) for each in (mesh.abstract_mesh, split))
     assert halves.weight_bytes < whole.weight_bytes and halves.slot_bytes == whole.slot_bytes
     held = int(0.9 * total) - whole.weight_bytes - whole.prompt_bytes - whole.prefill_bytes - whole.slot_bytes + 1
     assert plan_rollout(cfg, model_cfg, mesh, held, total)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "training, sampling, counted",
+    [((8, 1), (8, 1), False), ((1, 8), (1, 8), True), ((1, 1, 8), (1, 1, 8), False), ((1, 8), (1, 1, 8), True)],
+    ids=["whole", "gathered", "in place", "exchanged"],
+)
+def test_placing_weights_takes_memory_unless_every_device_has_its_own(training, sampling, counted):
+    cfg = default()
+    cfg.rollout.max_prompt_tokens = 80
+    meshes = [make_mesh(*sizes).abstract_mesh for sizes in (sampling, training)]
+    made = rollout_memory(check(cfg), MODEL, *meshes)
+    assert made.placement_bytes == counted * made.weight_bytes
 
 
 def test_refusals_name_what_helps():
@@ -233,5 +246,5 @@ def test_the_copy_of_the_weights_is_as_large_as_planned():
         mesh = make_rollout_mesh(make_mesh(1, 8), tensor=tensor, expert=1)
         shapes = jax.eval_shape(lambda mesh=mesh: place_for_rollout(model_cfg, params(), mesh))
         placed = bytes_per_device(shapes, tree_shardings(mesh, shapes, layout="rollout"))
-        planned = rollout_memory(check(cfg), model_cfg, mesh.abstract_mesh).weight_bytes
+        planned = rollout_memory(check(cfg), model_cfg, mesh.abstract_mesh, mesh.abstract_mesh).weight_bytes
         assert planned <= placed <= 1.1 * planned  # norms keep float32

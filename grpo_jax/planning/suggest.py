@@ -78,7 +78,8 @@ def rollout_choices(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh, fre
     """
     sequences = cfg.rollout.prompts * cfg.rollout.samples
     for rollout_mesh in rollout_meshes(cfg, model_cfg, mesh):
-        memory, shards = rollout_memory(cfg, model_cfg, rollout_mesh), num_data_shards(rollout_mesh)
+        memory = rollout_memory(cfg, model_cfg, rollout_mesh, mesh.abstract_mesh)
+        shards = num_data_shards(rollout_mesh)
         left = free_bytes - memory.weight_bytes
         if left < memory.placement_bytes:
             continue

@@ -116,8 +116,10 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
 
 
 @lru_cache  # tracing the model takes a good part of a second
-def rollout_memory(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh) -> RolloutMemory:
-    """Returns the memory that a rollout takes of each device of a mesh."""
+def rollout_memory(
+    cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh, training_mesh: AbstractMesh
+) -> RolloutMemory:
+    """Returns the memory that a rollout on `mesh` takes of each device, if `training_mesh` is that of the updates."""
     rollout, tensor = cfg.rollout, mesh.shape["tensor"]
     weights = param_shapes(model_cfg, model_cfg.compute_dtype)
     split_bytes = bytes_per_device(weights, tree_shardings(mesh, weights))
@@ -130,7 +132,8 @@ def rollout_memory(cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh) -> R
         prefill_bytes = prefill_activation_bytes(model_cfg, rollout.max_prompt_tokens, tensor)
     return RolloutMemory(
         weight_bytes=weight_bytes,
-        placement_bytes=weight_bytes if split_bytes < weight_bytes else 0,  # all weights are gathered at the same time
+        # All weights are exchanged or gathered at the same time, unless every device has its own already.
+        placement_bytes=weight_bytes if split_bytes < weight_bytes or mesh != training_mesh else 0,
         prompt_bytes=prompt_bytes * -(-rollout.prompts // num_data_shards(mesh)),
         prefill_bytes=prefill_bytes,
         token_bytes=token_bytes,
@@ -175,14 +178,19 @@ def best_plan(
     sequences, usable_bytes = cfg.rollout.prompts * cfg.rollout.samples, int(USABLE_FRACTION * memory_bytes)
     wanted = min(cfg.rollout.slots or sequences, sequences)
 
-    def plan_on(mesh: AbstractMesh) -> RolloutPlan:
-        memory, shards = rollout_memory(cfg, model_cfg, mesh), num_data_shards(mesh)
+    def plan_on(rollout_mesh: AbstractMesh) -> RolloutPlan:
+        memory = rollout_memory(cfg, model_cfg, rollout_mesh, mesh.abstract_mesh)
+        tensor, expert, shards = (
+            rollout_mesh.shape["tensor"],
+            rollout_mesh.shape["expert"],
+            num_data_shards(rollout_mesh),
+        )
         free_bytes = usable_bytes - held_bytes - memory.weight_bytes
         fits = free_bytes >= memory.placement_bytes
         free_bytes = max(0, free_bytes - memory.prompt_bytes - memory.prefill_bytes) if fits else 0
         max_slots = free_bytes // memory.slot_bytes * shards
         slots = -(-min(wanted, max(max_slots, shards)) // shards) * shards
-        return RolloutPlan(mesh.shape["tensor"], mesh.shape["expert"], slots, max_slots, free_bytes, memory)
+        return RolloutPlan(shape["tensor"], shape["expert"], slots, max_slots, free_bytes, memory)
 
     plans = [plan_on(each) for each in rollout_meshes(cfg, model_cfg, mesh)]
     return next((plan for plan in plans if plan.max_slots >= wanted), max(plans, key=lambda plan: plan.max_slots))
