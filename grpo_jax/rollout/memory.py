@@ -180,11 +180,7 @@ def best_plan(
 
     def plan_on(rollout_mesh: AbstractMesh) -> RolloutPlan:
         memory = rollout_memory(cfg, model_cfg, rollout_mesh, mesh.abstract_mesh)
-        tensor, expert, shards = (
-            rollout_mesh.shape["tensor"],
-            rollout_mesh.shape["expert"],
-            num_data_shards(rollout_mesh),
-        )
+        shape, shards = rollout_mesh.shape, num_data_shards(rollout_mesh)
         free_bytes = usable_bytes - held_bytes - memory.weight_bytes
         fits = free_bytes >= memory.placement_bytes
         free_bytes = max(0, free_bytes - memory.prompt_bytes - memory.prefill_bytes) if fits else 0
