@@ -28,6 +28,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
+PACKAGE = os.environ | {"PYTHONPATH": str(REPO)}
 # Flags appended to the commands to shorten them; the commands themselves stay as they are.
 SHORT = {
     "grpo_jax.main": [
@@ -81,6 +82,12 @@ def test_readme_command_runs(command, workplace, monkeypatch):
     if words[0] == "make":
         made = subprocess.run([*words, "--dry-run"], cwd=REPO, capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
+    elif words[0] == ".venv-plan/bin/python":
+        pytest.skip("make test-plan runs it")
+    elif "grpo_jax.plan" in words:
+        command = [sys.executable, *words[1:], "--program=placement"]  # tests/test_plan.py makes whole plans
+        planned = subprocess.run(command, cwd=workplace, env=PACKAGE, capture_output=True, text=True)
+        assert planned.returncode == 0 and json.loads(planned.stdout)["name"] == "placement", planned.stderr
     elif words[-1].startswith("--help="):
         assert subprocess.run([sys.executable, *words[1:]], cwd=workplace, capture_output=True).returncode == 0
     elif "-m" in words and words[words.index("-m") + 1] in SHORT:
