@@ -1,5 +1,7 @@
 """Trains for one update and plans the same run, and prints the digests of the programs that each of them lowers.
 
+It also prints the names of all programs that are compiled.
+
 `python -m tests.lowered WORKDIR KEY=VALUE ...` runs in a process of its own: annotations that are checked at run time
 refuse the placeholders that lowering puts into a `DecodeState`.
 """
@@ -28,11 +30,11 @@ def digest(lowered) -> str:
 
 
 def record(module, name, label, digests):
-    """Replaces a jitted function with one that also stores the digest of what its arguments lower to."""
+    """Replaces a jitted function with one that also stores the digests of what its arguments lower to."""
     function = getattr(module, name)
 
     def recorded(*args, **options):
-        digests[label(*args)] = digest(function.lower(*args, **options))
+        digests.setdefault(label(*args), set()).add(digest(function.lower(*args, **options)))
         return function(*args, **options)
 
     setattr(module, name, recorded)
@@ -46,7 +48,7 @@ def record_factory(module, name, label, digests):
         function = factory(*args)
 
         def recorded(*inputs):
-            digests[label] = digest(function.lower(*inputs))
+            digests.setdefault(label, set()).add(digest(function.lower(*inputs)))
             return function(*inputs)
 
         return recorded
@@ -60,7 +62,13 @@ def main(workdir, *keys):
         override_key(raw, *key.split("=", 1))
     programs = run_programs(plan_inputs(check(raw), jax.devices(), memory_bytes=2**30)[0])
     planned = {name: digest(lower()) for name, lower in programs.items()}
-    lowered = {}
+    lowered, compiled = {}, []
+
+    def listen(event: str, seconds: float, **details) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     record(grpo_jax.rollout.sampler, "init_decode", lambda *_: "prefill", lowered)
     record(
         grpo_jax.rollout.sampler, "decode_tokens", lambda *args: f"decode {args[2].kv_cache[0].k.shape[-1]}", lowered
@@ -69,7 +77,8 @@ def main(workdir, *keys):
     record_factory(grpo_jax.rollout.sampler, "rollout_placement", "placement", lowered)
     record_factory(grpo_jax.run.train, "make_update", "update", lowered)
     grpo_jax.train(raw, workdir=workdir)
-    print(json.dumps({"planned": planned, "run": lowered}))
+    run = {name: sorted(found) for name, found in lowered.items()}
+    print(json.dumps({"planned": planned, "run": run, "compiled": sorted(compiled)}))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def test_prefill_needs_no_more_memory_than_estimated(width, count):
     model_cfg = dataclasses.replace(MODEL, hidden_size=128, intermediate_size=256, num_heads=8, head_dim=16)
     placed = jax.eval_shape(lambda: place_for_rollout(model_cfg, params(model_cfg)))
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[1] * width] * count))
-    lowered = jax.jit(lambda placed, prompts: prefill_prompts(model_cfg, placed, prompts)).lower(placed, prompts)
+    batch = min(count, prefill_batch_size(model_cfg, width))
+    lowered = jax.jit(prefill_prompts, static_argnums=(0, 3)).lower(model_cfg, placed, prompts, batch, count)
     temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
     estimate, batch_size = prefill_activation_bytes(model_cfg, width), prefill_batch_size(model_cfg, width)
     assert 0.2 * estimate < temporaries * batch_size / count

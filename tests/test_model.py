@@ -66,12 +66,12 @@ def test_prefill_by_splash_equals_plain_prefill_and_holds_no_mask():
 
     def prefill(attention):
         model_cfg = replace(CONFIG, layers=layers, attention=attention, max_positions=128)
-        return jax.jit(prefill_prompts, static_argnums=0).trace(model_cfg, weights, prompts).lower()
+        return jax.jit(prefill_prompts, static_argnums=(0, 3)).trace(model_cfg, weights, prompts, 2, 2).lower()
 
     splash, plain = prefill("splash"), prefill("plain")
     mask = "tensor<2x128x128xi1>"
     assert mask in plain.as_text() and mask not in splash.as_text()
-    for got, want in zip(*(jax.tree.leaves(x.compile()(weights, prompts)) for x in (splash, plain)), strict=True):
+    for got, want in zip(*(jax.tree.leaves(x.compile()(weights, prompts, 2)) for x in (splash, plain)), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 

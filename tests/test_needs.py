@@ -18,6 +18,7 @@ from grpo_jax.model.mask import attention_mask, single_sequence
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning import needs
 from grpo_jax.planning.programs import RunShapes
+from grpo_jax.rollout.memory import training_room
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
 from grpo_jax.run.stages import pack_rows
 from grpo_jax.types import Experience
@@ -155,8 +156,10 @@ def test_bytes_of_a_rollout_are_those_of_its_arrays():
     prompts, limits = pad_prompts([[1] * PROMPT] * 4), np.full((4, 2), COMPLETION)
     options = dict(slots=6, columns=PROMPT + COMPLETION, max_tokens=COMPLETION)
     placed = place_for_rollout(CONFIG, params())
-    state, queue = start_rollout(CONFIG, placed, prompts, jax.random.key(0), limits, **options)
-    memory = needs.run_memory(run_of(slots=6))
+    run = run_of(slots=6)  # whose evaluations need room for 6 prompts
+    room = training_room(run.cfg, slots=6, shards=1)
+    state, queue = start_rollout(CONFIG, placed, prompts, jax.random.key(0), limits, **options, room=room)
+    memory = needs.run_memory(run)
     for expected, arrays in (
         (memory.cache, state.kv_cache),
         (memory.prompt_kv, queue.prompt_kv),

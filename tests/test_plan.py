@@ -12,23 +12,29 @@ import pytest
 from grpo_jax.planning.topology import compiler_environment
 
 REPO = Path(__file__).parent.parent
-# Several micro-batches, slots that are refilled, a cache that grows, and a rollout mesh that differs from the mesh.
+# Evaluations in two batches, with more prompts than a rollout has; several micro-batches, slots that are refilled, a
+# cache that grows, and a rollout mesh that differs from the mesh.
 KEYS = """
     rollout.prompts=4 rollout.samples=4 rollout.max_tokens=60 rollout.max_prompt_tokens=96 rollout.slots=8
     rollout.temperature=3 rollout.mesh.tensor=2 train.micro_tokens=128 mesh.data=2 mesh.fsdp=4
-    model.reference_dtype=bfloat16 total_steps=1 eval.questions=0 log.samples=0
+    model.reference_dtype=bfloat16 total_steps=1 eval.questions=11 log.samples=0
 """.split()
 
 
 def test_a_plan_lowers_the_programs_of_a_run(tmp_path):
-    """The arguments that a run passes to its jitted functions lower to the same text as those of the plan."""
+    """The arguments that a run passes to its jitted functions lower to the same text as those of the plan.
+
+    So do those of its evaluations, which therefore compile nothing.
+    """
     command = [sys.executable, "-m", "tests.lowered", str(tmp_path / "run"), *KEYS]
     done = subprocess.run(command, cwd=REPO, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     digests = json.loads(done.stdout.splitlines()[-1])
     planned, run = digests["planned"], digests["run"]
     assert set(planned) == {"placement", "prefill", "decode 128", "decode 156", "scoring", "update"}
-    assert [name for name in planned if run[name] != planned[name]] == []
+    assert [name for name in planned if run[name] != [planned[name]]] == []
+    compiled = [digests["compiled"].count(f"jit({name})") for name in ("place", "init_decode", "decode_tokens")]
+    assert compiled == [1, 1, 2]
 
 
 # Lowers the same Pallas kernel for TPUs from two places in a file.

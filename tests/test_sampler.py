@@ -19,8 +19,10 @@ from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout import sampler, slots
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import (
+    QueueRoom,
     cache_sizes,
     generate_rollout,
+    needed_room,
     pad_prompts,
     place_for_rollout,
     rollout_placement,
@@ -32,7 +34,6 @@ from grpo_jax.rollout.slots import (
     copy_prompts,
     decode_tokens,
     init_decode,
-    prefill_batch_size,
     prefill_prompts,
     resize_cache,
 )
@@ -261,30 +262,34 @@ def test_a_gpu_copies_the_prompts_of_all_refilled_slots_at_once(refilled, monkey
     assert "dynamic_update_slice" not in str(turns) and "scatter" in str(turns)
 
 
+@pytest.mark.parametrize("more", [0, 3])
 @pytest.mark.parametrize("count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (16, 8, 4)])
-def test_every_sequence_belongs_to_one_shard_which_has_its_prompt(count, samples, shards):
+def test_every_sequence_belongs_to_one_shard_which_has_its_prompt(count, samples, shards, more):
     prompts = pad_prompts([[i + 1] * (i + 1) for i in range(count)], [10 + i for i in range(count)])
     limits = np.arange(1, count * samples + 1).reshape(count, samples)
-    shard_prompts, prompt_index, limit, ids = split_over_shards(prompts, limits, shards)
+    room = needed_room(count, samples, shards)
+    room = room._replace(prompts=room.prompts + more, sequences=room.sequences + 2 * more)
+    shard_prompts, prompt_index, limit, ids = split_over_shards(prompts, limits, shards, room)
     sequences_per_shard, prompts_per_shard = len(limit) // shards, len(shard_prompts.ids) // shards
     real = np.flatnonzero(limit)
     np.testing.assert_array_equal(limit[real], limits.reshape(-1))
-    for n in real:
-        row = (n // sequences_per_shard) * prompts_per_shard + prompt_index[n]
-        assert shard_prompts.ids[row] == ids[n, 0] == 10 + n // samples and ids[n, 1] == n % samples
+    for n, i in enumerate(real):
+        row = (i // sequences_per_shard) * prompts_per_shard + prompt_index[i]
+        assert shard_prompts.ids[row] == ids[i, 0] == 10 + n // samples and ids[i, 1] == n % samples
         assert shard_prompts.lengths[row] == n // samples + 1 and shard_prompts.tokens[row, 0] == n // samples + 1
     # Each distinct prompt is prefilled once where that is possible.
-    assert prompts_per_shard == max(1, count // shards) or count % shards
+    assert prompt_index.max() + 1 == prompts_per_shard - more
+    assert prompt_index.max() + 1 == max(1, count // shards) or count % shards
 
 
-def test_prefilling_in_batches_does_not_change_keys_and_values(monkeypatch):
+def test_prefilling_in_batches_does_not_change_keys_and_values():
     placed = place_for_rollout(CONFIG, weights())
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[i + 1, 5, i + 2] for i in range(7)]))
-    whole = jax.jit(lambda p: prefill_prompts(CONFIG, placed, p))(prompts)
-    monkeypatch.setattr("grpo_jax.rollout.slots.PREFILL_TOKENS", 64)
-    assert prefill_batch_size(CONFIG, 32) == 2
-    batched = jax.jit(lambda p: prefill_prompts(CONFIG, placed, p))(prompts)
+    prefill = jax.jit(functools.partial(prefill_prompts, CONFIG, placed), static_argnums=1)
+    whole, batched = prefill(prompts, 7, 7), prefill(prompts, 2, 7)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), batched, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, :4], b[:, :4]), prefill(prompts, 2, 3), batched)
+    assert not any(x[:, 4:].any() for x in jax.tree.leaves(prefill(prompts, 2, 3)))  # two batches were enough
 
 
 def test_stop_strings_end_a_completion_however_they_are_tokenized():
@@ -345,11 +350,17 @@ def test_sample_applies_each_filter(monkeypatch):
     ],
 )
 def test_a_mesh_samples_the_same_completions_and_exchanges_one_number_per_token(shape, model_cfg):
-    """In the compiled loop no row, cache or weight leaves its shard; the sums over `tensor` belong to its matmuls."""
+    """In the compiled loop no row, cache or weight leaves its shard; the sums over `tensor` belong to its matmuls.
+
+    The queues have more room than they need, and prompts are prefilled one by one.
+    """
     mesh, replicated, shards = make_mesh(*shape), params(model_cfg), shape[0] * shape[1]
     prompts, limits, key = pad_prompts(PROMPTS), np.full((3, 8), 9), jax.random.key(0)
     table, structure = build_stop_table(model_cfg.vocab_size, ()), None
     single = sample(model_cfg, replicated, PROMPTS, key, samples=8, max_tokens=9)
+    needed = needed_room(3, 8, shards)
+    options = dict(slots=11, columns=41, max_tokens=9)
+    options["room"] = QueueRoom(needed.prompts + 2, needed.sequences + 3, prefill=1)
 
     def decode(placed, *leaves):  # leaves, because tracing ahead of time builds states that are not arrays
         state, queue = jax.tree.unflatten(structure, leaves)
@@ -359,7 +370,7 @@ def test_a_mesh_samples_the_same_completions_and_exchanges_one_number_per_token(
 
     with jax.set_mesh(mesh):
         placed = place_for_rollout(model_cfg, jax.device_put(replicated, tree_shardings(mesh, replicated)), mesh)
-        state, queue = start_rollout(model_cfg, placed, prompts, key, limits, slots=11, columns=41, max_tokens=9)
+        state, queue = start_rollout(model_cfg, placed, prompts, key, limits, **options)
         leaves, structure = jax.tree.flatten((state, queue))
         compiled = jax.jit(decode).lower(placed, *leaves).compile()
         many = to_rollout(jax.tree.unflatten(jax.tree.structure(state), compiled(placed, *leaves)), prompts, 8)

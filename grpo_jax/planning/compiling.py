@@ -21,8 +21,9 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.blockwise import BLOCK_SIZE
 from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.planning.counts import ProgramCounts, count_program
-from grpo_jax.planning.needs import scored_batch, updated_batch
+from grpo_jax.planning.needs import scored_batch, shard_prompts, updated_batch
 from grpo_jax.planning.programs import RunShapes, abstract_decode, run_programs, shard_bytes
+from grpo_jax.rollout.slots import prefill_batch_size
 
 CUDNN_VERSION = 91000  # what a plan answers where JAX asks the installed cuDNN for its version
 LISTED_COPY_BYTES = 2**26  # copies of arrays of this size and more are listed
@@ -45,6 +46,9 @@ def program_counts(run: RunShapes, name: str, text: str) -> ProgramCounts:
     scored = batch.completion_tokens / num_data_shards(mesh) / batch.micro_batches
     trips = {"micro_batches": batch.micro_batches, "token_blocks": math.ceil(scored / run.cfg.train.chunk_tokens)}
     width = run.cfg.rollout.max_prompt_tokens if name == "prefill" else batch.width
+    prompts = shard_prompts(run)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the attention kernel depends on the platform
+        trips["prompt_batches"] = math.ceil(prompts / min(prompts, prefill_batch_size(run.model_cfg, width)))
     trips |= {"refill": 1, "key_blocks": (width / BLOCK_SIZE + 1) / 2}  # one sequence a row, which is the most
     return count_program(text, mesh.shape, trips, LISTED_COPY_BYTES)
 

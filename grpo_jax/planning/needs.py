@@ -26,8 +26,8 @@ from grpo_jax.model.decoder import head_path, param_shapes
 from grpo_jax.model.parameters import row_for, tree_shardings
 from grpo_jax.parallel.mesh import MESH_AXES, num_data_shards, path_name
 from grpo_jax.planning.programs import RunShapes, rollout_sizes
-from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token
-from grpo_jax.rollout.sampler import rollout_placement
+from grpo_jax.rollout.memory import bytes_per_device, kv_bytes_per_token, training_room
+from grpo_jax.rollout.sampler import needed_room, rollout_placement
 from grpo_jax.run.stages import batch_shape
 
 BACKWARD_ATTENTION = 2.5  # FLOPs of attention's backward pass by those of its forward pass
@@ -193,12 +193,9 @@ def shard_slots(run: RunShapes) -> int:
 
 
 def shard_prompts(run: RunShapes) -> int:
-    """Returns the most prompts that one data shard prefills."""
+    """Returns the most prompts that one data shard prefills in a rollout of training."""
     rollout = run.cfg.rollout
-    sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
-    # Shards whose sequences are not whole groups may begin and end within a group.
-    whole = sequences % rollout.samples == 0 or rollout.samples % sequences == 0
-    return -(-sequences // rollout.samples) + (0 if whole else 1)
+    return needed_room(rollout.prompts, rollout.samples, num_data_shards(run.rollout_mesh)).prompts
 
 
 def prefill_work(run: RunShapes) -> Work:
@@ -244,13 +241,13 @@ def run_memory(run: RunShapes) -> Memory:
     """Returns the bytes that one chip holds."""
     cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
     token_bytes = cached_kv_bytes(model_cfg, run.rollout_mesh.shape["tensor"])
-    sequences = -(-rollout.prompts * rollout.samples // num_data_shards(run.rollout_mesh))
+    room = training_room(cfg, run.slots, num_data_shards(run.rollout_mesh))
     return Memory(
         *training_memory(cfg, model_cfg, run.mesh),
         rollout_weights=sum(placed_bytes(model_cfg, run.rollout_mesh, cfg.model.param_dtype).values()),
         cache=shard_slots(run) * rollout_sizes(run)[-1] * token_bytes,
-        prompt_kv=shard_prompts(run) * rollout.max_prompt_tokens * token_bytes,
-        completions=8 * sequences * rollout.max_tokens,
+        prompt_kv=room.prompts * rollout.max_prompt_tokens * token_bytes,
+        completions=8 * room.sequences * rollout.max_tokens,
     )
 
 

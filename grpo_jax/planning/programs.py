@@ -24,6 +24,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import num_data_shards, row_shardings
 from grpo_jax.rollout.draws import NO_FILTER
+from grpo_jax.rollout.memory import training_room
 from grpo_jax.rollout.sampler import UNLIMITED_STEPS, cache_sizes, rollout_placement, split_over_shards
 from grpo_jax.rollout.slots import decode_shardings, decode_tokens, init_decode
 from grpo_jax.run.stages import pack_rows
@@ -85,7 +86,9 @@ def rollout_rows(run: RunShapes):
         ids=np.arange(rollout.prompts, dtype=np.int32),
     )
     limits = np.full((rollout.prompts, rollout.samples), rollout.max_tokens)
-    return abstract_rows(run.rollout_mesh, split_over_shards(prompts, limits, num_data_shards(run.rollout_mesh)))
+    shards = num_data_shards(run.rollout_mesh)
+    room = training_room(run.cfg, run.slots, shards)
+    return abstract_rows(run.rollout_mesh, split_over_shards(prompts, limits, shards, room))
 
 
 def rollout_sizes(run: RunShapes) -> list[int]:
@@ -97,9 +100,9 @@ def rollout_sizes(run: RunShapes) -> list[int]:
 def init_options(run: RunShapes, columns: int) -> dict[str, int]:
     """Returns the static arguments of `init_decode`."""
     shards = num_data_shards(run.rollout_mesh)
-    count = -(-run.cfg.rollout.prompts * run.cfg.rollout.samples // shards) * shards
-    slots = min(-(-run.slots // shards) * shards, count)
-    return dict(slots=slots, columns=columns, max_tokens=run.cfg.rollout.max_tokens)
+    room = training_room(run.cfg, run.slots, shards)
+    slots = shards * min(-(-run.slots // shards), room.sequences)
+    return dict(slots=slots, columns=columns, max_tokens=run.cfg.rollout.max_tokens, prefill=room.prefill)
 
 
 def abstract_decode(run: RunShapes, columns: int):

@@ -4,6 +4,6 @@ Modules, in reading order:
 
     draws    draws tokens from logits
     slots    the compiled decode loop and its slots
-    memory   plans how many decode slots fit in device memory
     sampler  `sample`: divides sequences among shards and resizes the KV cache
+    memory   plans how many decode slots fit in device memory
 """

@@ -19,6 +19,7 @@ from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import num_data_shards, rollout_axis_sizes
+from grpo_jax.rollout.sampler import QueueRoom, needed_room
 from grpo_jax.rollout.slots import num_score_columns, prefill_batch_size
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs
@@ -113,6 +114,21 @@ def prefill_activation_bytes(model_cfg: ModelConfig, width: int, tensor: int = 1
     mlp_width = max(model_cfg.intermediate_size // tensor, model_cfg.hidden_size)
     floats_per_token = 2 * heads * num_score_columns(model_cfg, width) + 2 * mlp_width + 8 * model_cfg.hidden_size
     return prefill_batch_size(model_cfg, width) * width * 4 * floats_per_token
+
+
+def training_room(cfg: Config, slots: int, shards: int) -> QueueRoom:
+    """Returns the room of all rollouts of a training run, which is enough for a held-out question in every slot.
+
+    Evaluations then run the programs of training. The prompts take the memory that `RolloutMemory.slot_bytes` counts.
+
+    Args:
+        cfg: The config of the run.
+        slots: Number of decode slots over all data shards.
+        shards: Number of data shards.
+    """
+    room = needed_room(cfg.rollout.prompts, cfg.rollout.samples, shards)
+    questions = min(-(-slots // shards), -(-cfg.eval.questions // shards), room.sequences)
+    return room._replace(prompts=max(room.prompts, questions))
 
 
 @lru_cache  # tracing the model takes a good part of a second

@@ -7,6 +7,7 @@ again, and is called again with a resized cache. Each size in `cache_sizes` comp
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,31 @@ UNLIMITED_STEPS = np.int32(2**31 - 1)
 STEPS_BETWEEN_REPORTS = np.int32(256)
 
 
+class QueueRoom(NamedTuple):
+    """The room of one data shard. Rollouts with the same room and slots run the same programs, whatever their size."""
+
+    prompts: int  # distinct prompts
+    sequences: int
+    prefill: int  # most prompts to prefill at once
+
+
+def needed_room(count: int, samples: int, shards: int) -> QueueRoom:
+    """Returns the least room that a rollout of `count` prompts with `samples` completions each needs."""
+    sequences = -(-count * samples // shards)
+    first = np.arange(shards) * sequences
+    first_prompt, last_prompt = (np.minimum(x // samples, count - 1) for x in (first, first + sequences - 1))
+    prompts = int((last_prompt - first_prompt).max()) + 1
+    return QueueRoom(prompts, sequences, prefill=prompts)
+
+
 def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
     """Returns the completions of a decode state as a `Rollout` of B groups of G."""
-    count = len(prompts.ids)
+    count, shards = len(prompts.ids), len(state.num_started)
+    sequences = needed_room(count, samples, shards).sequences
 
     def group(x):
-        return x[: count * samples].reshape(count, samples, *x.shape[1:])
+        rows = x.reshape(shards, -1, *x.shape[1:])[:, :sequences].reshape(-1, *x.shape[1:])
+        return rows[: count * samples].reshape(count, samples, *x.shape[1:])
 
     tokens, logps, lengths, stopped = (group(x) for x in (state.tokens, state.logps, state.lengths, state.stopped))
     return Rollout(tokens, logps, lengths, truncated=stopped == 0, prompt_ids=jnp.asarray(prompts.ids))
@@ -53,11 +73,11 @@ def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
     return [size for size in sizes if size > prompt_columns and size * 1.2 < max_columns] + [max_columns]
 
 
-def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int):
+def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int, room: QueueRoom):
     """Divides the sequences of a rollout among data shards, in order.
 
     Sequence n is sample n % G of prompt n // G. Each shard has its own copy of the prompts that its sequences need, so
-    the prompt of a group that spans two shards is in both.
+    the prompt of a group that spans two shards is in both. The rest of a shard's room is padding.
 
     Returns:
         NumPy arrays, shard after shard: the prompts; and per sequence the index of its prompt within the shard, its
@@ -70,16 +90,19 @@ def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: 
         raise ValueError(f"Every completion must be allowed at least 1 token; found a limit of {limits.min()}.")
     count, samples = limits.shape
     total = count * samples
-    per_shard = -(-total // shards)
-    sequence = np.arange(shards * per_shard)
+    per_shard = needed_room(count, samples, shards).sequences
+    index = np.arange(room.sequences)
+    # Padding repeats the last sequence of its shard.
+    sequence = np.arange(shards)[:, None] * per_shard + np.minimum(index, per_shard - 1)
     prompt = np.minimum(sequence // samples, count - 1)
-    first = prompt.reshape(shards, per_shard)[:, :1]
-    prompt_index = prompt.reshape(shards, per_shard) - first
-    shard_prompts = np.minimum(first + np.arange(prompt_index.max() + 1), count - 1).reshape(-1)
-    shard_limits = np.where(sequence < total, limits.reshape(-1)[np.minimum(sequence, total - 1)], 0)
-    ids = np.stack([np.asarray(prompts.ids)[prompt], sequence % samples], axis=1)
+    prompt_index = prompt - prompt[:, :1]
+    shard_prompts = np.minimum(prompt[:, :1] + np.arange(room.prompts), count - 1).reshape(-1)
+    is_real = (sequence < total) & (index < per_shard)
+    shard_limits = np.where(is_real, limits.reshape(-1)[np.minimum(sequence, total - 1)], 0)
+    ids = np.stack([np.asarray(prompts.ids)[prompt], sequence % samples], axis=-1)
     prompts = jax.tree.map(lambda x: np.asarray(x)[shard_prompts], prompts)
-    return prompts, prompt_index.reshape(-1).astype(np.int32), shard_limits.astype(np.int32), ids.astype(np.int32)
+    rows = prompt_index.reshape(-1), shard_limits.reshape(-1), ids.reshape(-1, 2)
+    return prompts, *(x.astype(np.int32) for x in rows)
 
 
 def start_rollout(
@@ -92,16 +115,19 @@ def start_rollout(
     slots: int,
     columns: int,
     max_tokens: int,
+    room: QueueRoom | None = None,
 ) -> tuple[DecodeState, RolloutQueue]:
     """Divides the sequences among the data shards of the current mesh, prefills and fills the slots.
 
     The arguments are those of `init_decode`, except that `prompts` are the B prompts of the rollout, `limits` gives the
-    maximum number of tokens of each completion, and 0 `slots` means one per sequence.
+    maximum number of tokens of each completion, 0 `slots` means one per sequence, and `room` is by default as much as
+    the rollout needs.
     """
     shards = num_data_shards()
-    rows = split_over_shards(prompts, limits, shards)
-    count = len(rows[1])
-    sizes = dict(slots=min(-(-slots // shards) * shards or count, count), columns=columns, max_tokens=max_tokens)
+    room = room or needed_room(*limits.shape, shards)
+    rows = split_over_shards(prompts, limits, shards, room)
+    slots = shards * min(-(-slots // shards) or room.sequences, room.sequences)
+    sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens, prefill=room.prefill)
     if not jax.sharding.get_abstract_mesh().empty:
         rows = shard_rows(jax.sharding.get_mesh(), rows)
     return init_decode(model_cfg, params, *rows, key, **sizes)
@@ -118,6 +144,7 @@ def generate_rollout(
     temperature: float,
     stop_table: Int[np.ndarray, "A V"],
     slots: int = 0,
+    room: QueueRoom | None = None,
     limits: Int[np.ndarray, "B G"] | None = None,
     filter: TokenFilter = NO_FILTER,
     on_progress: Callable[[DecodeState], None] | None = None,
@@ -134,6 +161,7 @@ def generate_rollout(
         temperature: Sampling temperature; 0 decodes greedily.
         stop_table: From `grpo_jax.text.stops.build_stop_table`.
         slots: Number of sequences to decode at once, over all data shards; 0 decodes all of them at once.
+        room: Room for prompts and sequences; by default as much as the rollout needs.
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
         on_progress: Called with the state at least every `STEPS_BETWEEN_REPORTS` decode steps.
@@ -144,7 +172,7 @@ def generate_rollout(
     max_steps = STEPS_BETWEEN_REPORTS if on_progress else UNLIMITED_STEPS
     scale, greedy = np.float32(temperature or 1.0), temperature == 0  # scale is unused if greedy
     state, queue = start_rollout(
-        model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens
+        model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens, room=room
     )
     while True:
         # Shrink only when the longest sequence is well below the smaller size: a resize costs about as much as two

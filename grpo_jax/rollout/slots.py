@@ -47,7 +47,7 @@ class RolloutQueue:
     prompts: Prompts  # the distinct prompts of each shard
     prompt_kv: tuple[KV, ...]  # their keys and values: for each layer one KV [1, prompts, ...] with T columns
     prompt_index: Int[Array, " N"]  # index of the sequence's prompt among the prompts of its shard
-    limits: Int[Array, " N"]  # maximum number of completion tokens; 0 marks padding at the end of the last shards
+    limits: Int[Array, " N"]  # maximum number of completion tokens; 0 marks padding at the end of a shard
     keys: Key[Array, " N"]  # the sequence's random key, to which the index of each token is folded in
 
 
@@ -125,9 +125,21 @@ def prefill_batch_size(model_cfg: ModelConfig, width: int) -> int:
     return max(1, min(PREFILL_TOKENS // width, PREFILL_SCORE_BYTES // score_bytes))
 
 
-def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[KV, ...]:
-    """Computes the keys and values of all prompts: for each layer one KV [1, prompts, ...] with T columns."""
-    count, width = prompts.tokens.shape
+def prefill_prompts(
+    model_cfg: ModelConfig, params, prompts: Prompts, batch_size: int, used: Int[Array, ""]
+) -> tuple[KV, ...]:
+    """Computes the keys and values of prompts: for each layer one KV [1, prompts, ...] with T columns.
+
+    Args:
+        model_cfg: The model.
+        params: Parameters placed for the rollout.
+        prompts: The prompts of each shard, as in `RolloutQueue`.
+        batch_size: Number of prompts that a shard prefills at once.
+        used: How many of its prompts a shard needs. Batches of other prompts are not computed.
+    """
+    shards, width = num_data_shards(), prompts.tokens.shape[1]
+    count = len(prompts.tokens) // shards
+    num_batches = -(-count // batch_size)
 
     def prefill(tokens):
         rows = tokens.shape[0]
@@ -135,18 +147,30 @@ def prefill_prompts(model_cfg: ModelConfig, params, prompts: Prompts) -> tuple[K
         segments = single_sequence(positions)
         return hidden_states(model_cfg, params, tokens, segments, layout="rollout", causal=True)[1]
 
-    batch_size = prefill_batch_size(model_cfg, width) * num_data_shards()
-    if count <= batch_size:
+    if num_batches == 1:
         return prefill(prompts.tokens)
-    num_batches = -(-count // batch_size)
-    padded = jnp.pad(prompts.tokens, ((0, num_batches * batch_size - count), (0, 0)))
     # Every batch takes prompts from all shards, so that no shard is idle.
-    batches = constrain(jnp.swapaxes(padded.reshape(-1, num_batches, width), 0, 1), None, ROW_AXES, None)
+    padding = (0, 0), (0, num_batches * batch_size - count), (0, 0)
+    padded = constrain(jnp.pad(prompts.tokens.reshape(shards, count, width), padding), ROW_AXES)
 
-    def merge_batches(x):
-        return jnp.moveaxis(x, 0, 2).reshape(1, num_batches * batch_size, *x.shape[3:])[:, :count]
+    def prefill_batch(i, kv):
+        tokens = jax.lax.dynamic_slice_in_dim(padded, i * batch_size, batch_size, axis=1)
+        new = prefill(constrain(tokens.reshape(-1, width), ROW_AXES))
 
-    return jax.tree.map(merge_batches, jax.lax.map(prefill, batches))
+        def write(x, batch):
+            batch = batch.reshape(1, shards, batch_size, *batch.shape[2:])
+            return jax.lax.dynamic_update_slice_in_dim(x, batch, i * batch_size, axis=2)
+
+        return jax.tree.map(write, kv, new)
+
+    def empty(x):
+        zeros = jnp.zeros((1, shards, num_batches * batch_size, *x.shape[2:]), x.dtype)
+        return constrain(zeros, None, ROW_AXES, None, "tensor")
+
+    shapes = jax.eval_shape(prefill, prompts.tokens)
+    with jax.named_scope("prompt_batches"):
+        kv = jax.lax.fori_loop(0, -(-used // batch_size), prefill_batch, jax.tree.map(empty, shapes))
+    return jax.tree.map(lambda x: x[:, :, :count].reshape(1, shards * count, *x.shape[3:]), kv)
 
 
 def copy_prompts(
@@ -227,7 +251,7 @@ def update_longest(state: DecodeState) -> DecodeState:
     return state.replace(longest=jnp.max(jnp.where(state.sequence >= 0, state.position + 1, 0)))
 
 
-@partial(jax.jit, static_argnames=("model_cfg", "slots", "columns", "max_tokens"))
+@partial(jax.jit, static_argnames=("model_cfg", "slots", "columns", "max_tokens", "prefill"))
 def init_decode(
     model_cfg: ModelConfig,
     params,
@@ -240,6 +264,7 @@ def init_decode(
     slots: int,
     columns: int,
     max_tokens: int,
+    prefill: int,
 ) -> tuple[DecodeState, RolloutQueue]:
     """Prefills the prompts and assigns the first sequences to the slots.
 
@@ -254,11 +279,13 @@ def init_decode(
         slots: Number of decode slots M over all shards.
         columns: Number of columns C of each slot's KV cache.
         max_tokens: Number of columns S of the completions.
+        prefill: Most prompts that a shard prefills at once, if so many fit.
     """
     keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(ids)
     by_row = prompts, prompt_index, limits, keys
     prompts, prompt_index, limits, keys = jax.tree.map(lambda x: constrain(x, ROW_AXES), by_row)
-    prompt_kv = prefill_prompts(model_cfg, params, prompts)
+    batch_size, used = min(prefill, prefill_batch_size(model_cfg, prompts.tokens.shape[1])), jnp.max(prompt_index) + 1
+    prompt_kv = prefill_prompts(model_cfg, params, prompts, batch_size, used)
     queue = RolloutQueue(prompts, prompt_kv, prompt_index, limits, keys)
 
     def empty_cache(x, last_dims):

@@ -15,10 +15,11 @@ from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_s
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import log_indivisible_axes, tree_shardings
-from grpo_jax.parallel.mesh import make_mesh, make_rollout_mesh
+from grpo_jax.parallel.mesh import make_mesh, make_rollout_mesh, num_data_shards
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rewards.pool import Grader
-from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout
+from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout, training_room
+from grpo_jax.rollout.sampler import QueueRoom
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import open_model_tensors
@@ -50,6 +51,7 @@ class RunContext(NamedTuple):
     rollout_mesh: Mesh  # of rollouts: the same devices, split as the rollout plan says
     rollout_plan: RolloutPlan
     grader: Grader  # without parts if nothing is graded
+    room: QueueRoom | None = None  # of all rollouts of a training run; None if each has what it needs
 
 
 def read_base_model(cfg: Config) -> BaseModel:
@@ -93,6 +95,7 @@ def build_context(
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     held_bytes = resident_bytes(cfg, model_cfg, mesh, training)
     plan = plan_rollout(cfg, model_cfg, mesh, held_bytes, device_memory_bytes(), strict=training)
+    rollout_mesh = make_rollout_mesh(mesh, plan.tensor, plan.expert)
     return RunContext(
         source,
         model_cfg,
@@ -101,9 +104,10 @@ def build_context(
         stop_ids,
         stop_table,
         mesh,
-        make_rollout_mesh(mesh, plan.tensor, plan.expert),
+        rollout_mesh,
         plan,
         Grader(cfg, reward_parts or {}, tokenizer, stop_ids),
+        training_room(cfg, plan.slots, num_data_shards(rollout_mesh)) if training else None,
     )
 
 

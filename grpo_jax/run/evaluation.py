@@ -1,7 +1,6 @@
 """Evaluates a policy on held-out problems with the sampler and the rewards of training."""
 
 from collections.abc import Sequence
-from operator import itemgetter
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.parallel.mesh import gather_to_host, num_data_shards
 from grpo_jax.rewards.pool import FAILURES
 from grpo_jax.rollout.draws import TokenFilter
-from grpo_jax.rollout.sampler import generate_rollout
+from grpo_jax.rollout.sampler import generate_rollout, needed_room
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.stages import grade_completions, rehome_key, sample_records
 from grpo_jax.text.problem import Problem
@@ -36,18 +35,17 @@ def evaluate(
     shards = num_data_shards(context.rollout_mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
     sampling = dict(max_tokens=cfg.rollout.max_tokens, temperature=cfg.eval.temperature, stop_table=context.stop_table)
+    sampling |= dict(slots=context.rollout_plan.slots, room=context.room or needed_room(batch_size, 1, shards))
     filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
     records, failures = [], np.zeros(len(FAILURES))
     for start in range(0, len(problems), batch_size):
         batch = list(problems[start : start + batch_size])
-        # A short last batch is filled up so that it has the compiled shape; the copies are not graded.
-        padded = batch + batch[-1:] * (batch_size - len(batch))
-        prompt_ids = range(start, start + batch_size)
-        prompts = encode_prompts(context.prompt_format, padded, prompt_ids, cfg.rollout.max_prompt_tokens)
+        prompt_ids = range(start, start + len(batch))
+        prompts = encode_prompts(context.prompt_format, batch, prompt_ids, cfg.rollout.max_prompt_tokens)
         with jax.set_mesh(context.rollout_mesh):
             inputs = params, prompts, rehome_key(key)
             rollout = generate_rollout(context.model_cfg, *inputs, samples=1, filter=filter, **sampling)
-        rollout = jax.tree.map(itemgetter(slice(len(batch))), gather_to_host(rollout))
+        rollout = gather_to_host(rollout)
         grades, rewards = grade_completions(cfg, context, batch, rollout)
         failures += [grades.scores[kind].sum() for kind in FAILURES]
         records += sample_records(context, batch, rollout, grades, rewards, count=len(batch))

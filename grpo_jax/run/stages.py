@@ -74,6 +74,7 @@ def draw_completions(
             temperature=cfg.rollout.temperature,
             stop_table=context.stop_table,
             slots=context.rollout_plan.slots,
+            room=context.room,
             on_progress=partial(submit_finished, context, problems, cfg.rollout.samples) if overlaps else None,
         )
     return gather_to_host(rollout)
