@@ -300,6 +300,21 @@ def test_cudnn_attention_skips_only_what_it_masks_itself(kind, mask, products):
     assert read(CUDNN.format(kind=kind, mask=mask)).attention_flops == products * 2 * 2 * 12 * 512 * 1024 * 128
 
 
+def test_a_kernel_of_a_gpu_reads_the_cache_and_writes_a_token_into_it():
+    """The queries, the new key and the new value of a token are one operand."""
+    counts = read("""\
+  %t = bf16[32,15,64]{2,1,0} parameter(0)
+  %p = s32[32]{0} parameter(1)
+  %k = bf16[32,3,64,1536]{3,2,1,0} parameter(2)
+  %v = bf16[32,3,1536,64]{3,2,1,0} parameter(3)
+  ROOT %a = (bf16[32,9,64]{2,1,0}, bf16[32,3,64,1536]{3,2,1,0}, bf16[32,3,1536,64]{3,2,1,0}) \
+custom-call(%t, %p, %p, %k, %v), custom_call_target="__gpu$xla.gpu.triton", \
+output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}, api_version=API_VERSION_TYPED_FFI, \
+metadata={op_name="jit(f)/attention/token_attention/pallas_call"}""")
+    assert (counts.attention_flops, counts.product_flops, counts.unknown) == (2 * 2 * 32 * 9 * 64 * 1536, 0, ())
+    assert counts.bytes == 2 * (32 * 15 * 64 + 2 * 32 * 3 * 64 * 1536 + 32 * 9 * 64) + 4 * 32
+
+
 def test_calls_of_cublas_are_products():
     counts = read("""\
   %x = bf16[64,256]{1,0} parameter(0)

@@ -8,6 +8,7 @@ Modules, in reading order:
     blockwise     attention block by block, in memory linear in the row length
     kernels       attention by vendor kernels: splash on TPU, cuDNN on GPU
     cache         the KV cache, and writing tokens into it
+    token_attention  attention of one new token per row, by a kernel for GPUs
     rope          rotary position embeddings
     layers        projections, norms, token embeddings and the MLP
     attention     grouped-query and latent attention, with or without a KV cache

@@ -31,6 +31,7 @@ from grpo_jax.model.layers import MergedProjection, Projection, RMSNorm, make_no
 from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
 from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
+from grpo_jax.model.token_attention import token_attention, token_attention_supports
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
 from grpo_jax.types import Segments
 
@@ -162,9 +163,13 @@ class Attention(nn.Module):
             q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
         q = apply_rope(q, inputs.cos_sin)
         kv = KV(jnp.moveaxis(apply_rope(k, inputs.cos_sin), 1, -1), jnp.swapaxes(v, 1, 2))
-        if cache is not None:
-            kv = write_cache(cache, kv, inputs.queries.position)
-        out = attend(c, q, kv, inputs, cached=cache is not None)
+        position = inputs.queries.position
+        if cache is not None and token_attention_supports(c, *position.shape, cache.v.shape[2]):
+            options = dict(divisor=c.effective_score_divisor, softcap=c.score_softcap)
+            out, kv = token_attention(q, kv, cache, position, inputs.window, **options)
+        else:
+            kv = kv if cache is None else write_cache(cache, kv, position)
+            out = attend(c, q, kv, inputs, cached=cache is not None)
         return Projection((c.num_heads, c.head_dim), (c.hidden_size,), c.out_bias, name="o")(out), kv
 
 

@@ -142,6 +142,10 @@ def bytes_written(program: Program, computation: Computation, value: Instruction
     if value.opcode == "fusion":
         fused = program.computations[value.called("calls")[0]]
         return bytes_written(program, fused, fused.root)
+    if call_target(value) == "__gpu$xla.gpu.triton":  # a kernel writes little of the arrays that it changes in place
+        aliases = re.search(r"output_to_operand_aliasing={(.*?)}, \w+=", value.attributes)
+        in_place = {int(index) for index in re.findall(r"{(\d+)}: ", aliases[1])} if aliases else set()
+        return [0 if index in in_place else shape.bytes for index, shape in enumerate(value.shapes)]
     return [shape.bytes for shape in value.shapes]
 
 

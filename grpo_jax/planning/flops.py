@@ -100,6 +100,12 @@ def cudnn_flops(call: Instruction, computation: Computation) -> float:
     return 2.0 * products * n * heads * length * columns * width * (0.5 if causal else 1.0)
 
 
+def token_attention_flops(call: Instruction, computation: Computation) -> float:
+    """Returns the FLOPs of `grpo_jax.model.token_attention` if all columns of the cache are in use."""
+    columns = computation.operand(call, 3).shapes[0].dims[-1]
+    return 2.0 * 2 * math.prod(call.shapes[0].dims) * columns
+
+
 def stated_cost(call: Instruction) -> dict[str, float]:
     """Returns what a Pallas kernel's `cost_estimate` states, such as {"flops": 8.0, "bytes_accessed": 24.0}, or {}."""
     estimate = re.search(r'"cost_estimate":(\{[^}]*\})', call.attributes)
@@ -122,6 +128,8 @@ def flops_of(step: Execution, scopes: Mapping[str, float]) -> tuple[float, float
     if target in ("tpu_custom_call", "__gpu$xla.gpu.triton"):
         if "splash" in instruction.op_name:
             return 0.0, splash_flops(instruction, computation)
+        if "token_attention" in instruction.op_name:
+            return 0.0, token_attention_flops(instruction, computation)
         cost = stated_cost(instruction)
         return (cost["flops"], 0.0) if cost else None
     if target.startswith("__cublas"):

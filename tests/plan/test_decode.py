@@ -2,6 +2,7 @@
 
 import re
 
+from grpo_jax.planning.counts import count_program
 from tests.plan.test_attention import run_compile_rollout
 
 
@@ -18,3 +19,12 @@ def test_devices_exchange_no_logits():
     text = run_compile_rollout("v6e:2x2", "decode 1024", tensor=2)
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert gathered and not any("4096" in dims for dims in gathered), gathered
+
+
+def test_a_gpu_starts_ten_kernels_for_each_layer_of_a_small_model():
+    """Norm, q k v, RoPE, attention, o, add and norm, gate and up, activation, down, add; and 26 for the whole step."""
+    widths = dict(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64)
+    text = run_compile_rollout("h100:1", "decode 1024", layers=2, **widths)
+    assert text.startswith("copies: () ")
+    counts = count_program(text[text.index("HloModule") :], {}, {"refill": 0}, 2**20, inside="tokens")
+    assert counts.kernels <= 2 * 10 + 26 and counts.unknown == ()
