@@ -4,12 +4,12 @@
 # make lint         checks style and types
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
-# make test-plan    compiles small programs for TPUs and NVIDIA GPUs, without any
+# make test-plan    compiles small programs for TPUs and NVIDIA GPUs, and checks them; needs neither
 # make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
 # make wheels       downloads two packages to .wheels/, so that benchmarks/on_device.py can run without a network
 # Each target except `wheels` first creates a virtual environment if needed; `test-newest` has its own, and so have
-# `test-plan` and `plans`, because a TPU's compiler takes over the devices of the JAX that it is installed beside.
+# `test-plan` and `plans`, because libtpu takes over the devices of the JAX that it is installed beside.
 
 PYTHON ?= python3
 VENV := .venv

@@ -115,13 +115,13 @@ def qwen25_15b_24gb():
 
 
 def qwen25_15b_kaggle():
-    """Trains Qwen2.5-1.5B on the eight chips of a TPU v5e-8 as Kaggle lends it: 28 GB of state.
+    """Trains Qwen2.5-1.5B on the TPU v5e-8 that Kaggle lends, which has eight chips: 28 GB of state.
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-1.5b-kaggle --workdir=runs/qwen2.5-1.5b-kaggle
 
     On v5e:2x4: not planned yet
 
-    A session ends after 9 hours: checkpoints are written every 10 updates, and the same command resumes.
+    A session on Kaggle ends after 9 hours. Checkpoints are written every 10 updates, and the same command resumes.
     """
     cfg = qwen25_15b()
     cfg.checkpoint.every_steps, cfg.total_steps = 10, 300

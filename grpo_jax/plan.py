@@ -1,4 +1,4 @@
-"""Plans a run on hardware that need not be here: compiles its programs for it, and says whether and how fast they run.
+"""Plans a run for hardware that you need not have: compiles its programs and says whether they fit, and how fast.
 
 The exit code is 0 if the run fits in the memory of the devices and 3 if it does not.
 """
@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--topology", metavar="KIND:SIZES", help="v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, l4:1, cpu:8, ..."
     )
-    parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of a device for an hour, for the cost")
+    parser.add_argument("--price", metavar="DOLLARS", type=float, help="price of one device for an hour; adds the cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--suggest", action="store_true", help="search meshes, slots and micro-batches; plan the best 3"
+        "--suggest", action="store_true", help="search meshes, slots and micro-batches, and plan the best 3"
     )
     parser.add_argument(
         "--earlier",
@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     options, raw, _ = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
     if options.topology is None:
-        raise UserError("--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8; found none.")
+        expected = "--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8"
+        raise UserError(f"{expected}; found none. Run with --help for an example.")
     kind, _ = parse_topology(options.topology)
     check_compiler(kind)
     environ = compiler_environment(options.topology, os.environ)

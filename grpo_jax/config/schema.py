@@ -145,10 +145,10 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutMeshSection(Resumable):
-    """The mesh of rollouts, over the devices of `mesh`; the devices that its axes leave split rows."""
+    """The mesh of rollouts, over the devices of `mesh`; axes that are not set here split rows."""
 
-    tensor: int = key(0, "like mesh.tensor; 0 for the smallest that fits, from mesh.tensor on", at_least=0)
-    expert: int = key(0, "like mesh.expert; 0 for the smallest that fits, from mesh.expert on", at_least=0)
+    tensor: int = key(0, "like mesh.tensor; 0 for the smallest size that fits, at least mesh.tensor", at_least=0)
+    expert: int = key(0, "like mesh.expert; 0 for the smallest size that fits, at least mesh.expert", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,9 +46,9 @@ def write_cache(cache: KV, new: KV, columns: Int[Array, "N L"]) -> KV:
 
 
 def copy_prompt(cache: KV, prompts: KV, slot: Int[Array, ""], prompt: Int[Array, ""]) -> KV:
-    """Returns the cache [1, M, ...] with the columns of one prompt of `prompts` [1, P, ...] at the start of a slot's.
+    """Copies the columns of one of the `prompts` [1, P, ...] to the beginning of a slot of the cache [1, M, ...].
 
-    On a mesh it must be called for the rows of one shard.
+    On a mesh, call it for the rows of one shard.
     """
     if mesh_platform() == "tpu":
         return copy_prompt_in_place(cache, prompts, slot, prompt)
@@ -61,7 +61,7 @@ def copy_prompt(cache: KV, prompts: KV, slot: Int[Array, ""], prompt: Int[Array,
 
 
 def copy_prompt_in_place(cache: KV, prompts: KV, slot, prompt, *, interpret: bool = False) -> KV:
-    """Computes `copy_prompt` by a kernel, so that a loop leaves the cache where and how `write_token` needs it."""
+    """Computes `copy_prompt` with a kernel, so that the cache keeps the place and layout that `write_token` needs."""
 
     def copy(cache, prompts, indices):
         keys = copy_tiles(cache.k[0], prompts.k[0], indices, axis=3, interpret=interpret)[None]
@@ -177,7 +177,7 @@ def copy_tiles(
 
     def copy(indices, prompts_tile, old, out):
         column = pl.program_id(0) * LANES + jax.lax.broadcasted_iota(jnp.int32, tile, axis)
-        # What lies past the prompt's end may be NaN, which attention would multiply by 0.
+        # What lies past the prompt's end may be NaN, which stays NaN when attention multiplies it by 0.
         out[...] = jnp.where(column < prompts.shape[axis], prompts_tile[...], 0).astype(out.dtype)
 
     def tile_at(position):

@@ -187,8 +187,8 @@ def hidden_states(
         cache: One KV cache for each layer stack, in which every row is a single sequence. The tokens are written into
             the columns of their positions and then attend to all columns up to their own.
         layout: How the parameters are placed on the current mesh; see `grpo_jax.model.parameters.Layout`.
-        causal: Whether every row is one sequence from position 0 on. Nothing is differentiated then, and layers that
-            differ in their attention are not stacked.
+        causal: Promises that every row is one sequence from position 0 on, that nothing is differentiated, and that
+            layers that differ in their attention are not stacked.
 
     Returns:
         The hidden states [N, L, D] in the compute dtype, and a KV for each layer stack: the keys and values of the

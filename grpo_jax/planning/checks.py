@@ -1,4 +1,4 @@
-"""What a plan must not show besides a misfit: whole gathers and sums, copies of the cache, repeated work."""
+"""What a plan must not show: a misfit, whole gathers and sums, copies of the cache, repeated work."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import path_name
 
 MAX_FLOPS_RATIO = 1.1  # products of a program by those that it has to compute
-ROUNDING = 1.05  # of the sizes of arrays: what is exchanged may be padded
+ROUNDING = 1.05  # of the sizes of arrays, because what is exchanged may be padded
 
 
 def matrix_sizes(model_cfg: ModelConfig) -> tuple[list[int], int]:

@@ -25,8 +25,8 @@ from grpo_jax.planning.needs import scored_batch, shard_prompts, updated_batch
 from grpo_jax.planning.programs import RunShapes, abstract_decode, run_programs, shard_bytes
 from grpo_jax.rollout.slots import prefill_batch_size
 
-CUDNN_VERSION = 91000  # what a plan answers where JAX asks the installed cuDNN for its version
-LISTED_COPY_BYTES = 2**26  # copies of arrays of this size and more are listed
+CUDNN_VERSION = 91000  # the answer to JAX, which asks the installed cuDNN for its version
+LISTED_COPY_BYTES = 2**26  # copies of arrays of at least this size are listed
 
 
 def assume_cudnn() -> None:

@@ -88,7 +88,7 @@ def result_bytes(shape: ArrayShape) -> int:
 
 
 def is_later_step(instruction: Instruction) -> bool:
-    """Returns whether an instruction goes on with a collective that another one began.
+    """Returns whether an instruction continues a collective that another one began.
 
     TPUs fuse steps of a collective into the products that run meanwhile, and repeat its instruction in each fusion.
     """
@@ -275,11 +275,11 @@ def count_program(
         mesh_axes: The sizes of the mesh's axes, in its order.
         trips: How often the body of a loop runs if the program does not know, by the `jax.named_scope` around it, such
             as {"tokens": 1024, "refill": 0.1}.
-        min_copy_bytes: The size from which on a copied array is listed.
+        min_copy_bytes: The smallest size of a copied array that is listed.
         inside: The scope of a loop: counts one trip of it instead of the whole program.
 
     Raises:
-        ValueError: The text is no program, or has no loop in the scope `inside`.
+        ValueError: The text is not a program, or has no loop in the scope `inside`.
     """
     program = parse_program(text)
     product_flops = attention_flops = moved = kernels = host_reads = 0.0

@@ -14,8 +14,8 @@ from grpo_jax.planning import needs
 from grpo_jax.planning.programs import RunShapes, rollout_sizes
 from grpo_jax.planning.topology import GPUS_PER_HOST, Chip
 
-# The fractions of a chip's published figures that large programs reach, and the times of small ones: assumptions, which
-# no run of ours has confirmed.
+# The fractions of a chip's published figures that large programs reach, and the times of small ones. These are
+# assumptions, which no run has confirmed yet.
 PRODUCT_FRACTION = 0.6
 MEMORY_FRACTION = 0.8
 LINK_FRACTION = 0.5  # a ring along one mesh axis uses a part of a chip's links

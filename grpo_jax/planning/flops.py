@@ -1,4 +1,4 @@
-"""FLOPs of the products in a compiled program: `dot`, convolutions, calls of cuBLAS, and attention kernels by formula.
+"""FLOPs of the products in a compiled program: `dot`, convolutions, cuBLAS calls, and attention kernels by formula.
 
 A multiplication and an addition are two FLOPs.
 """
@@ -73,7 +73,7 @@ def convolution_flops(conv: Instruction, computation: Computation) -> float:
 
 
 def gemm_flops(call: Instruction, computation: Computation) -> float:
-    """Returns the FLOPs of a call of cuBLAS."""
+    """Returns the FLOPs of a cuBLAS call."""
     numbers = required_match(r'"dot_dimension_numbers":(\{[^}]*\})', call.attributes)
     contracted = json.loads(numbers[1])["lhs_contracting_dimensions"]
     left = computation.operand(call, 0).shapes[0].dims

@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
     shapes: tuple[ArrayShape, ...]  # of the result; a tuple's elements, flattened
     operands: tuple[str, ...]  # names of instructions of the same computation
     arguments: str  # the text between the parentheses: operands, or the value of a constant
-    attributes: str  # the text behind them
+    attributes: str  # the text after them
 
     @property
     def op_name(self) -> str:
@@ -120,7 +120,7 @@ def closing_parenthesis(text: str, start: int) -> int:
 
 
 def parse_instruction(name: str, text: str) -> Instruction:
-    """Parses an instruction from the text behind `name =`."""
+    """Parses an instruction from the text after `name =`."""
     end = closing_parenthesis(text, 0) + 1 if text.startswith("(") else text.index(" ")
     start = text.index("(", end)
     stop = closing_parenthesis(text, start)
@@ -207,7 +207,7 @@ def counted_trips(program: Program, caller: Computation, loop: Instruction) -> i
 
 
 def loop_scope(loop: Instruction, scopes: Mapping[str, float]) -> str | None:
-    """Returns which of the scopes a loop stands in directly, not through the body of another loop."""
+    """Returns which of the scopes a loop is in directly, not through the body of another loop."""
     words = re.findall(r"\w+", loop.op_name.rsplit("/body/", 1)[-1])
     return next((word for word in reversed(words) if word in scopes), None)
 

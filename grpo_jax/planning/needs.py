@@ -284,13 +284,12 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
     return int(total) + slots * (columns * token_bytes + 2 * 4 * vocabulary)
 
 
-GRADIENT_TREES = (
-    3  # float32 trees of the gradients' size that an update holds at its peak, in the programs that we read
-)
+# Trees of float32 gradients that an update holds at its peak, in the programs that we compiled.
+GRADIENT_TREES = 3
 
 
 def update_temporaries(run: RunShapes) -> int:
-    """Estimates the temporaries of an update on one chip, within 15% for the TPU programs that we read; GPUs need less.
+    """Estimates the temporaries of an update on one chip, within 15% of TPU programs that we compiled; GPUs need less.
 
     They are float32 gradients, what the backward pass keeps of each layer, and the activations, gathered weights and
     whole gradient of one layer and of a block of the head.

@@ -1,4 +1,4 @@
-"""Makes plans: one of the config as it is, or those of the settings that are expected to be the fastest."""
+"""Makes plans: of the config as it is, or of the settings that are expected to be the fastest."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def plan_suggestions(raw: Any, target: Target) -> list[dict]:
     say("Searching by formula")
     suggestions = suggest_settings(run.cfg, run.model_cfg, run.mesh.abstract_mesh, CHIPS[target.kind])
     if not suggestions:
-        raise UserError(f"Some settings must fit on {target.topology}; found none by formula. Plan more devices.")
+        raise UserError(f"Some settings must fit on {target.topology}; found none by formula. Plan for more devices.")
     reports = []
     for suggestion in suggestions:
         say(f"Suggested: {' '.join(suggestion.flags)}")

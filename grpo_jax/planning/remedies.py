@@ -1,4 +1,4 @@
-"""Settings that would make a run fit that does not, those that cost the least first."""
+"""Settings that would make a run fit, the cheapest first."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def resize_mesh(mesh: AbstractMesh, **sizes: int) -> AbstractMesh:
 
 
 def rollout_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
-    """Yields the changes that only a rollout notices: fewer slots, and weights split further."""
+    """Yields the changes that affect only rollouts: fewer slots, and weights split further."""
     shards, slots = math.prod(run.rollout_mesh.axis_sizes[:3]), needs.shard_slots(run)
     while slots > 1:
         slots //= 2
@@ -46,7 +46,7 @@ def rollout_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
 
 
 def training_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
-    """Yields the changes of how updates are computed: smaller micro-batches, less kept, and the mesh."""
+    """Yields the changes to how updates are computed: smaller micro-batches, less that is kept, another mesh."""
     longest = run.cfg.rollout.max_prompt_tokens + run.cfg.rollout.max_tokens
     if needs.updated_batch(run).width > -(-longest // 128) * 128:
         yield f"train.micro_tokens={longest}", change_config(run, "train", micro_tokens=longest)
@@ -79,7 +79,7 @@ def hardware_and_state_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]
 
 
 def find_remedies(run: RunShapes, excess: dict[str, int]) -> list[Remedy]:
-    """Returns the changes that help, those that cost the least first.
+    """Returns the changes that help, the cheapest first.
 
     Of the changes of one setting, only the smallest that suffices is returned, or the largest if none does.
 

@@ -190,7 +190,7 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 def format_report(report: Mapping) -> str:
     """Formats a report for the console."""
     parts = [
-        f"{report['model']} on {report['topology']} ({report['chips']} chips, "
+        f"{report['model']} on {report['topology']} ({report['chips']} chip{'s' if report['chips'] > 1 else ''}, "
         f"{report['memory_bytes'] / GIB:.2f} GiB each, {report['budget_bytes'] / GIB:.2f} usable)",
         f"updates on {mesh_text(report['mesh'])}",
         f"rollouts on {mesh_text(report['rollout_mesh'])}, with {report['slots']} decode slots",
@@ -289,7 +289,7 @@ def format_estimate(estimate: Mapping) -> str:
     lines.append(f"  {speed:,.0f} tokens/s per chip in the rollout; MFU of the update {mfu:.0%}")
     if "cost_of_1000_steps" in estimate:
         cost, price = estimate["cost_of_1000_steps"], estimate["price_per_chip_hour"]
-        lines.append(f"  1,000 updates cost {cost:,.2f} at {price:g} per chip and hour")
+        lines.append(f"  1,000 updates cost {cost:,.2f} at {price:g} per chip-hour")
     lines.append("  estimates, from published figures and assumed efficiencies; every completion at rollout.max_tokens")
     return "\n".join(lines)
 

@@ -21,13 +21,12 @@ class Chip(NamedTuple):
     memory_bytes: int  # that a program can allocate
     bandwidth: float  # of the memory, in bytes per second
     flops: float  # dense bfloat16 products per second, counting a multiplication and an addition
-    link_bandwidth: float  # bytes per second that a device sends to its neighbours in a slice or a host
+    link_bandwidth: float  # bytes per second that a device sends to its neighbors in a slice or a host
     network_bandwidth: float  # bytes per second that a device sends to other hosts, outside a slice
-    compiler: str = ""  # GPUs: fields of XLA's GpuTargetConfig that differ
 
 
 GIB = 2**30
-# Memory is what XLA reports on the device, not what the data sheet says.
+# Memory is what XLA reports on the device, not what the datasheet says.
 CHIPS = {
     "v5e": Chip("tpu", int(15.75 * GIB), 819e9, 197e12, 200e9, 200e9),
     "v6e": Chip("tpu", int(31.25 * GIB), 1640e9, 918e12, 400e9, 400e9),
@@ -37,7 +36,7 @@ CHIPS = {
     "l4": Chip("gpu", int(22.0 * GIB), 300e9, 121e12, 32e9, 3e9),
 }
 
-# The fields of XLA's GpuTargetConfig, of which a program's code depends on few.
+# Fields of XLA's GpuTargetConfig. The code of a program depends on few of them.
 GPU_TARGETS = {
     "h100": ("NVIDIA H100 80GB HBM3", 132, 233472, 2048, 3352320000000, 52428800, 1.98, 84978434048, 232448, 9, 0),
     "rtx4090": ("NVIDIA GeForce RTX 4090", 128, 102400, 1536, 1008096000000, 75497472, 2.52, 25250000000, 101376, 8, 9),
@@ -77,7 +76,7 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (dims - 1), sizes):
         raise UserError(
             "--topology must be like v5e:8x8, v6e:2x2, v5p:4x4x4, h100:8, rtx4090:1, l4:1 or cpu:8; "
-            f"found {name!r}. Write one of these kinds with its sizes."
+            f"found {name!r}. Name one of these kinds and its sizes."
         )
     return kind, tuple(map(int, sizes.split("x")))
 
@@ -92,7 +91,7 @@ def compiler_environment(name: str, environ: Mapping[str, str]) -> dict[str, str
     kind, sizes = parse_topology(name)
     changes = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     changes["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes compile at the same time
-    # Programs with Pallas kernels would state line numbers, and have another digest after every edit of a comment.
+    # Otherwise programs with Pallas kernels contain line numbers, so editing a comment changes their digests.
     changes["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
     # libtpu complains if it cannot find out which host of a slice it runs on.
     changes |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
@@ -112,8 +111,8 @@ def check_compiler(kind: str) -> None:
     if not found:
         raise UserError(
             f"Compiling for {kind} needs the extra `plan`; found no package {package}. Run "
-            "`pip install -c constraints.txt -e '.[plan]'` in an environment of its own, or `make test-plan`, which "
-            "creates .venv-plan."
+            "`pip install -c constraints.txt -e '.[plan]'` in an environment of its own, or "
+            "`make .venv-plan/installed`, which creates one."
         )
 
 
@@ -140,8 +139,8 @@ def topology_devices(name: str) -> list:
             return list(topologies.get_topology_desc(name, platform="tpu", **tpu).devices)
         gpu = dict(topology=shape, target_config=gpu_target(kind))
         return list(topologies.get_topology_desc(shape, platform="cuda", **gpu).devices)
-    except Exception as error:  # each compiler raises its own kinds
+    except Exception as error:  # each compiler raises exceptions of its own
         message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--topology={name} must be a slice that exists; the compiler found: {message}. Choose another."
+            f"--topology={name} must be a slice that exists; the compiler says: {message}. Choose another slice."
         ) from None

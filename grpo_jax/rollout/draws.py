@@ -33,7 +33,7 @@ def vocab_block_width(vocab_size: int) -> int:
 
 
 def gumbel_noise(keys: Key[Array, " N"], vocab_size: int) -> tuple[Float[Array, "N blocks"], Float[Array, "N width"]]:
-    """Returns the Gumbel noise that selects a block, and that which selects a token within it."""
+    """Returns the Gumbel noise that selects a block and the noise that selects a token within it."""
     width = vocab_block_width(vocab_size)
     num_blocks = -(-vocab_size // width)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (num_blocks + width,)))(keys)
@@ -62,7 +62,7 @@ def split_into_blocks(
 def draw_on_shard(
     keys: Key[Array, " N"], logits: Float[Array, "N _"], vocab_size: int, greedy: bool
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Returns what `draw_tokens` does, for logits that are a shard's part of the vocabulary or all of it.
+    """Computes `draw_tokens` for the logits of a shard's part of the vocabulary, or of all of it.
 
     The shards exchange a number per block, and the logits of the chosen block.
     """

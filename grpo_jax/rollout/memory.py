@@ -42,7 +42,7 @@ class NoRoomError(UserError):
     """A rollout does not fit in the memory of the devices.
 
     Attributes:
-        reason: What it takes and what there is, without what to do about it.
+        reason: What the rollout takes and what is free, without what to do about it.
     """
 
     def __init__(self, reason: str, fixes: str):
@@ -158,7 +158,7 @@ def rollout_memory(
 
 
 def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> list[AbstractMesh]:
-    """Returns the meshes that `rollout.mesh` allows over the devices of `mesh`, those that split weights least first.
+    """Returns the meshes that `rollout.mesh` allows over the devices of `mesh`, the least split weights first.
 
     Raises:
         UserError: There are none.
@@ -180,14 +180,14 @@ def rollout_meshes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMes
             f"The product of rollout.mesh.tensor and rollout.mesh.expert must divide the {count} devices; found "
             f"{cfg.rollout.mesh.tensor} and {cfg.rollout.mesh.expert}. Set them to 0 to have them chosen."
         )
-    pairs.sort(key=lambda pair: (math.prod(pair), pair[1]))  # experts first: they are split without copies of the cache
+    pairs.sort(key=lambda pair: (math.prod(pair), pair[1]))  # experts first: splitting them copies no part of the cache
     return [mesh.abstract_mesh.update(axis_sizes=rollout_axis_sizes(mesh, t, e)) for e, t in pairs]
 
 
 def best_plan(
     cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMesh, held_bytes: int, memory_bytes: int
 ) -> RolloutPlan:
-    """Returns the plan on the first of `rollout_meshes` where all usable slots fit, or else on that with most slots.
+    """Returns the plan on the first of `rollout_meshes` where all usable slots fit, else on the one with most slots.
 
     The arguments are those of `plan_rollout`.
     """

@@ -207,9 +207,8 @@ def rollout_placement(model_cfg: ModelConfig, mesh: Mesh | AbstractMesh | None):
             return leaf if row_for(path_name(path)).keep_dtype else leaf.astype(model_cfg.compute_dtype)
 
         params = jax.tree_util.tree_map_with_path(cast, params)
-        if (
-            mesh is not None
-        ):  # on this mesh, tensor and expert first take the place of fsdp: no weight is gathered whole
+        if mesh is not None:
+            # On this mesh, tensor and expert first take the place of fsdp, so that no weight is gathered whole.
             params = jax.lax.with_sharding_constraint(params, tree_shardings(mesh, params))
         params = unstack_layers(params)
         return params | {"layers": tuple(merge_projections(layer, tensor) for layer in params["layers"])}

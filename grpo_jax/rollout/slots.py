@@ -196,7 +196,7 @@ def copy_prompts(
         pairs = zip(kv_cache, prompt_kv, strict=True)
         return tuple(copy_prompt(cache, prompts, slot, prompt[slot]) for cache, prompts in pairs)
 
-    # A loop of at most one turn stands for a conditional, which would copy the cache.
+    # A loop of at most one turn takes the place of a conditional, which would copy the cache.
     turns = jnp.any(refilled).astype(jnp.int32) if at_once else jnp.sum(refilled)
     with jax.named_scope("refill"):
         return jax.lax.fori_loop(0, turns, copy_turn, kv_cache)

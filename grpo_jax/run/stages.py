@@ -36,7 +36,7 @@ def fold_in_all(key, *counters: int):
 
 
 def rehome_key(key):
-    """Returns the key as an array of the current mesh, whose programs take no array that was made on another mesh."""
+    """Returns the key as an array of the current mesh, whose programs accept no arrays of another mesh."""
     return jax.random.wrap_key_data(jax.device_get(jax.random.key_data(key)))
 
 
