@@ -243,6 +243,12 @@ def test_a_cache_of_33_thousand_columns_grows_in_seven_programs():
     assert cache_sizes(512, 600) == [600]
 
 
+def test_the_largest_cache_of_a_tpu_ends_with_a_tile(monkeypatch):
+    monkeypatch.setattr(sampler, "mesh_platform", lambda: "tpu")
+    assert cache_sizes(128, 1000) == [192, 256, 384, 512, 768, 1024]
+    assert cache_sizes(80, 136) == [256]
+
+
 @pytest.mark.parametrize("refilled", [[], [2], [0, 3, 4], range(5)])
 def test_a_gpu_copies_the_prompts_of_all_refilled_slots_at_once(refilled, monkeypatch):
     """It leaves in the cache what copying one slot at a time leaves; only the loop over slots is gone."""

@@ -140,10 +140,10 @@ def scatter_sum(x: jax.Array, dim: int) -> jax.Array:
 def mesh_platform() -> str:
     """Returns the platform that a program is traced for: "cpu", "gpu" or "tpu".
 
-    It is that of the current mesh, or of the default devices if there is none.
+    It is that of the current mesh, or of the default devices if there is none or it has no devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 

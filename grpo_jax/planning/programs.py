@@ -94,7 +94,8 @@ def rollout_rows(run: RunShapes):
 def rollout_sizes(run: RunShapes) -> list[int]:
     """Returns the sizes that the KV cache of a rollout may have, in columns."""
     width = run.cfg.rollout.max_prompt_tokens
-    return cache_sizes(width, width + run.cfg.rollout.max_tokens)
+    with jax.sharding.use_abstract_mesh(run.rollout_mesh.abstract_mesh):
+        return cache_sizes(width, width + run.cfg.rollout.max_tokens)
 
 
 def init_options(run: RunShapes, columns: int) -> dict[str, int]:

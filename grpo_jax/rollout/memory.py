@@ -19,7 +19,7 @@ from grpo_jax.model.decoder import hidden_states, param_shapes
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import num_data_shards, rollout_axis_sizes
-from grpo_jax.rollout.sampler import QueueRoom, needed_room
+from grpo_jax.rollout.sampler import QueueRoom, cache_sizes, needed_room
 from grpo_jax.rollout.slots import num_score_columns, prefill_batch_size
 
 USABLE_FRACTION = 0.9  # of a device's memory is planned for; the rest is left for XLA's own needs
@@ -144,8 +144,9 @@ def rollout_memory(
     prompt_bytes = token_bytes * rollout.max_prompt_tokens
     vocab_shard = model_cfg.vocab_size // (tensor if model_cfg.vocab_size % tensor == 0 else 1)
     logit_bytes = 3 * 4 * vocab_shard  # float32 logits and what sampling derives from them
-    with jax.sharding.use_abstract_mesh(mesh):  # the attention kernel depends on the platform
+    with jax.sharding.use_abstract_mesh(mesh):  # the attention kernel and the cache depend on the platform
         prefill_bytes = prefill_activation_bytes(model_cfg, rollout.max_prompt_tokens, tensor)
+        columns = cache_sizes(rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_tokens)[-1]
     return RolloutMemory(
         weight_bytes=weight_bytes,
         # All weights are exchanged or gathered at the same time, unless every device has its own already.
@@ -153,7 +154,7 @@ def rollout_memory(
         prompt_bytes=prompt_bytes * -(-rollout.prompts // num_data_shards(mesh)),
         prefill_bytes=prefill_bytes,
         token_bytes=token_bytes,
-        slot_bytes=token_bytes * (rollout.max_prompt_tokens + rollout.max_tokens) + prompt_bytes + logit_bytes,
+        slot_bytes=token_bytes * columns + prompt_bytes + logit_bytes,
     )
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import merge_projections, param_shapes, unstack_layers
 from grpo_jax.model.parameters import row_for, tree_shardings
-from grpo_jax.parallel.mesh import num_data_shards, path_name, shard_rows
+from grpo_jax.parallel.mesh import mesh_platform, num_data_shards, path_name, shard_rows
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter
 from grpo_jax.rollout.slots import DecodeState, RolloutQueue, decode_tokens, init_decode, resize_cache
 from grpo_jax.text.problem import Prompts
@@ -63,14 +63,16 @@ def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
 def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
     """Returns the column counts that a KV cache may have: 128, 192, 256, 384, 512, ... and finally `max_columns`.
 
-    From 1,024 on they double, so that long rollouts compile few programs.
+    From 1,024 on they double, so that long rollouts compile few programs. On TPUs the last is a multiple of 128: arrays
+    of other sizes have another layout outside the kernels that write the cache, so that it would be there twice.
 
     Args:
         prompt_columns: Columns of a padded prompt, T. Every size is larger.
         max_columns: Columns that the longest possible sequence needs.
     """
+    last = -(-max_columns // 128) * 128 if mesh_platform() == "tpu" else max_columns
     sizes = sorted({192, 384, 768} | {128 << shift for shift in range(max_columns.bit_length())})
-    return [size for size in sizes if size > prompt_columns and size * 1.2 < max_columns] + [max_columns]
+    return [size for size in sizes if size > prompt_columns and size * 1.2 < max_columns] + [last]
 
 
 def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: int, room: QueueRoom):
