@@ -1,7 +1,7 @@
 """Attention of one new token per row on GPUs: a kernel that writes the token into the KV cache and attends to it.
 
-A decode step of a small model takes as long as starting its kernels, of which XLA needs five where this is one. Each
-program of the kernel serves one key head of one row, and reads only the columns that the token attends to.
+A decode step of a small model takes as long as launching its kernels, and XLA would launch five for what this one does.
+Each program of the kernel serves one key head of one row, and reads only the columns that the token attends to.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ BLOCK_ELEMENTS = 8192  # of the keys, and of the values, that a program reads at
 
 
 def token_attention_supports(model_cfg: ModelConfig, rows: int, length: int, columns: int) -> bool:
-    """Returns whether rows of `length` new tokens and a cache of so many columns use `token_attention`.
+    """Returns whether rows of `length` new tokens and a cache of `columns` columns use `token_attention`.
 
     The mesh is the current one. Triton needs powers of two, and would round the factors of float32 products. Where the
     keys of a head do not begin at multiples of 16 bytes, it would read them one by one.
@@ -104,7 +104,7 @@ def attend_to_columns(
         token_ref: Query heads, new keys and new values [N, H + K + K, E].
         position_ref: The column of each row's token [N].
         first_ref: The first column that each row attends to [N].
-        _: The keys before this kernel, which are at the same place as those after it.
+        _: The keys before this kernel, in the same memory as those after it.
         __: The values before this kernel.
         out_ref: The output [N, H, E].
         keys_ref: The keys [N, K, E, C].
