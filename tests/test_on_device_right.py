@@ -233,6 +233,25 @@ def test_all_kernels_of_a_gpu_are_compared_and_unsupported_ones_are_left_out(rig
     ]
 
 
+@pytest.mark.parametrize("error, ok", [(0.0, True), (0.05, False)])
+def test_a_wrong_kernel_for_tokens_is_detected(right, monkeypatch, error, ok):
+    kernels = importlib.import_module("parts.kernels")
+    assert list(kernels.check_token_attention(right.SMOLLM2_135M)) == [
+        {"left_out": "token_attention", "reason": "only used on GPUs"}
+    ]
+    kernel = kernels.token_attention
+
+    def wrong(q, new, cache, *args, **options):
+        return kernel(q, new._replace(v=(1 + error) * new.v), cache, *args, **options, interpret=True)
+
+    monkeypatch.setattr(kernels, "SLOTS", 4)
+    monkeypatch.setattr(kernels, "COLUMNS", 256)
+    monkeypatch.setattr(kernels, "token_attention", wrong)
+    monkeypatch.setattr(kernels, "token_attention_supports", lambda *_: True)
+    (result,) = kernels.check_token_attention(right.SMOLLM2_135M)
+    assert result["ok"] == ok and (result["kernel"], result["head_dim"]) == ("token_attention", 64)
+
+
 def test_packed_rows_have_prompts_completions_and_padding(right):
     kernels = importlib.import_module("parts.kernels")
     for length in (256, 2048, 8192):
@@ -283,5 +302,5 @@ def test_checks_run_in_parallel_and_report_in_order(right, base, capsys):
 
 def test_small_runs_some_of_the_checks(right, base):
     small, all_checks = (list(right.list_checks(base, small)) for small in (True, False))
-    assert all_checks[:2] == ["logits float32", "logits bfloat16"] and len(all_checks) == 16
+    assert all_checks[:2] == ["logits float32", "logits bfloat16"] and len(all_checks) == 18
     assert set(small) - set(all_checks) == {"depth 1024 bfloat16"} and len(small) == 8

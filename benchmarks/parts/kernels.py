@@ -1,4 +1,4 @@
-"""Compares attention kernels with the reference implementation, forward and backward, on packed rows."""
+"""Compares attention kernels with the reference implementation: forward and backward in packed rows, and decoding."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.attention import KV, PLATFORM_KERNELS, attend, choose_kernel, make_attention_inputs
-from grpo_jax.model.mask import attention_mask, plain_attention
+from grpo_jax.model.cache import write_cache
+from grpo_jax.model.mask import NO_WINDOW, attention_mask, plain_attention, single_sequence
+from grpo_jax.model.token_attention import token_attention, token_attention_supports
 from grpo_jax.parallel.mesh import mesh_platform
 from grpo_jax.types import Segments
 from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
@@ -22,6 +24,7 @@ SHARPNESS = 3.0
 # `blocks` keeps scores and sums in float32. In bfloat16 its error is at most 0.006; if either were rounded to bfloat16,
 # it would be at least 0.011.
 BLOCKS_BOUNDS = BOUNDS | {"bfloat16": 1e-2}
+SLOTS, COLUMNS = 64, 1536  # of the cache that decoding attends to
 RESULTS = ("output", "q", "keys", "values")  # what is compared: the output, and the gradients of the other three
 
 
@@ -117,3 +120,27 @@ def check_attention(model_cfg: ModelConfig, length: int) -> Iterator[Result]:
             fields = dict(kernel=kernel, length=length, head_dim=model_cfg.head_dim, worst=RESULTS[worst])
             bounds = BLOCKS_BOUNDS if kernel == "blocks" else BOUNDS
             yield verdict("attention", dtype, errors[worst], bounds[dtype], **fields)
+
+
+def check_token_attention(model_cfg: ModelConfig) -> Iterator[Result]:
+    """Compares the kernel that decodes on GPUs with the reference implementation, for tokens all over the cache."""
+    if not token_attention_supports(model_cfg, SLOTS, 1, COLUMNS):
+        yield {"left_out": "token_attention", "reason": "only used on GPUs"}
+        return
+    rng, heads, width = np.random.default_rng(0), model_cfg.num_kv_heads, model_cfg.head_dim
+    last_dims = (width, 1), (1, width), (width, COLUMNS), (COLUMNS, width)
+    shapes = (SLOTS, 1, model_cfg.num_heads, width), *((SLOTS, heads, *dims) for dims in last_dims)
+    q, *kv = (jnp.asarray(rng.standard_normal(shape, np.float32), model_cfg.compute_dtype) for shape in shapes)
+    q, new, cache = SHARPNESS * q, KV(*kv[:2]), KV(*kv[2:])
+    position = jnp.linspace(0, COLUMNS - 1, SLOTS).astype(jnp.int32)[:, None]
+    options = dict(divisor=model_cfg.effective_score_divisor)
+    got, written = jax.jit(partial(token_attention, **options))(q, new, cache, position, jnp.int32(NO_WINDOW))
+    expected = write_cache(cache, new, position)
+    columns = single_sequence(jnp.broadcast_to(jnp.arange(COLUMNS), (SLOTS, COLUMNS)))
+    with precision("float32"):
+        inputs = (x.astype(jnp.float32) for x in (q, *expected))
+        want = plain_attention(*inputs, attention_mask(single_sequence(position), columns), **options)
+    is_same = all((x == y).all() for x, y in zip(written, expected, strict=True))
+    error = jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max() if is_same else np.inf
+    dtype = model_cfg.compute_dtype
+    yield verdict("attention", dtype, error, BOUNDS[dtype], kernel="token_attention", length=COLUMNS, head_dim=width)

@@ -24,7 +24,7 @@ Other checks:
 
 attention        one `kernel`, forward and backward, in a row of `length` tokens with heads of `head_dim` (see
                  `parts/kernels.py`): error relative to the largest entry of the output, or of the gradient of the
-                 queries, keys or values
+                 queries, keys or values. `token_attention` decodes: forward only, in a cache of `length` columns
 depth            drift of completions that end at `depth` (see `parts/depths.py`), relative to the largest log-prob;
                  `mean_gap` and `max_gap` are the mean and the largest drift of a token in nats
 """
@@ -47,7 +47,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh, path_name
 from grpo_jax.weights.model_io import load
 from parts.depths import check_depth
-from parts.kernels import check_attention
+from parts.kernels import check_attention, check_token_attention
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name  # noqa: F401
 from parts.verdicts import BOUNDS, DTYPES, Result, precision, verdict
 
@@ -167,6 +167,8 @@ def list_checks(base: TinyBase, small: bool) -> dict[str, Callable[[], Iterable[
         checks[f"attention {length}"] = partial(check_attention, heads, length)
     if not small:
         checks["attention 256, heads of 64"] = partial(check_attention, SMOLLM2_135M, 256)
+        for name, model_cfg in (("Qwen2.5-1.5B", QWEN_1_5B), ("SmolLM2-135M", SMOLLM2_135M)):
+            checks[f"attention of {name}'s tokens"] = partial(check_token_attention, model_cfg)
     depths = [(depth, dtype) for depth in (512, 2048, 8192) for dtype in DTYPES]
     for depth, dtype in [(512, "float32"), (1024, "bfloat16")] if small else depths:
         checks[f"depth {depth} {dtype}"] = partial(check_depth, base.config_for(dtype), base.params, depth)
