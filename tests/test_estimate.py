@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grpo_jax.planning import needs
+from grpo_jax.planning import estimate, needs
 from grpo_jax.planning.estimate import (
     COLLECTIVE_SECONDS,
     HOST_READ_SECONDS,
@@ -83,6 +83,14 @@ def test_steps_between_two_compiled_sizes_are_interpolated():
     assert sum(steps) == 1000
     expected = sum(count * size for count, size in zip(steps, sizes, strict=True))
     assert estimate_run(run, TPU, results).rollout.total == pytest.approx(expected)
+
+
+def test_columns_that_only_fill_the_last_tile_take_no_steps(monkeypatch):
+    run = run_of(slots=8)
+    columns, counts = rollout_sizes(run)[-1], counts_of(bytes=8e9)
+    exact = estimate_run(run, TPU, {f"decode {columns}": counts}).rollout
+    monkeypatch.setattr(estimate, "rollout_sizes", lambda run: [columns + 32])
+    assert estimate_run(run, TPU, {f"decode {columns + 32}": counts}).rollout == exact
 
 
 def test_counts_replace_formulas():

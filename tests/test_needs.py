@@ -184,6 +184,15 @@ def test_bytes_of_the_state_are_those_of_its_arrays():
     assert needs.run_memory(run_of(fsdp=4)).gradients < count + 4 * 4 * 32 * 9  # norms are replicated
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 5])
+def test_a_rollout_at_its_peak_holds_the_logits_of_its_part_of_the_vocabulary(tensor):
+    """Three arrays of 4 bytes for each of 8 slots and 48 ids, which 5 does not divide."""
+    run = run_of(rollout_sizes=dict(tensor=tensor))
+    memory = needs.run_memory(run)
+    held = sum(memory._replace(gradients=0))
+    assert needs.phase_peaks(run)["rollout"] == held + 8 * 12 * (24 if tensor == 2 else 48)
+
+
 def test_the_least_bytes_of_a_decode_step():
     """By hand: weights without the embedding's unused rows, 8 slots of 96 columns, and logits written and read."""
     run = run_of()

@@ -110,7 +110,7 @@ def test_a_sharded_table_has_the_embeddings_and_gradient_of_a_whole_one(sizes, r
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 1, 2)])
 @pytest.mark.parametrize(
     "path, inputs, outputs", [("attention/q/kernel", (16,), (4, 6)), ("mlp/down/kernel", (24,), (16,))]
 )

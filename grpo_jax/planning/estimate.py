@@ -203,10 +203,11 @@ def rollout_seconds(run: RunShapes, chip: Chip, counted: Mapping[str, Load]) -> 
     sequences = -(-run.cfg.rollout.prompts * run.cfg.rollout.samples // num_data_shards(run.rollout_mesh))
     waves = -(-sequences // needs.shard_slots(run))
     sizes, position = rollout_sizes(run), run.cfg.rollout.max_prompt_tokens
+    longest = position + run.cfg.rollout.max_tokens
     ends = [counted.get(f"decode {size}") for size in (sizes[0], sizes[-1])]
     for columns in sizes:
-        steps = max(0, columns - position)
-        position = max(position, columns)
+        steps = max(0, min(columns, longest) - position)
+        position += steps
         if all(ends):
             smallest, largest = (time_load(chip, shapes, load, overlap=False) for load in ends)
             share = (columns - sizes[0]) / max(1, sizes[-1] - sizes[0])  # all limits are linear in the columns

@@ -192,6 +192,12 @@ def shard_slots(run: RunShapes) -> int:
     return min(-(-run.slots // shards), -(-sequences // shards))
 
 
+def shard_vocabulary(run: RunShapes) -> int:
+    """Returns the token ids whose logits one chip computes while it decodes."""
+    vocab_size, tensor = run.model_cfg.vocab_size, run.rollout_mesh.shape["tensor"]
+    return vocab_size // tensor if vocab_size % tensor == 0 else vocab_size
+
+
 def shard_prompts(run: RunShapes) -> int:
     """Returns the most prompts that one data shard prefills in a rollout of training."""
     rollout = run.cfg.rollout
@@ -277,11 +283,8 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
             total += size * (1 - (1 - chosen) ** (slots * mesh.shape["expert"]))
         else:
             total += size
-    vocabulary = model_cfg.vocab_size // (
-        mesh.shape["tensor"] if model_cfg.vocab_size % mesh.shape["tensor"] == 0 else 1
-    )
     token_bytes = cached_kv_bytes(model_cfg, mesh.shape["tensor"])
-    return int(total) + slots * (columns * token_bytes + 2 * 4 * vocabulary)
+    return int(total) + slots * (columns * token_bytes + 2 * 4 * shard_vocabulary(run))
 
 
 # Trees of float32 gradients that an update holds at its peak, in the programs that we compiled.
@@ -315,6 +318,6 @@ def update_temporaries(run: RunShapes) -> int:
 def phase_peaks(run: RunShapes) -> dict[str, int]:
     """Estimates the most bytes that one chip holds while it samples, and while it updates."""
     memory = run_memory(run)
-    held, logits = memory.state + memory.reference, 12 * run.model_cfg.vocab_size * shard_slots(run)
+    held, logits = memory.state + memory.reference, 12 * shard_vocabulary(run) * shard_slots(run)
     rollout = memory.rollout_weights + memory.cache + memory.prompt_kv + memory.completions + logits
     return {"rollout": held + rollout, "update": held + update_temporaries(run)}
