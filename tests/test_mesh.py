@@ -90,7 +90,7 @@ def hops(a: TpuChip, b: TpuChip) -> int:
 
 
 @pytest.mark.parametrize("chips", SLICES, ids=lambda chips: f"{chips[0]} {'x'.join(map(str, chips[1:]))}")
-def test_tensor_shards_of_a_rollout_are_neighbours_in_the_slice(chips):
+def test_tensor_shards_of_a_rollout_are_neighbors_in_the_slice(chips):
     """Weights that training splits over fsdp alone are split over 4 chips in a rollout, as for 7B on a v5e-64."""
     devices = tpu_slice(*chips)
     mesh = make_mesh(fsdp=-1, devices=devices)

@@ -59,7 +59,7 @@ run_kernel = jax.jit(partial(token_attention, interpret=True), static_argnames=(
 def test_the_kernel_equals_plain_attention(num_heads, num_kv_heads, width, dtype, window, softcap, tolerance):
     q, new, cache, position = random_token(num_heads, num_kv_heads, width, dtype)
     want, written = expected_output(q, new, cache, position, window, 3.0, softcap)
-    # What a slot's last sequence left in later columns must not matter, not even what is no number.
+    # What a slot's last sequence left in later columns must not matter, not even NaN.
     later = jnp.arange(COLUMNS) > position
     stale = KV(jnp.where(later[:, None, None], jnp.nan, cache.k), jnp.where(later[:, None, :, None], jnp.nan, cache.v))
     got, changed = run_kernel(q, new, stale, position, jnp.int32(window), divisor=3.0, softcap=softcap)

@@ -63,8 +63,8 @@ def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
 def cache_sizes(prompt_columns: int, max_columns: int) -> list[int]:
     """Returns the column counts that a KV cache may have: 128, 192, 256, 384, 512, ... and finally `max_columns`.
 
-    From 1,024 on they double, so that long rollouts compile few programs. On TPUs the last is a multiple of 128: arrays
-    of other sizes have another layout outside the kernels that write the cache, so that it would be there twice.
+    From 1,024 on they double, so that long rollouts compile few programs. On TPUs, the last one is a multiple of 128:
+    with other sizes, XLA would hold a second copy of the cache in the layout that the kernels which write it need.
 
     Args:
         prompt_columns: Columns of a padded prompt, T. Every size is larger.
