@@ -130,6 +130,8 @@ def test_remedies_of_a_rollout_begin_with_fewer_slots():
     far = settings_of(run, rollout=10 * MIB)
     assert not any(far.values())
     assert list(far)[:2] == ["rollout.slots=4", "rollout.mesh.tensor=2"]
+    split = run_of(slots=16, data=1, fsdp=4, rollout_sizes=dict(fsdp=4))
+    assert list(settings_of(split, rollout=10 * MIB))[:2] == ["rollout.slots=4", "rollout.mesh.tensor=2"]
     assert list(far)[-2:] == ["optim.name=adafactor optim.b2=0.999", "loss.kl_coef=0"]
 
 

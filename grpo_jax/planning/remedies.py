@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
+from grpo_jax.parallel.mesh import rollout_axis_sizes
 from grpo_jax.planning import needs
 from grpo_jax.planning.programs import RunShapes
 
@@ -38,10 +39,10 @@ def rollout_changes(run: RunShapes) -> Iterator[tuple[str, RunShapes]]:
     while slots > 1:
         slots //= 2
         yield f"rollout.slots={slots * shards}", run._replace(slots=slots * shards)
-    data, tensor = run.rollout_mesh.shape["data"], run.rollout_mesh.shape["tensor"]
+    expert, tensor = run.rollout_mesh.shape["expert"], run.rollout_mesh.shape["tensor"]
     for factor in (2, 4, 8):
-        if data % factor == 0 and run.model_cfg.num_heads % (tensor * factor) == 0:
-            mesh = resize_mesh(run.rollout_mesh, data=data // factor, tensor=tensor * factor)
+        if shards // expert % factor == 0 and run.model_cfg.num_heads % (tensor * factor) == 0:
+            mesh = run.mesh.update(axis_sizes=rollout_axis_sizes(run.mesh, tensor * factor, expert))
             yield f"rollout.mesh.tensor={tensor * factor}", run._replace(rollout_mesh=mesh)
 
 
