@@ -59,13 +59,20 @@ def plan_file(file: Path, preset: str, topology: str) -> Path:
     return PLANS / f"{file.stem}-{preset}-{topology.replace(':', '-')}.json"
 
 
+def kept_plans() -> list[tuple[Path, str, dict]]:
+    """Returns the config file, the preset and the report of every plan that is kept, in the order of `named_plans`."""
+    paths = [(file, preset, plan_file(file, preset, topology)) for file, preset, topology in named_plans()]
+    return [(file, preset, json.loads(path.read_text("utf-8"))) for file, preset, path in paths if path.exists()]
+
+
 def plan_line(report: dict) -> str:
     """Returns the line of a docstring that states a plan."""
     held, peaks = report["held"], report["peaks"]
     state, memory = (size / GIB for size in (held["state"] + held["reference"], report["memory_bytes"]))
     rollout, update = (peaks[phase] / GIB for phase in ("rollout", "update"))
-    fit = f"rollouts take {rollout:.1f} and updates {update:.1f} of {memory:.1f} GiB, {state:.1f} of them state"
-    return f"    On {report['topology']}: {fit}; about {report['estimate']['step_seconds']:,.0f} s a step"
+    takes = f"rollouts take {rollout:.1f} and updates {update:.1f} of {memory:.1f} GiB, including {state:.1f} of state"
+    seconds = f"about {report['estimate']['step_seconds']:,.0f} s a step" if report["fits"] else "does not fit"
+    return f"    On {report['topology']}: {takes}; {seconds}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -80,11 +87,8 @@ def plans_table() -> str:
         "| update s | step s | tokens/s per chip | MFU | bound by: rollout, update |",
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
-    for file, preset, topology in named_plans():
-        path = plan_file(file, preset, topology)
-        if path.exists():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            rows.append(table_row(f"[{file.stem}](../configs/{file.name}):{preset}", report))
+    for file, preset, report in kept_plans():
+        rows.append(table_row(f"[{file.stem}](../configs/{file.name}):{preset}", report))
     return "\n".join(rows) + "\n"
 
 
@@ -150,30 +154,18 @@ def with_tables(page: str) -> str:
     return page
 
 
-def main(wanted: list[str]) -> int:
-    """Makes the plans and returns the exit code."""
-    PLANS.mkdir(exist_ok=True)
-    found = []
-    for file, preset, topology in named_plans():
-        if wanted and file.stem not in wanted and f"{file.stem}:{preset}" not in wanted:
-            continue
-        spec, path = f"{file.relative_to(REPO)}:{preset}", plan_file(file, preset, topology)
-        print(f"{spec} on {topology}", flush=True)
-        command = [sys.executable, "-m", "grpo_jax.plan", f"--config={spec}", f"--topology={topology}", "--json"]
-        command += [f"--earlier={path}"] if path.exists() else []
-        done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-        if done.returncode not in (0, 3):
-            found.append(f"{spec} on {topology}: exit code {done.returncode}")
-            continue
-        report = json.loads(done.stdout)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        found += [f"{spec} on {topology}: {line}" for line in violations(report, plan_model(check(load_config(spec))))]
-        text = file.read_text(encoding="utf-8")
-        if report["fits"]:
-            file.write_text(replace_line(text, preset, topology, plan_line(report)), encoding="utf-8")
-    SCALING.write_text(with_tables(SCALING.read_text(encoding="utf-8")), encoding="utf-8")
-    print(*found, sep="\n")
-    return 3 if found else 0
+def make_plan(file: Path, preset: str, topology: str) -> list[str]:
+    """Makes a plan, keeps it, and returns what is wrong with it."""
+    spec, path = f"{file.relative_to(REPO)}:{preset}", plan_file(file, preset, topology)
+    print(f"{spec} on {topology}", flush=True)
+    command = [sys.executable, "-m", "grpo_jax.plan", f"--config={spec}", f"--topology={topology}", "--json"]
+    command += [f"--earlier={path}"] if path.exists() else []
+    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 3):
+        return [f"{spec} on {topology}: exit code {done.returncode}"]
+    report = json.loads(done.stdout)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return [f"{spec} on {topology}: {line}" for line in violations(report, plan_model(check(load_config(spec))))]
 
 
 def replace_line(text: str, preset: str, topology: str, line: str) -> str:
@@ -181,6 +173,21 @@ def replace_line(text: str, preset: str, topology: str, line: str) -> str:
     function = re.search(rf'"{re.escape(preset)}": (\w+)', text)[1]
     before, start, body = text.partition(f"\ndef {function}(")
     return before + start + re.sub(rf"^    On {re.escape(topology)}\b.*$", line, body, count=1, flags=re.M)
+
+
+def main(wanted: list[str]) -> int:
+    """Makes the plans, rewrites what is written from them, and returns the exit code."""
+    PLANS.mkdir(exist_ok=True)
+    found = []
+    for file, preset, topology in named_plans():
+        if not wanted or file.stem in wanted or f"{file.stem}:{preset}" in wanted:
+            found += make_plan(file, preset, topology)
+    for file, preset, report in kept_plans():
+        text = file.read_text(encoding="utf-8")
+        file.write_text(replace_line(text, preset, report["topology"], plan_line(report)), encoding="utf-8")
+    SCALING.write_text(with_tables(SCALING.read_text(encoding="utf-8")), encoding="utf-8")
+    print(*found, sep="\n")
+    return 3 if found else 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,22 @@ def test_every_plan_that_a_docstring_names_is_found_and_its_line_is_replaced():
         assert changed.count("    A PLAN\n") == 1
 
 
+def test_the_lines_of_the_docstrings_are_those_of_the_plans():
+    for file, preset, report in make_plans.kept_plans():
+        text = file.read_text(encoding="utf-8")
+        assert make_plans.replace_line(text, preset, report["topology"], make_plans.plan_line(report)) == text
+
+
+def test_a_plan_is_a_line_of_a_docstring():
+    report = dict(topology="h100:8", held=dict(state=10 * GIB, reference=2 * GIB), peaks=dict(rollout=42 * GIB))
+    report |= dict(memory_bytes=79 * GIB, fits=True, estimate=dict(step_seconds=1234))
+    report["peaks"]["update"] = 23 * GIB
+    line = "    On h100:8: rollouts take 42.0 and updates 23.0 of 79.0 GiB, including 12.0 of state; "
+    assert make_plans.plan_line(report) == f"{line}about 1,234 s a step"
+    assert make_plans.plan_line(report | {"fits": False}) == f"{line}does not fit"
+    assert make_plans.PLAN_LINE.match(line)
+
+
 def test_every_kept_plan_is_named_by_a_docstring():
     named = {make_plans.plan_file(*plan) for plan in make_plans.named_plans()}
     assert set(make_plans.PLANS.glob("*")) <= named
