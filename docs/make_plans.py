@@ -159,6 +159,7 @@ def make_plan(file: Path, preset: str, topology: str) -> list[str]:
     spec, path = f"{file.relative_to(REPO)}:{preset}", plan_file(file, preset, topology)
     print(f"{spec} on {topology}", flush=True)
     command = [sys.executable, "-m", "grpo_jax.plan", f"--config={spec}", f"--topology={topology}", "--json"]
+    command.append("--programs=placement,prefill,decode,update")  # scoring is the update's forward pass
     command += [f"--earlier={path}"] if path.exists() else []
     done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 3):

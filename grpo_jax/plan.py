@@ -14,6 +14,8 @@ from grpo_jax.config import flags
 from grpo_jax.errors import UserError
 from grpo_jax.planning.topology import CHIPS, check_compiler, compiler_environment, parse_topology, topology_devices
 
+PROGRAM_KINDS = ("placement", "prefill", "decode", "scoring", "update")
+
 
 def main(argv: Sequence[str]) -> None:
     """Runs the entry point with the arguments of a command line, program name excluded."""
@@ -29,6 +31,13 @@ def main(argv: Sequence[str]) -> None:
         "--suggest", action="store_true", help="search meshes, slots and micro-batches, and plan the best 3"
     )
     parser.add_argument(
+        "--programs",
+        metavar="KIND,KIND,...",
+        type=lambda text: tuple(text.split(",")),
+        default=PROGRAM_KINDS,
+        help=f"compile only these of {', '.join(PROGRAM_KINDS)}; formulas stand in for the others",
+    )
+    parser.add_argument(
         "--earlier",
         metavar="FILE.json",
         type=os.path.expanduser,
@@ -40,6 +49,10 @@ def main(argv: Sequence[str]) -> None:
     if options.topology is None:
         expected = "--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8"
         raise UserError(f"{expected}; found none. Run with --help for an example.")
+    if not set(options.programs) <= set(PROGRAM_KINDS):
+        raise UserError(
+            f"--programs must list some of {', '.join(PROGRAM_KINDS)}; found {','.join(options.programs)}. Correct it."
+        )
     kind, _ = parse_topology(options.topology)
     check_compiler(kind)
     environ = compiler_environment(options.topology, os.environ)
@@ -54,7 +67,9 @@ def main(argv: Sequence[str]) -> None:
         run, _ = inputs.plan_inputs(cfg, devices, memory_bytes)
         print(json.dumps(compiling.compile_program(run, options.program, compiling.read_earlier(options.earlier))))
         return
-    target = planner.Target(options.topology, kind, devices, memory_bytes, options.price, argv, environ)
+    target = planner.Target(
+        options.topology, kind, devices, memory_bytes, options.programs, options.price, argv, environ
+    )
     plans = planner.plan_suggestions(raw, target) if options.suggest else [planner.plan_config(cfg, target)]
     if options.json:
         print(json.dumps(plans if options.suggest else plans[0]))

@@ -70,6 +70,7 @@ def plan(*arguments):
         (["--config=configs/r1zero.py", "--topology=v5e:8"], "--topology must be like v5e:8x8, .*found 'v5e:8'"),
         (["--config=configs/r1zero.py", "--topology=a100:8"], "--topology must be like .*found 'a100:8'"),
         (["--config=configs/r1zero.py", "--topology=v5e:2x2"], "Compiling for v5e needs the extra `plan`"),
+        (["--config=configs/r1zero.py", "--topology=cpu:1", "--programs=decode,all"], "--programs must list some of"),
         (["--config=configs/r1zero.py", "--topology=cpu:1", "--suggest"], "--suggest needs the published figures"),
         (["--config=configs/r1zero.py", "--topology=cpu:1", "--config.mesh.tensor=3"], "The product of the mesh sizes"),
     ],

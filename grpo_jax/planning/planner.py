@@ -22,6 +22,7 @@ class Target(NamedTuple):
     kind: str  # of the devices
     devices: Sequence
     memory_bytes: int  # of one device
+    programs: Sequence[str]  # the kinds of programs to compile, such as "decode"
     price: float | None  # of a device for an hour
     argv: Sequence[str]  # the command line
     environ: Mapping[str, str]  # of the processes that compile
@@ -46,7 +47,7 @@ def plan_config(cfg: configs.Config, target: Target, changes: Sequence[str] = ()
         changes: Flags that turn the config of `target.argv` into `cfg`.
     """
     run, refusal = plan_inputs(cfg, target.devices, target.memory_bytes)
-    names = [] if refusal else list(run_programs(run))
+    names = [] if refusal else [name for name in run_programs(run) if name.split()[0] in target.programs]
     if names:
         say(f"Compiling {', '.join(names)} for {target.topology}")
     results = compile_programs(
