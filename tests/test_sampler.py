@@ -288,6 +288,12 @@ def test_every_sequence_belongs_to_one_shard_which_has_its_prompt(count, samples
     assert prompt_index.max() + 1 == max(1, count // shards) or count % shards
 
 
+@pytest.mark.parametrize("change", [dict(prompts=2), dict(sequences=11)])
+def test_too_little_room_is_refused(change):
+    with pytest.raises(ValueError, match=r"room for at least \(3, 12\) prompts and sequences; found"):
+        split_over_shards(pad_prompts(PROMPTS), np.full((3, 4), 9), 1, QueueRoom(3, 12, 3)._replace(**change))
+
+
 def test_prefilling_in_batches_does_not_change_keys_and_values():
     placed = place_for_rollout(CONFIG, weights())
     prompts = jax.tree.map(jnp.asarray, pad_prompts([[i + 1, 5, i + 2] for i in range(7)]))

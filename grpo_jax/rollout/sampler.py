@@ -86,13 +86,16 @@ def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: 
         limit (0 for padding) and its ids (prompt id, sample id).
 
     Raises:
-        ValueError: A limit is less than 1.
+        ValueError: A limit is less than 1, or there is not enough room.
     """
     if limits.min() < 1:
         raise ValueError(f"Every completion must be allowed at least 1 token; found a limit of {limits.min()}.")
     count, samples = limits.shape
     total = count * samples
-    per_shard = needed_room(count, samples, shards).sequences
+    needed = needed_room(count, samples, shards)
+    per_shard = needed.sequences
+    if room.prompts < needed.prompts or room.sequences < per_shard:
+        raise ValueError(f"Each shard needs room for at least {needed[:2]} prompts and sequences; found {room[:2]}.")
     index = np.arange(room.sequences)
     # Padding repeats the last sequence of its shard.
     sequence = np.arange(shards)[:, None] * per_shard + np.minimum(index, per_shard - 1)
