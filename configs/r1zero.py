@@ -32,8 +32,11 @@ of 0.001, temperature 1, 16 completions per prompt and no warm-up.
 the reference in bfloat16, 18 bytes in total. Activations need additional memory: only the input of each layer is kept,
 for train.micro_tokens tokens per device (or for the longest sequence, if that is longer), and the rest is
 rematerialized. If memory is short, lower train.micro_tokens and the lengths in `rollout`, or use Adafactor, which has
-no b2: --config.optim.name=adafactor --config.optim.b2=0.999. We have run only `tiny` and `smollm2`; the other presets
-are starting points.
+no b2: --config.optim.name=adafactor --config.optim.b2=0.999.
+
+We have run only `tiny` and `smollm2`; the other presets are starting points. Their lines "On DEVICES: ..." are plans:
+what one chip holds at most, as compiled for it, and an estimate of the seconds of an update with its share of the
+rollout and the scoring, if all completions have full length (docs/scaling.md).
 """
 
 from grpo_jax import config
