@@ -321,7 +321,7 @@ def parse_cell(cell: str, default_value):
 
 
 # Keys that depend on the size of the model or the length of its prompts.
-OF_THE_MODEL = {"rollout.max_prompt_tokens", "train.micro_tokens", "optim.b2"}
+OF_THE_MODEL = {"rollout.max_prompt_tokens", "train.micro_tokens", "train.chunk_tokens", "optim.b2"}
 
 
 def test_the_tables_of_the_page_show_the_full_presets():
