@@ -278,13 +278,16 @@ def test_workers_and_what_they_have_started_end_when_the_trainer_is_killed(tmp_p
 
 @pytest.mark.slow
 def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path, monkeypatch):
-    """Tokens and grades equal those of a run that grades after sampling, even with several shards and refills."""
+    """Tokens and grades equal those of a run that grades after sampling, even with several shards and refills.
+
+    The rollout has fewer shards than the mesh of the updates.
+    """
     monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
     (tmp_path / "verifier.py").write_text(VERIFIER)
     raw = config.default()
     raw.reward.parts, raw.reward.weights = ("accuracy", f"{tmp_path}/verifier.py:act"), (1.0, 1.0)
     raw.rollout.prompts, raw.rollout.samples, raw.rollout.max_tokens, raw.rollout.slots = 6, 5, 40, 16
-    raw.rollout.max_prompt_tokens = 80
+    raw.rollout.max_prompt_tokens, raw.rollout.mesh.tensor = 80, 2
     cfg = config.check(raw)
     base = read_base_model(cfg)
     problems = [Problem(f"What is {n} + 1?", str(n + 1), {"code": "#", "log": str(tmp_path / "log")}) for n in range(6)]
@@ -302,7 +305,7 @@ def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path
                 assert tokens.tolist() == rollout.tokens.reshape(30, -1)[n, :length].tolist()
             results.append((rollout, *grade_completions(cfg, context, problems, rollout)))
             assert early == 0 or overlaps
-    assert 15 < early < 30 and num_data_shards(context.mesh) > 1
+    assert 15 < early < 30 and 1 < num_data_shards(context.rollout_mesh) < num_data_shards(context.mesh)
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
