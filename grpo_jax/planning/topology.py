@@ -129,7 +129,12 @@ def topology_devices(name: str) -> list:
     count = math.prod(sizes)
     if kind == "cpu":
         return jax.devices("cpu")[:count]
-    hosts = max(1, count // GPUS_PER_HOST)
+    hosts = -(-count // GPUS_PER_HOST)
+    if count % hosts:
+        raise UserError(
+            f"--topology={name} must be GPUs of hosts that have {GPUS_PER_HOST} each, or fewer but equally many; found "
+            f"{count} over {hosts} hosts. Choose a multiple of {GPUS_PER_HOST}."
+        )
     shape = f"1x{hosts}x{count // hosts}"
     try:
         if CHIPS[kind].platform == "tpu":
