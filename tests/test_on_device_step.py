@@ -98,7 +98,10 @@ def work():
     return SimpleNamespace(
         cfg=SimpleNamespace(rollout=SimpleNamespace(samples=3, max_tokens=128)),
         context=SimpleNamespace(
-            model_cfg=SimpleNamespace(compute_dtype="bfloat16"), mesh=None, rollout_plan=SimpleNamespace(slots=6)
+            model_cfg=SimpleNamespace(compute_dtype="bfloat16"),
+            mesh=None,
+            rollout_mesh=None,
+            rollout_plan=SimpleNamespace(slots=6),
         ),
         learner=SimpleNamespace(state=SimpleNamespace(params=None)),
         prompts=SimpleNamespace(tokens=np.zeros((2, 64), np.int32)),

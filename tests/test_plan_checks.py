@@ -17,7 +17,10 @@ CLEAN = {
         "placement": {
             "counts": {"product_flops": 0.0, "copies": [{"array": "f32[9]", "op_name": ""}], "collectives": []}
         },
-        "decode 128": {"counts": {"product_flops": 1.0, "copies": [], "collectives": []}, "needed_product_flops": 1.0},
+        "decode 128": {
+            "counts": {"product_flops": 1.0, "copies": [{"array": "f32[9,12800]", "op_name": ""}], "collectives": []},
+            "needed_product_flops": 1.0,
+        },
         "update": {"counts": {"product_flops": 1.09, "copies": [], "collectives": []}, "needed_product_flops": 1.0},
     },
 }
@@ -56,7 +59,7 @@ def test_a_clean_plan_shows_nothing(collectives):
     [
         ({"fits": False}, "does not fit"),
         ({"errors": {"update": "the compiler ended with signal 6"}}, "update: the compiler ended with signal 6"),
-        ({"programs__decode 128__counts__copies": [{"array": "bf16[1,9]", "op_name": "x"}]}, "decode 128: copies bf16"),
+        ({"programs__decode 128__counts__copies": [{"array": "bf16[1,128]", "op_name": "x"}]}, "decode 128: copies"),
         ({"programs__update__counts__product_flops": 1.11}, "update: 1.11 FLOPs of products where 1 are needed"),
         (
             {"programs__update__counts__collectives": [exchange("all-gather", 2 * MATRIX)]},

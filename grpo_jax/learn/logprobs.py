@@ -17,11 +17,19 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import head_kernel, head_path, hidden_states, temperature_logits
 from grpo_jax.model.parameters import param_spec
-from grpo_jax.parallel.mesh import drop_indivisible_axes, num_data_shards, row_spec, scatter_sum, shard_map_on_mesh
+from grpo_jax.parallel.mesh import (
+    drop_indivisible_axes,
+    mesh_platform,
+    num_data_shards,
+    row_spec,
+    scatter_sum,
+    shard_map_on_mesh,
+)
 from grpo_jax.types import PackedBatch
 
 DEFAULT_CHUNK_TOKENS = 512  # tokens per data shard that have logits at the same time
 MAX_VOCAB_BLOCK = 16384  # the most vocabulary ids for which these tokens have logits at the same time
+LANES = 128  # numbers in a row of a TPU's tile
 MIN_LOGIT = -1e30  # below every logit, but finite
 
 
@@ -62,11 +70,18 @@ def fused_sum_last(*arrays):
 
 
 def vocab_blocks(kernel) -> tuple[int, int]:
-    """Returns the number and the width of the vocabulary blocks of a device's head kernel `[D, V]`."""
-    ids = kernel.shape[1]
+    """Returns the number and the width of the vocabulary blocks of a device's head kernel `[D, V]`.
+
+    On accelerators, the width of several blocks is a multiple of `LANES`, which TPUs need in order to scatter a block's
+    gradient, and GPUs for products without padding. Then the blocks need not divide the vocabulary.
+    """
+    ids, multiple = kernel.shape[1], 1 if mesh_platform() == "cpu" else LANES
     fewest = -(-ids // MAX_VOCAB_BLOCK)
-    number = next((number for number in range(fewest, 2 * fewest) if ids % number == 0), fewest)
-    return number, -(-ids // number)
+    if fewest == 1:
+        return 1, ids
+    numbers = (number for number in range(fewest, 2 * fewest) if ids % number == 0 and ids // number % multiple == 0)
+    number = next(numbers, fewest)
+    return number, -(-ids // (number * multiple)) * multiple
 
 
 def take_vocab_block(spec: ScoreSpec, kernel, block, dtype):
