@@ -113,7 +113,7 @@ def qwen25_15b_24gb():
     cfg = hub_model(config.default(), "Qwen/Qwen2.5-1.5B", prompts=8, max_tokens=1024, lr=1e-6)
     cfg.loss.kl_coef, cfg.model.reference_dtype = 0.0, config.default().model.reference_dtype
     cfg.optim.name, cfg.optim.b2 = "adafactor", 0.999
-    cfg.train.micro_tokens = 1536
+    cfg.train.micro_tokens, cfg.train.chunk_tokens = 1536, 1024  # one completion of full length
     return cfg
 
 
