@@ -683,6 +683,15 @@ def test_blocks_of_the_head_do_not_change_scores_or_gradients(
         np.testing.assert_allclose(have, want, atol=2e-5)
 
 
+def test_blocks_of_whole_tiles_do_not_change_scores_or_gradients(monkeypatch):
+    """On accelerators: 47 ids in blocks of 18, which is a multiple of 6, of which the last two overlap."""
+    monkeypatch.setattr(grpo_jax.learn.logprobs, "mesh_platform", lambda: "tpu")
+    monkeypatch.setattr(grpo_jax.learn.logprobs, "LANES", 6)
+    assert grpo_jax.learn.logprobs.vocab_blocks(jnp.zeros((2, 47))) == (1, 47)
+    test_blocks_of_the_head_do_not_change_scores_or_gradients(3.0, True, BOTH, 12, 20, monkeypatch)
+    assert grpo_jax.learn.logprobs.vocab_blocks(jnp.zeros((2, 47))) == (3, 18)
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 2, 4), marks=SLOW)])
 @pytest.mark.parametrize("tied, used", [(False, BOTH), pytest.param(True, ENTROPIES, marks=SLOW)])
 def test_gradients_of_scores_agree_on_eight_devices(sizes, tied, used, monkeypatch):
