@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+import grpo_jax.planning.checks
 from grpo_jax.planning.checks import violations
 from tests.tiny import CONFIG
 
@@ -25,6 +26,11 @@ CLEAN = {
     },
 }
 MATRIX = 4 * 32 * 48  # bytes of the largest matrix of a layer and, with 48 tokens, of the embedding
+
+
+@pytest.fixture(autouse=True)
+def no_exchange_is_small(monkeypatch):
+    monkeypatch.setattr(grpo_jax.planning.checks, "SMALL_BYTES", 0)
 
 
 def exchange(kind, size, axes=("fsdp",)):

@@ -11,6 +11,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import path_name
 
 MAX_FLOPS_RATIO = 1.1  # products of a program by those that it has to compute
+SMALL_BYTES = 2**22  # exchanges of at most this size may be whole; GPUs combine many small ones
 ROUNDING = 1.05  # of the sizes of arrays, because what is exchanged may be padded
 
 
@@ -37,7 +38,8 @@ def forbidden_exchanges(report: Mapping, model_cfg: ModelConfig) -> list[str]:
         for each in (program.get("counts") or {}).get("collectives", ()):
             is_gather = each["kind"] == "all-gather" and each["bytes"] > most
             is_sum = each["kind"] == "all-reduce" and "fsdp" in each["axes"]
-            if is_gather or (name == "update" and is_sum and each["bytes"] > ROUNDING * 4 * min(layers)):
+            is_whole_sum = name == "update" and is_sum and each["bytes"] > ROUNDING * 4 * min(layers)
+            if each["bytes"] > SMALL_BYTES and (is_gather or is_whole_sum):
                 over = "+".join(each["axes"])
                 found.append(f"{name}: {each['kind']} of {each['bytes']:,} bytes over {over} {each['op_name']}")
     return found

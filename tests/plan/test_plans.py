@@ -14,8 +14,8 @@ from grpo_jax.planning.models import plan_model
 
 REPO = Path(__file__).parents[2]
 SMALL = """
-    rollout.max_prompt_tokens=128 rollout.max_tokens=128 train.micro_tokens=256 model.compute_dtype=bfloat16
-    model.reference_dtype=bfloat16 mesh.data=1 mesh.fsdp=-1
+    rollout.max_prompt_tokens=128 rollout.max_tokens=128 train.micro_tokens=256 train.chunk_tokens=128
+    model.compute_dtype=bfloat16 model.reference_dtype=bfloat16 mesh.data=1 mesh.fsdp=-1
 """.split()
 
 
