@@ -148,7 +148,6 @@ def qwen25_3b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen2.5-3b --workdir=runs/qwen2.5-3b
 
-    On v5p:2x2x1: not planned yet
     On h100:4: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen2.5-3B", max_tokens=2048, lr=1e-6)
@@ -184,7 +183,6 @@ def qwen3_17b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-1.7b --workdir=runs/qwen3-1.7b
 
-    On v6e:2x2: not planned yet
     On h100:4: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen3-1.7B-Base", max_tokens=2048, lr=1e-6)
@@ -195,7 +193,6 @@ def qwen3_8b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:qwen3-8b --workdir=runs/qwen3-8b
 
-    On v5p:2x2x2: not planned yet
     On h100:8: not planned yet
     """
     return hub_model(config.default(), "Qwen/Qwen3-8B-Base", max_tokens=4096, lr=1e-6)
@@ -216,7 +213,6 @@ def llama32_3b():
 
     python -m grpo_jax.main --config=configs/r1zero.py:llama3.2-3b --workdir=runs/llama3.2-3b
 
-    On v5p:2x2x1: not planned yet
     On h100:4: not planned yet
     """
     return hub_model(config.default(), "meta-llama/Llama-3.2-3B", max_tokens=2048, lr=1e-6)

@@ -31,6 +31,7 @@ MATRIX = 4 * 32 * 48  # bytes of the largest matrix of a layer and, with 48 toke
 @pytest.fixture(autouse=True)
 def no_exchange_is_small(monkeypatch):
     monkeypatch.setattr(grpo_jax.planning.checks, "SMALL_BYTES", 0)
+    monkeypatch.setattr(grpo_jax.planning.checks, "MAX_VOCAB_BLOCK", 16)
 
 
 def exchange(kind, size, axes=("fsdp",)):

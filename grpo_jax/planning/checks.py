@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
+from grpo_jax.learn.logprobs import MAX_VOCAB_BLOCK
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.parallel.mesh import path_name
@@ -30,11 +31,12 @@ def forbidden_exchanges(report: Mapping, model_cfg: ModelConfig) -> list[str]:
     Sums of arrays as small as the smallest matrix are allowed, because that is how a TPU's compiler gathers these.
     """
     layers, largest = matrix_sizes(model_cfg)
+    most_updated = max(4 * max(layers), 2 * model_cfg.hidden_size * MAX_VOCAB_BLOCK)  # or a block of the head
     # A rollout's weights are gathered once, in two bytes, and only the part of the device's tensor shard.
     most_placed = 4 * max(max(layers), largest // report["rollout_mesh"]["tensor"])
     found = []
     for name, program in report["programs"].items():
-        most = ROUNDING * (most_placed if name == "placement" else 4 * max(layers))
+        most = ROUNDING * (most_placed if name == "placement" else most_updated)
         for each in (program.get("counts") or {}).get("collectives", ()):
             is_gather = each["kind"] == "all-gather" and each["bytes"] > most
             is_sum = each["kind"] == "all-reduce" and "fsdp" in each["axes"]
