@@ -75,7 +75,7 @@ test-plan: $(PLAN_INSTALLED)
 	$(PLAN_VENV)/bin/python -m pytest tests/plan
 
 plans: $(PLAN_INSTALLED)
-	$(PLAN_VENV)/bin/python docs/make_plans.py $(ARGS)
+	JAX_PLATFORMS=cpu $(PLAN_VENV)/bin/python docs/make_plans.py $(ARGS)
 
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt OLDEST_PYTHON=3.12

@@ -66,11 +66,11 @@ def test_every_plan_that_a_docstring_names_is_found_and_its_line_is_replaced():
     for file, preset, topology in plans:
         text = file.read_text(encoding="utf-8")
         changed = make_plans.replace_line(text, preset, topology, "    A PLAN")
-        assert [line for line in text.splitlines() if line not in changed.splitlines()] in (
-            [],  # another preset has the same line
-            [next(line for line in text.splitlines() if line.startswith(f"    On {topology}"))],
-        )
-        assert changed.count("    A PLAN\n") == 1
+        pairs = zip(text.splitlines(), changed.splitlines(), strict=True)
+        [(old, new)] = [(old, new) for old, new in pairs if old != new]
+        assert old.startswith(f"    On {topology}:") and new == "    A PLAN"
+        function = re.search(rf'"{re.escape(preset)}": (\w+)', text)[1]
+        assert "    A PLAN" in changed.split(f"def {function}(")[1].split("\ndef ")[0]
 
 
 def test_the_lines_of_the_docstrings_are_those_of_the_plans():
