@@ -60,6 +60,17 @@ def test_a_phase_has_the_peak_of_its_largest_program():
     assert set(report["peaks"]) == {"rollout", "scoring", "update"}
 
 
+def test_a_phase_that_was_not_compiled_has_the_peak_of_the_formula():
+    run = run_of()
+    formula = needs.phase_peaks(run)
+    update = compiled("update", temporary=5)
+    for room, fits in ((formula["rollout"], True), (formula["rollout"] - MIB, False)):
+        memory_bytes = int(room / USABLE) + 1
+        report = plan_report(run, "v5e:1", "v5e", memory_bytes, {"update": update})
+        assert report["peaks"] == {"update": report["programs"]["update"]["peak_bytes"], "rollout": formula["rollout"]}
+        assert report["fits"] == fits
+
+
 def test_the_verdict_and_the_exit_code():
     run = run_of()
     held = needs.run_memory(run).reference

@@ -75,7 +75,7 @@ def plan_report(
     price: float | None = None,
     refusal: str = "",
 ) -> dict:
-    """Returns the report of a plan as plain values.
+    """Returns the report of a plan as plain values. The peak of a phase without a compiled program is by formula.
 
     Args:
         run: The run.
@@ -84,7 +84,7 @@ def plan_report(
         memory_bytes: The memory of one of them.
         results: What compiling each program gave, by name.
         price: Price of a chip for an hour, if the cost is wanted.
-        refusal: Why training would refuse to start; nothing is compiled then, and the peaks are those of the formulas.
+        refusal: Why training would refuse to start; nothing is compiled then.
     """
     memory, chips = needs.run_memory(run), math.prod(run.mesh.shape.values())
     programs = {name: describe_program(run, result, memory) for name, result in results.items()}
@@ -92,8 +92,8 @@ def plan_report(
     for name, program in programs.items():
         if "peak_bytes" in program:
             peaks[phase_of(name)] = max(peaks.get(phase_of(name), 0), program["peak_bytes"])
-    if refusal:
-        peaks = needs.phase_peaks(run)
+    for phase, peak in needs.phase_peaks(run).items():
+        peaks.setdefault(phase, peak)  # of a phase that was not compiled
     budget = int(USABLE * memory_bytes)
     errors = {name: program["error"] for name, program in programs.items() if program.get("error")}
     fits = not errors and not refusal and all(peak <= budget for peak in peaks.values())
@@ -118,8 +118,7 @@ def plan_report(
         report["process_bytes"] = process_bytes(memory, chips, peaks, results)
     report["notes"] = plan_notes(run, report)
     if not fits:
-        formula = needs.phase_peaks(run)
-        excess = {phase: peaks.get(phase, formula[phase]) - budget for phase in formula}
+        excess = {phase: peaks[phase] - budget for phase in ("rollout", "update")}
         report["remedies"] = [remedy._asdict() for remedy in find_remedies(run, excess)]
     if kind in CHIPS and not refusal:
         made = estimate_run(run, CHIPS[kind], results)
