@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         help="your own problems: JSON lines, JSON, CSV, parquet or a Hugging Face dataset, like task.path",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, raw, workdir = flags.parse_flags(parser, argv)
+    options, raw, workdir, _ = flags.parse_flags(parser, argv)
     keep_compiled_programs(os.environ)
     cfg = configs.check(raw)
     reward_parts = resolve_parts(cfg)

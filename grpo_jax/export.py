@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help="export the policy after update N; default: the newest checkpoint"
     )
-    options, raw, workdir = flags.parse_flags(parser, argv)
+    options, raw, workdir, _ = flags.parse_flags(parser, argv)
     keep_compiled_programs(os.environ)
     if not options.out:
         raise UserError("--out must name the folder to write; found none. Pass --out=DIR.")

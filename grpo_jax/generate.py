@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy; default: rollout.temperature; eval.top_k, top_p, min_p apply"
     )
-    options, raw, workdir = flags.parse_flags(parser, argv)
+    options, raw, workdir, _ = flags.parse_flags(parser, argv)
     keep_compiled_programs(os.environ)
     if not options.prompt:
         raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')

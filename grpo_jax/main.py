@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="resume even if files that the run reads have changed since it was started",
     )
-    options, raw, workdir = flags.parse_flags(parser, argv)
+    options, raw, workdir, _ = flags.parse_flags(parser, argv)
     keep_compiled_programs(os.environ)
     if raw.job == "pretrain":
         from grpo_jax.tiny.pretrain import pretrain

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         help="an earlier plan of the same run as JSON; programs that have not changed are not compiled again",
     )
     parser.add_argument("--program", help=argparse.SUPPRESS)  # see grpo_jax.planning.compiling
-    options, raw, _ = flags.parse_flags(parser, argv)
+    options, raw, *_ = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
     if options.topology is None:
         expected = "--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8"

@@ -389,7 +389,7 @@ def test_flags_are_parsed_as_the_type_of_their_key():
     def parse(*argv):
         return flags.parse_flags(flags.make_parser("", ""), argv)
 
-    _, config, workdir = parse(
+    _, config, workdir, _ = parse(
         R1ZERO,
         "--config.seed=3",
         "--config.optim.lr=1",
@@ -511,7 +511,7 @@ def test_flags_expand_the_home_directory(tmp_path, monkeypatch):
         "from grpo_jax.config import default\n\ndef get_config(preset=''):\n    return default()\n"
     )
     for config in ("~/mine.py", "~/mine.py:any"):
-        _, _, workdir = flags.parse_flags(flags.make_parser("", ""), [f"--config={config}", "--workdir=~/run"])
+        workdir = flags.parse_flags(flags.make_parser("", ""), [f"--config={config}", "--workdir=~/run"]).workdir
         assert workdir == tmp_path / "run"
     write_config(tmp_path / "run", check_with(model__path="~/model"))
     shutil.copytree(find_model("tiny"), tmp_path / "model")

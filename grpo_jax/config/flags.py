@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -146,9 +146,13 @@ def override_key(raw: ConfigDict, key: str, text: str) -> None:
     raw.update_from_flattened_dict({key: parse_value(key, text, known[key])})
 
 
-def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> None:
-    """Applies all `--config.KEY=VALUE` and `--config.KEY VALUE` to a config in place, and refuses other arguments."""
-    rest = list(arguments)
+def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> frozenset[str]:
+    """Applies all `--config.KEY=VALUE` and `--config.KEY VALUE` to a config in place, and returns the keys.
+
+    Raises:
+        UserError: There are other arguments.
+    """
+    rest, given = list(arguments), set()
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if not flag.startswith("--config."):
@@ -159,6 +163,8 @@ def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> None:
                 raise UserError(f"{flag} must be followed by a value; found none. Write {flag}=VALUE.")
             text = rest.pop(0)
         override_key(raw, flag.removeprefix("--config."), text)
+        given.add(flag.removeprefix("--config."))
+    return frozenset(given)
 
 
 def default_workdir(spec: str) -> Path:
@@ -167,15 +173,21 @@ def default_workdir(spec: str) -> Path:
     return Path("runs") / (Path(file).stem + (f"-{preset}" if preset else ""))
 
 
-def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict, Path]:
+class CommandLine(NamedTuple):
+    """A parsed command line."""
+
+    options: argparse.Namespace  # all flags but --config.KEY
+    raw: ConfigDict  # the config with its overrides, not checked yet
+    workdir: Path
+    given: frozenset[str]  # the keys that the command line sets
+
+
+def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
     """Parses a command line.
 
     Args:
         parser: A parser from `make_parser`. With `of_a_run`, the run's own config is used if --config is not given.
         argv: The command line, without the program's name.
-
-    Returns:
-        The flags, the config with its overrides (not checked yet), and the workdir.
 
     Raises:
         UserError: The command line has a mistake.
@@ -195,7 +207,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh
-    apply_overrides(raw, rest)
+    given = apply_overrides(raw, rest)
     if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
         configs = (read_config(workdir), raw)
         base, given = (os.path.expanduser(str(flatten(config.to_dict()).get("model.path"))) for config in configs)
@@ -204,7 +216,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> tuple[argparse.Na
                 f"model.path must be {base}, with which the run in {workdir} was started; found {given}. "
                 "Leave out --config.model.path."
             )
-    return flags, raw, workdir
+    return CommandLine(flags, raw, workdir, given)
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:

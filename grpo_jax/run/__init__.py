@@ -2,6 +2,7 @@
 
 Modules, in reading order:
 
+    progress      shows what a process is doing
     checkpoint    saves and restores a run with Orbax
     context       builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit  the longest prompt of a run, and the problems that exceed it

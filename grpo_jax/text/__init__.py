@@ -10,6 +10,7 @@ Modules, in reading order:
     prompt       prompt templates, and the encoding of prompts
     decoding     decodes completions into text
     stops        stop strings as a transition table over tokens
+    terminal     makes text of a model or a file safe to print
 
 No module of this package imports JAX.
 """
