@@ -1,4 +1,4 @@
-"""README's commands run, and the paths, keys and functions that it names exist."""
+"""The commands of README and its pages run, and the paths, keys and functions that they name exist."""
 
 import json
 import os
@@ -22,9 +22,11 @@ REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
 GUIDE = (REPO / "docs" / "changing.md").read_text()
 PROBLEMS = (REPO / "docs" / "problems.md").read_text(encoding="utf-8")
+HOW_IT_WORKS = (REPO / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+DEVICES = (REPO / "docs" / "devices.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split(" #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for block in re.findall(r"```bash\n(.*?)```", README + DEVICES, flags=re.S)
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
@@ -123,24 +125,43 @@ def test_readme_shows_the_lines_that_a_run_prints():
     assert f"\n{console_line(1, 80, metrics)}\n" in README
 
 
-def test_every_path_in_the_readme_exists():
-    linked = re.findall(r"\]\(([\w/.]+)\)", README)
-    named = re.findall(r"`((?:configs|tests|launch|docs|benchmarks)/[\w./]+)`", README)
-    assert len(linked) > 3 and len(named) > 5
-    assert [path for path in linked + named if not (REPO / path).exists()] == []
+def headings(page):
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-def test_every_key_in_the_readme_exists():
+def test_every_link_and_every_path_leads_somewhere():
+    broken, links = [], 0
+    for page in (REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+            target = page.parent / path if path else page
+            found = target.exists() and (not anchor or anchor in headings(target.read_text(encoding="utf-8")))
+            broken += [] if found else [f"{page.name}: {path}#{anchor}"]
+            links += 1
+        for path in re.findall(r"`((?:configs|tests|launch|docs|benchmarks)/[\w./-]+)`", text):
+            broken += [] if (REPO / path).exists() else [f"{page.name}: {path}"]
+    assert links > 50 and broken == []
+
+
+def test_the_readme_links_every_page():
+    pages = {f"docs/{page.name}" for page in (REPO / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"^\| \[[\w.-]+\]\((docs/[\w.-]+)\)", README, flags=re.M))
+
+
+def test_every_key_exists():
     keys = flatten(default().to_dict())
     sections = "|".join(default().to_dict())
-    named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+)`", README))
-    named |= set(re.findall(r"--config\.([a-z_.]+[a-z])", README))
+    pages = README + HOW_IT_WORKS + DEVICES
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+)`", pages))
+    named |= set(re.findall(r"--config\.([a-z_.]+[a-z])", pages))
     assert len(named) > 25
     assert sorted(named - set(keys) - {"model.safetensors"}) == []
 
 
 def test_every_function_in_the_equations_exists():
-    named = re.findall(r"\bgrpo\.([a-z_0-9]+)", README)
+    named = re.findall(r"\bgrpo\.([a-z_0-9]+)", HOW_IT_WORKS)
     grpo = import_module("grpo_jax.learn.grpo")
     assert len(named) == 3 and all(callable(getattr(grpo, name)) for name in named)
 
