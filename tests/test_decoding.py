@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_jax.text.decoding import decode_completion, tokenizer_backend
+from grpo_jax.text.decoding import decode_completion, decode_ids, decode_pieces, tokenizer_backend
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 
@@ -64,3 +64,18 @@ def test_completions_are_decoded_as_defined_by_the_trainers_tokenizer_and_from_i
             assert decode_completion(from_json, ids, (1,), strings) == expected
             cut += expected != decode_twice(tokenizer, ids, (1,), ())
     assert cut > 9 or kind == "tiny"  # the tokens of tiny end where a stop string does
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
+def test_a_character_belongs_to_the_last_of_its_tokens_and_no_text_is_lost(make):
+    tokenizer = make()
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokenizer.tokenize("x🙂é x")]
+    (pieces,) = decode_pieces(tokenizer, [ids])
+    assert [piece for piece in pieces if piece and piece not in " x"] == ["🙂", "é"]
+    assert pieces.index("🙂") >= 2 and pieces[0] == "x" and "".join(pieces) == "x🙂é x"
+    rng = np.random.default_rng(0)
+    # Random ids are mostly incomplete characters, many of which no later token completes.
+    rows = [rng.integers(0, len(tokenizer), length).tolist() for length in range(60)]
+    rows += [tokenizer.encode("x🙂數 x", add_special_tokens=False)[:length] for length in range(12)]
+    for row, texts in zip(rows, decode_pieces(tokenizer, rows), strict=True):
+        assert len(texts) == len(row) and "".join(texts) == decode_ids(tokenizer, row)

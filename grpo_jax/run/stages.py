@@ -22,6 +22,7 @@ from grpo_jax.rewards.pool import FAILURES, Grades
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
+from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
@@ -244,8 +245,9 @@ def sample_records(
     """
     samples = rollout.lengths.shape[1]
     rows = {name: np.asarray(x) for name, x in rollout.rows().items()}
+    tokens = [rows["tokens"][n, : rows["lengths"][n]].tolist() for n in range(count)]
     records = []
-    for n in range(count):
+    for n, pieces in enumerate(decode_pieces(context.tokenizer, tokens)):
         problem, length, verdict = problems[n // samples], int(rows["lengths"][n]), grades.verdicts[n]
         records.append(
             {
@@ -254,7 +256,8 @@ def sample_records(
                 "question": problem.question,
                 "prompt": context.prompt_format.text(problem),
                 "completion": grades.texts[n],
-                "tokens": rows["tokens"][n, :length].tolist(),
+                "tokens": tokens[n],
+                "pieces": pieces,
                 "logps": rows["logps"][n, :length].tolist(),
                 "length": length,
                 "truncated": bool(rows["truncated"][n]),
