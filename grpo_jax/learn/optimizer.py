@@ -156,7 +156,7 @@ def apply_gradients(
 
     Returns:
         The state after the update, and the metrics `optim/grad_norm` (before clipping), `optim/skipped` (0 or 1),
-        `optim/no_signal` (0 or 1) and `optim/lr`.
+        `optim/no_signal` (0 or 1), `optim/lr` and `optim/changed_frac`.
     """
     grads = to_float32(grads)
     norm, lr = optax.tree.norm(grads), schedule(state.step - state.skipped)
@@ -171,13 +171,27 @@ def apply_gradients(
         # of the donated state.
         return jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), new_tree, old_tree)
 
+    params = keep_if_applied(params, state.params)
+    metrics["optim/changed_frac"] = changed_fraction(params, state.params)
     return TrainState(
         step=state.step + 1,
-        params=keep_if_applied(params, state.params),
+        params=params,
         opt_state=keep_if_applied(opt_state, state.opt_state),
         skipped=state.skipped + ~finite,
         is_reference=state.is_reference & ~is_applied,
     ), metrics | {"optim/grad_norm": norm, "optim/lr": lr}
+
+
+def changed_fraction(new_params, params) -> Float[Array, ""]:
+    """Returns the fraction of parameters whose stored value differs between two trees.
+
+    If it is far below 1, updates are smaller than the rounding of `model.param_dtype`.
+    """
+    # Means of means, because a float32 sum over all elements of a leaf would stop growing at 2^24.
+    leaves = list(zip(jax.tree.leaves(new_params), jax.tree.leaves(params), strict=True))
+    fractions = [jnp.mean(jnp.mean(new != old, axis=-1, dtype=jnp.float32)) for new, old in leaves]
+    sizes = [new.size for new, _ in leaves]
+    return sum(fraction * (size / sum(sizes)) for fraction, size in zip(fractions, sizes, strict=True))
 
 
 def moment_spec(kind: str, shape: tuple[int, ...], param_shape: tuple[int, ...], param_spec: P) -> P:
