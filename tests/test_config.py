@@ -25,8 +25,9 @@ from grpo_jax.config.docs import markdown
 from grpo_jax.config.flags import load_config, override_key
 from grpo_jax.config.help import explain
 from grpo_jax.config.keys import flatten, key_specs, require_choices
+from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
-from grpo_jax.config.schema import AdvantageSection, LossSection, PretrainConfig
+from grpo_jax.config.schema import AdvantageSection, LossSection
 from grpo_jax.config.workdir import digest_files, read_config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig

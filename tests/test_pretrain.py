@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import forward, load
-from grpo_jax.config.schema import PretrainConfig
+from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import init_params, param_shapes
 from grpo_jax.tasks.addition import is_held_out

@@ -4,7 +4,8 @@ Modules, in reading order:
 
     keys         declares a config key as a typed dataclass field
     functions    imports the function that a config value names
-    schema       all keys of both jobs, one frozen dataclass per section
+    schema       all keys of training, one frozen dataclass per section
+    pretrain_schema  all keys of pretraining, likewise
     presets      helpers for config files: choosing a preset, and settings for models on the hub
     rules        checks a config before any device work and builds the frozen `Config`
     workdir      reads and writes a run's config.json, and decides which runs may be resumed
@@ -24,8 +25,9 @@ A config file is written with ml_collections and starts from `default()`:
 `check` turns it into the frozen `Config` that the rest of the package reads.
 """
 
+from grpo_jax.config.pretrain_schema import pretrain_default
 from grpo_jax.config.rules import check, check_model
-from grpo_jax.config.schema import Config, default, pretrain_default
+from grpo_jax.config.schema import Config, default
 from grpo_jax.config.workdir import check_files, check_workdir, write_config
 
 __all__ = [

@@ -5,7 +5,8 @@ import operator
 
 from grpo_jax.config.help import describe_key
 from grpo_jax.config.keys import key_specs
-from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.config.pretrain_schema import PretrainConfig
+from grpo_jax.config.schema import Config
 
 INTRO = """# Config keys
 

@@ -5,8 +5,9 @@ import textwrap
 
 from grpo_jax.config.functions import suggest
 from grpo_jax.config.keys import KeySpec, format_as_flag, key_specs
+from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.config.rules import NO_EFFECT
-from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo_jax.config.functions import function_label
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
-from grpo_jax.config.schema import Config, PretrainConfig
+from grpo_jax.config.pretrain_schema import PretrainConfig
+from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from grpo_jax.config.schema import PretrainConfig
+from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.errors import UserError
 from grpo_jax.learn.logprobs import logprobs_from_hidden
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
