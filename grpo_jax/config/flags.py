@@ -45,25 +45,33 @@ class HelpAction(argparse.Action):
         sys.exit(0)
 
 
-def make_parser(description: str, example: str, *, of_a_run: bool = False) -> OneLineParser:
+def make_parser(description: str, example: str, *, of_a_run: bool = False, several_runs: bool = False) -> OneLineParser:
     """Builds a parser with the flags that all entry points share.
 
     Args:
         description: What the entry point does, for --help.
         example: A command line, for --help.
         of_a_run: Whether the entry point reads the workdir of a run; it then needs no --config.
+        several_runs: Whether it reads those of several runs, as a list, and only compares them with a config.
     """
     epilog, as_written = f"{list_topics()}\n\nexample:\n  {example}", argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(
         description=description, epilog=epilog, formatter_class=as_written, add_help=False, allow_abbrev=False
     )
     parser.add_argument("-h", "--help", action=HelpAction, nargs="?", metavar="SECTION", help="show this, or a section")
-    parser.add_argument(
-        "--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help="config; --config.KEY=VALUE sets a key"
+    about_config, about_workdir = (
+        "config; --config.KEY=VALUE sets a key",
+        "folder of the run; default: runs/FILE[-PRESET]",
     )
-    parser.add_argument(
-        "--workdir", metavar="DIR", type=os.path.expanduser, help="folder of the run; default: runs/FILE[-PRESET]"
-    )
+    if several_runs:
+        about_config, about_workdir = (
+            "config to compare with; default: the defaults",
+            "folder of a run; may be repeated",
+        )
+    path = dict(type=os.path.expanduser)
+    parser.add_argument("--config", metavar="FILE.py[:PRESET]", help=about_config, **path)
+    action = "append" if several_runs else "store"
+    parser.add_argument("--workdir", metavar="DIR", action=action, help=about_workdir, **path)
     if of_a_run:
         parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
     parser.set_defaults(of_a_run=of_a_run)

@@ -1,0 +1,85 @@
+"""Reads the files of a workdir. The run may still be going, or have written only some of them."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_jax.config.keys import flatten
+from grpo_jax.config.workdir import read_config
+
+
+class RunFiles(NamedTuple):
+    """What a run has written."""
+
+    name: str  # the end of the workdir's path that tells it from the other runs
+    workdir: Path
+    config: dict[str, Any]  # by dotted name
+    updates: list[dict[str, Any]]  # the lines of metrics.jsonl from step 1 on
+    evaluations: list[dict[str, Any]]  # the lines of metrics.jsonl with an evaluation
+    warnings: list[dict[str, Any]]
+    train_samples: dict[int, Path]  # samples/train-STEP.jsonl by step
+    eval_samples: dict[int, Path]
+
+
+def read_json_lines(path: Path, max_bytes: float = float("inf")) -> list[dict[str, Any]]:
+    """Returns the objects in a file of JSON lines, or none if there is no such file.
+
+    Lines that are not complete, such as the last one of a file that is being written, are left out.
+
+    Args:
+        path: The file.
+        max_bytes: Reading stops before the line with which more than this many bytes would be read, except for the
+            first line.
+    """
+    objects: list[dict[str, Any]] = []
+    if not path.is_file():
+        return objects
+    size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            size += len(line)
+            if objects and size > max_bytes:
+                break
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                objects.append(value)
+    return objects
+
+
+def sample_files(workdir: Path, kind: str) -> dict[int, Path]:
+    """Returns the files samples/KIND-STEP.jsonl by step, in the order of the steps."""
+    matches = ((re.fullmatch(rf"{kind}-(\d+)\.jsonl", path.name), path) for path in workdir.glob("samples/*.jsonl"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def short_names(workdirs: Sequence[Path]) -> list[str]:
+    """Returns the shortest ends of the paths, all of the same number of parts, that are different from each other."""
+    for count in range(1, max(len(path.parts) for path in workdirs)):
+        names = ["/".join(path.parts[-count:]) for path in workdirs]
+        if len(set(names)) == len(names):
+            return names
+    return list(map(str, workdirs))
+
+
+def read_runs(workdirs: Sequence[str]) -> list[RunFiles]:
+    """Reads the files of runs; a workdir that is named twice is read once.
+
+    Raises:
+        UserError: A folder has no readable config.json.
+    """
+    folders = list(dict.fromkeys(Path(workdir).resolve() for workdir in workdirs))
+    runs = []
+    for name, folder in zip(short_names(folders), folders, strict=True):
+        config = flatten(read_config(folder).to_dict())
+        lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+        updates = [line for line in lines if line["step"] > 0]
+        evaluations = [line for line in lines if any(metric.startswith("eval/") for metric in line)]
+        warnings = read_json_lines(folder / "warnings.jsonl")
+        samples = (sample_files(folder, kind) for kind in ("train", "eval"))
+        runs.append(RunFiles(name, folder, config, updates, evaluations, warnings, *samples))
+    return runs
