@@ -68,10 +68,9 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
             "config to compare with; default: the defaults",
             "folder of a run; may be repeated",
         )
-    path = dict(type=os.path.expanduser)
-    parser.add_argument("--config", metavar="FILE.py[:PRESET]", help=about_config, **path)
+    parser.add_argument("--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help=about_config)
     action = "append" if several_runs else "store"
-    parser.add_argument("--workdir", metavar="DIR", action=action, help=about_workdir, **path)
+    parser.add_argument("--workdir", metavar="DIR", type=os.path.expanduser, action=action, help=about_workdir)
     if of_a_run:
         parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
     parser.set_defaults(of_a_run=of_a_run)

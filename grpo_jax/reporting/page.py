@@ -16,7 +16,7 @@ from typing import Any
 from grpo_jax.reporting.curves import mean_curves, run_curves, seed_groups
 from grpo_jax.reporting.runs import RunFiles
 from grpo_jax.reporting.samples import MAX_BYTES, compare_evaluations, embed_samples
-from grpo_jax.reporting.summary import config_table, describe_run, key_numbers, redraw_command, time_shares
+from grpo_jax.reporting.summary import config_table, describe_progress, key_numbers, redraw_command, time_shares
 
 # What could end a script element or begin markup in it, and line ends that JavaScript knows and JSON does not.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -52,7 +52,7 @@ def report_data(runs: Sequence[RunFiles], base: dict[str, Any], base_name: str) 
         summaries.append(
             {
                 "name": run.name,
-                "about": describe_run(run),
+                "about": describe_progress(run),
                 "numbers": key_numbers(run),
                 "curves": run_curves(run),
                 "time": time_shares(run),

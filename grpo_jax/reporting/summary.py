@@ -32,22 +32,18 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def describe_run(run: RunFiles) -> str:
+def describe_progress(run: RunFiles) -> str:
     """Returns a sentence that says what a run is and how far it is."""
     config, done = run.config, run.updates[-1]["step"] if run.updates else 0
     model = Path(str(config.get("model.path"))).name
     task = str(config.get("task.name"))
     if task == "file" and config.get("task.path"):
         task = Path(str(config["task.path"])).name
-    total = config.get("total_steps")
-    state = "is done" if total == done else f"is at {done:,} of {total:,} updates" if total else "is going"
-    if done == total:
-        state = f"made {done:,} updates"
-    group = f"{config.get('rollout.prompts')} questions × {config.get('rollout.samples')} answers"
     seconds = sum(values_of(run.updates, "time/step_s")) + sum(values_of(run.evaluations, "time/eval_s"))
+    total, samples = config.get("total_steps"), config.get("rollout.samples")
     return (
-        f"{model} learns {task} from rewards alone. The run {state} on rollouts of {group} in {duration(seconds)}, "
-        f"with seed {config.get('seed')}."
+        f"{model} learns {task} from rewards alone: {done:,} of {total:,} updates in {duration(seconds)}, on rollouts of "
+        f"{config.get('rollout.prompts')} questions with {samples} answers each, seed {config.get('seed')}."
     )
 
 
