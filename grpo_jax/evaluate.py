@@ -7,25 +7,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import jax
-
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.compilation import keep_compiled_programs
-from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import accuracy_part, resolve_parts
-from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import EVALUATION_KEY, build_context, read_base_model
-from grpo_jax.run.evaluation import evaluate
-from grpo_jax.run.metrics import evaluation_line
-from grpo_jax.run.policy import load_policy
-from grpo_jax.run.prompt_limit import fit_prompts
-from grpo_jax.run.stages import fold_in_all
 from grpo_jax.tasks.problem_file import read_with_notes
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
+from grpo_jax.text.terminal import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,8 +31,24 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
-    keep_compiled_programs(os.environ)
     cfg = configs.check(raw)
+    if not options.questions:
+        check_held_out(cfg, workdir)
+
+    # Imported here so that a mistake in the flags is reported without waiting for these imports.
+    import jax
+
+    from grpo_jax.parallel.compilation import keep_compiled_programs
+    from grpo_jax.parallel.processes import join_processes
+    from grpo_jax.rollout.sampler import place_for_rollout
+    from grpo_jax.run.context import EVALUATION_KEY, build_context, read_base_model
+    from grpo_jax.run.evaluation import evaluate
+    from grpo_jax.run.metrics import evaluation_line
+    from grpo_jax.run.policy import load_policy
+    from grpo_jax.run.prompt_limit import fit_prompts
+    from grpo_jax.run.stages import fold_in_all
+
+    keep_compiled_programs(os.environ)
     reward_parts = resolve_parts(cfg)
     join_processes(os.environ)
     graded = accuracy_part in reward_parts.values()
@@ -50,22 +56,21 @@ def main(argv: Sequence[str]) -> None:
         problems, note = read_with_notes(options.questions, cfg.task, graded=graded)
         task = ProblemList([], problems, [note])
     else:
-        check_held_out(cfg, workdir)
         task = resolve_task(cfg, graded=graded)
     if jax.process_index() == 0:
         digests = run_digests(task, cfg.prompt.template)
         changed = [name for name in changed_files(workdir, digests) if name in digests]
         notes = [f"{', '.join(changed)} changed since the run was started."] if changed else []
         for note in [*getattr(task, "notes", ()), *notes]:
-            print(note, file=sys.stderr)
+            print(printable(note), file=sys.stderr)
     base = read_base_model(cfg)
     cfg, task, prompt_lengths = fit_prompts(cfg, base, task)
     for line in prompt_lengths.splitlines()[:-1]:  # about prompts that are left out
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):
-        step, params = load_policy(cfg, context, workdir, options.base)
+        step, params = load_policy(cfg, context, workdir, base=options.base, step=options.step)
         placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         key = fold_in_all(jax.random.key(cfg.seed), EVALUATION_KEY, step)  # that of the run's own evaluation
         metrics, _ = evaluate(cfg, context, placed, problems, key)

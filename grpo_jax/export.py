@@ -4,14 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.compilation import keep_compiled_programs
-from grpo_jax.parallel.processes import join_processes
-from grpo_jax.run.export import export_policy
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,18 +15,21 @@ def main(argv: Sequence[str]) -> None:
         __doc__, "python -m grpo_jax.export --workdir=runs/r1zero --out=exported --step=40", of_a_run=True
     )
     parser.add_argument("--out", metavar="DIR", type=os.path.expanduser, help="the folder to write, new or empty")
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="export the policy after update N; default: the newest checkpoint"
-    )
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
-    keep_compiled_programs(os.environ)
     if not options.out:
         raise UserError("--out must name the folder to write; found none. Pass --out=DIR.")
-    if options.base and options.step is not None:
-        raise UserError("Only one of --base and --step may be given; found both. Leave one of them out.")
-    out = Path(options.out).resolve()
+    cfg, out = configs.check(raw), Path(options.out).resolve()
+
+    # Imported here so that a mistake in the flags is reported without waiting for these imports.
+    import jax
+
+    from grpo_jax.parallel.compilation import keep_compiled_programs
+    from grpo_jax.parallel.processes import join_processes
+    from grpo_jax.run.export import export_policy
+
+    keep_compiled_programs(os.environ)
     join_processes(os.environ)
-    step = export_policy(configs.check(raw), workdir, out, step=options.step, base=options.base)
+    step = export_policy(cfg, workdir, out, step=options.step, base=options.base)
     if jax.process_index() == 0:
         print(f"Wrote {'the base model' if options.base else f'the policy after step {step}'} to {options.out}")
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     cfg, _, _ = fit_prompts(cfg, base, ProblemList([], [Problem(options.prompt, "", id="--prompt")]))
     context = build_context(cfg, base)
     with jax.set_mesh(context.mesh):
-        _, params = load_policy(cfg, context, workdir, options.base)
+        _, params = load_policy(cfg, context, workdir, base=options.base, step=options.step)
         placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         with jax.set_mesh(context.rollout_mesh):
             key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)

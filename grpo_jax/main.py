@@ -11,14 +11,12 @@ from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.compilation import keep_compiled_programs
-from grpo_jax.parallel.processes import is_multiprocess
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
-        "Trains a language model with rule-based rewards (GRPO). Run it again with the same workdir to resume.",
+        "Trains a language model with rule-based rewards (GRPO). --workdir=DIR alone resumes the run in DIR.",
         "python -m grpo_jax.main --config=configs/r1zero.py --workdir=runs/r1zero --config.total_steps=100",
     )
     parser.add_argument(
@@ -27,20 +25,26 @@ def main(argv: Sequence[str]) -> None:
         help="resume even if files that the run reads have changed since it was started",
     )
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
+    is_pretraining = raw.job == "pretrain"
+    cfg = check_pretrain(raw) if is_pretraining else configs.check(raw)
+    if not is_pretraining:
+        configs.check_workdir(workdir, cfg)
+        if cfg.task.name == "file":
+            print(f"Reading {cfg.task.path}", flush=True)
+
+    # Imported here so that a mistake in the flags is reported without waiting for these imports.
+    from grpo_jax.parallel.compilation import keep_compiled_programs
+    from grpo_jax.parallel.processes import is_multiprocess
+
     keep_compiled_programs(os.environ)
-    if raw.job == "pretrain":
+    if is_pretraining:
         from grpo_jax.tiny.pretrain import pretrain
 
         if is_multiprocess(os.environ):
             raise UserError("Pretraining runs in one process; found the variables of several. Start it on its own.")
-        pretrain(check_pretrain(raw), workdir)
+        pretrain(cfg, workdir)
         return
-    cfg = configs.check(raw)
-    configs.check_workdir(workdir, cfg)
-    if cfg.task.name == "file":
-        print(f"Reading {cfg.task.path}", flush=True)
 
-    # Imported here so that a mistake in the flags is reported without waiting for these imports.
     from grpo_jax.run.train import train
 
     train(raw, workdir=workdir, accept_changed_files=options.accept_changed_files)

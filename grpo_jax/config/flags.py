@@ -51,7 +51,7 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
     Args:
         description: What the entry point does, for --help.
         example: A command line, for --help.
-        of_a_run: Whether the entry point reads the workdir of a run; it then needs no --config.
+        of_a_run: Whether the entry point reads the policy of a run, which --base and --step choose.
         several_runs: Whether it reads those of several runs, as a list, and only compares them with a config.
     """
     epilog, as_written = f"{list_topics()}\n\nexample:\n  {example}", argparse.RawDescriptionHelpFormatter
@@ -73,6 +73,9 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
     parser.add_argument("--workdir", metavar="DIR", type=os.path.expanduser, action=action, help=about_workdir)
     if of_a_run:
         parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
+        parser.add_argument(
+            "--step", type=int, metavar="N", help="use the policy after update N; default: the newest checkpoint"
+        )
     parser.set_defaults(of_a_run=of_a_run)
     return parser
 
@@ -193,16 +196,21 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
     """Parses a command line.
 
     Args:
-        parser: A parser from `make_parser`. With `of_a_run`, the run's own config is used if --config is not given.
+        parser: A parser from `make_parser`.
         argv: The command line, without the program's name.
+
+    Returns:
+        The command line. Without --config, `raw` is the config of the run in the workdir; an entry point that only
+        reads the run gets it with a mesh that fits any number of devices.
 
     Raises:
         UserError: The command line has a mistake.
     """
     flags, rest = parser.parse_known_args(argv)
-    if flags.config is None and not (flags.of_a_run and flags.workdir):
-        expected = "--config=FILE.py or --workdir=DIR" if flags.of_a_run else "--config=FILE.py"
-        raise UserError(f"{expected} must be given; found none. Run with --help for an example.")
+    if flags.config is None and flags.workdir is None:
+        raise UserError("--config=FILE.py or --workdir=DIR must be given; found none. Run with --help for an example.")
+    if flags.of_a_run and flags.base and flags.step is not None:
+        raise UserError("Only one of --base and --step may be given; found both. Leave one of them out.")
     if flags.workdir is not None and (not flags.workdir.strip() or "://" in flags.workdir):
         raise UserError(f"--workdir must be a folder of a mounted file system; found {flags.workdir!r}. Name another.")
     workdir = Path(flags.workdir) if flags.workdir else default_workdir(flags.config)
@@ -210,7 +218,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
         raw = load_config(flags.config)
     else:
         raw = read_config(workdir)
-        if "mesh" in raw:  # the run may have used more devices than there are here
+        if flags.of_a_run and "mesh" in raw:  # the run may have used more devices than there are here
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh

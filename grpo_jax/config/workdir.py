@@ -29,23 +29,48 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
                 f"The run in {workdir} must have the keys of this version of grpo_jax to be resumed, but it {change} "
                 f"key {name}. Choose another --workdir."
             )
-        for name, spec in key_specs(Config).items():
-            # Without evaluation, a run also trains on the problems that it would otherwise hold out.
-            splits = (
-                name == "eval.questions" and bool(before[name]) != bool(now[name]) and now["task.name"] != "addition"
+        for name in changed_keys(before, now):
+            fix = format_as_flag(name, before[name])
+            if name in ("task.name", "reward.parts", "reward.weights"):
+                fix += ", or the same problems and rewards if grpo_jax.train was called with some"
+            raise UserError(
+                f"The run in {workdir} was started with {name}={before[name]!r} and cannot be resumed with "
+                f"{name}={now[name]!r}. Choose another --workdir, or pass {fix}."
             )
-            if before[name] != now[name] and (splits or not spec.resumable):
-                fix = format_as_flag(name, before[name])
-                if name in ("task.name", "reward.parts", "reward.weights"):
-                    fix += ", or the same problems and rewards if grpo_jax.train was called with some"
-                raise UserError(
-                    f"The run in {workdir} was started with {name}={before[name]!r} and cannot be resumed with "
-                    f"{name}={now[name]!r}. Choose another --workdir, or pass {fix}."
-                )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(
             f"--workdir must be a new folder or that of an earlier run; {workdir} holds other files. "
             "Choose another --workdir."
+        )
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns the keys whose values differ although a resumed run must keep them, for values by dotted name."""
+    changed = [name for name in key_specs(Config) if name in before and before[name] != now[name]]
+    bound = [name for name in changed if not key_specs(Config)[name].resumable]
+    # Without evaluation, a run also trains on the problems that it would otherwise hold out.
+    if "eval.questions" in changed and 0 in (before["eval.questions"], now["eval.questions"]):
+        bound += ["eval.questions"] if now["task.name"] != "addition" else []
+    return bound
+
+
+def check_trained_config(workdir: Path, cfg: Config, step: int, trained: dict[str, Any]) -> None:
+    """Checks that a run resumes with the config of its checkpoint, because config.json may have been edited.
+
+    Args:
+        workdir: The run.
+        cfg: The config with which it resumes.
+        step: The step of the checkpoint.
+        trained: The values of its config by dotted name, read from JSON.
+
+    Raises:
+        UserError: A key differs that is not `resumable`.
+    """
+    before, now = with_tuples(trained), flatten(dataclasses.asdict(cfg))
+    for name in changed_keys(before, now):
+        raise UserError(
+            f"{workdir / 'config.json'} must hold the config of the run's checkpoint of step {step}, which was trained "
+            f"with {name}={before[name]!r}; found {now[name]!r}. Undo the edit, or choose another --workdir."
         )
 
 
@@ -118,11 +143,12 @@ def read_config(workdir: Path) -> "ConfigDict":
 
     try:
         values = json.loads((Path(workdir) / "config.json").read_text(), object_hook=with_tuples)
-        if not isinstance(values, dict):
-            raise ValueError(f"config.json holds {str(values)[:40]!r} instead of an object")
+        if not isinstance(values, dict) or "job" not in values:
+            raise ValueError(f"config.json holds {str(values)[:40]!r} instead of the config of a run")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{workdir} must be the workdir of a training run, with a config.json: {error}. Pass another --workdir."
+            f"{workdir} must be the workdir of a training run, with a config.json: {error}. Pass another --workdir, or "
+            "start a run there with `python -m grpo_jax.main --config=FILE.py`."
         ) from None
     return ConfigDict(values)
 

@@ -4,13 +4,14 @@
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
                             /meta      step (which also fixes the position in the problem stream), random key, number
-                                       of skipped updates, metrics of the current rollout
+                                       of skipped updates, metrics of the current rollout, the run's config
                             /experience  the current rollout, if some of its updates are still to come
                             /reference   the reference, if the policy has replaced it
 
 Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,12 @@ def saved_steps(workdir: Path) -> list[int]:
 def newest_step(workdir: Path) -> int:
     """Returns the step of a run's newest checkpoint, or 0 if it has none."""
     return max(saved_steps(workdir), default=0)
+
+
+def read_meta(workdir: Path, step: int) -> dict[str, Any]:
+    """Returns the metadata of a run's checkpoint, empty if there is none, without restoring the checkpoint."""
+    path = checkpoints_folder(workdir) / str(step) / "meta" / "metadata"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def save_reference(workdir: Path, params) -> None:

@@ -1,7 +1,8 @@
 """Builds what every entry point needs from a config: model config, tokenizer, stop table, meshes and rollout plan."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config.schema import Config
+from grpo_jax.config.schema import Config, MeshSection, RolloutMeshSection
+from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer, train_state_shapes, train_state_shardings
 from grpo_jax.model.architecture import ModelConfig
@@ -20,6 +22,7 @@ from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout, training_room
 from grpo_jax.rollout.sampler import QueueRoom
+from grpo_jax.run.progress import announce
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import open_model_tensors
@@ -52,6 +55,19 @@ class RunContext(NamedTuple):
     rollout_plan: RolloutPlan
     grader: Grader  # without parts if nothing is graded
     room: QueueRoom | None = None  # of all rollouts of a training run; None if each has what it needs
+
+
+def refit_mesh(cfg: Config, workdir: Path) -> Config:
+    """Returns the config of a run with a mesh that fits the devices, if it resumes with its mesh on other devices."""
+    sizes, devices = astuple(cfg.mesh), jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    fits = devices % known == 0 if -1 in sizes else devices == known
+    if fits or not (workdir / "config.json").is_file() or read_config(workdir).mesh.to_dict() != asdict(cfg.mesh):
+        return cfg
+    if jax.process_index() == 0:
+        announce(f"The run's mesh does not fit {devices} device(s): mesh.fsdp=-1 and rollout.mesh.* are derived again")
+    rollout = replace(cfg.rollout, mesh=RolloutMeshSection())
+    return replace(cfg, mesh=MeshSection(data=1, fsdp=-1), rollout=rollout)
 
 
 def read_base_model(cfg: Config) -> BaseModel:

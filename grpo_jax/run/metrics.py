@@ -126,6 +126,15 @@ def evaluation_line(metrics: dict[str, float]) -> str:
     return "  ".join([*shown, f"tokens {metrics['eval/length_mean']:.1f}"])
 
 
+def describe_finished_run(workdir: Path, steps: int) -> str:
+    """Says that a run has done all its updates, and what can be done next."""
+    return (
+        f"The run in {workdir} is finished: it has done all {steps} updates. To train further, add "
+        f"--config.total_steps=N with an N of more than {steps}. To use the policy: python -m grpo_jax.evaluate, "
+        f".generate or .export --workdir={workdir}; to look at the run: python -m grpo_jax.report --workdir={workdir}"
+    )
+
+
 def before_and_after(workdir: Path) -> str:
     """Formats a table of a run's first and last evaluation, and a completion of each for the same question."""
     evaluations = [line for line in read_metrics(workdir) if "eval/length_mean" in line]

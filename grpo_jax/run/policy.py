@@ -55,13 +55,25 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
         return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
 
 
-def load_policy(cfg: Config, context: RunContext, workdir: Path, base: bool) -> tuple[int, Any]:
-    """Loads the newest policy of a run onto the mesh, or with `base` the model that the run started from.
+def load_policy(
+    cfg: Config, context: RunContext, workdir: Path, *, base: bool = False, step: int | None = None
+) -> tuple[int, Any]:
+    """Loads a policy of a run onto the mesh.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        workdir: The run.
+        base: Whether to load the model that the run started from instead.
+        step: The number of updates behind the policy; by default that of the newest checkpoint.
 
     Returns:
         (step, params): The number of updates behind the policy (0 for the base model), and its parameters.
+
+    Raises:
+        UserError: The run has no checkpoint yet, or none of that step.
     """
     if base:
         return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
-    return restore_policy(workdir, shapes, tree_shardings(context.mesh, shapes))
+    return restore_policy(workdir, shapes, tree_shardings(context.mesh, shapes), step)

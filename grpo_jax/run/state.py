@@ -111,10 +111,21 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 
 
-def save_run(cfg: Config, manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array) -> None:
-    """Starts saving a checkpoint of a run. As soon as the call returns, the next update may donate the run's arrays."""
+def save_run(
+    cfg: Config, manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array, started_with: dict[str, Any]
+) -> None:
+    """Starts saving a checkpoint of a run. As soon as the call returns, the next update may donate the run's arrays.
+
+    Args:
+        cfg: The run's config.
+        manager: The manager of the run's checkpoints.
+        run: The state.
+        root_key: The key that every random key of the run is folded from.
+        started_with: The values of config.json by dotted name, which a resume compares (see `check_trained_config`).
+    """
     meta = {
         "step": run.step,
+        "config": started_with,
         "key": jax.random.key_data(root_key).tolist(),
         "rollout": run.rollout_metrics,
         "skipped_in_a_row": run.skipped_in_a_row,

@@ -4,6 +4,7 @@ A step is one optimizer update. A rollout feeds `train.minibatches * train.epoch
 from (seed, purpose, counters), so a resumed run continues exactly as if it had not been interrupted.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ import orbax.checkpoint as ocp
 from grpo_jax import config as configs
 from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.workdir import run_digests
+from grpo_jax.config.keys import flatten
+from grpo_jax.config.workdir import check_trained_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
@@ -26,11 +28,24 @@ from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, from_first_process, join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
+from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager, read_meta
 from grpo_jax.run.console import RunLog, describe_run, num_records
-from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext, build_context, read_base_model
+from grpo_jax.run.context import (
+    EVALUATION_KEY,
+    SAMPLING_KEY,
+    RunContext,
+    build_context,
+    read_base_model,
+    refit_mesh,
+)
 from grpo_jax.run.evaluation import evaluate
-from grpo_jax.run.metrics import before_and_after, evaluation_line, read_metrics, write_samples
+from grpo_jax.run.metrics import (
+    before_and_after,
+    describe_finished_run,
+    evaluation_line,
+    read_metrics,
+    write_samples,
+)
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import (
     add_advantages,
@@ -73,6 +88,7 @@ class RunSetup(NamedTuple):
     held_out: list[Problem]
     manager: ocp.CheckpointManager
     log: RunLog
+    started_with: dict  # the values of config.json by dotted name, for checkpoints
 
 
 @contextmanager
@@ -116,20 +132,26 @@ def train(
     cfg = configs.check(name_python_inputs(cfg, problems, rewards))
     workdir = Path(workdir).expanduser()
     configs.check_workdir(workdir, cfg)
-    reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
-    task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
-    notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
-    configs.check_files(workdir, digests, accept=accept_changed_files)
-    join_processes(os.environ)
-    base = read_base_model(cfg)
-    fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
-    context = build_context(fitted, base, reward_parts=reward_parts, training=True)
     done = newest_step(workdir)
+    check_trained_config(workdir, cfg, done, read_meta(workdir, done).get("config", {}))
     if done > cfg.total_steps:
         raise UserError(
             f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "
             f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir."
         )
+    reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
+    task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
+    notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
+    configs.check_files(workdir, digests, accept=accept_changed_files)
+    join_processes(os.environ)
+    if done == cfg.total_steps:
+        if jax.process_index() == 0:
+            print(before_and_after(workdir), describe_finished_run(workdir, done), sep="\n\n")
+        return read_metrics(workdir)[-1]
+    cfg = refit_mesh(cfg, workdir)
+    base = read_base_model(cfg)
+    fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
+    context = build_context(fitted, base, reward_parts=reward_parts, training=True)
     if jax.process_index() == 0:
         configs.write_config(workdir, cfg, digests)
         print(*notes, prompt_lengths, sep="\n", flush=True)
@@ -137,11 +159,11 @@ def train(
         check_shared_workdir(workdir)
     with jax.set_mesh(context.mesh), closing(context.grader):
         from_first_process(context.grader.start, np.zeros(()))
-        metrics = run_updates(fitted, context, task, workdir)
+        metrics = run_updates(fitted, context, task, workdir, flatten(dataclasses.asdict(cfg)))
     if jax.process_index() == 0:
         print(before_and_after(workdir))
         print(f"\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}")
-    return metrics or read_metrics(workdir)[-1]
+    return metrics
 
 
 def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
@@ -229,13 +251,15 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
         run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
     if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
         run = finish_update(cfg, setup.log, run)
-        save_run(cfg, setup.manager, run, setup.root_key)
+        save_run(cfg, setup.manager, run, setup.root_key, setup.started_with)
     if run.flight is None:
         setup.log.step_end = time.monotonic()  # so that the time of the next step does not include this
     return run
 
 
-def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> dict[str, float]:
+def run_updates(
+    cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict
+) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
     An update is dispatched before the metrics of the one before it are fetched, so that the devices do not wait for
@@ -252,7 +276,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path) -> 
     ):
         run, root_key = start_or_resume(cfg, context, manager, workdir)
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
-        setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log)
+        setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log, started_with)
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
             if setup.held_out:
