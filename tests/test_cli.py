@@ -158,10 +158,15 @@ def test_a_wrong_config_file_or_preset_is_refused(tmp_path, config, says):
     refused(main.main, tmp_path / "run", f"--config={config}", says=says)
 
 
-def test_training_needs_a_config(tmp_path):
-    refused(main.main, tmp_path / "run", says="--config=FILE.py must be given; found none. Run with --help")
-    refused(main.main, tmp_path / "run", "--config.seed=1", says="--config=FILE.py must be given")
+def test_training_needs_a_config_or_the_workdir_of_a_run(tmp_path):
+    for argv in ([], ["--config.seed=1"]):
+        with pytest.raises(UserError, match="--config=FILE.py or --workdir=DIR must be given; found none. Run with -"):
+            main.main(argv)
     refused(main.main, tmp_path / "run", "--config", says="argument --config: expected one argument")
+    refused(main.main, tmp_path / "run", says="a config.json: found none. Pass another .* start .* with --config=FILE")
+    (tmp_path / "model").mkdir()
+    shutil.copy(find_model("tiny") / "config.json", tmp_path / "model")
+    refused(main.main, tmp_path / "model", says="config.json holds .*instead of the config of a run")
 
 
 def test_an_empty_config_flag_does_not_resume_the_run_in_the_workdir(tmp_path):

@@ -225,10 +225,10 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
     given = apply_overrides(raw, rest)
     if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
         configs = (read_config(workdir), raw)
-        base, given = (os.path.expanduser(str(flatten(config.to_dict()).get("model.path"))) for config in configs)
-        if given != base:
+        base, other = (os.path.expanduser(str(flatten(config.to_dict()).get("model.path"))) for config in configs)
+        if other != base:
             raise UserError(
-                f"model.path must be {base}, with which the run in {workdir} was started; found {given}. "
+                f"model.path must be {base}, with which the run in {workdir} was started; found {other}. "
                 "Leave out --config.model.path."
             )
     return CommandLine(flags, raw, workdir, given)

@@ -146,9 +146,10 @@ def read_config(workdir: Path) -> "ConfigDict":
         if not isinstance(values, dict) or "job" not in values:
             raise ValueError(f"config.json holds {str(values)[:40]!r} instead of the config of a run")
     except (OSError, ValueError) as error:
+        found = "found none" if isinstance(error, FileNotFoundError) else error
         raise UserError(
-            f"{workdir} must be the workdir of a training run, with a config.json: {error}. Pass another --workdir, or "
-            "start a run there with `python -m grpo_jax.main --config=FILE.py`."
+            f"{workdir} must be the workdir of a training run, with a config.json: {found}. Pass another --workdir, or "
+            "start a run there with --config=FILE.py."
         ) from None
     return ConfigDict(values)
 

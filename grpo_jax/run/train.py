@@ -17,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
+from grpo_jax.config.keys import flatten
 from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import check_trained_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer
@@ -257,9 +257,7 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
     return run
 
 
-def run_updates(
-    cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict
-) -> dict[str, float]:
+def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
     An update is dispatched before the metrics of the one before it are fetched, so that the devices do not wait for
