@@ -160,7 +160,7 @@ def test_a_wrong_config_file_or_preset_is_refused(tmp_path, config, says):
 
 def test_training_needs_a_config_or_the_workdir_of_a_run(tmp_path):
     for argv in ([], ["--config.seed=1"]):
-        with pytest.raises(UserError, match="--config=FILE.py or --workdir=DIR must be given; found none. Run with -"):
+        with pytest.raises(UserError, match=r"--config=FILE.py or --workdir=DIR must be given; found none. Run with -"):
             main.main(argv)
     refused(main.main, tmp_path / "run", "--config", says="argument --config: expected one argument")
     refused(main.main, tmp_path / "run", says="a config.json: found none. Pass another .* start .* with --config=FILE")
