@@ -53,7 +53,7 @@ function format(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-  if (size > 0 && size < 0.001) return value.toExponential(2);
+  if (size > 0 && size < 0.001) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(size < 1 ? 3 : 4)));
 }
 
@@ -196,7 +196,7 @@ function drawChart(chart) {
   const last = Math.max(1, ...chart.series.map(({ steps }) => steps[steps.length - 1]));
   let low = numbers.reduce((a, b) => Math.min(a, b), Infinity), high = numbers.reduce((a, b) => Math.max(a, b), -Infinity);
   if (low > high) [low, high] = [0, 1];
-  if (low >= 0 && low < high / 2) low = 0;
+  if (low >= 0 && low < 0.7 * high) low = 0;
   if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, low + Math.abs(low) / 2] : [0, 1];
   const x = (step) => LEFT + (width - LEFT - RIGHT) * step / last;
   const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low);
@@ -250,8 +250,9 @@ function readAt(chart) {
     if (cursor !== null) steps.forEach((step, n) => { if (Math.abs(step - cursor) < Math.abs(steps[nearest] - cursor)) nearest = n; });
     return [steps[nearest], make("b", { class: runClass(index) }, `${name} ${format(values[nearest])}`)];
   });
-  const step = parts.length ? parts[0][0] : "–";
-  chart.readout.replaceChildren(`step ${step.toLocaleString("en-US")}: `, ...parts.flatMap(([, value], n) => (n ? [", ", value] : [value])));
+  const shown = cursor === null ? Math.max(...parts.map(([step]) => step)) : Math.round(cursor);
+  const values = parts.flatMap(([step, value], n) => [n ? ", " : "", value, step === shown ? "" : ` (at ${step.toLocaleString("en-US")})`]);
+  chart.readout.replaceChildren(`step ${parts.length ? shown.toLocaleString("en-US") : "–"}: `, ...values);
   chart.svg.setAttribute("aria-label", `${chart.title}. ${chart.readout.textContent}. Arrow keys move between steps.`);
 }
 

@@ -40,10 +40,10 @@ def describe_progress(run: RunFiles) -> str:
     if task == "file" and config.get("task.path"):
         task = Path(str(config["task.path"])).name
     seconds = sum(values_of(run.updates, "time/step_s")) + sum(values_of(run.evaluations, "time/eval_s"))
-    total, samples = config.get("total_steps"), config.get("rollout.samples")
+    prompts, samples = config.get("rollout.prompts"), config.get("rollout.samples")
     return (
-        f"{model} learns {task} from rewards alone: {done:,} of {total:,} updates in {duration(seconds)}, on rollouts of "
-        f"{config.get('rollout.prompts')} questions with {samples} answers each, seed {config.get('seed')}."
+        f"{model} learns {task} from rewards alone: {done} of {config.get('total_steps')} updates in "
+        f"{duration(seconds)}, on rollouts of {prompts} questions with {samples} answers each, seed {config.get('seed')}."
     )
 
 
