@@ -545,7 +545,7 @@ function showLengths() {
     element("length-charts").append(...halves.map((half) => lengthChart(run, half, width, most)));
   }
   element("length-charts").before(make("p", { class: "note" },
-    "Answers on this page by length: filled bars are right, outlined bars above them are wrong. The left chart is the first half of the recorded steps, the right chart the second."));
+    "Answers on this page by length: filled bars are right, outlined bars above them are wrong. A run's first chart shows the first half of the recorded steps, its second chart the second half."));
 }
 
 const PHASES = {
