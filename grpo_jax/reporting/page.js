@@ -151,6 +151,11 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, n) => Number(((first + n) * step).toPrecision(12)));
 }
 
+/** Formats the value of a tick in as few characters as it takes, because the margin is narrow. */
+function tickLabel(value) {
+  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : format(value);
+}
+
 function addChart(parent, title, unit, line, dots) {
   if (!runs.some((run) => run.curves[line] || run.curves[dots])) return;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -204,7 +209,7 @@ function drawChart(chart) {
   chart.x = x;
   for (const value of ticks(low, high, 4)) {
     draw(svg, "line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
-    draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format(value));
+    draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, tickLabel(value));
   }
   draw(svg, "line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM });
   for (const step of ticks(0, last, Math.max(2, width / 90)).filter(Number.isInteger)) {
