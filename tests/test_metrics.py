@@ -174,6 +174,8 @@ def test_console_line_shows_what_to_watch():
         "reward/accuracy": 0.25,
         "reward/format": 0.98,
         "rollout/length_mean": 41.26,
+        "rollout/truncated_frac": 0.03125,
+        "groups/zero_variance_frac": 0.125,
         "policy/kl_ref": 0.01239,
         "rollout/tokens_per_s": 12345.6,
         "time/step_s": 3.21,
@@ -181,11 +183,13 @@ def test_console_line_shows_what_to_watch():
         "loss/total": 5.5,  # not shown: it is about 0 by design
     }
     assert console_line(7, 60, metrics) == (
-        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  tokens  41.3  KL 0.0124  12,346 tokens/s  3.2 s"
+        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  tokens  41.3  cut off   3%  equal groups  12%  KL 0.0124  "
+        "12,346 tokens/s  3.2 s"
     )
     del metrics["policy/kl_ref"], metrics["reward/format"]  # as in a run without a reference and with other parts
     assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
-        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  12,346 tokens/s  3.2 s"
+        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  cut off   3%  equal groups  12%  "
+        "12,346 tokens/s  3.2 s"
     )
     assert console_line(7, 60, metrics | {"optim/no_signal": 1.0}).endswith("  3.2 s  no signal")
     assert console_line(7, 60, metrics | {"reward/kl": 2.0}) == console_line(7, 60, metrics)  # not to mistake for KL

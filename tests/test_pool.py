@@ -19,7 +19,7 @@ from grpo_jax.parallel.mesh import num_data_shards
 from grpo_jax.rewards import accuracy_part, pool
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rewards.pool import Grader
-from grpo_jax.rollout import sampler
+from grpo_jax.run import rollout_progress
 from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.metrics import read_metrics, read_samples
 from grpo_jax.run.stages import draw_completions, grade_completions
@@ -282,7 +282,7 @@ def test_completions_that_end_early_are_graded_while_others_are_sampled(tmp_path
 
     The rollout has fewer shards than the mesh of the updates.
     """
-    monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
+    monkeypatch.setattr(rollout_progress, "MAX_STEPS", 5)
     (tmp_path / "verifier.py").write_text(VERIFIER)
     raw = config.default()
     raw.reward.parts, raw.reward.weights = ("accuracy", f"{tmp_path}/verifier.py:act"), (1.0, 1.0)
@@ -324,7 +324,7 @@ def moody(problems, texts, lengths):
 @pytest.mark.slow
 def test_a_run_continues_and_counts_the_completions_that_a_function_cannot_grade(tmp_path, capsys, monkeypatch):
     """Two runs have the same rewards. The records say why a reward is 0, and the console says it once per rollout."""
-    monkeypatch.setattr(sampler, "STEPS_BETWEEN_REPORTS", np.int32(5))
+    monkeypatch.setattr(rollout_progress, "MAX_STEPS", 5)
     grade_all, early = Grader.grade, []
     monkeypatch.setattr(Grader, "grade", lambda self, *args: early.append(len(self.payloads)) or grade_all(self, *args))
     (tmp_path / "mine.py").write_text(MOODY)

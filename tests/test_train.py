@@ -235,11 +235,14 @@ def test_the_metrics_of_an_update_are_fetched_without_a_collective(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", refuse)
     written = []
-    log = SimpleNamespace(step_end=1.0, write=lambda step, metrics: written.append((step, metrics)))
-    flight = UpdateInFlight({"optim/skipped": jax.numpy.zeros(())}, None, {}, start=2.0, end=5.0)
+    log = SimpleNamespace(step_end=1.0, save_seconds=0.25, write=lambda step, metrics: written.append((step, metrics)))
+    flight = UpdateInFlight(
+        {"optim/skipped": jax.numpy.zeros(())}, None, {"time/record_s": 0.5}, start=0.5, packed=2.0, end=5.0
+    )
     run = finish_update(Config(), log, RunState(7, None, None, None, {"reward/mean": 0.5}, 0, "", flight))
-    times = {"time/update_s": 3.0, "time/step_s": 4.0}
+    times = {"time/pack_s": 1.0, "time/record_s": 0.5, "time/update_s": 2.5, "time/step_s": 4.0, "time/save_s": 0.25}
     assert written == [(7, {"optim/skipped": 0.0, "reward/mean": 0.5} | times)] and run.flight is None
+    assert log.save_seconds == 0.0
 
 
 def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ from grpo_jax.types import Rollout
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 UNLIMITED_STEPS = np.int32(2**31 - 1)
-STEPS_BETWEEN_REPORTS = np.int32(256)
 
 
 class QueueRoom(NamedTuple):
@@ -152,7 +151,7 @@ def generate_rollout(
     room: QueueRoom | None = None,
     limits: Int[np.ndarray, "B G"] | None = None,
     filter: TokenFilter = NO_FILTER,
-    on_progress: Callable[[DecodeState], None] | None = None,
+    on_progress: Callable[[DecodeState], int] | None = None,
 ) -> Rollout:
     """Samples completions like `sample`, for prompts that are already encoded and padded.
 
@@ -169,12 +168,12 @@ def generate_rollout(
         room: Room for prompts and sequences; by default as much as the rollout needs.
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
-        on_progress: Called with the state at least every `STEPS_BETWEEN_REPORTS` decode steps.
+        on_progress: Called with the state before the first decode step and then whenever the compiled loop returns.
+            Returns the most decode steps until the next call, which must be the same on all hosts.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
     sizes, level = cache_sizes(width, width + max_tokens), 0
-    max_steps = STEPS_BETWEEN_REPORTS if on_progress else UNLIMITED_STEPS
     scale, greedy = np.float32(temperature or 1.0), temperature == 0  # scale is unused if greedy
     state, queue = start_rollout(
         model_cfg, params, prompts, key, limits, slots=slots, columns=sizes[0], max_tokens=max_tokens, room=room
@@ -184,14 +183,13 @@ def generate_rollout(
         # decode steps, and the longest sequence soon grows again.
         smaller = sizes[level - 1] if level else 0
         shrink_at = np.int32(max(0, smaller - (sizes[level] - smaller) // 4))
+        max_steps = np.int32(on_progress(state)) if on_progress else UNLIMITED_STEPS
         state = decode_tokens(
             model_cfg, params, state, queue, stop_table, scale, shrink_at, max_steps, greedy=greedy, filter=filter
         )
         longest = int(state.longest)
         if not longest:
             return to_rollout(state, prompts, samples)
-        if on_progress:
-            on_progress(state)
         if shrink_at < longest <= sizes[level]:
             continue
         level += 1 if longest > sizes[level] else -1

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from grpo_jax.config.schema import Config
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.metrics import MetricsLog, console_line
+from grpo_jax.run.progress import announce, close_bar, step_bar
 from grpo_jax.run.state import RunState
 
 
@@ -53,12 +53,12 @@ class RunLog:
         self.metrics_log = MetricsLog(workdir, step or -1)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
         self.step_end = time.monotonic()  # when the previous step ended
-        self.bar = tqdm(total=cfg.total_steps, initial=step, unit="step", disable=jax.process_index() != 0)
+        self.save_seconds = 0.0  # of the checkpoint after the previous step, for the line of the next one
+        self.bar = step_bar(cfg.total_steps, step)
 
     def say(self, line: str) -> None:
-        """Prints a line above the progress bar."""
-        if jax.process_index() == 0:
-            self.bar.write(line)
+        """Prints a line above the progress bar, on process 0."""
+        announce(line)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of a step, and prints them if the step is reported. Step 0 is not an update."""
@@ -71,5 +71,5 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the progress bar and the logs."""
-        self.bar.close()
+        close_bar()
         self.metrics_log.close()

@@ -11,11 +11,14 @@ from grpo_jax.rewards.pool import FAILURES
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout, needed_room
 from grpo_jax.run.context import RunContext
+from grpo_jax.run.progress import phase
+from grpo_jax.run.rollout_progress import RolloutProgress
 from grpo_jax.run.stages import grade_completions, rehome_key, sample_records
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
 
+@phase("Evaluating")
 def evaluate(
     cfg: Config, context: RunContext, params, problems: Sequence[Problem], key
 ) -> tuple[dict[str, float], list[dict]]:
@@ -38,7 +41,10 @@ def evaluate(
     sampling |= dict(slots=context.rollout_plan.slots, room=context.room or needed_room(batch_size, 1, shards))
     filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
     records, failures = [], np.zeros(len(FAILURES))
+    progress = RolloutProgress(len(problems), cfg.rollout.max_tokens, "questions")
+    sampling["on_progress"] = progress.report
     for start in range(0, len(problems), batch_size):
+        progress.start_batch(start)
         batch = list(problems[start : start + batch_size])
         prompt_ids = range(start, start + len(batch))
         prompts = encode_prompts(context.prompt_format, batch, prompt_ids, cfg.rollout.max_prompt_tokens)

@@ -108,6 +108,8 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     shown = [f"reward {rewards.pop('mean'):.2f}"]
     shown += [f"{label} {value:.2f}" for label, value in rewards.items() if label not in NOT_PARTS]
     shown += [f"tokens {metrics['rollout/length_mean']:5.1f}"]
+    shown += [f"cut off {metrics['rollout/truncated_frac']:4.0%}"]
+    shown += [f"equal groups {metrics['groups/zero_variance_frac']:4.0%}"]
     shown += [f"KL {metrics['policy/kl_ref']:.4f}"] if "policy/kl_ref" in metrics else []
     shown += [f"{metrics['rollout/tokens_per_s']:,.0f} tokens/s", f"{metrics['time/step_s']:.1f} s"]
     shown += ["no signal"] if metrics["optim/no_signal"] else []

@@ -1,19 +1,197 @@
-"""Shows what a process is doing: every phase of a command has a name, and none of them is silent for long."""
+"""Shows what a process is doing: every phase of a command has a name, and none of them is silent for long.
 
-from collections.abc import Iterator
+On a terminal, the phase is shown on a line that is rewritten, or after the bar that counts steps. Elsewhere, such as in
+a log file or a notebook, a plain line is printed whenever nothing has been printed for a few seconds. These lines go to
+stderr, so that the output of a command can be piped. Importing this module does not import JAX.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 3.5  # after which a plain line is printed
+TICK_SECONDS = 0.25
+STEP_BAR = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {desc}"
+PROCESS_INDEX_VARIABLES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of JAX, as are the others below
+# The jitted functions that can take long to compile, in words.
+PROGRAMS = {
+    "place": "the placement of the weights",
+    "init_decode": "prefill",
+    "decode_tokens": "decode",
+    "score_completions": "scoring",
+    "update": "the update",
+}
+
+
+class Progress:
+    """What a process is doing, and when it last said so. There is one per process, which the functions below share."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """Starts without a phase. `clock` returns a time in seconds."""
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.is_muted = any(os.environ.get(name, "0") != "0" for name in PROCESS_INDEX_VARIABLES)
+        self.phases: list[list] = []  # name, detail and start of each active phase, outermost first
+        self.programs = dict(PROGRAMS)
+        self.compiling: tuple[str, float] | None = None  # a program, and when JAX began to trace it
+        self.cached = ""  # whether that program is in the cache on disk: yes, no, or not known yet
+        self.compile_seconds = 0.0  # in all
+        self.is_listening = False
+        self.last_output = clock()
+        self.bar: tqdm | None = None
+        self.stop = threading.Event()
+
+    def describe(self) -> str:
+        """Returns the innermost phase with its detail, the program that is being compiled, and the age of either.
+
+        The detail of the phase around it comes first, such as the step of a run, unless a bar shows that already.
+        """
+        name, detail, start = self.phases[-1]
+        details = [detail] * bool(detail)
+        if len(self.phases) > 1 and self.phases[-2][1] and self.bar is None:
+            name = f"{self.phases[-2][1]}  {name}"
+        if self.compiling:
+            program, start = self.compiling
+            details.append(f"compiling {program}" + f" (cached: {self.cached})" * bool(self.cached))
+        return ": ".join([name, ", ".join(details)][: 1 + len(details)]) + f", {self.clock() - start:.0f} s"
+
+    def tick(self) -> None:
+        """Rewrites the line on a terminal. Elsewhere, prints a line if nothing has been printed for a while."""
+        with self.lock:
+            if not self.phases or self.is_muted or sys.stderr is None:
+                return
+            if sys.stderr.isatty():
+                self.bar = self.bar if self.bar is not None else tqdm(bar_format="{desc}", leave=False)
+                if self.bar.desc != self.describe():
+                    self.bar.set_description_str(self.describe())
+            elif self.clock() - self.last_output >= QUIET_SECONDS:
+                print(self.describe(), file=sys.stderr, flush=True)
+                self.last_output = self.clock()
+
+    def keep_ticking(self, stop: threading.Event) -> None:
+        """Calls `tick` until the event is set."""
+        while not stop.wait(TICK_SECONDS):
+            try:
+                self.tick()
+            except (OSError, ValueError):  # stderr has been closed
+                return
+
+    def listen(self) -> None:
+        """Follows what JAX compiles, as soon as somebody has imported JAX."""
+        if self.is_listening or "jax" not in sys.modules:
+            return
+        from jax import monitoring
+
+        self.is_listening = True
+        monitoring.register_scalar_listener(self.on_start)
+        monitoring.register_event_listener(self.on_event)
+        monitoring.register_event_duration_secs_listener(self.on_end)
+
+    def on_start(self, event: str, _: float, **labels) -> None:
+        """Hears that JAX begins to trace, lower or compile a function."""
+        name = str(labels.get("fun_name")).removeprefix("jit(").removesuffix(")")
+        if event.startswith("/jax/core/compile/") and name in self.programs:
+            if self.compiling is None or self.compiling[0] != self.programs[name]:
+                self.compiling = self.programs[name], self.clock()
+            self.cached = "no" if event == COMPILATION else ""
+
+    def on_event(self, event: str, **_) -> None:
+        """Hears that a program is read from the cache on disk."""
+        if event == "/jax/compilation_cache/cache_hits":
+            self.cached = "yes"
+
+    def on_end(self, event: str, seconds: float, **_) -> None:
+        """Hears that JAX has traced, lowered or compiled a function."""
+        if event.startswith("/jax/core/compile/"):
+            self.compile_seconds += seconds
+        if event == COMPILATION:
+            self.compiling = None
+
+    def close_bar(self) -> None:
+        """Removes the line from the terminal, or leaves the bar of the steps as it is."""
+        with self.lock:
+            if self.bar is not None:
+                self.bar.set_description_str("", refresh=False)
+                self.bar.close()
+            self.bar = None
+
+
+PROGRESS = Progress()
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Names what the process does inside the block, such as "Loading the weights"; phases may be nested."""
-    yield
+    """Names what the process does inside the block, such as "Loading the weights"; phases may be nested.
+
+    It also decorates functions. A thread shows the innermost phase for as long as the outermost one lasts.
+    """
+    thread = None
+    with PROGRESS.lock:
+        if not PROGRESS.phases:
+            PROGRESS.stop, PROGRESS.last_output = threading.Event(), PROGRESS.clock()
+            thread = threading.Thread(target=PROGRESS.keep_ticking, args=(PROGRESS.stop,), daemon=True)
+        PROGRESS.phases.append([name, "", PROGRESS.clock()])
+    if thread:
+        thread.start()
+    PROGRESS.listen()
+    try:
+        yield
+    finally:
+        if thread:
+            PROGRESS.stop.set()
+            thread.join()
+            PROGRESS.close_bar()
+        with PROGRESS.lock:
+            PROGRESS.phases.pop()
+            PROGRESS.compiling = None
 
 
 def set_detail(text: str) -> None:
     """Says how far the current phase is, such as "24 of 128 sequences"."""
+    if PROGRESS.phases:
+        PROGRESS.phases[-1][1] = text
 
 
 def announce(line: str) -> None:
     """Prints a line on the console, above a progress bar."""
-    print(line, flush=True)
+    if PROGRESS.is_muted:
+        return
+    with PROGRESS.lock:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()  # a pipe would hold it back
+        PROGRESS.last_output = PROGRESS.clock()
+
+
+def mute(is_muted: bool) -> None:
+    """Says whether this process shows nothing; by default, only the first of several processes shows anything."""
+    PROGRESS.is_muted = is_muted
+
+
+def name_program(function: str, words: str) -> None:
+    """Sets the words for a jitted function, for when it is compiled the next time."""
+    PROGRESS.programs[function] = words
+
+
+def compile_seconds() -> float:
+    """Returns the seconds that this process has spent on compiling, up to now."""
+    return PROGRESS.compile_seconds
+
+
+def step_bar(total: int, done: int) -> tqdm:
+    """Returns a bar that counts steps, which a terminal shows from now on, together with the phase."""
+    close_bar()
+    is_shown = not PROGRESS.is_muted and sys.stderr is not None and sys.stderr.isatty()
+    bar = tqdm(total=total, initial=done, unit="step", bar_format=STEP_BAR, disable=not is_shown)
+    PROGRESS.bar = bar if is_shown else None
+    return bar
+
+
+def close_bar() -> None:
+    """Leaves the bar on the terminal as it is; the next phase is shown below."""
+    PROGRESS.close_bar()

@@ -1,8 +1,9 @@
 """The stages of a rollout. Each function is one arrow of the training loop in `grpo_jax.run.train`."""
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,22 @@ from grpo_jax.rewards.pool import FAILURES, Grades
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
+from grpo_jax.run.progress import phase
+from grpo_jax.run.rollout_progress import RolloutProgress
 from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
 SUBMITTED_TOKENS = 2**22  # most tokens that are fetched at once while sampling
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str, words: str) -> Iterator[None]:
+    """Adds the seconds that a block takes to `times[name]`, and shows `words` as its phase."""
+    start = time.monotonic()
+    with phase(words):
+        yield
+    times[name] = times.get(name, 0.0) + time.monotonic() - start
 
 
 def fold_in_all(key, *counters: int):
@@ -56,29 +68,45 @@ def submit_finished(context: RunContext, problems: Sequence[Problem], samples: i
 
 
 def draw_completions(
-    cfg: Config, context: RunContext, params, prompts: Prompts, key, problems: Sequence[Problem] = ()
+    cfg: Config,
+    context: RunContext,
+    params,
+    prompts: Prompts,
+    key,
+    problems: Sequence[Problem] = (),
+    times: dict[str, float] | None = None,
 ) -> Rollout:
     """Draws `rollout.samples` completions for each prompt and gathers them to the host.
 
     If the problems are given and workers are running, they grade completions that end early while others are sampled.
+    `times` receives the seconds of the placement and of the sampling.
     """
+    times, samples = {} if times is None else times, cfg.rollout.samples
     overlaps = problems and context.grader.workers and jax.process_count() == 1
-    placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
-    with jax.set_mesh(context.rollout_mesh):
+    progress = RolloutProgress(len(prompts.ids) * samples, cfg.rollout.max_tokens)
+
+    def report(state: DecodeState) -> int:
+        if overlaps and progress.last_time is not None:
+            submit_finished(context, problems, samples, state)
+        return progress.report(state)
+
+    with timed(times, "time/placement_s", "Placing the weights"):
+        placed = jax.block_until_ready(place_for_rollout(context.model_cfg, params, context.rollout_mesh))
+    with timed(times, "time/rollout_s", "Sampling"), jax.set_mesh(context.rollout_mesh):
         rollout = generate_rollout(
             context.model_cfg,
             placed,
             prompts,
             rehome_key(key),
-            samples=cfg.rollout.samples,
+            samples=samples,
             max_tokens=cfg.rollout.max_tokens,
             temperature=cfg.rollout.temperature,
             stop_table=context.stop_table,
             slots=context.rollout_plan.slots,
             room=context.room,
-            on_progress=partial(submit_finished, context, problems, cfg.rollout.samples) if overlaps else None,
+            on_progress=report,
         )
-    return gather_to_host(rollout)
+        return gather_to_host(rollout)
 
 
 def batch_shape(cfg: Config, shards: int, completions: int) -> PackedShape:

@@ -15,6 +15,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import RunContext
+from grpo_jax.run.progress import phase
 from grpo_jax.types import Experience, TrainState
 from grpo_jax.weights.model_io import load
 
@@ -26,6 +27,7 @@ class UpdateInFlight(NamedTuple):
     rollout_metrics: dict[str, float] | None  # of the rollout, if this is its first update; otherwise None
     times: dict[str, float]  # the time/ metrics of the step that are already known
     start: float  # when the host began to pack the minibatch, by `time.monotonic`
+    packed: float  # when it had packed it
     end: float = 0.0  # when the devices finished; 0 while it is not known
 
 
@@ -46,7 +48,8 @@ def wait_for_update(run: RunState) -> RunState:
     """Blocks until the devices have finished the update in flight, if there is one, and stores the time."""
     if run.flight is None or run.flight.end:
         return run
-    jax.block_until_ready(run.flight.metrics)
+    with phase(f"Waiting for update {run.step}"):
+        jax.block_until_ready(run.flight.metrics)
     return run._replace(flight=run.flight._replace(end=time.monotonic()))
 
 
@@ -62,6 +65,7 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
     )
 
 
+@phase("Loading the weights")
 def start_or_resume(
     cfg: Config, context: RunContext, manager: ocp.CheckpointManager, workdir: Path
 ) -> tuple[RunState, jax.Array]:
@@ -111,6 +115,7 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 
 
+@phase("Saving a checkpoint")
 def save_run(
     cfg: Config, manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array, started_with: dict[str, Any]
 ) -> None:

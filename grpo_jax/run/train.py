@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ from grpo_jax.run.metrics import (
     read_metrics,
     write_samples,
 )
+from grpo_jax.run.progress import announce, mute, phase, set_detail
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import (
     add_advantages,
@@ -58,6 +59,7 @@ from grpo_jax.run.stages import (
     sample_records,
     start_recording,
     start_scoring,
+    timed,
 )
 from grpo_jax.run.state import (
     RunState,
@@ -74,7 +76,8 @@ from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
 SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
-ROLLOUT_TIMES = ("time/rollout_s", "time/reward_s", "time/score_s")  # 0 for updates that do not start a rollout
+# 0 for updates that do not start a rollout
+ROLLOUT_TIMES = ("time/placement_s", "time/rollout_s", "time/reward_s", "time/score_s", "time/record_s")
 LOSS_NOTE = (
     "loss/total does not measure progress; by default it is about 0, because the advantages of a group sum to 0 and "
     "the ratio starts at 1. Watch reward/* and rollout/length_mean instead."
@@ -91,14 +94,7 @@ class RunSetup(NamedTuple):
     started_with: dict  # the values of config.json by dotted name, for checkpoints
 
 
-@contextmanager
-def timed(times: dict[str, float], name: str):
-    """Stores the seconds that a block takes as `times[name]`."""
-    start = time.monotonic()
-    yield
-    times[name] = time.monotonic() - start
-
-
+@phase("Starting")
 def train(
     cfg,
     *,
@@ -144,9 +140,9 @@ def train(
     notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
     configs.check_files(workdir, digests, accept=accept_changed_files)
     join_processes(os.environ)
+    mute(jax.process_index() != 0)
     if done == cfg.total_steps:
-        if jax.process_index() == 0:
-            print(before_and_after(workdir), describe_finished_run(workdir, done), sep="\n\n")
+        announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
         return read_metrics(workdir)[-1]
     cfg = refit_mesh(cfg, workdir)
     base = read_base_model(cfg)
@@ -154,15 +150,16 @@ def train(
     context = build_context(fitted, base, reward_parts=reward_parts, training=True)
     if jax.process_index() == 0:
         configs.write_config(workdir, cfg, digests)
-        print(*notes, prompt_lengths, sep="\n", flush=True)
+        announce("\n".join([*notes, prompt_lengths]))
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
     with jax.set_mesh(context.mesh), closing(context.grader):
         from_first_process(context.grader.start, np.zeros(()))
         metrics = run_updates(fitted, context, task, workdir, flatten(dataclasses.asdict(cfg)))
     if jax.process_index() == 0:
-        print(before_and_after(workdir))
-        print(f"\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}")
+        announce(
+            f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}"
+        )
     return metrics
 
 
@@ -234,7 +231,11 @@ def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[st
     if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
         rollout_metrics = flight.rollout_metrics | {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
     metrics |= rollout_metrics | flight.times | (eval_metrics or {})
-    metrics["time/update_s"] = flight.end - max(flight.start, log.step_end)
+    # What the host did while the previous update was still running took no time of this step.
+    start, packed = max(flight.start, log.step_end), max(flight.packed, log.step_end)
+    metrics["time/pack_s"] = packed - start
+    metrics["time/update_s"] = flight.end - packed - flight.times.get("time/record_s", 0.0)
+    metrics["time/save_s"], log.save_seconds = log.save_seconds, 0.0
     metrics["time/step_s"] = flight.end - log.step_end
     log.write(run.step, metrics)
     log.step_end = flight.end
@@ -251,12 +252,15 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
         run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
     if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
         run = finish_update(cfg, setup.log, run)
+        start = time.monotonic()
         save_run(cfg, setup.manager, run, setup.root_key, setup.started_with)
+        setup.log.save_seconds = time.monotonic() - start
     if run.flight is None:
         setup.log.step_end = time.monotonic()  # so that the time of the next step does not include this
     return run
 
 
+@phase("Training")
 def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
@@ -283,20 +287,21 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
         plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
             step, (rollout_index, update_index) = run.step + 1, divmod(run.step, updates_per_rollout)
+            set_detail(f"step {step}/{cfg.total_steps}")
             times, rollout_metrics, recording = dict.fromkeys(ROLLOUT_TIMES, 0.0), None, None
             if run.experience is None:
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
                 prompts = encode_prompts(context.prompt_format, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
                 run = wait_for_update(run)  # so that the time of sampling does not include it
-                with timed(times, "time/rollout_s"):
-                    key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
-                    rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems)
-                experience = make_experience(prompts, rollout)
-                wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
-                with timed(times, "time/reward_s"):  # the host grades while the devices score
+                key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
+                rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times)
+                with timed(times, "time/score_s", "Scoring with the reference"):
+                    experience = make_experience(prompts, rollout)
+                    wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
+                with timed(times, "time/reward_s", "Grading"):  # the host grades while the devices score
                     grades, rewards = grade_completions(cfg, context, problems, rollout)
-                with timed(times, "time/score_s"):
+                with timed(times, "time/score_s", "Scoring with the reference"):
                     ref_logps = wait_for_ref_logps()
                 if cfg.loss.kl_in == "reward" and run.train.is_reference:
                     ref_logps = experience.sampler_logps  # exactly 0 KL; dividing by the std would amplify rounding
@@ -309,15 +314,18 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
                 plan = plan_minibatches(cfg, run.experience, root_key, rollout_index)
             minibatch = take_rows(run.experience, plan[update_index])
             batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
+            packed = time.monotonic()
             if rollout_metrics and num_records(cfg, step):
                 records = sample_records(context, problems, rollout, grades, rewards, num_records(cfg, step))
                 recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
             train_state, update_metrics = update(run.train, batch)
             if recording:
-                write_samples(workdir, "train", step, recording())
+                with timed(times, "time/record_s", "Scoring the recorded samples"):
+                    records = recording()
+                write_samples(workdir, "train", step, records)
             run = finish_update(cfg, log, run)  # the previous update, while the devices compute this one
             experience = run.experience if step % updates_per_rollout else None
-            flight = UpdateInFlight(update_metrics, rollout_metrics, times, start)
+            flight = UpdateInFlight(update_metrics, rollout_metrics, times, start, packed)
             run = run._replace(step=step, train=train_state, experience=experience, flight=flight)
             run = replace_reference(cfg, run)
             run = evaluate_and_save(cfg, context, setup, run)
