@@ -183,12 +183,12 @@ def test_console_line_shows_what_to_watch():
         "loss/total": 5.5,  # not shown: it is about 0 by design
     }
     assert console_line(7, 60, metrics) == (
-        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  tokens  41.3  cut off   3%  equal groups  12%  KL 0.0124  "
+        "step  7/60  reward 1.23  accuracy 0.25  format 0.98  tokens  41.3  cut off  3%  equal groups 12%  KL 0.0124  "
         "12,346 tokens/s  3.2 s"
     )
     del metrics["policy/kl_ref"], metrics["reward/format"]  # as in a run without a reference and with other parts
     assert console_line(7, 60, metrics | {"reward/short": -0.5}) == (
-        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  cut off   3%  equal groups  12%  "
+        "step  7/60  reward 1.23  accuracy 0.25  short -0.50  tokens  41.3  cut off  3%  equal groups 12%  "
         "12,346 tokens/s  3.2 s"
     )
     assert console_line(7, 60, metrics | {"optim/no_signal": 1.0}).endswith("  3.2 s  no signal")
