@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import evaluate, export, generate, main
+from grpo_jax import cli, evaluate, export, generate, main
 from grpo_jax.config import Config, check, default, flags, write_config
+from grpo_jax.config.keys import key_specs
+from grpo_jax.config.other_names import OTHER_NAMES
 from grpo_jax.config.workdir import digest_files
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import processes
 from grpo_jax.weights.source import find_model
+from tests.test_layout import ENTRY_POINTS
 
 ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"
@@ -63,6 +66,15 @@ def asking(path: Path, *questions: str) -> str:
     [
         (["--config.rollout.sample=4"], r"found --config.rollout.sample. Did you mean --config.rollout.samples\?"),
         (["--config.lr=1"], r"found --config.lr. Did you mean --config.optim.lr\?"),
+        (["--config.loss.beta=0.1"], r"found --config.loss.beta. Did you mean --config.loss.kl_coef\?"),
+        (["--config.actor_rollout_ref.rollout.n=8"], r"rollout.n. Did you mean --config.rollout.samples\?"),
+        (
+            ["--config.per_device_train_batch_size=4"],
+            r"Did you mean --config.rollout.prompts or --config.train.micro_tokens\?",
+        ),
+        (["--num_generations=8"], r"unknown flag '--num_generations'. Did you mean --config.rollout.samples\?"),
+        (["--beta=0.1"], r"unknown flag '--beta'. Did you mean --config.loss.kl_coef\?"),
+        (["--workdri=x"], r"unknown flag '--workdri'. Did you mean --workdir\?"),
         (["--config.rollout=4"], r"found --config.rollout. Did you mean --config.rollout\.\w+\?"),
         (["--config.xyzzy=1"], "found --config.xyzzy. The keys are .*rollout.samples.*total_steps"),
         (["--config.seed=many"], r"--config.seed must be of type int; found 'many'. Write it like 0\."),
@@ -152,6 +164,8 @@ def test_a_mistake_in_training_is_refused(tmp_path, argv, says):
         (f"{ROOT}/pyproject.toml", "--config must name a Python file .*found no file .*pyproject.toml"),
         (f"{ROOT}/tests/__init__.py", r"must define a function get_config\(preset\); found none"),
         ("", "--config must name a Python file"),
+        ("r1zro", r"found no file 'r1zro'. Did you mean --config=r1zero\?"),
+        ("r1zero:huge", "The preset of configs/r1zero.py must be one of tiny, .*; found 'huge'"),
     ],
 )
 def test_a_wrong_config_file_or_preset_is_refused(tmp_path, config, says):
@@ -508,6 +522,49 @@ def test_filters_of_generate_apply_at_its_own_temperature(tmp_path):
         "--temperature=0",
         says="eval.top_k=5 has no effect while eval.temperature=0.0",
     )
+
+
+def test_a_config_of_the_package_is_found_from_any_folder_but_a_local_one_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def seed_of(spec):
+        return flags.parse_flags(flags.make_parser("", ""), [f"--config={spec}"]).raw.seed
+
+    for spec in ("r1zero", "r1zero:tiny", "configs/r1zero.py", "configs/dapo.py:tiny"):
+        assert seed_of(spec) == 0
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "seeds.py").write_text("SEED = 7\n")  # a sibling, as `python -m` finds it
+    local = f"from configs.seeds import SEED\n{START}    c.seed = SEED\n    return c\n"
+    (tmp_path / "configs" / "r1zero.py").write_text(local)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [seed_of(spec) for spec in ("r1zero", "configs/r1zero.py", "configs/dapo.py")] == [7, 7, 0]
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for spec in ("other/r1zero.py", "r1zero.py", "../r1zero.py"):
+        with pytest.raises(UserError, match="found no file"):
+            seed_of(spec)
+
+
+def test_the_console_script_runs_the_entry_points(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grpo-jax"])
+    assert {module for module, _ in cli.COMMANDS.values()} - {""} == ENTRY_POINTS - {"cli"}
+    for argv in ([], ["help"], ["--help"]):
+        cli.main(argv)
+        listed = capsys.readouterr().out
+        assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+    for argv in (["help", "export"], ["export", "--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "usage: grpo-jax export" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"one of train, .*; found 'tarin'. Did you mean grpo-jax train\?"):
+        cli.main(["tarin"])
+    with pytest.raises(UserError, match=r"found no file 'none.py'"):
+        cli.main(["train", "--config=none.py"])
+
+
+def test_other_trainers_names_stand_for_keys_that_exist_and_are_not_ours():
+    names = {name for others in OTHER_NAMES.values() for name in others.split()}
+    assert OTHER_NAMES.keys() <= key_specs(Config).keys() and not names & key_specs(Config).keys()
 
 
 def test_flags_expand_the_home_directory(tmp_path, monkeypatch):

@@ -12,10 +12,14 @@ REPO = Path(__file__).parent.parent
 
 
 def test_an_installed_wheel_trains(tmp_path):
-    """The wheel is unpacked into an empty environment, which finds its dependencies but not this checkout."""
+    """The wheel is unpacked into an empty environment, which finds its dependencies but not this checkout.
+
+    The folder of the run is empty too, so the config is the one that comes with the wheel.
+    """
     source = tmp_path / "source"
     shutil.copytree(REPO / "grpo_jax", source / "grpo_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    shutil.copytree(REPO / "configs", source / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "setup.py"):
         shutil.copyfile(REPO / name, source / name)
     build = [
         sys.executable,
@@ -40,7 +44,7 @@ def test_an_installed_wheel_trains(tmp_path):
         environment / "bin" / "python",
         "-m",
         "grpo_jax.main",
-        f"--config={REPO}/configs/r1zero.py",
+        "--config=r1zero:tiny",
         f"--workdir={tmp_path}/run",
         "--config.total_steps=2",
         "--config.rollout.prompts=4",

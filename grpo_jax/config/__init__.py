@@ -6,6 +6,7 @@ Modules, in reading order:
     functions    imports the function that a config value names
     schema       all keys of training, one frozen dataclass per section
     pretrain_schema  all keys of pretraining, likewise
+    other_names  what other trainers call our keys
     presets      helpers for config files: choosing a preset, and settings for models on the hub
     rules        checks a config before any device work and builds the frozen `Config`
     workdir      reads and writes a run's config.json, and decides which runs may be resumed

@@ -8,24 +8,28 @@ answers a user's mistake with a traceback and ignores stray arguments.
 import argparse
 import ast
 import difflib
+import io
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config.functions import import_file
+from grpo_jax.config.functions import import_file, suggest
 from grpo_jax.config.help import explain, list_topics
 from grpo_jax.config.keys import flatten
+from grpo_jax.config.other_names import our_keys
+from grpo_jax.config.presets import find_config, shipped_configs
 from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default
 from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
+from grpo_jax.text.terminal import printable
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,6 +38,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the UserError."""
         raise UserError(f"The flags must be as --help lists them; found a mistake: {message}. Correct it.")
+
+    def flag_names(self) -> list[str]:
+        """Returns the flags that --help lists, such as "--workdir"."""
+        return [name for action in self._actions for name in action.option_strings]
 
 
 class HelpAction(argparse.Action):
@@ -88,11 +96,11 @@ def load_config(spec: str) -> ConfigDict:
             file raises its own UserError for an unknown preset.
     """
     file, _, preset = spec.partition(":")
-    path = Path(file).resolve()
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(
-            f"--config must name a Python file such as configs/r1zero.py; found no file {file!r}. Check the path."
-        )
+    path = find_config(file)
+    if path is None:
+        names = sorted(config.stem for config in shipped_configs().glob("*.py"))
+        hint = suggest(Path(file).stem, names, "--config={}") or f"Check the path, or use one of {', '.join(names)}."
+        raise UserError(f"--config must name a Python file such as configs/r1zero.py; found no file {file!r}. {hint}")
     try:
         module = import_file(path)
         if not hasattr(module, "get_config"):
@@ -139,6 +147,15 @@ def parse_value(key: str, text: str, old: Any) -> Any:
         raise UserError(f"--config.{key} must be {expected}; found {text!r}. Write it like {like!r}.") from None
 
 
+def suggest_keys(name: str, known: Iterable[str]) -> str:
+    """Returns "Did you mean ...?" with the keys that a wrong key probably means, or ""; see `OTHER_NAMES`."""
+    known = list(known)
+    same_name = [key for key in known if key.split(".")[-1] == name.split(".")[-1]]
+    likely = [key for key in our_keys(name) if key in known]
+    likely = likely or difflib.get_close_matches(name, known, n=1) or same_name[:1]
+    return f"Did you mean {' or '.join(f'--config.{key}' for key in likely)}?" if likely else ""
+
+
 def override_key(raw: ConfigDict, key: str, text: str) -> None:
     """Sets one key of a config in place, from the text of a flag.
 
@@ -149,15 +166,18 @@ def override_key(raw: ConfigDict, key: str, text: str) -> None:
     if key in REFUSED:
         raise UserError(f"--config.{key} must not be set, because {REFUSED[key]}; found {text}. Leave it out.")
     if key not in known:
-        same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-        close = difflib.get_close_matches(key, known, n=1) or same_name
-        hint = f"Did you mean --config.{close[0]}?" if close else f"The keys are {', '.join(sorted(known))}."
+        hint = suggest_keys(key, known) or f"The keys are {', '.join(sorted(known))}."
         raise UserError(f"--config.KEY must name a key of the config; found --config.{key}. {hint}")
     raw.update_from_flattened_dict({key: parse_value(key, text, known[key])})
 
 
-def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> frozenset[str]:
+def apply_overrides(raw: ConfigDict, arguments: Sequence[str], options: Iterable[str]) -> frozenset[str]:
     """Applies all `--config.KEY=VALUE` and `--config.KEY VALUE` to a config in place, and returns the keys.
+
+    Args:
+        raw: The config.
+        arguments: What the parser did not know.
+        options: The flags that it knows, for errors.
 
     Raises:
         UserError: There are other arguments.
@@ -166,8 +186,11 @@ def apply_overrides(raw: ConfigDict, arguments: Sequence[str]) -> frozenset[str]
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if not flag.startswith("--config."):
-            what = "flag" if flag.startswith("-") else "argument"
-            raise UserError(f"The flags must be as --help lists them; found the unknown {what} {flag!r}. Leave it out.")
+            what, name = "flag" if flag.startswith("-") else "argument", flag.lstrip("-")
+            known = flatten(raw.to_dict())
+            hint = "" if our_keys(name) else suggest(flag, options, "{}")
+            hint = hint or suggest_keys(name, known) or "Leave it out."
+            raise UserError(f"The flags must be as --help lists them; found the unknown {what} {flag!r}. {hint}")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{flag} must be followed by a value; found none. Write {flag}=VALUE.")
@@ -222,7 +245,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh
-    given = apply_overrides(raw, rest)
+    given = apply_overrides(raw, rest, parser.flag_names())
     if flags.of_a_run and not flags.base and (workdir / "config.json").is_file():
         configs = (read_config(workdir), raw)
         base, other = (os.path.expanduser(str(flatten(config.to_dict()).get("model.path"))) for config in configs)
@@ -236,10 +259,13 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line; a UserError becomes `error: ...` on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for text that the terminal's encoding lacks
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(printable("error: " + " ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         message = "Interrupted. A training run continues from its last checkpoint, if any, when started again."

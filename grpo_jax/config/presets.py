@@ -1,11 +1,35 @@
-"""Helpers for config files: choosing a preset by name, and settings that do not depend on the recipe."""
+"""Helpers for config files: finding them, choosing a preset by name, and settings that do not depend on the recipe."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from grpo_jax.config.functions import suggest
 from grpo_jax.errors import UserError
+
+
+def shipped_configs() -> Path:
+    """Returns the folder of the config files that come with the package: in a wheel, or next to it in a checkout."""
+    package = Path(__file__).parent.parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def find_config(file: str) -> Path | None:
+    """Finds a config file: a local one, or else one that comes with the package.
+
+    Args:
+        file: A path. `configs/NAME.py`, or `NAME` for short, also stands for the file that comes with the package.
+
+    Returns:
+        The file's absolute path; None if there is none.
+    """
+    path = Path(file)
+    if path.name == file and not path.suffix:
+        path = Path("configs", f"{file}.py")
+    shipped = [shipped_configs() / path.name] if path.parent == Path("configs") else []
+    files = [candidate.resolve() for candidate in (path, *shipped) if candidate.is_file()]
+    return files[0] if path.suffix == ".py" and files else None
 
 
 def choose_preset(presets: Mapping[str, Callable[[], ConfigDict]], name: str, file: str) -> ConfigDict:
