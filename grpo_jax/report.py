@@ -27,6 +27,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--out", metavar="FILE.html", type=os.path.expanduser, default="report.html", help="default: report.html"
     )
+    parser.add_argument(
+        "--topology", metavar="KIND:SIZES", help="devices of the runs, such as h100:8; adds the fraction of their peak"
+    )
     options = parser.parse_args(argv)
     if not options.workdir:
         raise UserError("--workdir=DIR must be given, once for each run; found none. Run with --help for an example.")
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     raw = flags.load_config(options.config) if options.config else configs.default()
     with phase("Reading the runs"):
         runs = read_runs(options.workdir)
-        data = report_data(runs, flatten(raw.to_dict()), options.config or "the defaults")
+        data = report_data(runs, flatten(raw.to_dict()), options.config or "the defaults", options.topology)
     page = make_page(data)
     try:
         write_page(out, page)

@@ -107,6 +107,7 @@ const CHARTS = [
   ["rollout/tokens_per_s", "Sampling speed", "tokens per second"],
   ["time/step_s", "Time of an update", "seconds"],
 ];
+const LOGARITHMIC = ["policy/entropy", "policy/kl_ref", "policy/logp_gap/max", "policy/kl_sampler", "policy/ratio_max", "optim/grad_norm"];
 const charts = [];
 const hidden = new Set();
 let cursor = null;
@@ -149,11 +150,6 @@ function ticks(low, high, count) {
   const step = [1, 2, 5, 10].find((factor) => factor * power * count >= high - low) * power;
   const first = Math.ceil(low / step - 1e-9);
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, n) => Number(((first + n) * step).toPrecision(12)));
-}
-
-/** Formats the value of a tick in as few characters as it takes, because the margin is narrow. */
-function tickLabel(value) {
-  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : format(value);
 }
 
 function addChart(parent, title, unit, line, dots) {
@@ -199,17 +195,20 @@ function drawChart(chart) {
   ]);
   const numbers = chart.series.flatMap(({ values, low, high }) => [...values, ...(low || []), ...(high || [])]).filter((value) => value !== null);
   const last = Math.max(1, ...chart.series.map(({ steps }) => steps[steps.length - 1]));
-  let low = numbers.reduce((a, b) => Math.min(a, b), Infinity), high = numbers.reduce((a, b) => Math.max(a, b), -Infinity);
+  const isLog = element("log").checked && LOGARITHMIC.includes(chart.line);
+  const least = numbers.reduce((a, b) => (b > 0 ? Math.min(a, b) : a), Infinity); // where a logarithmic axis begins
+  const scale = (value) => (isLog ? Math.log10(Math.max(value, least)) : value);
+  let low = numbers.reduce((a, b) => Math.min(a, scale(b)), Infinity), high = numbers.reduce((a, b) => Math.max(a, scale(b)), -Infinity);
   if (low > high) [low, high] = [0, 1];
-  if (low >= 0 && low < 0.7 * high) low = 0;
+  if (!isLog && low >= 0 && low < 0.7 * high) low = 0;
   if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, low + Math.abs(low) / 2] : [0, 1];
   const x = (step) => LEFT + (width - LEFT - RIGHT) * step / last;
-  const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low);
+  const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scale(value) - low) / (high - low);
   chart.stepAt = (pixels) => Math.min(last, Math.max(0, last * (pixels - LEFT) / (width - LEFT - RIGHT)));
   chart.x = x;
-  for (const value of ticks(low, high, 4)) {
+  for (const value of isLog ? ticks(low, high, 4).map((power) => 10 ** power) : ticks(low, high, 4)) {
     draw(svg, "line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
-    draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, tickLabel(value));
+    draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format(value));
   }
   draw(svg, "line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM });
   for (const step of ticks(0, last, Math.max(2, width / 90)).filter(Number.isInteger)) {
@@ -295,6 +294,7 @@ function showCurves() {
   const shown = new Set(charts.flatMap(({ line, dots }) => [line, dots]));
   for (const name of names) if (!shown.has(name)) addChart(element("other-charts"), name, "", name);
   element("smoothing").addEventListener("input", drawCharts);
+  element("log").addEventListener("change", drawCharts);
   element("seeds").addEventListener("change", drawCharts);
   element("other").addEventListener("toggle", drawCharts);
   new ResizeObserver(drawCharts).observe(element("curves"));
@@ -554,13 +554,19 @@ function showLengths() {
 }
 
 const PHASES = {
-  placement: "placing the weights", rollout: "rollout", reward: "rewards", pack: "packing", score: "scoring", update: "update",
-  save: "saving", eval: "evaluation",
+  placement: "placing the weights", rollout: "rollout", reward: "rewards", score: "scoring", pack: "packing",
+  record: "scoring recorded answers", update: "update", save: "saving", eval: "evaluation",
 };
+
+function utilizationText(mfu) {
+  const parts = Object.entries(mfu).map(([name, value]) => `${name === "step" ? "whole update" : PHASES[name]} ${(100 * value).toPrecision(2)}%`);
+  return parts.length ? `Model FLOPs utilization, for completion tokens: ${parts.join(", ")}.`
+    : "Pass --topology=KIND:SIZES, such as h100:8, for the fraction of the devices’ peak.";
+}
 
 function showTimes() {
   for (const run of runs) {
-    const { seconds, updates, skipped, tokens_per_s: speed } = run.time;
+    const { seconds, updates, skipped, tokens_per_s: speed, mfu = {} } = run.time;
     if (!updates) continue;
     const { step, ...phases } = seconds;
     const order = [...Object.keys(PHASES).filter((name) => name in phases), ...Object.keys(phases).filter((name) => !(name in PHASES))];
@@ -578,7 +584,7 @@ function showTimes() {
         return make("tr", {}, make("th", { scope: "row" }, textOf(label)), make("td", { class: "number" }, `${format(value)} s`),
           make("td", { class: "number" }, `${(100 * value / whole).toFixed(1)}%`), make("td", {}, svg));
       }), make("tr", {}, make("th", { scope: "row" }, "one update"), make("td", { class: "number" }, `${format(whole)} s`), make("td", { class: "number" }, "100%"), make("td"))));
-    element("times").append(make("div", {}, table, make("p", { class: "note" }, `Sampling: ${format(speed)} tokens per second.`)));
+    element("times").append(make("div", {}, table, make("p", { class: "note" }, `Sampling: ${format(speed)} tokens per second. ${utilizationText(mfu)}`)));
   }
 }
 

@@ -33,19 +33,27 @@ def content_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def report_data(runs: Sequence[RunFiles], base: dict[str, Any], base_name: str) -> dict[str, Any]:
+def report_data(
+    runs: Sequence[RunFiles], base: dict[str, Any], base_name: str, topology: str | None = None
+) -> dict[str, Any]:
     """Returns the data of a page by the name of its element.
 
     Args:
         runs: The runs.
         base: The config that those of the runs are compared with, by dotted name.
         base_name: What the page calls it.
+        topology: The devices of the runs, if the page should say which fraction of their peak is reached.
     """
     data: dict[str, Any] = {}
     summaries = []
     for index, run in enumerate(runs):
         steps, lengths = embed_samples(run, MAX_BYTES / len(runs))
         data |= {f"samples-{index}-{step}": groups for step, groups in steps.items()}
+        times = time_shares(run)
+        if topology:
+            from grpo_jax.reporting.utilization import utilization  # imported here, because it imports JAX
+
+            times["mfu"] = utilization(run, times["seconds"], topology)
         comparison = compare_evaluations(run)
         if comparison:
             data[f"comparison-{index}"] = comparison.pop("questions")
@@ -55,7 +63,7 @@ def report_data(runs: Sequence[RunFiles], base: dict[str, Any], base_name: str) 
                 "about": describe_progress(run),
                 "numbers": key_numbers(run),
                 "curves": run_curves(run),
-                "time": time_shares(run),
+                "time": times,
                 "warnings": run.warnings,
                 "steps": list(steps),
                 "recorded": len(run.train_samples),
