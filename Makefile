@@ -66,6 +66,7 @@ test: $(INSTALLED)
 
 test-all: export GRPO_JAX_TEST_OPTIMIZED ?= 1
 test-all: $(SMOLLM2_INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[wandb]'
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 $(PAGE_INSTALLED): $(INSTALLED)

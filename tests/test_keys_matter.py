@@ -178,6 +178,7 @@ CASES = {
     "eval.min_p": Case(0.0, 1.0, ("eval completion",)),
     "log.every_steps": Case(1, 3, ("console", "train prompt"), {"total_steps": 3}),
     "log.samples": Case(16, 3, ("train prompt",)),
+    "log.sinks": Case(("jsonl", "tensorboard"), ("jsonl",), ("files",)),
     "log.entropy": Case(True, False, ("update", "metrics")),
 }
 
@@ -271,6 +272,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
         records = [(name, json.loads(line)) for name, lines in sorted(files.items()) for line in lines]
         for field in records[0][1]:
             seen[f"{kind} {field}"] = [(name, record[field]) for name, record in records]
+    seen["files"] = sorted(path.name for path in workdir.iterdir())
     checkpoints = {path.name: path for path in (workdir / "checkpoints").iterdir()}
     seen["checkpoints"] = sorted(checkpoints)
     last = checkpoints[max(filter(str.isdigit, checkpoints), key=int)]

@@ -10,23 +10,24 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from grpo_jax.run.metrics import (
-    MetricsLog,
     before_and_after,
     console_line,
     evaluation_line,
+    finite_or_none,
     read_metrics,
     read_samples,
     truncate_logs,
     write_samples,
 )
+from grpo_jax.run.sinks import JsonLines, TensorBoard
 
 
 def write_log(workdir, lines, resume_after=-1) -> None:
     """Writes (step, metrics) pairs as a run would that resumes after a step, or starts (-1)."""
-    log = MetricsLog(workdir, resume_after)
-    for step, metrics in lines:
-        log.write(step, metrics)
-    log.close()
+    for sink in (JsonLines(workdir, resume_after), TensorBoard(workdir, resume_after)):
+        for step, metrics in lines:
+            sink.write(step, finite_or_none(metrics))
+        sink.close()
 
 
 def logged_steps(workdir) -> list[int]:
@@ -50,7 +51,7 @@ def test_numbers_of_numpy_and_jax_are_written_as_floats(tmp_path):
 
 
 def test_a_line_is_in_the_file_before_the_log_is_closed(tmp_path):
-    log = MetricsLog(tmp_path, -1)
+    log = JsonLines(tmp_path, -1)
     log.write(1, {"a/b": 1.0})
     assert logged_steps(tmp_path) == [1]  # so a run that is killed leaves its lines
     log.close()

@@ -24,6 +24,8 @@ STDS = ("group", "batch", "none")
 RATIOS = ("token", "sequence", "sequence_token", "detached", "difference")
 AGGREGATES = ("sequence", "token", "prompt", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+TRACKERS = ("wandb", "trackio")
+SINKS = ("jsonl", "tensorboard", *TRACKERS)
 LANGUAGES = ("ar", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "pt", "ru", "th", "vi", "zh")
 
 
@@ -40,6 +42,11 @@ def are_stop_strings(strings: tuple) -> bool:
 def are_names(names: tuple) -> bool:
     """Returns whether there is at least one element and all are non-empty strings."""
     return bool(names) and all(isinstance(name, str) and name for name in names)
+
+
+def are_sinks(names: tuple) -> bool:
+    """Returns whether all elements are different names of sinks, and jsonl is one of them."""
+    return "jsonl" in names and all(name in SINKS and names.count(name) == 1 for name in names)
 
 
 def are_finite(numbers: tuple) -> bool:
@@ -294,6 +301,13 @@ class LogSection(Resumable):
 
     every_steps: int = key(5, "updates between console lines, and between files in samples/", at_least=1)
     samples: int = key(16, "number of completions per file in samples/; -1 for all", at_least=-1)
+    sinks: tuple[str, ...] = key(
+        ("jsonl", "tensorboard"),
+        "where metrics and completions go: `jsonl` (metrics.jsonl and samples/; required), `tensorboard`, "
+        "`wandb`, `trackio` (see docs/trackers.md)",
+        check=(are_sinks, f"different names, `jsonl` and any of {', '.join(f'`{name}`' for name in SINKS[1:])}"),
+        because="resumed runs and reports read the files of `jsonl`",
+    )
     entropy: bool = key(True, "whether to log policy/entropy, which takes a pass over the logits")
 
 

@@ -7,7 +7,8 @@ Modules, in reading order:
     context           builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit      the longest prompt of a run, and the problems that exceed it
     state             everything that changes while a run trains, and where it comes from
-    metrics           metrics.jsonl, TensorBoard, samples/ and the lines of the console
+    metrics           metrics.jsonl, samples/ and the lines of the console
+    sinks             where metrics and completions go: files, TensorBoard, trackers
     rollout_progress  says how far a rollout is
     console           reports on a run while it trains
     stages            the stages of a rollout, from prompts to experience

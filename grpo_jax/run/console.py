@@ -1,4 +1,4 @@
-"""Reports on a run while it trains: a progress bar, lines on the console, metrics.jsonl and TensorBoard."""
+"""Reports on a run while it trains: a progress bar, lines on the console, and the sinks of `log.sinks`."""
 
 import time
 from pathlib import Path
@@ -7,8 +7,9 @@ import jax
 
 from grpo_jax.config.schema import Config
 from grpo_jax.run.context import RunContext
-from grpo_jax.run.metrics import MetricsLog, console_line
+from grpo_jax.run.metrics import console_line, finite_or_none
 from grpo_jax.run.progress import announce, close_bar, step_bar
+from grpo_jax.run.sinks import open_sinks
 from grpo_jax.run.state import RunState
 
 
@@ -50,7 +51,7 @@ class RunLog:
     def __init__(self, cfg: Config, workdir: Path, step: int):
         """Opens the log of a run that starts (step 0) or resumes after `step`."""
         self.cfg, self.workdir = cfg, workdir
-        self.metrics_log = MetricsLog(workdir, step or -1)
+        self.sinks = open_sinks(cfg, workdir, step or -1)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
         self.step_end = time.monotonic()  # when the previous step ended
         self.save_seconds = 0.0  # of the checkpoint after the previous step, for the line of the next one
@@ -62,14 +63,22 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of a step, and prints them if the step is reported. Step 0 is not an update."""
-        self.metrics_log.write(step, metrics)
+        values = finite_or_none(metrics)
+        for sink in self.sinks:
+            sink.write(step, values)
         if step:
             self.last_metrics = {"step": step} | metrics
             self.bar.update()
         if step and is_reported(self.cfg, step):
             self.say(console_line(step, self.cfg.total_steps, metrics))
 
+    def write_samples(self, kind: str, step: int, records: list[dict]) -> None:
+        """Logs completions of a rollout (`kind` "train") or of an evaluation ("eval") with the step they belong to."""
+        for sink in self.sinks:
+            sink.write_samples(kind, step, records)
+
     def close(self) -> None:
-        """Closes the progress bar and the logs."""
+        """Closes the progress bar and the sinks."""
         close_bar()
-        self.metrics_log.close()
+        for sink in self.sinks:
+            sink.close()

@@ -1,4 +1,4 @@
-"""Logs a run to metrics.jsonl, TensorBoard, samples/ and the console. Only process 0 writes.
+"""Reads and writes the logs of a run, metrics.jsonl and samples/, and formats the lines of the console.
 
 A metric is a float named `group/quantity[/stat]`. Line `step` of metrics.jsonl describes the update of that number; the
 line of step 0 holds the evaluation before the first update.
@@ -9,8 +9,6 @@ import math
 import re
 from pathlib import Path
 from typing import Any
-
-import jax
 
 NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and eval/ that are not reward parts
 
@@ -40,35 +38,9 @@ def read_metrics(workdir: Path) -> list[dict]:
     return lines
 
 
-class MetricsLog:
-    """Writes metrics.jsonl and TensorBoard events."""
-
-    def __init__(self, workdir: Path, step: int):
-        """Opens the log of a run that resumes after `step` (-1: a new run) and removes later lines."""
-        self.is_writer = jax.process_index() == 0
-        if self.is_writer:
-            from tensorboardX import SummaryWriter
-
-            workdir.mkdir(parents=True, exist_ok=True)
-            truncate_logs(workdir, step)
-            self.file = open(workdir / "metrics.jsonl", "a", buffering=1)
-            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line. Non-finite values are written as null, because JSON has no NaN or infinity."""
-        if not self.is_writer:
-            return
-        values = {name: float(value) if math.isfinite(value) else None for name, value in sorted(metrics.items())}
-        self.file.write(json.dumps({"step": step} | values) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes and closes both logs."""
-        if self.is_writer:
-            self.file.close()
-            self.tensorboard.close()
+def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Returns metrics as floats, sorted by name. Non-finite values become None: JSON has no NaN or infinity."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in sorted(metrics.items())}
 
 
 def as_json(value: Any) -> Any:
@@ -86,7 +58,7 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
     Each record gets the step as its first field. Non-finite floats become null. Metadata may hold other values that
     JSON cannot represent, which become strings.
     """
-    if jax.process_index() != 0 or not records:
+    if not records:
         return
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) for record in records]

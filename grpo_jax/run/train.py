@@ -44,10 +44,10 @@ from grpo_jax.run.metrics import (
     describe_finished_run,
     evaluation_line,
     read_metrics,
-    write_samples,
 )
 from grpo_jax.run.progress import announce, mute, phase, set_detail
 from grpo_jax.run.prompt_limit import fit_prompts
+from grpo_jax.run.sinks import check_sinks
 from grpo_jax.run.stages import (
     add_advantages,
     draw_completions,
@@ -128,6 +128,7 @@ def train(
     cfg = configs.check(name_python_inputs(cfg, problems, rewards))
     workdir = Path(workdir).expanduser()
     configs.check_workdir(workdir, cfg)
+    check_sinks(cfg.log.sinks)
     done = newest_step(workdir)
     check_trained_config(workdir, cfg, done, read_meta(workdir, done).get("config", {}))
     if done > cfg.total_steps:
@@ -157,9 +158,10 @@ def train(
         from_first_process(context.grader.start, np.zeros(()))
         metrics = run_updates(fitted, context, task, workdir, flatten(dataclasses.asdict(cfg)))
     if jax.process_index() == 0:
-        announce(
-            f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, samples/, checkpoints/ and tensorboard/ to {workdir}"
+        folders = (
+            "samples/, checkpoints/ and tensorboard/" if "tensorboard" in cfg.log.sinks else "samples/ and checkpoints/"
         )
+        announce(f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, {folders} to {workdir}")
     return metrics
 
 
@@ -204,7 +206,7 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     placed = place_for_rollout(context.model_cfg, run.train.params, context.rollout_mesh)
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
     metrics, records = evaluate(cfg, context, placed, setup.held_out, key)
-    write_samples(setup.log.workdir, "eval", run.step, records)
+    setup.log.write_samples("eval", run.step, records)
     asked = f"{len(setup.held_out)} held-out question{'s' * (len(setup.held_out) > 1)}"
     setup.log.say(f"step {run.step}: {asked}: {evaluation_line(metrics)}")
     return metrics | {"time/eval_s": time.monotonic() - start}
@@ -322,7 +324,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
             if recording:
                 with timed(times, "time/record_s", "Scoring the recorded samples"):
                     records = recording()
-                write_samples(workdir, "train", step, records)
+                log.write_samples("train", step, records)
             run = finish_update(cfg, log, run)  # the previous update, while the devices compute this one
             experience = run.experience if step % updates_per_rollout else None
             flight = UpdateInFlight(update_metrics, rollout_metrics, times, start, packed)
