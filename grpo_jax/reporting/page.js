@@ -195,8 +195,8 @@ function drawChart(chart) {
   ]);
   const numbers = chart.series.flatMap(({ values, low, high }) => [...values, ...(low || []), ...(high || [])]).filter((value) => value !== null);
   const last = Math.max(1, ...chart.series.map(({ steps }) => steps[steps.length - 1]));
-  const isLog = element("log").checked && LOGARITHMIC.includes(chart.line);
   const least = numbers.reduce((a, b) => (b > 0 ? Math.min(a, b) : a), Infinity); // where a logarithmic axis begins
+  const isLog = element("log").checked && LOGARITHMIC.includes(chart.line) && numbers.some((value) => value >= 100 * least);
   const scale = (value) => (isLog ? Math.log10(Math.max(value, least)) : value);
   let low = numbers.reduce((a, b) => Math.min(a, scale(b)), Infinity), high = numbers.reduce((a, b) => Math.max(a, scale(b)), -Infinity);
   if (low > high) [low, high] = [0, 1];
@@ -206,7 +206,7 @@ function drawChart(chart) {
   const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scale(value) - low) / (high - low);
   chart.stepAt = (pixels) => Math.min(last, Math.max(0, last * (pixels - LEFT) / (width - LEFT - RIGHT)));
   chart.x = x;
-  for (const value of isLog ? ticks(low, high, 4).map((power) => 10 ** power) : ticks(low, high, 4)) {
+  for (const value of isLog ? ticks(low, high, 4).filter(Number.isInteger).map((power) => 10 ** power) : ticks(low, high, 4)) {
     draw(svg, "line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
     draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format(value));
   }
@@ -226,7 +226,9 @@ function drawChart(chart) {
     const group = draw(svg, "g", { class: runClass(index) });
     const known = steps.map((_, n) => n).filter((n) => values[n] !== null);
     const point = (n, list) => `${x(steps[n]).toFixed(1)} ${y(list[n]).toFixed(1)}`;
-    if (lows && known.length) {
+    if (lows && isDots) {
+      for (const n of known) draw(group, "line", { class: "span", x1: x(steps[n]), x2: x(steps[n]), y1: y(lows[n]), y2: y(highs[n]) });
+    } else if (lows && known.length) {
       const outline = [...known.map((n) => point(n, highs)), ...known.reverse().map((n) => point(n, lows))];
       draw(group, "path", { class: "band", d: `M${outline.join("L")}Z` });
     } else if (!isDots && weight > 0 && !isMean) {
@@ -574,7 +576,7 @@ function showTimes() {
     const whole = step + outside;
     const known = order.reduce((total, name) => total + phases[name], 0);
     const rows = [...order.map((name) => [PHASES[name] || name, phases[name]]), ["everything else", Math.max(0, whole - known)]];
-    const table = make("table", {}, make("caption", {}, `${textOf(run.name)}: mean over ${updates} updates${skipped ? `, without the first ${skipped}, which compile` : ""}`),
+    const table = make("table", {}, make("caption", {}, `${textOf(run.name)}: mean over ${updates} updates${skipped ? ", without those of the first rollout, which compile programs" : ""}`),
       make("tbody", {}, ...rows.map(([label, value]) => {
         const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
         svg.setAttribute("viewBox", "0 0 100 4");

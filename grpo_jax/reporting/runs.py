@@ -43,7 +43,7 @@ def read_json_lines(path: Path, max_bytes: float = float("inf")) -> list[dict[st
             if objects and size > max_bytes:
                 break
             try:
-                value = json.loads(line)
+                value = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
             except ValueError:
                 continue
             if isinstance(value, dict):
@@ -79,7 +79,7 @@ def read_runs(workdirs: Sequence[str]) -> list[RunFiles]:
         lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
         updates = [line for line in lines if line["step"] > 0]
         evaluations = [line for line in lines if any(metric.startswith("eval/") for metric in line)]
-        warnings = read_json_lines(folder / "warnings.jsonl")
+        warnings = [found for found in read_json_lines(folder / "warnings.jsonl") if {"step", "text"} <= found.keys()]
         samples = (sample_files(folder, kind) for kind in ("train", "eval"))
         runs.append(RunFiles(name, folder, config, updates, evaluations, warnings, *samples))
     return runs

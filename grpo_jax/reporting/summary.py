@@ -40,10 +40,11 @@ def describe_progress(run: RunFiles) -> str:
     if task == "file" and config.get("task.path"):
         task = Path(str(config["task.path"])).name
     seconds = sum(values_of(run.updates, "time/step_s")) + sum(values_of(run.evaluations, "time/eval_s"))
-    prompts, samples = config.get("rollout.prompts"), config.get("rollout.samples")
+    updates = f"{done} of {config.get('total_steps')} updates"
+    group = f"{config.get('rollout.prompts')} questions with {config.get('rollout.samples')} answers each"
     return (
-        f"{model} learns {task} from rewards alone: {done} of {config.get('total_steps')} updates in "
-        f"{duration(seconds)}, on rollouts of {prompts} questions with {samples} answers each, seed {config.get('seed')}."
+        f"{model} learns {task} from rewards alone: {updates} in {duration(seconds)}, on rollouts of {group}, "
+        f"seed {config.get('seed')}."
     )
 
 
@@ -52,12 +53,13 @@ def key_numbers(run: RunFiles) -> list[dict[str, Any]]:
     evaluations, updates = run.evaluations, run.updates
     numbers = []
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        note = f"held-out questions, steps {first['step']:,} and {last['step']:,}"
+        first, last = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
+        steps = f"steps {first['step']:,} and {last['step']:,}" if last else f"step {first['step']:,}"
+        note = f"held-out questions, {steps}"
         for metric in first:
             label = metric.removeprefix("eval/")
             if metric.startswith("eval/") and label not in NOT_SCORES:
-                numbers.append({"label": label, "before": first[metric], "after": last.get(metric), "note": note})
+                numbers.append({"label": label, "before": first.get(metric), "after": last.get(metric), "note": note})
         length = {"before": first.get("eval/length_mean"), "after": last.get("eval/length_mean")}
         numbers.append({"label": "length in tokens", "note": note} | length)
     if updates:
