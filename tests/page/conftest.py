@@ -22,8 +22,8 @@ BROWSERS = (
 STEPS, SAMPLES = 30, 16
 KEYS = [f"total_steps={STEPS}", "rollout.prompts=2", f"rollout.samples={SAMPLES}", "eval.questions=16"]
 KEYS += ["log.samples=-1", "log.every_steps=1", f"checkpoint.every_steps={STEPS}"]
-# The second run is cut off too early, so that it has something to be warned of.
-RUNS = {"seed-0": [], "short": ["seed=1", "rollout.max_tokens=20"]}
+KEYS += ["rollout.max_tokens=44"]  # cuts off many completions of the last steps, so that there is something to warn of
+SEEDS = (0, 1)
 
 
 def pytest_configure():
@@ -53,21 +53,23 @@ def write_page(page: Path, *workdirs: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Trains the two runs and returns their workdirs by name."""
+    """Trains the two runs, which differ in their seed only, and returns their workdirs."""
     folder = tmp_path_factory.mktemp("runs")
+    workdirs = [folder / f"seed-{seed}" for seed in SEEDS]
+    keys = [f"--config.{key}" for key in KEYS]
     processes = [
-        start("main", f"--workdir={folder / name}", *[f"--config.{key}" for key in [*KEYS, *keys]])
-        for name, keys in RUNS.items()
+        start("main", f"--workdir={workdir}", f"--config.seed={seed}", *keys)
+        for workdir, seed in zip(workdirs, SEEDS, strict=True)
     ]
     for process in processes:
         finish(process)
-    return {name: folder / name for name in RUNS}
+    return workdirs
 
 
 @pytest.fixture(scope="session")
 def page_file(runs, tmp_path_factory):
     """Writes the page of both runs."""
-    return write_page(tmp_path_factory.mktemp("page") / "report.html", *runs.values())
+    return write_page(tmp_path_factory.mktemp("page") / "report.html", *runs)
 
 
 @pytest.fixture(scope="session")
