@@ -12,12 +12,14 @@ from grpo_jax.config import flags
 from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.parts import accuracy_part, resolve_parts
+from grpo_jax.run.progress import announce, mute, phase
 from grpo_jax.tasks.problem_file import read_with_notes
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
 from grpo_jax.text.terminal import printable
 
 
+@phase("Starting")
 def main(argv: Sequence[str]) -> None:
     """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
@@ -51,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs(os.environ)
     reward_parts = resolve_parts(cfg)
     join_processes(os.environ)
+    mute(jax.process_index() != 0)
     graded = accuracy_part in reward_parts.values()
     if options.questions:
         problems, note = read_with_notes(options.questions, cfg.task, graded=graded)
@@ -62,11 +65,11 @@ def main(argv: Sequence[str]) -> None:
         changed = [name for name in changed_files(workdir, digests) if name in digests]
         notes = [f"{', '.join(changed)} changed since the run was started."] if changed else []
         for note in [*getattr(task, "notes", ()), *notes]:
-            print(printable(note), file=sys.stderr)
+            announce(printable(note), sys.stderr)
     base = read_base_model(cfg)
     cfg, task, prompt_lengths = fit_prompts(cfg, base, task)
     for line in prompt_lengths.splitlines()[:-1]:  # about prompts that are left out
-        print(printable(line), file=sys.stderr)
+        announce(printable(line), sys.stderr)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):
@@ -74,10 +77,10 @@ def main(argv: Sequence[str]) -> None:
         placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         key = fold_in_all(jax.random.key(cfg.seed), EVALUATION_KEY, step)  # that of the run's own evaluation
         metrics, _ = evaluate(cfg, context, placed, problems, key)
-    if options.json and jax.process_index() == 0:
-        print(json.dumps({"step": step, "questions": len(problems)} | metrics))
-    elif jax.process_index() == 0:
-        print(
+    if options.json:
+        announce(json.dumps({"step": step, "questions": len(problems)} | metrics))
+    else:
+        announce(
             f"{'Base model' if options.base else f'Policy after step {step}'}, {len(problems)} questions, "
             f"temperature {cfg.eval.temperature}: {evaluation_line(metrics)}"
         )

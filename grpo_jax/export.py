@@ -7,8 +7,10 @@ from pathlib import Path
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
+from grpo_jax.run.progress import announce, mute, phase
 
 
+@phase("Starting")
 def main(argv: Sequence[str]) -> None:
     """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
@@ -29,9 +31,9 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled_programs(os.environ)
     join_processes(os.environ)
+    mute(jax.process_index() != 0)
     step = export_policy(cfg, workdir, out, step=options.step, base=options.base)
-    if jax.process_index() == 0:
-        print(f"Wrote {'the base model' if options.base else f'the policy after step {step}'} to {options.out}")
+    announce(f"Wrote {'the base model' if options.base else f'the policy after step {step}'} to {options.out}")
 
 
 if __name__ == "__main__":

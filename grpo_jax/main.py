@@ -11,8 +11,10 @@ from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
 from grpo_jax.errors import UserError
+from grpo_jax.run.progress import announce, phase
 
 
+@phase("Starting")
 def main(argv: Sequence[str]) -> None:
     """Runs the entry point with the arguments of a command line, program name excluded."""
     parser = flags.make_parser(
@@ -29,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
     cfg = check_pretrain(raw) if is_pretraining else configs.check(raw)
     if not is_pretraining:
         configs.check_workdir(workdir, cfg)
+        announce(f"Training in {workdir}")
         if cfg.task.name == "file":
-            print(f"Reading {cfg.task.path}", flush=True)
+            announce(f"Reading {cfg.task.path}")
 
     # Imported here so that a mistake in the flags is reported without waiting for these imports.
     from grpo_jax.parallel.compilation import keep_compiled_programs

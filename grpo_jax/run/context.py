@@ -22,7 +22,7 @@ from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout, training_room
 from grpo_jax.rollout.sampler import QueueRoom
-from grpo_jax.run.progress import announce
+from grpo_jax.run.progress import announce, phase
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.weights.model_io import open_model_tensors
@@ -70,6 +70,7 @@ def refit_mesh(cfg: Config, workdir: Path) -> Config:
     return replace(cfg, mesh=MeshSection(data=1, fsdp=-1), rollout=rollout)
 
 
+@phase("Loading the tokenizer")
 def read_base_model(cfg: Config) -> BaseModel:
     """Finds the base model, and reads its config, its tokenizer and the prompt template.
 
@@ -80,6 +81,7 @@ def read_base_model(cfg: Config) -> BaseModel:
     return BaseModel(source, read_model_config(source), PromptFormat(load_tokenizer(source), cfg.prompt.template))
 
 
+@phase("Preparing the devices")
 def build_context(
     cfg: Config,
     base: BaseModel,

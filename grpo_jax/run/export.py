@@ -11,10 +11,12 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.run.policy import choose_step, restore_policy
+from grpo_jax.run.progress import phase
 from grpo_jax.weights.model_io import load, open_model_tensors, save
 from grpo_jax.weights.source import find_model, read_model_config
 
 
+@phase("Exporting the policy")
 def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = None, base: bool = False) -> int:
     """Writes a policy of a run to `out`, a Hugging Face folder that appears only once it is complete.
 

@@ -11,6 +11,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run.checkpoint import abstract_arrays, checkpoints_folder, saved_steps
 from grpo_jax.run.context import RunContext
+from grpo_jax.run.progress import phase
 from grpo_jax.weights.model_io import load
 
 
@@ -55,6 +56,7 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
         return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
 
 
+@phase("Loading the policy")
 def load_policy(
     cfg: Config, context: RunContext, workdir: Path, *, base: bool = False, step: int | None = None
 ) -> tuple[int, Any]:

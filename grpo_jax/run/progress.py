@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ class Progress:
 
     def listen(self) -> None:
         """Follows what JAX compiles, as soon as somebody has imported JAX."""
-        if self.is_listening or "jax" not in sys.modules:
+        if self.is_listening or sys.modules.get("jax") is None:
             return
         from jax import monitoring
 
@@ -158,13 +159,13 @@ def set_detail(text: str) -> None:
         PROGRESS.phases[-1][1] = text
 
 
-def announce(line: str) -> None:
-    """Prints a line on the console, above a progress bar."""
+def announce(line: str, file: TextIO | None = None) -> None:
+    """Prints a line on the console, above a progress bar; to stdout if no file is given."""
     if PROGRESS.is_muted:
         return
     with PROGRESS.lock:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()  # a pipe would hold it back
+        tqdm.write(line, file=file or sys.stdout)
+        (file or sys.stdout).flush()  # a pipe would hold it back
         PROGRESS.last_output = PROGRESS.clock()
 
 

@@ -11,6 +11,7 @@ from grpo_jax.config.rules import check_model
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.run.context import BaseModel
+from grpo_jax.run.progress import phase
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import CHECKED_PROBLEMS, problems_to_check
 from grpo_jax.tasks.task import Task
@@ -19,6 +20,7 @@ LIMIT_MULTIPLE = 16  # a limit that is derived from the problems is a multiple o
 NAMED_PROMPTS = 5  # prompts that an error names at most
 
 
+@phase("Measuring the prompts")
 def fit_prompts(cfg: Config, base: BaseModel, task: Task) -> tuple[Config, Task, str]:
     """Chooses the prompt limit of a run, and leaves out problems that exceed it if `task.too_long` is `drop`.
 

@@ -137,7 +137,8 @@ def train(
             f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir."
         )
     reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
-    task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
+    with phase("Reading the problems"):
+        task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
     notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
     configs.check_files(workdir, digests, accept=accept_changed_files)
     join_processes(os.environ)

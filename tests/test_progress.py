@@ -1,0 +1,197 @@
+"""Phases of a command: what is shown, where, and when."""
+
+import io
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax import monitoring
+
+from grpo_jax.run import progress
+from grpo_jax.run.progress import QUIET_SECONDS, Progress
+from grpo_jax.run.rollout_progress import RolloutProgress
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replaces the progress of this process by one that is driven by hand: no thread shows it."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "PROGRESS", Progress(clock))
+    monkeypatch.setattr(Progress, "keep_ticking", lambda self, stop: None)
+    return clock
+
+
+def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, capsys):
+    def lines():
+        progress.PROGRESS.tick()
+        return capsys.readouterr().err
+
+    with progress.phase("Training"):
+        progress.set_detail("step 3/20")
+        with progress.phase("Sampling"):
+            clock.now += QUIET_SECONDS / 2
+            assert lines() == ""
+            clock.now += QUIET_SECONDS / 2
+            assert lines() == "step 3/20  Sampling, 4 s\n"
+            assert lines() == ""
+            progress.set_detail("24 of 128 sequences")
+            clock.now += QUIET_SECONDS
+            assert lines() == "step 3/20  Sampling: 24 of 128 sequences, 7 s\n"
+            clock.now += QUIET_SECONDS - 0.5
+            progress.announce("a line")
+            assert capsys.readouterr().out == "a line\n"
+            clock.now += QUIET_SECONDS - 0.5
+            assert lines() == ""
+        clock.now += 1
+        assert lines() == "Training: step 3/20, 14 s\n"
+    clock.now += QUIET_SECONDS
+    assert lines() == ""  # nothing is going on
+
+
+def test_a_thread_shows_a_phase_for_as_long_as_it_lasts(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.01)
+    before, printed = threading.active_count(), ""
+
+    @progress.phase("Waiting")
+    def wait():
+        nonlocal printed
+        deadline = time.monotonic() + 30
+        while "\n" not in printed and time.monotonic() < deadline:
+            time.sleep(0.01)
+            printed += capsys.readouterr().err
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="stop"), progress.phase("Outer"):
+            wait()
+            raise ValueError("stop")
+        assert printed.startswith("Waiting, 0 s\n") and threading.active_count() == before
+        printed = ""
+
+
+def test_a_terminal_shows_the_phase_on_one_line_and_behind_the_bar(clock, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def written():
+        progress.PROGRESS.tick()
+        text = terminal.getvalue()
+        terminal.seek(0)
+        terminal.truncate()
+        return text
+
+    with progress.phase("Training"):
+        assert written().strip() == "Training, 0 s"
+        assert written() == ""  # it has not changed
+        clock.now += 1
+        assert written().startswith("\rTraining, 1 s")
+        bar = progress.step_bar(20, 2)
+        bar.update()
+        progress.set_detail("step 4/20")
+        with progress.phase("Sampling"):
+            text = written()
+        assert "3/20 " in text and text.rstrip().endswith("Sampling, 0 s") and "step 4/20" not in text
+        progress.close_bar()
+    assert written().endswith("\n")  # what is printed next does not overwrite the bar
+
+
+def test_only_the_first_process_shows_anything(monkeypatch, capsys):
+    for variable in progress.PROCESS_INDEX_VARIABLES:
+        with monkeypatch.context() as patch:
+            assert not Progress().is_muted
+            patch.setenv(variable, "0")
+            assert not Progress().is_muted
+            patch.setenv(variable, "3")
+            assert Progress().is_muted
+    monkeypatch.setattr(progress, "PROGRESS", Progress())
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    progress.mute(True)
+    with progress.phase("Training"):
+        progress.announce("a line")
+        progress.PROGRESS.tick()
+    assert capsys.readouterr() == ("", "")
+    progress.mute(False)
+    progress.announce("a line")
+    assert capsys.readouterr() == ("a line\n", "")
+
+
+def test_a_phase_names_the_program_that_is_compiled_and_whether_it_was_cached(clock):
+    """Relies on the events of JAX itself."""
+
+    def update(x):
+        return x * 2.0 + 17.0
+
+    def see(*_, **__):
+        seen.append(shown.describe())
+
+    seen, shown = [], progress.PROGRESS
+    saved = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        with progress.phase("Training"):
+            monitoring.register_scalar_listener(see)
+            monitoring.register_event_duration_secs_listener(see)
+            jax.jit(update)(np.float32(1)).block_until_ready()
+            assert seen[0] == "Training: compiling the update, 0 s"
+            assert shown.compiling is None and 0 < shown.compile_seconds < 60
+            jax.clear_caches()
+            jax.jit(update)(np.float32(1)).block_until_ready()  # now it certainly is on disk
+            assert {f"Training: compiling the update (cached: {cached}), 0 s" for cached in ("no", "yes")} <= set(seen)
+            before = len(seen)
+            jax.jit(lambda x: x - 3.0)(np.float32(1)).block_until_ready()  # has no name for users
+            assert set(seen[before:]) == {"Training, 0 s"}
+    finally:
+        monitoring.unregister_scalar_listener(see)
+        monitoring.unregister_event_duration_listener(see)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", saved)
+
+
+def state_of(columns=136, **fields):
+    kv = SimpleNamespace(k=np.zeros((1, 1, 1, 1, columns)))
+    return SimpleNamespace(kv_cache=[kv], **{name: np.array(values, np.int32) for name, values in fields.items()})
+
+
+def test_the_progress_of_a_rollout_is_counted_and_extrapolated(clock, monkeypatch):
+    """10 sequences of at most 50 tokens, four slots, and two decode steps a second."""
+    monkeypatch.setattr(RolloutProgress, "now", lambda self: clock.now)
+    with progress.phase("Sampling"):
+        reports = RolloutProgress(10, 50)
+        assert reports.report(state_of()) == 64  # not known yet how long a step takes
+        assert progress.PROGRESS.programs["decode_tokens"] == "decode with 136 cache columns"
+        clock.now += 8.0
+        # 16 steps: 64 tokens; three of the seven sequences that have been started are done
+        state = state_of(
+            num_started=[7], sequence=[3, 4, 5, 6], num_sampled=[16, 16, 2, 1], lengths=[14, 15, 0, 16, 16, 2, 1]
+        )
+        assert reports.report(state) == 4  # two seconds
+        assert progress.PROGRESS.phases[-1][1] == "3 of 10 sequences finished, 8 tokens/s, about 19 s left"
+        clock.now += 10.0
+        state = state_of(num_started=[10], sequence=[-1, 8, -1, 9], num_sampled=[9, 12, 7, 2], lengths=[114, 0, 10])
+        reports.report(state)
+        # 20 steps for three slots on average, and the newest sequence may need 48 more
+        assert progress.PROGRESS.phases[-1][1] == "8 of 10 sequences finished, 6 tokens/s, up to 24 s left"
+        reports.start_batch(8)
+        assert reports.finished == 8 and reports.last_time is None
+
+
+def test_a_run_says_where_it_writes_before_jax_is_imported(tmp_path):
+    """JAX's import takes seconds on a slow machine."""
+    code = "import sys; sys.modules['jax'] = None; from grpo_jax.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--config=configs/r1zero.py", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"Training in {tmp_path}/run\n" and "import of jax halted" in done.stderr
