@@ -25,8 +25,8 @@ function draw(parent, tag, attributes, text = "") {
   return node;
 }
 
-// Control characters, and those that hide or reorder text. Joiners stay: emoji and some scripts need them.
-const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/u;
+// Control characters, those that hide or reorder text, and halves of characters. Joiners stay: emoji and some scripts need them.
+const INVISIBLE = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\u{e0000}-\u{e007f}]/u;
 
 function escapeOf(character) {
   const code = character.codePointAt(0);
