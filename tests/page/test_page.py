@@ -20,6 +20,7 @@ SHOWN_ANSWERS = """answers => answers.map(answer => ({
         token.textContent, getComputedStyle(token).backgroundColor]),
 }))"""
 LEGEND = """items => items.map(item => [getComputedStyle(item).backgroundColor, item.textContent])"""
+LABELS = """texts => texts.map(text => [Number(text.getAttribute("y")) - 4, Number(text.textContent)])"""
 PATHS = """paths => paths.map(
     path => path.getAttribute("d").match(/[\\d.]+ [\\d.]+/g).map(pair => pair.split(" ").map(Number)))"""
 
@@ -121,21 +122,22 @@ def test_curves_have_the_values_of_metrics_jsonl(open_page, page_file, runs):
     figure = page.locator('figure[data-metric="reward/mean"]')
     rewards = [np.array([line["reward/mean"] for line in of_run]) for of_run in lines]
 
-    def drawn(kind: str) -> list[np.ndarray]:
-        return [np.array(path) for path in figure.locator(f"path.{kind}").evaluate_all(PATHS)]
+    def read_off(kind: str) -> list[np.ndarray]:
+        """Returns the values of the lines of a kind, read with the help of the labels of the vertical axis."""
+        labels = np.array(figure.locator("text[text-anchor=end]").evaluate_all(LABELS))
+        axis = np.polyfit(*labels.T, 1)
+        return [np.polyval(axis, np.array(path)[:, 1]) for path in figure.locator(f"path.{kind}").evaluate_all(PATHS)]
 
-    for points, values in zip(drawn("raw"), rewards, strict=True):
-        assert len(points) == STEPS
-        np.testing.assert_allclose(np.diff(points[:, 0]), np.diff(points[:, 0]).mean(), atol=0.11)
-        assert np.corrcoef(points[:, 1], values)[0, 1] < -0.9999  # y points down
+    for values, expected in zip(read_off("raw"), rewards, strict=True):
+        np.testing.assert_allclose(values, expected, atol=2e-3)
     page.locator("#smoothing").focus()
     for key in "Home", *["ArrowRight"] * 10:
         page.keyboard.press(key)
     assert page.locator("#smoothing").input_value() == "0.5"
     decay = 0.5 ** np.arange(STEPS)
-    for points, values in zip(drawn("curve"), rewards, strict=True):
-        smooth = [(decay[: n + 1][::-1] @ values[: n + 1]) / decay[: n + 1].sum() for n in range(STEPS)]
-        assert np.corrcoef(points[:, 1], smooth)[0, 1] < -0.9999
+    for values, points in zip(read_off("curve"), rewards, strict=True):
+        smooth = [decay[: n + 1][::-1] @ points[: n + 1] / decay[: n + 1].sum() for n in range(STEPS)]
+        np.testing.assert_allclose(values, smooth, atol=2e-3)
 
     page.locator("#other summary").press("Enter")
     figure.locator("svg").focus()
