@@ -1,5 +1,6 @@
 """The commands of README and its pages run, and the paths, keys and functions that they name exist."""
 
+import ast
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ README = (REPO / "README.md").read_text()
 GUIDE = (REPO / "docs" / "changing.md").read_text()
 PROBLEMS = (REPO / "docs" / "problems.md").read_text(encoding="utf-8")
 HOW_IT_WORKS = (REPO / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+TROUBLESHOOTING = (REPO / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 DEVICES = (REPO / "docs" / "devices.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split(" #")[0].strip()
@@ -53,6 +56,23 @@ def short_default():
     cfg.rollout.prompts, cfg.rollout.samples, cfg.rollout.max_tokens = 2, 2, 24
     return cfg
 config.default = short_default
+"""
+
+# Stands in for what the notebook installs, and shows what it asks pip to do.
+NOTEBOOK_STUBS = """
+import subprocess, sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+import pathlib
+def record(command, **options):
+    pathlib.Path("pip.txt").write_text(" ".join(command[1:]).replace(command[command.index("-c") + 1], "CONSTRAINTS"))
+    pathlib.Path("keep.txt").write_text(pathlib.Path(command[command.index("-c") + 1]).read_text())
+    return SimpleNamespace(returncode=0, stderr="")
+subprocess.run = record
+plots = MagicMock()
+plots.subplots.return_value = MagicMock(), (MagicMock(), MagicMock())
+sys.modules |= {"matplotlib": plots, "matplotlib.pyplot": plots}
+plots.pyplot = plots
 """
 
 
@@ -107,15 +127,42 @@ def test_readme_command_runs(command, workplace, monkeypatch):
         assert run.returncode == 0, run.stderr
 
 
-def test_readme_python_runs(tmp_path):
+def notebook_code() -> str:
+    """Returns the code of docs/quickstart.ipynb, with a training run of one update."""
+    cells = json.loads((REPO / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for key, value in (("total_steps", 1), ("eval.questions", 1)):
+        code, count = re.subn(rf"^cfg\.{key} = \d+$", f"cfg.{key} = {value}", code, flags=re.M)
+        assert count == 1
+    return code
+
+
+def test_python_examples_and_the_notebook_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(blocks) == 3
+    (tmp_path / "pyproject.toml").touch()  # the notebook looks for the repository
     environ = os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
-    code = "\n".join([SHORT_CONFIG, *(f"exec({block!r}, {{}})" for block in blocks)])  # each in its own namespace
+    environ |= {"TMPDIR": str(tmp_path)}
+    programs = [*blocks, NOTEBOOK_STUBS + notebook_code()]
+    code = "\n".join([SHORT_CONFIG, *(f"exec({program!r}, {{}})" for program in programs)])  # each in its own namespace
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "runs/doubles/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1] and {"reward/accuracy", "reward/brevity"} <= rows[1].keys()
+    for run, parts in (("doubles", {"reward/accuracy", "reward/brevity"}), ("quickstart", {"reward/digits"})):
+        rows = [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1] and parts <= rows[1].keys()
+    assert done.stdout.count("Expected: ") == 2 * 1 and done.stdout.count("advantage ") == 2 * 2  # two groups of two
+    # The notebook leaves a preinstalled JAX as it is.
+    assert (tmp_path / "pip.txt").read_text() == "-m pip install --quiet -c CONSTRAINTS -e .[plot]"
+    kept = dict(line.split("==") for line in (tmp_path / "keep.txt").read_text().splitlines())
+    assert {"jax": version("jax"), "jaxlib": version("jaxlib")}.items() <= kept.items()
+
+
+def test_the_notebook_shows_what_a_run_of_it_printed():
+    cells = json.loads((REPO / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"] == [1, 2, 3, 4, 5, 6, 7]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_readme_shows_the_lines_that_a_run_prints():
@@ -154,7 +201,7 @@ def test_the_readme_links_every_page():
 def test_every_key_exists():
     keys = flatten(default().to_dict())
     sections = "|".join(default().to_dict())
-    pages = README + HOW_IT_WORKS + DEVICES
+    pages = README + HOW_IT_WORKS + DEVICES + TROUBLESHOOTING
     named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+)`", pages))
     named |= set(re.findall(r"--config\.([a-z_.]+[a-z])", pages))
     assert len(named) > 25
@@ -184,3 +231,25 @@ def test_the_answers_on_the_page_on_problems_are_judged_as_it_says():
     cases = [(want, text, i == 0) for wants, *cells in rows for want in wants for i in (0, 1) for text in cells[i]]
     assert len(cases) > 40
     assert [case for case in cases if judge(f"<answer>{case[1]}</answer>", case[0]).correct != case[2]] == []
+
+
+def source_texts():
+    """Returns the string literals of the package, with a NUL for each replaced field, and the lines of the Makefile."""
+    texts = re.sub(r"\$\(\w+\)", "\0", (REPO / "Makefile").read_text(encoding="utf-8")).splitlines()
+    for path in (REPO / "grpo_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_the_messages_on_the_page_on_troubleshooting_are_those_of_the_code():
+    messages = re.findall(r"^\*\*`(.*)`\*\*$", TROUBLESHOOTING, flags=re.M)
+    assert len(messages) > 25
+    texts = source_texts()
+    for message in messages:
+        fixed = [part.strip() for part in message.removeprefix("error: ").split("...") if part.strip(" .")]
+        pattern = re.compile(r".*\0?.*".join(map(re.escape, fixed)), flags=re.S)
+        assert any(map(pattern.search, texts)), f"nothing in the package prints {message!r}"
