@@ -136,7 +136,7 @@ def phase(name: str) -> Iterator[None]:
     with PROGRESS.lock:
         if not PROGRESS.phases:
             PROGRESS.stop, PROGRESS.last_output = threading.Event(), PROGRESS.clock()
-            thread = threading.Thread(target=PROGRESS.keep_ticking, args=(PROGRESS.stop,), daemon=True)
+            thread = threading.Thread(target=PROGRESS.keep_ticking, args=(PROGRESS.stop,), name="progress", daemon=True)
         PROGRESS.phases.append([name, "", PROGRESS.clock()])
     if thread:
         thread.start()

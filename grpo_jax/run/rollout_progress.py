@@ -11,7 +11,7 @@ from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.progress import compile_seconds, name_program, set_detail
 
 REPORT_SECONDS = 2.0  # between two reports, if there is one process
-FIRST_REPORT = 64  # decode steps before the first report, while it is not known how long they take
+FIRST_REPORT = 8  # decode steps before the first report, while it is not known how long they take
 MAX_STEPS = 256  # most decode steps between two reports
 
 
@@ -46,7 +46,8 @@ class RolloutProgress:
 
     def start_batch(self, finished: int) -> None:
         """Begins the next batch, after `finished` sequences of earlier ones."""
-        self.finished, self.last_tokens, self.last_active = finished, 0, 0
+        self.earlier = finished
+        self.finished = self.last_tokens = self.last_active = 0  # of this batch
         self.last_time: float | None = None  # of the last call of `report`
         self.steps = min(FIRST_REPORT, MAX_STEPS) if jax.process_count() == 1 else MAX_STEPS
 
@@ -58,12 +59,12 @@ class RolloutProgress:
             self.last_time = self.now()
             return self.steps
         counts = count_sequences(state.num_started, state.sequence, state.num_sampled, state.lengths)
-        finished, active, least, tokens = jax.device_get(counts).tolist()
+        self.finished, active, least, tokens = jax.device_get(counts).tolist()
         now, new_tokens = self.now(), tokens - self.last_tokens
         seconds = max(now - self.last_time, 1e-6)
         # All slots are assumed to be active at first; a step samples one token for each active slot.
         step_seconds = seconds * (active + (self.last_active or active)) / 2 / max(new_tokens, 1)
-        finished += self.finished
+        finished = self.earlier + self.finished
         waiting = self.total - finished - active
         left = ""
         if not waiting:

@@ -86,9 +86,10 @@ def draw_completions(
     progress = RolloutProgress(len(prompts.ids) * samples, cfg.rollout.max_tokens)
 
     def report(state: DecodeState) -> int:
-        if overlaps and progress.last_time is not None:
+        steps = progress.report(state)
+        if overlaps and progress.finished:
             submit_finished(context, problems, samples, state)
-        return progress.report(state)
+        return steps
 
     with timed(times, "time/placement_s", "Placing the weights"):
         placed = jax.block_until_ready(place_for_rollout(context.model_cfg, params, context.rollout_mesh))
