@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
+from grpo_jax.config.workdir import continue_derived
 from grpo_jax.errors import UserError
 from grpo_jax.run.progress import announce, phase
 
@@ -26,7 +27,13 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="resume even if files that the run reads have changed since it was started",
     )
-    options, raw, workdir, _ = flags.parse_flags(parser, argv)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the plan, three prompts, three expected answers and one group of completions; write nothing",
+    )
+    options, raw, workdir, given = flags.parse_flags(parser, argv)
+    raw = continue_derived(raw, given, workdir)
     is_pretraining = raw.job == "pretrain"
     cfg = check_pretrain(raw) if is_pretraining else configs.check(raw)
     if not is_pretraining:
@@ -47,10 +54,15 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("Pretraining runs in one process; found the variables of several. Start it on its own.")
         pretrain(cfg, workdir)
         return
+    if options.dry_run:
+        from grpo_jax.run.dry_run import dry_run
+
+        dry_run(raw, workdir, given=given, accept_changed_files=options.accept_changed_files)
+        return
 
     from grpo_jax.run.train import train
 
-    train(raw, workdir=workdir, accept_changed_files=options.accept_changed_files)
+    train(raw, workdir=workdir, accept_changed_files=options.accept_changed_files, given=given)
 
 
 if __name__ == "__main__":

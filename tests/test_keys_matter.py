@@ -97,6 +97,9 @@ CASES = {
         ("error",),
         {"task.name": "file", "task.path": "FOLDER/long.jsonl", "rollout.max_prompt_tokens": 80},
     ),
+    "derive": Case(False, True, ("metrics",)),
+    "prompt.instruction": Case("", "Think first.", PROMPTS, {"rollout.max_prompt_tokens": 128}),
+    "prompt.examples": Case((), ("1 + 1?", "<answer> 2 </answer>"), PROMPTS, {"rollout.max_prompt_tokens": 128}),
     "prompt.template": Case("r1zero", "FOLDER/template.txt", PROMPTS),
     "reward.parts": Case(
         ("accuracy", "format"), ("accuracy", "FOLDER/functions.py:brevity"), ("train reward", "eval reward", "metrics")

@@ -96,7 +96,7 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
 
 def with_floats(value: Any, default: Any) -> Any:
     """Converts integers to floats where the default is a float or a tuple of floats."""
-    if type(value) is tuple and type(default) is tuple:
+    if type(value) is tuple and type(default) is tuple and default:
         return tuple(with_floats(element, default[0]) for element in value)
     return float(value) if type(value) is int and type(default) is float else value
 
@@ -124,9 +124,15 @@ def check(raw: "ConfigDict") -> Config:
             not fit another key.
     """
     cfg = check_keys(raw, Config)
+    needs_file = cfg.task.name == "file" and not cfg.task.path
+    require(
+        bool(cfg.model.path),
+        "model.path must name the base model, a Hugging Face folder, a GGUF file or a hub id; found none. Pass "
+        f"--config.model.path=MODEL{' and --config.task.path=FILE, your problems' * needs_file}.",
+    )
     check_effects(cfg)
     require(
-        cfg.task.name != "file" or bool(cfg.task.path),
+        not needs_file,
         "task.path must name a file of problems while task.name='file'; found none. Set --config.task.path=FILE.",
     )
     check_reward(cfg)

@@ -49,6 +49,11 @@ def are_sinks(names: tuple) -> bool:
     return "jsonl" in names and all(name in SINKS and names.count(name) == 1 for name in names)
 
 
+def are_examples(texts: tuple) -> bool:
+    """Returns whether the elements are pairs of non-empty strings."""
+    return len(texts) % 2 == 0 and all(isinstance(text, str) and text for text in texts)
+
+
 def are_finite(numbers: tuple) -> bool:
     """Returns whether all elements are finite floats."""
     return all(type(number) is float and math.isfinite(number) for number in numbers)
@@ -124,6 +129,15 @@ class PromptSection:
         "r1zero",
         "`r1zero` is the paper's template, `chat` the model's chat template; or a text file that contains `{question}`",
         path=True,
+    )
+    instruction: str = key(
+        "", "text in front of the prompt's first question with `chat`, otherwise of the template, such as how to answer"
+    )
+    examples: tuple[str, ...] = key(
+        (),
+        "solved problems before each question, for a model that does not know the tags: questions and completions in "
+        "turn; problems with these questions are not trained on",
+        check=(are_examples, "pairs of a question and a completion that are not empty"),
     )
 
 
@@ -316,6 +330,11 @@ class Config:
     """The config of a training run."""
 
     job: str = key("grpo", "the job that `grpo_jax.main` runs", choices=("grpo",))
+    derive: bool = key(
+        False,
+        "whether a new run derives the keys that are not set from its model, problems and devices, as configs/own.py "
+        "does; the run's config.json holds what was derived, with `derive` off",
+    )
     seed: int = key(0, "seed of all random draws of the run", at_least=0, below=2**32)
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
     model: ModelSection = ModelSection()

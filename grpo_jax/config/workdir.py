@@ -74,6 +74,29 @@ def check_trained_config(workdir: Path, cfg: Config, step: int, trained: dict[st
         )
 
 
+def continue_derived(raw: "ConfigDict", given: frozenset[str], workdir: Path) -> "ConfigDict":
+    """Returns the config with which a run of a config that derives keys goes on.
+
+    Args:
+        raw: A config, not checked yet.
+        given: The keys that the command line sets.
+        workdir: The folder of the run.
+
+    Returns:
+        If `derive` is on and the run was started before, the run's own config with the keys of `raw` that are given.
+        Otherwise `raw`.
+
+    Raises:
+        UserError: The workdir's config.json cannot be read.
+    """
+    if not getattr(raw, "derive", False) or not (workdir / "config.json").is_file():
+        return raw
+    values = flatten(raw.to_dict())
+    before = read_config(workdir)
+    before.update_from_flattened_dict({name: values[name] for name in given - {"derive"}})
+    return before
+
+
 def digest_files(path: str) -> dict[str, str]:
     """Returns the SHA-256 of a file, or of each file in a folder, by absolute path; empty if `path` is neither."""
     files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]

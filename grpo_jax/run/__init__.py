@@ -6,9 +6,13 @@ Modules, in reading order:
     checkpoint        saves and restores a run with Orbax
     context           builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit      the longest prompt of a run, and the problems that exceed it
+    derivation        what a derivation of config keys starts from and collects
+    derive_memory     derives precision, mesh and micro-batch
+    derive            derives the keys that nobody set from the model, the problems and the machine
     state             everything that changes while a run trains, and where it comes from
     metrics           metrics.jsonl, samples/ and the lines of the console
     sinks             where metrics and completions go: files, TensorBoard, trackers
+    preparation       checks a run's config and inputs, and builds its context
     rollout_progress  says how far a rollout is
     console           reports on a run while it trains
     stages            the stages of a rollout, from prompts to experience
@@ -16,5 +20,6 @@ Modules, in reading order:
     policy            loads the policy of a run for the entry points that read it
     generation        streams one completion of a policy
     export            writes a policy as a Hugging Face folder
+    dry_run           shows what a run would do, without doing it
     train             the training loop
 """

@@ -78,7 +78,14 @@ def read_base_model(cfg: Config) -> BaseModel:
         UserError: One of them cannot be found or read.
     """
     source = find_model(cfg.model.path)
-    return BaseModel(source, read_model_config(source), PromptFormat(load_tokenizer(source), cfg.prompt.template))
+    prompt_format = make_prompt_format(cfg, load_tokenizer(source))
+    return BaseModel(source, read_model_config(source), prompt_format)
+
+
+def make_prompt_format(cfg: Config, tokenizer: Any) -> PromptFormat:
+    """Returns the prompt format of a config's `prompt` section; see `PromptFormat`."""
+    prompt = cfg.prompt
+    return PromptFormat(tokenizer, prompt.template, instruction=prompt.instruction, examples=prompt.examples)
 
 
 @phase("Preparing the devices")

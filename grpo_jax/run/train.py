@@ -5,9 +5,8 @@ from (seed, purpose, counters), so a resumed run continues exactly as if it had 
 """
 
 import dataclasses
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -18,25 +17,20 @@ import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
 from grpo_jax.config.keys import flatten
-from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.workdir import check_trained_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.learn.optimizer import make_optimizer
 from grpo_jax.learn.update import make_experience, make_update, take_rows
 from grpo_jax.parallel.mesh import shard_rows
-from grpo_jax.parallel.processes import check_shared_workdir, from_first_process, join_processes
-from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
+from grpo_jax.parallel.processes import check_shared_workdir, from_first_process
+from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager, read_meta
+from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
 from grpo_jax.run.console import RunLog, describe_run, num_records
 from grpo_jax.run.context import (
     EVALUATION_KEY,
     SAMPLING_KEY,
     RunContext,
-    build_context,
-    read_base_model,
-    refit_mesh,
 )
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import (
@@ -45,9 +39,8 @@ from grpo_jax.run.metrics import (
     evaluation_line,
     read_metrics,
 )
+from grpo_jax.run.preparation import check_run, prepare_run
 from grpo_jax.run.progress import announce, mute, phase, set_detail
-from grpo_jax.run.prompt_limit import fit_prompts
-from grpo_jax.run.sinks import check_sinks
 from grpo_jax.run.stages import (
     add_advantages,
     draw_completions,
@@ -70,7 +63,7 @@ from grpo_jax.run.state import (
     start_or_resume,
     wait_for_update,
 )
-from grpo_jax.tasks.streams import draw_problems, held_out_problems, make_task
+from grpo_jax.tasks.streams import draw_problems, held_out_problems
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
@@ -102,6 +95,7 @@ def train(
     problems: Sequence[Problem] | str | Path | Task | None = None,
     rewards: dict[str, RewardPart] | None = None,
     accept_changed_files: bool = False,
+    given: Collection[str] = (),
 ) -> dict[str, float]:
     """Trains to `total_steps`, resuming from the newest checkpoint of the workdir if it has one.
 
@@ -117,6 +111,7 @@ def train(
             `f(problems, texts, lengths) -> float32[N]`. `cfg.reward.weights` holds their weights in this order; if it
             has its default value, every weight is 1.
         accept_changed_files: Whether to resume even if files that the run reads have changed since it was started.
+        given: With `cfg.derive`, keys that keep their values besides those that differ from `config.default()`.
 
     Returns:
         The metrics of the last update, as on the last line of metrics.jsonl.
@@ -125,78 +120,28 @@ def train(
         UserError: The config, the model, a problem or a reward cannot be used, or gradients were not finite for
             `optim.max_skips` updates in a row.
     """
-    cfg = configs.check(name_python_inputs(cfg, problems, rewards))
     workdir = Path(workdir).expanduser()
-    configs.check_workdir(workdir, cfg)
-    check_sinks(cfg.log.sinks)
-    done = newest_step(workdir)
-    check_trained_config(workdir, cfg, done, read_meta(workdir, done).get("config", {}))
-    if done > cfg.total_steps:
-        raise UserError(
-            f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "
-            f"{cfg.total_steps}. Raise --config.total_steps, or choose another --workdir."
-        )
-    reward_parts = dict(rewards) if rewards else resolve_parts(cfg)
-    with phase("Reading the problems"):
-        task = make_task(problems, cfg, graded=accuracy_part in reward_parts.values())
-    notes, digests = getattr(task, "notes", ()), run_digests(task, cfg.prompt.template)
-    configs.check_files(workdir, digests, accept=accept_changed_files)
-    join_processes(os.environ)
+    checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
     mute(jax.process_index() != 0)
-    if done == cfg.total_steps:
-        announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
+    if checked.done == checked.cfg.total_steps:
+        announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, checked.done)}")
         return read_metrics(workdir)[-1]
-    cfg = refit_mesh(cfg, workdir)
-    base = read_base_model(cfg)
-    fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
-    context = build_context(fitted, base, reward_parts=reward_parts, training=True)
+    run = prepare_run(checked, workdir)
+    cfg, context = run.cfg, run.context
     if jax.process_index() == 0:
-        configs.write_config(workdir, cfg, digests)
-        announce("\n".join([*notes, prompt_lengths]))
+        configs.write_config(workdir, cfg, checked.digests)
+        announce("\n".join(run.notes))
     if jax.process_count() > 1:
         check_shared_workdir(workdir)
     with jax.set_mesh(context.mesh), closing(context.grader):
         from_first_process(context.grader.start, np.zeros(()))
-        metrics = run_updates(fitted, context, task, workdir, flatten(dataclasses.asdict(cfg)))
+        metrics = run_updates(run.fitted, context, run.task, workdir, flatten(dataclasses.asdict(cfg)))
     if jax.process_index() == 0:
         folders = (
             "samples/, checkpoints/ and tensorboard/" if "tensorboard" in cfg.log.sinks else "samples/ and checkpoints/"
         )
         announce(f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, {folders} to {workdir}")
     return metrics
-
-
-def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
-    """Returns a copy of a config in which names stand for problems and rewards that are Python objects.
-
-    Raises:
-        UserError: `raw` is not a config, `rewards` is not a dict of functions or uses a reserved name, or they replace
-            parts that `raw` names.
-    """
-    default = configs.default()
-    if not isinstance(raw, type(default)):
-        raise UserError(f"cfg must be a config like config.default(); found {raw!r:.60}. Pass one.")
-    if rewards is not None and not (isinstance(rewards, dict) and rewards and all(map(callable, rewards.values()))):
-        raise UserError(f"rewards must be a dict of functions by name; found {rewards!r:.60}. Pass one.")
-    if rewards and raw.reward.parts not in (default.reward.parts, tuple(rewards)):
-        raise UserError(
-            f"reward.parts has no effect with rewards=...; found {raw.reward.parts}. Leave out one of them."
-        )
-    if rewards and rewards.keys() & {"language", "length"}:
-        raise UserError(
-            "rewards must not have the names 'language' and 'length', which are built-in parts with settings of their "
-            f"own; found {', '.join(map(repr, rewards))}. Rename yours."
-        )
-    raw = raw.copy_and_resolve_references()
-    if isinstance(problems, str | Path):
-        raw.task.name, raw.task.path = "file", str(problems)
-    elif problems is not None:
-        raw.task.name = PYTHON_TASK
-    if rewards:
-        raw.reward.parts = tuple(rewards)
-        if raw.reward.weights == default.reward.weights:
-            raw.reward.weights = (1.0,) * len(rewards)
-    return raw
 
 
 def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from os.path import basename
 
 from tqdm import tqdm
@@ -22,6 +23,7 @@ _TERM = (
     r"(?:\d{1,20}(?:\.\d{1,20})?|\d{0,9}(?:\\[dt]?frac\{\d{1,20}\}\{[1-9]\d{,20}\}|\\sqrt\{\d{1,9}\}|\\pi|[a-df-z]))"
 )
 READABLE = re.compile(rf"-?{_TERM}(?: ?[+-] ?{_TERM}){{0,4}}|\([A-J]\) .*", re.DOTALL)
+MIN_DIVERSE = 10  # problems of a file whose answers must not all be the same
 SHOWN_REASONS, SHOWN_ROWS = 3, 4  # reasons that an error quotes, and rows that it names for each
 
 
@@ -65,7 +67,7 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
             try:
                 problem, how = read_problem(row, task_cfg, graded=graded)
                 said[how] += 1
-                yield place, Problem(problem.question, problem.answer, problem.metadata, f"{name} {place}")
+                yield place, replace(problem, id=f"{name} {place}")
             except ValueError as error:
                 yield place, str(error)
 
@@ -158,4 +160,10 @@ def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = Tr
     problems, note = read_with_notes(path, task_cfg, graded=graded)
     held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
     notes = [note, eval_note] if eval_path else [note]
+    if graded and len(problems) >= MIN_DIVERSE and len({problem.answer for problem in problems}) == 1:
+        raise UserError(
+            f"{path} must have problems with different answers; all {len(problems):,} have the answer "
+            f"{problems[0].answer!a:.60}, which a policy would give without reading the question. Name another field "
+            "with --config.task.answer=FIELD, or correct the file."
+        )
     return split_problems(problems, held_out, hold_out=hold_out, notes=notes, digests=digests | eval_digests)

@@ -49,6 +49,30 @@ def question_hash(problem: Problem) -> int:
     return int.from_bytes(hashlib.sha256(normalized.encode(errors="replace")).digest()[:8])
 
 
+def leave_out_examples(task: ProblemList, examples: Sequence[str]) -> ProblemList:
+    """Returns a task that does not train on the questions that its prompts show with their answers.
+
+    Args:
+        task: The task.
+        examples: Questions and completions in turn, as `prompt.examples` has them.
+
+    Raises:
+        UserError: No problem is left for training.
+    """
+    shown = {question_hash(Problem(question, "")) for question in examples[::2]}
+    train = [problem for problem in task.train if question_hash(problem) not in shown] if shown else task.train
+    left_out = len(task.train) - len(train)
+    if left_out and not train:
+        raise UserError(
+            f"At least one problem must be left for training; found {left_out:,}, all of them in prompt.examples. Add "
+            "other problems."
+        )
+    if not left_out:
+        return task
+    note = f"Not trained on because prompts show them as examples: {left_out:,}"
+    return ProblemList(train, task.held_out, (*task.notes, note), task.digests)
+
+
 def split_problems(
     problems: Sequence[Problem],
     held_out: Sequence[Problem] | None = None,

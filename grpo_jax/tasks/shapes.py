@@ -33,6 +33,7 @@ from grpo_jax.text.problem import Problem, read_messages
 QUESTIONS = ("question.stem", "question_stem", "question", "problem", "prompt", "query")
 CONTEXTS = {"body": " ", "passage": "\n\n", "context": "\n\n"}  # fields put before the question, and the separator
 ANSWERS = ("reward_model.ground_truth", "final_answer", "answer", "expected_answer", "ground_truth", "solution")
+SOLUTIONS = ("solution", "rationale", "explanation")
 CHOICES = ("choices", "options", "question.choices")
 CHOICE_ANSWERS = ("correct_answer", "answerkey", "answer_index", "answer_idx", "correct", "label", "gold", *ANSWERS)
 GPQA = ("correct_answer", "incorrect_answer_1", "incorrect_answer_2", "incorrect_answer_3")
@@ -50,6 +51,8 @@ MAX_LISTED = 400  # characters of the field names that an error lists
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_ANSWER = ("", "proof", "notfound")  # what NuminaMath-1.5 writes where a problem has no answer
+
+CALCULATIONS = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations, such as <<48/2=24>>
 
 _BARE_BOX = re.compile(r"\\boxed\s+([^{}$]+)")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
@@ -104,7 +107,17 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
         answer = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     used += [field, *names]
     metadata = {name: value for name, value in row.items() if name not in used}
-    return Problem(question, answer, metadata), ", ".join([*said, f"answer from `{field}`{how}"])
+    problem = Problem(question, answer, metadata, solution=read_solution(row, value))
+    return problem, ", ".join([*said, f"answer from `{field}`{how}"])
+
+
+def read_solution(row: dict[str, Any], answer: Any) -> str:
+    """Returns how the answer of a row is found, given the value of its answer field; "" if the row does not say."""
+    text = answer.rpartition("####")[0] if isinstance(answer, str) else ""
+    for value in (find(row, name)[1] for name in SOLUTIONS if not text.strip()):
+        if isinstance(value, str) and len(value.split()) > MAX_WORDS:  # a shorter one is an answer
+            text = text or value
+    return " ".join(CALCULATIONS.sub("", text).split())
 
 
 def find(row: dict[str, Any], *names: str) -> tuple[str, Any]:

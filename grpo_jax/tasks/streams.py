@@ -11,7 +11,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.addition import addition_task
 from grpo_jax.tasks.problem_file import file_task, keep_readable
-from grpo_jax.tasks.problem_list import ProblemList, split_problems
+from grpo_jax.tasks.problem_list import ProblemList, leave_out_examples, split_problems
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem, read_messages
 
@@ -52,11 +52,15 @@ def make_task(problems: Any, cfg: Config, *, graded: bool = True) -> Task:
         path = str(Path(problems).expanduser())
         cfg, problems = replace(cfg, task=replace(cfg.task, name="file", path=path)), None
     if problems is None:
-        return resolve_task(cfg, graded=graded)
-    if isinstance(problems, list | tuple):
-        return list_task(problems, cfg, graded=graded)
-    if callable(problems):
-        return problems
+        task = resolve_task(cfg, graded=graded)
+    elif isinstance(problems, list | tuple):
+        task = list_task(problems, cfg, graded=graded)
+    else:
+        task = problems
+    if isinstance(task, ProblemList):
+        return leave_out_examples(task, cfg.prompt.examples)
+    if callable(task):
+        return task
     raise UserError(
         f"problems must be a list of Problem, the path of a file, or a task; found {type(problems).__name__}. "
         "Pass one of these."

@@ -99,9 +99,22 @@ class PromptFormat:
     in `What is 1 + 1?. Assistant: 2 User: What is 2 + 2?`, and system messages precede the template.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "r1zero"):
-        """Makes a format from a `transformers` tokenizer and a value of `prompt.template` (see `read_template`)."""
+    def __init__(
+        self, tokenizer: Any, template: str = "r1zero", *, instruction: str = "", examples: Sequence[str] = ()
+    ):
+        """Makes a format.
+
+        Args:
+            tokenizer: A `transformers` tokenizer.
+            template: A value of `prompt.template` (see `read_template`).
+            instruction: A text in front of the first question of a chat template, or in front of any other template.
+            examples: Solved problems before each question: questions and completions in turn.
+        """
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
+        self.instruction = instruction
+        self.examples = [
+            Message(role="assistant" if i % 2 else "user", content=text) for i, text in enumerate(examples)
+        ]
         tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
         spaced = [(r"\s*" * token.lstrip, token.content, r"\s*" * token.rstrip) for token in tokens if token.special]
         patterns = [before + re.escape(content) + after for before, content, after in spaced]
@@ -110,7 +123,20 @@ class PromptFormat:
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
         """Returns the prompt of a problem as a text. Error messages call the problem `name`."""
-        return self.render(named_messages(problem, name), name)
+        return self.render(self.conversation(problem, name), name)
+
+    def conversation(self, problem: Problem, name: str) -> list[Message]:
+        """Returns the messages of a prompt: those of the problem, after the instruction and the solved examples."""
+        messages = named_messages(problem, name)
+        if not (self.instruction or self.examples):
+            return messages
+        system = [message for message in messages if message["role"] == "system"]
+        turns = [*self.examples, *(message for message in messages if message["role"] != "system")]
+        if self.instruction and self.template is None:
+            turns[0] = Message(role=turns[0]["role"], content=f"{self.instruction}\n\n{turns[0]['content']}")
+        elif self.instruction:
+            system = [Message(role="system", content=self.instruction), *system]
+        return [*system, *turns]
 
     def render(self, messages: list[Message], name: str) -> str:
         """Returns the prompt of a conversation as a text."""
@@ -134,7 +160,7 @@ class PromptFormat:
         Raises:
             UserError: See `named_messages` and `render`.
         """
-        named = [(named_messages(problem, name), name) for problem, name in zip(problems, names, strict=True)]
+        named = [(self.conversation(problem, name), name) for problem, name in zip(problems, names, strict=True)]
         texts = [self.render(messages, name) for messages, name in named]
         if not texts:
             return []
