@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     raw = flags.load_config(options.config) if options.config else configs.default()
     with phase("Reading the runs"):
         runs = read_runs(options.workdir)
-        data = report_data(runs, flatten(raw.to_dict()), options.config or "the defaults", options.topology)
+        data = report_data(runs, flatten(raw.to_dict()), options.config, options.topology)
     page = make_page(data)
     try:
         write_page(out, page)

@@ -118,7 +118,7 @@ class PageReader(HTMLParser):
 
 def read_page(*workdirs, **arguments) -> PageReader:
     runs = read_runs(list(map(str, workdirs)))
-    return PageReader(page.make_page(page.report_data(runs, flatten(default().to_dict()), "the defaults", **arguments)))
+    return PageReader(page.make_page(page.report_data(runs, flatten(default().to_dict()), **arguments)))
 
 
 def test_hostile_text_is_data_on_the_page(tmp_path):

@@ -344,9 +344,9 @@ function tokenValues(answer, n) {
   const [logp, ratio, kl] = [answer.logps, answer.log_ratios, answer.kl].map((values) => values?.[n] ?? null);
   const parts = [make("b", {}, `token ${n + 1}`), " ", addText(make("code"), `“${answer.pieces[n]}”`), ` id ${answer.tokens?.[n] ?? "–"}`];
   parts.push(` · log-prob ${format(logp)} (p ${format(logp === null ? null : Math.exp(logp))})`);
-  parts.push(` · ratio ${ratio === null ? "–" : Math.abs(ratio) < 0.001 ? `1 ${ratio < 0 ? "−" : "+"} ${format(Math.abs(Math.expm1(ratio)))}` : format(Math.exp(ratio))}`);
-  parts.push(` · KL ${format(kl)}`);
-  return parts;
+  const isNear = ratio && Math.abs(ratio) < 0.001; // then its digits are all 9 or 0
+  parts.push(` · ratio ${isNear ? `1 ${ratio < 0 ? "−" : "+"} ${format(Math.abs(Math.expm1(ratio)))}` : format(ratio === null ? null : Math.exp(ratio))}`);
+  return [...parts, ` · KL ${format(kl)}`];
 }
 
 /** Shows the tokens of an answer; arrow keys move between them, and the bar at the bottom shows their values. */
@@ -610,7 +610,7 @@ function configTable(rows) {
 
 function showConfig() {
   const changed = config.rows.filter(([, isChanged]) => isChanged);
-  element("config-note").textContent = `${changed.length} of ${config.rows.length} keys differ from ${textOf(config.base)}.`;
+  element("config-note").textContent = `${changed.length} of ${config.rows.length} keys differ from ${textOf(config.base)}.${config.isPreset ? "" : " Pass --config=FILE.py:PRESET to compare with a preset."}`;
   if (changed.length) element("config-changes").append(configTable(changed));
   element("config-all").append(configTable(config.rows));
 }
