@@ -16,7 +16,6 @@ from grpo_jax.run.progress import announce, mute, phase
 from grpo_jax.tasks.problem_file import read_with_notes
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.tasks.streams import held_out_problems, resolve_task
-from grpo_jax.text.terminal import printable
 
 
 @phase("Starting")
@@ -65,11 +64,11 @@ def main(argv: Sequence[str]) -> None:
         changed = [name for name in changed_files(workdir, digests) if name in digests]
         notes = [f"{', '.join(changed)} changed since the run was started."] if changed else []
         for note in [*getattr(task, "notes", ()), *notes]:
-            announce(printable(note), sys.stderr)
+            announce(note, sys.stderr)
     base = read_base_model(cfg)
     cfg, task, prompt_lengths = fit_prompts(cfg, base, task)
     for line in prompt_lengths.splitlines()[:-1]:  # about prompts that are left out
-        announce(printable(line), sys.stderr)
+        announce(line, sys.stderr)
     context = build_context(cfg, base, reward_parts=reward_parts)
     problems = task.held_out if options.questions else held_out_problems(task, cfg.eval.questions)
     with jax.set_mesh(context.mesh), closing(context.grader):

@@ -18,6 +18,7 @@ from grpo_jax.run.policy import load_policy
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.text.problem import Problem
+from grpo_jax.text.terminal import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         with jax.set_mesh(context.rollout_mesh):
             key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
             for piece in stream_completion(cfg, context, placed, options.prompt, key):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
     print()
 
 

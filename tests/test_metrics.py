@@ -214,3 +214,26 @@ def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path)
     start = rows.index(["accuracy", "0.125", "0.750"])
     assert rows[start + 1 : start + 3] == [["short", "0.062", "0.375"], ["length", "(tokens)", "12.500", "75.000"]]
     assert "What is 1 + 1?" in text and "first guess" in text and "last answer" in text and "middle" not in text
+    assert "not comparable" not in text
+
+
+@pytest.mark.parametrize("change", ["temperature", "questions", "other questions"])
+def test_a_comparison_of_evaluations_says_in_what_they_differ(tmp_path, change):
+    temperatures = {0: 1.0, 3: 0.0 if change == "temperature" else 1.0}
+    later = {"questions": ["c", "b"], "other questions": ["d"]}.get(change, ["a", "b", "c"])
+    questions = {0: ["a", "b", "c"], 3: later}
+    metrics = {"eval/accuracy": 0.5, "eval/length_mean": 9.0, "eval/sampling/top_k": 0.0}
+    write_log(tmp_path, [(s, metrics | {"eval/sampling/temperature": temperatures[s]}) for s in (0, 3)])
+    for step in (0, 3):
+        records = [{"question": name, "completion": f"{name} at {step}"} for name in questions[step]]
+        write_samples(tmp_path, "eval", step, records)
+    text = before_and_after(tmp_path)
+    differs = {
+        "temperature": "not comparable: they differ in eval.temperature (1 and 0). Evaluate both",
+        "questions": "not comparable: they differ in questions (3 and 2 different ones, 2 in both). Evaluate both",
+        "other questions": "questions (3 and 1 different ones, 0 in both)",
+    }
+    assert differs[change] in text and "top_k" not in text and "sampling" not in text
+    shared = {"temperature": "a", "questions": "b"}.get(change)
+    assert ("question  " in text) == bool(shared)
+    assert all(not shared or f"{shared} at {step}" in text for step in (0, 3))

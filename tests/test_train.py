@@ -1,5 +1,7 @@
 """The training loop: resuming, the files of a workdir, non-finite gradients, and learning from rewards alone."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,10 +20,12 @@ from jax.experimental import multihost_utils
 import grpo_jax.evaluate
 import grpo_jax.run.stages
 import grpo_jax.run.train
-from grpo_jax.config import default
+from grpo_jax.config import check, default, write_config
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
+from grpo_jax.run.context import refit_mesh
 from grpo_jax.run.state import RunState, UpdateInFlight
 from grpo_jax.run.train import finish_update
 from grpo_jax.text.problem import Problem
@@ -91,14 +95,17 @@ def finished_run(tmp_path_factory):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tmp_path):
-    """The run is killed in step 5, after a checkpoint in step 3: in the middle of the first rollout."""
+    """The run is killed in step 5, after a checkpoint in step 3: in the middle of the first rollout.
+
+    It resumes with its own config; total_steps may be raised.
+    """
     workdir = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "5")
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 4, "reward/mean": 9}\n{"step": 5, "rew')
     config = json.loads((workdir / "config.json").read_text())
-    (workdir / "config.json").write_text(json.dumps(config | {"total_steps": 3}))  # total_steps may be raised
-    train(workdir, FINISHED_RUN)
+    (workdir / "config.json").write_text(json.dumps(config | {"total_steps": 3}))
+    main([f"--workdir={workdir}", "--config.total_steps=5"])
 
     for item in ("policy", "optimizer"):
         assert_trees_equal(restore(finished_run, "5", item), restore(workdir, "5", item))
@@ -119,10 +126,74 @@ def test_drift_from_the_sampler_is_measured_before_the_first_update_of_a_rollout
 
 def test_running_a_finished_run_again_changes_nothing(finished_run, capsys):
     metrics, steps = (finished_run / "metrics.jsonl").read_text(), sorted(os.listdir(finished_run / "checkpoints"))
-    train(finished_run, FINISHED_RUN)
+    main([f"--workdir={finished_run}"])
     assert (finished_run / "metrics.jsonl").read_text() == metrics
     assert sorted(os.listdir(finished_run / "checkpoints")) == steps == ["3", "5", "reference"]
-    assert "before     after" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "before     after" in shown and "--config.total_steps=N with an N of more than 5" in shown
+    assert "is finished: it has done all 5 updates" in shown and f"grpo_jax.report --workdir={finished_run}" in shown
+
+
+def edit_config(workdir, section, key, value):
+    values = json.loads((workdir / "config.json").read_text())
+    values[section][key] = value
+    (workdir / "config.json").write_text(json.dumps(values))
+
+
+def test_a_run_is_not_resumed_with_a_config_that_was_edited(finished_run, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    edit_config(workdir, "log", "every_steps", 2)  # which may change
+    edit_config(workdir, "optim", "lr", 0.5)
+    says = r"config.json must hold the config of .* step 5, which was trained with optim.lr=0.00015; found 0.5. Undo"
+    with pytest.raises(UserError, match=says):
+        main([f"--workdir={workdir}", "--config.total_steps=6"])
+
+
+def test_a_run_that_moves_to_other_devices_gets_a_mesh_that_fits_them(tmp_path, capsys):
+    """There are 8 devices here. A mesh that the user chooses is left as it is, and so is one that fits."""
+
+    def refitted(mesh, own):
+        raw = default()
+        raw.mesh.update(mesh)
+        raw.rollout.mesh.tensor = 4
+        write_config(tmp_path, check(raw))
+        raw.mesh.update(own)
+        cfg = refit_mesh(check(raw), tmp_path)
+        return cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.expert, cfg.mesh.tensor, cfg.rollout.mesh.tensor
+
+    assert refitted({"data": 4, "fsdp": 2, "tensor": 2}, {}) == (1, -1, 1, 1, 0)
+    assert refitted({"data": -1, "tensor": 3}, {}) == (1, -1, 1, 1, 0)
+    assert "The run's mesh does not fit 8 device(s)" in capsys.readouterr().out
+    assert refitted({"data": 4, "fsdp": 2}, {}) == (4, 2, 1, 1, 4)
+    assert refitted({"data": -1, "tensor": 2}, {}) == (-1, 1, 1, 2, 4)
+    assert refitted({"data": 4, "fsdp": 4}, {"data": 3}) == (3, 4, 1, 1, 4)
+
+
+def on_ascii_terminal(monkeypatch, entry, *argv):
+    """Runs an entry point on a terminal that can show ASCII only, and returns what it shows."""
+    for name in ("stdout", "stderr"):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+        monkeypatch.setattr(sys, name, terminal)
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    with contextlib.suppress(SystemExit):
+        run_entry_point(entry)
+    return (sys.stdout.buffer.getvalue() + sys.stderr.buffer.getvalue()).decode("ascii")
+
+
+def test_what_a_model_or_a_file_says_shows_its_escape_sequences_on_any_terminal(finished_run, tmp_path, monkeypatch):
+    workdir, sequence = shutil.copytree(finished_run, tmp_path / "run"), "\x1b[2J \u6f22 \ud800"
+    path = workdir / "samples" / "eval-000000.jsonl"
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    first |= {"question": f"Q {sequence}", "completion": f"A {sequence}"}
+    for name in ("eval-000000.jsonl", "eval-000005.jsonl"):
+        (workdir / "samples" / name).write_text("".join(json.dumps(record) + "\n" for record in (first, *others)))
+    with monkeypatch.context() as patch:
+        shown = on_ascii_terminal(patch, main, f"--workdir={workdir}")
+    visible = r"\x1b[2J \u6f22 \ud800"
+    assert f"question  Q {visible}" in shown and f"before    A {visible}" in shown and "\x1b" not in shown
+    with monkeypatch.context() as patch:
+        shown = on_ascii_terminal(patch, main, "--config=\x1b[2J\u6f22")
+    assert r"found no file '\x1b[2J\u6f22'" in shown and "\x1b" not in shown
 
 
 def test_the_reference_is_the_base_model(finished_run):

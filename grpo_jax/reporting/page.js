@@ -289,7 +289,7 @@ function showCurves() {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].sort();
   addChart(element("main-charts"), "Reward", "mean over answers", "reward/mean");
   addChart(element("main-charts"), "Length of answers", "tokens", "rollout/length_mean", "eval/length_mean");
-  for (const part of new Set(names.filter((name) => /^(reward|eval)\//.test(name)).map((name) => name.split("/").slice(1).join("/")))) {
+  for (const part of new Set(names.filter((name) => /^(reward|eval)\/[^/]+$/.test(name)).map((name) => name.split("/").slice(1).join("/")))) {
     if (!NOT_PARTS.includes(part)) addChart(element("charts"), part, "reward part, mean", `reward/${part}`, `eval/${part}`);
   }
   for (const [metric, title, unit] of CHARTS) addChart(element("charts"), title, unit, metric);

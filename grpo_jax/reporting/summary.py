@@ -58,7 +58,7 @@ def key_numbers(run: RunFiles) -> list[dict[str, Any]]:
         note = f"held-out questions, {steps}"
         for metric in first:
             label = metric.removeprefix("eval/")
-            if metric.startswith("eval/") and label not in NOT_SCORES:
+            if metric.startswith("eval/") and label not in NOT_SCORES and "/" not in label:
                 numbers.append({"label": label, "before": first.get(metric), "after": last.get(metric), "note": note})
         length = {"before": first.get("eval/length_mean"), "after": last.get("eval/length_mean")}
         numbers.append({"label": "length in tokens", "note": note} | length)

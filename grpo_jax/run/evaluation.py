@@ -33,7 +33,7 @@ def evaluate(
 
     Returns:
         (metrics, records): The mean of each reward part (`eval/accuracy`, ...) and of the length (`eval/length_mean`),
-        and one record per problem.
+        how the completions were sampled (`eval/sampling/temperature`, ...), and one record per problem.
     """
     shards = num_data_shards(context.rollout_mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
@@ -58,5 +58,6 @@ def evaluate(
     names = records[0]["rewards"]
     means = {f"eval/{name}": np.mean([record["rewards"][name] for record in records]) for name in names}
     means |= {f"eval/{kind}": count for kind, count in zip(FAILURES, failures, strict=True)}
+    means |= {f"eval/sampling/{name}": getattr(cfg.eval, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     means["eval/length_mean"] = np.mean([record["length"] for record in records])
     return {name: float(value) for name, value in means.items()}, records

@@ -91,7 +91,7 @@ def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
 def evaluation_scores(metrics: dict[str, float]) -> dict[str, float]:
     """Returns the mean of each reward part in an evaluation, by label."""
     labels = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
-    return {label: metrics[f"eval/{label}"] for label in labels if label not in NOT_PARTS}
+    return {label: metrics[f"eval/{label}"] for label in labels if label not in NOT_PARTS and "/" not in label}
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:
@@ -110,17 +110,50 @@ def describe_finished_run(workdir: Path, steps: int) -> str:
 
 
 def before_and_after(workdir: Path) -> str:
-    """Formats a table of a run's first and last evaluation, and a completion of each for the same question."""
+    """Formats a table of a run's first and last evaluation, and a completion of each for the same question.
+
+    A line above the table says in what the two evaluations differ besides the policy, if they do.
+    """
     evaluations = [line for line in read_metrics(workdir) if "eval/length_mean" in line]
     if not evaluations:
         return "No evaluation, because no problems were held out"
     first, last = evaluations[0], evaluations[-1]
-    rows = ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
+    before, after = (read_evaluation(workdir, line["step"]) for line in (first, last))
+    rows = describe_unlike(first, last, before, after)
+    rows += ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     scores = {label: f"eval/{label}" for label in evaluation_scores(first)} | {"length (tokens)": "eval/length_mean"}
     rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for label, name in scores.items()]
-    if not all((workdir / "samples" / f"eval-{line['step']:06d}.jsonl").is_file() for line in (first, last)):
-        return "\n".join(rows)
-    before, after = (read_samples(workdir, "eval", line["step"])[0] for line in (first, last))
-    rows += ["", f"question  {before['question']}"]
-    rows += [f"{'before':10}{before['completion'].strip()}", f"{'after':10}{after['completion'].strip()}"]
+    shared = next((question for question in before if question in after), None)
+    if shared:
+        rows += ["", f"question  {before[shared]['question']}"]
+        rows += [f"{'before':10}{before[shared]['completion'].strip()}"]
+        rows += [f"{'after':10}{after[shared]['completion'].strip()}"]
     return "\n".join(rows)
+
+
+def read_evaluation(workdir: Path, step: int) -> dict[str, dict]:
+    """Returns the records of an evaluation by question, prompt and expected answer; empty if its file is gone."""
+    if not (workdir / "samples" / f"eval-{step:06d}.jsonl").is_file():
+        return {}
+    fields = ("question", "prompt", "expected")
+    return {str([record.get(name) for name in fields]): record for record in read_samples(workdir, "eval", step)}
+
+
+def describe_unlike(first: dict, last: dict, before: dict[str, dict], after: dict[str, dict]) -> list[str]:
+    """Returns a line that says in what two evaluations differ besides the policy; none if they do not.
+
+    Args:
+        first: The metrics of the one.
+        last: The metrics of the other.
+        before: The records of the one, from `read_evaluation`.
+        after: The records of the other.
+    """
+    settings = [name for name in first if name.startswith("eval/sampling/") and first[name] != last.get(name)]
+    unlike = [f"eval.{name.rpartition('/')[2]} ({first[name]:g} and {last[name]:g})" for name in settings]
+    if before and after and before.keys() != after.keys():
+        shared = len(before.keys() & after.keys())
+        unlike.append(f"questions ({len(before)} and {len(after)} different ones, {shared} in both)")
+    if not unlike:
+        return []
+    line = f"The two evaluations are not comparable: they differ in {', '.join(unlike)}. Evaluate both with the same"
+    return ["", f"{line} settings: python -m grpo_jax.evaluate --workdir=DIR, and again with --base."]

@@ -15,6 +15,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from grpo_jax.text.terminal import printable
+
 QUIET_SECONDS = 3.5  # after which a plain line is printed
 TICK_SECONDS = 0.25
 STEP_BAR = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {desc}"
@@ -160,11 +162,11 @@ def set_detail(text: str) -> None:
 
 
 def announce(line: str, file: TextIO | None = None) -> None:
-    """Prints a line on the console, above a progress bar; to stdout if no file is given."""
+    """Prints a line above a progress bar, to stdout if no file is given, with its control characters made visible."""
     if PROGRESS.is_muted:
         return
     with PROGRESS.lock:
-        tqdm.write(line, file=file or sys.stdout)
+        tqdm.write(printable(line), file=file or sys.stdout)
         (file or sys.stdout).flush()  # a pipe would hold it back
         PROGRESS.last_output = PROGRESS.clock()
 

@@ -27,6 +27,7 @@ from grpo_jax.run.progress import phase
 from grpo_jax.run.rollout_progress import RolloutProgress
 from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem, Prompts
+from grpo_jax.text.terminal import printable
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
 SUBMITTED_TOKENS = 2**22  # most tokens that are fetched at once while sampling
@@ -187,7 +188,7 @@ def grade_completions(
         if failures:
             line = f"{len(failures)} grade{'s' * (len(failures) > 1)} of {len(rows)} completions set to 0, because a "
             line += f"reward part failed. The first failure: {failures[0]}"
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(printable(line), file=sys.stderr)
         return np.stack(list(grades.scores.values()))
 
     # Process 0 grades for all, because processes might disagree on which completions took too long.
