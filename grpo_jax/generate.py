@@ -1,8 +1,11 @@
-"""Samples a completion from a run's policy and prints it while it is sampled."""
+"""Samples a completion from a run's policy and prints it while it is sampled, or draws a recorded one again."""
 
 import contextlib
+import json
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -16,6 +19,7 @@ from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model
 from grpo_jax.run.generation import stream_completion
 from grpo_jax.run.policy import load_policy
 from grpo_jax.run.prompt_limit import fit_prompts
+from grpo_jax.run.redraw import describe_redrawn, parse_sample_name, redraw_sample
 from grpo_jax.tasks.problem_list import ProblemList
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.terminal import printable
@@ -32,8 +36,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy; default: rollout.temperature; eval.top_k, top_p, min_p apply"
     )
+    parser.add_argument(
+        "--sample",
+        metavar="STEP/PROMPT_ID/SAMPLE_ID",
+        help="draw this record of samples/train-STEP.jsonl again; eval-STEP/... for one of an evaluation",
+    )
+    parser.add_argument("--json", action="store_true", help="with --sample: print one JSON object")
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
     keep_compiled_programs(os.environ)
+    if options.sample:
+        for flag, value in (("--prompt", options.prompt), ("--temperature", options.temperature)):
+            if value is not None:
+                raise UserError(f"{flag} has no effect with --sample; found {value!r}. Leave out one of them.")
+        if options.base or options.step is not None:
+            raise UserError("--sample says which policy is used; found --base or --step too. Leave that out.")
+        show_sample(raw, workdir, options.sample, as_json=options.json)
+        return
     if not options.prompt:
         raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
@@ -55,6 +73,25 @@ def main(argv: Sequence[str]) -> None:
             for piece in stream_completion(cfg, context, placed, options.prompt, key):
                 print(printable(piece), end="", flush=True)
     print()
+
+
+def show_sample(raw, workdir: Path, text: str, *, as_json: bool) -> None:
+    """Draws a recorded sample again and prints it; exits with code 3 if it is not the recorded one."""
+    name, cfg = parse_sample_name(text), configs.check(raw)
+    configs.check_workdir(workdir, cfg)
+    if is_multiprocess(os.environ):
+        raise UserError("generate runs in one process; found the variables of several. Start it on its own.")
+    drawn, note = redraw_sample(cfg, workdir, name)
+    if note:
+        print(printable(note), file=sys.stderr)
+    if as_json:
+        fields = drawn._asdict() | {"equal": drawn.first_difference is None, "largest_gap": drawn.largest_gap()}
+        print(json.dumps({"sample": text, "policy_step": name.policy_step} | fields))
+    else:
+        policy = f"the policy after step {name.policy_step}" if name.policy_step else "the base model"
+        print(printable(f"Drawn again by {policy}: {drawn.record['question']}\n{describe_redrawn(cfg, drawn)}"))
+    if drawn.first_difference is not None:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

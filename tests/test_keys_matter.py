@@ -179,7 +179,7 @@ CASES = {
     "eval.top_k": Case(0, 1, ("eval completion",)),
     "eval.top_p": Case(1.0, 0.1, ("eval completion",)),
     "eval.min_p": Case(0.0, 1.0, ("eval completion",)),
-    "log.every_steps": Case(1, 3, ("console", "train prompt"), {"total_steps": 3}),
+    "log.every_steps": Case(1, 3, ("console", "train prompt"), {"total_steps": 3, "checkpoint.every_steps": 3}),
     "log.samples": Case(16, 3, ("train prompt",)),
     "log.sinks": Case(("jsonl", "tensorboard"), ("jsonl",), ("files",)),
     "log.entropy": Case(True, False, ("update", "metrics")),

@@ -313,7 +313,9 @@ class EvalSection(Resumable):
 class LogSection(Resumable):
     """Console lines, sample files and metrics."""
 
-    every_steps: int = key(5, "updates between console lines, and between files in samples/", at_least=1)
+    every_steps: int = key(
+        5, "updates between console lines, and between files in samples/ (also after each checkpoint)", at_least=1
+    )
     samples: int = key(16, "number of completions per file in samples/; -1 for all", at_least=-1)
     sinks: tuple[str, ...] = key(
         ("jsonl", "tensorboard"),

@@ -138,3 +138,25 @@ def choose_tokens(
     logits = constrain(logits, ROW_AXES, None)
     token, _ = draw_tokens(keys, jnp.where(keep_mask(logits, filter), logits, -jnp.inf))
     return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+
+
+def draw_margin(
+    key: Key[Array, ""], logits: Float[Array, " V"], token: int, other: int, *, greedy: bool, filter: TokenFilter
+) -> Float[Array, ""]:
+    """Returns by how much `token` wins over `other` in the draw of `choose_tokens` with this key, in nats.
+
+    Both stages of a draw compare scores. The margin is the difference of the scores in the stage in which the two
+    tokens compete: of their blocks, or of the tokens themselves if they are in the same block.
+    """
+    width = vocab_block_width(len(logits))
+    if greedy:
+        return logits[token] - logits[other]
+    if filter != NO_FILTER:
+        logits = jnp.where(keep_mask(logits[None], filter)[0], logits, -jnp.inf)
+    block_noise, token_noise = (noise[0] for noise in gumbel_noise(key[None], len(logits)))
+    blocks = split_into_blocks(logits[None], width)[0]
+    if token // width == other // width:
+        scores = blocks[token // width] + token_noise
+        return scores[token % width] - scores[other % width]
+    scores = jax.nn.logsumexp(blocks, axis=-1) + block_noise
+    return scores[token // width] - scores[other // width]

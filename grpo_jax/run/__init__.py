@@ -19,6 +19,7 @@ Modules, in reading order:
     evaluation        evaluates a policy on held-out problems
     policy            loads the policy of a run for the entry points that read it
     generation        streams one completion of a policy
+    redraw            draws a recorded completion again
     export            writes a policy as a Hugging Face folder
     dry_run           shows what a run would do, without doing it
     train             the training loop

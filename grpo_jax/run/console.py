@@ -32,14 +32,18 @@ def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
 
 
 def is_reported(cfg: Config, step: int) -> bool:
-    """Returns whether the console has a line for a step, and samples/ a file for its rollout."""
+    """Returns whether the console has a line for a step."""
     return step % cfg.log.every_steps == 0 or step in (1, cfg.total_steps)
 
 
 def num_records(cfg: Config, first_step: int) -> int:
-    """Returns how many completions of the rollout whose first update is `first_step` go to samples/."""
+    """Returns how many completions of the rollout whose first update is `first_step` go to samples/.
+
+    A rollout is recorded if one of its updates is reported, or if its policy is in a checkpoint, from which the
+    completions can be drawn again.
+    """
     steps = range(first_step, first_step + cfg.train.minibatches * cfg.train.epochs)
-    if not any(is_reported(cfg, step) for step in steps):
+    if (first_step - 1) % cfg.checkpoint.every_steps and not any(is_reported(cfg, step) for step in steps):
         return 0
     completions = cfg.rollout.prompts * cfg.rollout.samples
     return completions if cfg.log.samples < 0 else min(cfg.log.samples, completions)
