@@ -141,22 +141,26 @@ def choose_tokens(
 
 
 def draw_margin(
-    key: Key[Array, ""], logits: Float[Array, " V"], token: int, other: int, *, greedy: bool, filter: TokenFilter
+    key: Key[Array, ""],
+    logits: Float[Array, " V"],
+    token: int | Int[Array, ""],
+    other: int | Int[Array, ""],
+    greedy: bool,
+    filter: TokenFilter,
 ) -> Float[Array, ""]:
     """Returns by how much `token` wins over `other` in the draw of `choose_tokens` with this key, in nats.
 
     Both stages of a draw compare scores. The margin is the difference of the scores in the stage in which the two
     tokens compete: of their blocks, or of the tokens themselves if they are in the same block.
     """
-    width = vocab_block_width(len(logits))
     if greedy:
         return logits[token] - logits[other]
     if filter != NO_FILTER:
         logits = jnp.where(keep_mask(logits[None], filter)[0], logits, -jnp.inf)
+    width = vocab_block_width(len(logits))
     block_noise, token_noise = (noise[0] for noise in gumbel_noise(key[None], len(logits)))
-    blocks = split_into_blocks(logits[None], width)[0]
-    if token // width == other // width:
-        scores = blocks[token // width] + token_noise
-        return scores[token % width] - scores[other % width]
-    scores = jax.nn.logsumexp(blocks, axis=-1) + block_noise
-    return scores[token // width] - scores[other // width]
+    blocks, (block, other_block) = split_into_blocks(logits[None], width)[0], (token // width, other // width)
+    block_scores = jax.nn.logsumexp(blocks, axis=-1) + block_noise
+    token_scores = blocks[block] + token_noise
+    of_tokens = token_scores[token % width] - token_scores[other % width]
+    return jnp.where(block == other_block, of_tokens, block_scores[block] - block_scores[other_block])

@@ -224,7 +224,7 @@ def draw_again(cfg: Config, context: RunContext, params, name: SampleName, probl
         logits = next_logits(context.model_cfg, params, jnp.asarray([prefix]), temperature or 1.0)
         token_key = fold_in_all(key, name.prompt_id, name.sample_id, index)
         pair = tokens[index], record["tokens"][index]
-        margin = abs(float(draw_margin(token_key, logits, *pair, greedy=temperature == 0, filter=filter)))
+        margin = abs(float(draw_margin(token_key, logits, *pair, temperature == 0, filter)))
         recorded_logp = float(jax.nn.log_softmax(logits)[pair[1]])
     return drawn._replace(first_difference=index, margin=margin, recorded_logp=recorded_logp)
 
