@@ -211,7 +211,7 @@ function drawChart(chart) {
     draw(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format(value));
   }
   draw(svg, "line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM });
-  for (const step of ticks(0, last, Math.max(2, width / 90)).filter(Number.isInteger)) {
+  for (const step of ticks(0, last, Math.max(2, width / 60)).filter(Number.isInteger)) {
     draw(svg, "text", { x: x(step), y: HEIGHT - 8, "text-anchor": "middle" }, step.toLocaleString("en-US"));
   }
   const path = (steps, values) => {
@@ -293,8 +293,10 @@ function showCurves() {
     if (!NOT_PARTS.includes(part)) addChart(element("charts"), part, "reward part, mean", `reward/${part}`, `eval/${part}`);
   }
   for (const [metric, title, unit] of CHARTS) addChart(element("charts"), title, unit, metric);
+  if (!names.length) element("curves-note").textContent = "No updates yet.";
   const shown = new Set(charts.flatMap(({ line, dots }) => [line, dots]));
   for (const name of names) if (!shown.has(name)) addChart(element("other-charts"), name, "", name);
+  element("other").hidden = !element("other-charts").children.length;
   element("smoothing").addEventListener("input", drawCharts);
   element("log").addEventListener("change", drawCharts);
   element("seeds").addEventListener("change", drawCharts);
@@ -453,6 +455,8 @@ function showStep(index) {
     const groups = data(`samples-${samples.run}-${step}`);
     options(element("group"), groups.map(({ question }, n) => `${n + 1} of ${groups.length}: ${question.slice(0, 80)}`));
     element("pick-group").hidden = groups.length < 2;
+  } else {
+    element("pick-group").hidden = true;
   }
   showGroup();
 }
@@ -461,8 +465,10 @@ function showSamplesOf(index) {
   const run = runs[index];
   samples.run = index;
   element("step").max = Math.max(0, run.steps.length - 1);
-  element("steps-note").textContent = !run.steps.length ? "The run has recorded no answers in samples/ yet."
-    : run.steps.length < run.recorded ? `The page holds ${run.steps.length} of the ${run.recorded} recorded steps, at equal distances; samples/ has all of them.` : "";
+  element("steps-note").textContent = run.steps.length
+    ? `Right means that the reward part ${textOf(run.lengths.part)} is above 0.`
+      + (run.steps.length < run.recorded ? ` The page holds ${run.steps.length} of ${run.recorded} recorded steps, at equal distances; samples/ has all of them.` : "")
+    : "The run has recorded no answers in samples/ yet.";
   showStep(0);
 }
 
@@ -569,8 +575,8 @@ function utilizationText(mfu) {
 function showTimes() {
   for (const run of runs) {
     const { seconds, updates, skipped, tokens_per_s: speed, mfu = {} } = run.time;
-    if (!updates) continue;
     const { step, ...phases } = seconds;
+    if (!step) continue;
     const order = [...Object.keys(PHASES).filter((name) => name in phases), ...Object.keys(phases).filter((name) => !(name in PHASES))];
     const outside = ["save", "eval"].reduce((total, name) => total + (phases[name] || 0), 0);
     const whole = step + outside;
