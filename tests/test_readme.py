@@ -45,6 +45,7 @@ SHORT = {
     "grpo_jax.evaluate": ["--config.eval.questions=8"],
     "grpo_jax.generate": [],
     "grpo_jax.export": [],
+    "grpo_jax.report": [],
 }
 # The same for the Python examples.
 SHORT_CONFIG = """

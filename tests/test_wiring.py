@@ -138,7 +138,7 @@ def recompute_run(workdir):
 
 
 def count_redrawn(workdir):
-    """Draws the completions of the second rollout again from their ids, with the policy and the keys that the docs name.
+    """Draws the completions of the second rollout again from their ids, with the policy and keys that the docs name.
 
     Returns:
         (equal, total): How many are the same, and how many there are.
