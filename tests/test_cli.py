@@ -321,6 +321,9 @@ def test_reading_a_run_needs_its_config_and_a_checkpoint(tmp_path, entry, argv):
     refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
     (tmp_path / "run" / "checkpoints" / "reference").mkdir(parents=True)  # killed before its first checkpoint
     refused(entry, tmp_path / "run", *argv, says="must have saved a checkpoint; found none in .*Train first")
+    (tmp_path / "run" / "checkpoints" / "4").mkdir()
+    refused(entry, tmp_path / "run", *argv, "--step=5", says=r"one of the steps kept in .* \(4\); found 5. Choose one")
+    refused(entry, tmp_path / "run", *argv, "--step=4", "--base", says="Only one of --base and --step may be given")
 
 
 @pytest.mark.parametrize("entry, argv", [(evaluate.main, []), (generate.main, ["--prompt=hello"])])

@@ -169,6 +169,18 @@ def test_a_run_that_moves_to_other_devices_gets_a_mesh_that_fits_them(tmp_path, 
     assert refitted({"data": 4, "fsdp": 4}, {"data": 3}) == (3, 4, 1, 1, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step, drawn_at", [([], 5), (["--step=3"], 3), (["--base"], 0)])
+def test_the_policy_of_a_step_is_evaluated(finished_run, capsys, step, drawn_at):
+    """The run itself has evaluated its policies after 0, 4 and 5 updates."""
+    grpo_jax.evaluate.main([f"--workdir={finished_run}", "--json", *step])
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["step"] == drawn_at
+    own = {row["step"]: row for row in read_rows(finished_run)}
+    if drawn_at in own and "eval/accuracy" in own[drawn_at]:
+        assert all(metrics[name] == own[drawn_at][name] for name in metrics if name.startswith("eval/"))
+
+
 def on_ascii_terminal(monkeypatch, entry, *argv):
     """Runs an entry point on a terminal that can show ASCII only, and returns what it shows."""
     for name in ("stdout", "stderr"):

@@ -42,8 +42,9 @@ def test_an_installed_wheel_trains(tmp_path):
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     run = [
         environment / "bin" / "python",
-        "-m",
-        "grpo_jax.main",
+        "-c",
+        "from importlib.metadata import entry_points; entry_points(group='console_scripts')['grpo-jax'].load()()",
+        "train",
         "--config=r1zero:tiny",
         f"--workdir={tmp_path}/run",
         "--config.total_steps=2",
