@@ -14,8 +14,9 @@ Modules, in reading order:
     sinks             where metrics and completions go: files, TensorBoard, trackers
     preparation       checks a run's config and inputs, and builds its context
     rollout_progress  says how far a rollout is
-    console           reports on a run while it trains
     stages            the stages of a rollout, from prompts to experience
+    diagnosis         notices when something is wrong with a run, and says what to try
+    console           reports on a run while it trains
     evaluation        evaluates a policy on held-out problems
     policy            loads the policy of a run for the entry points that read it
     generation        streams one completion of a policy

@@ -7,6 +7,7 @@ import jax
 
 from grpo_jax.config.schema import Config
 from grpo_jax.run.context import RunContext
+from grpo_jax.run.diagnosis import Diagnosis
 from grpo_jax.run.metrics import console_line, finite_or_none
 from grpo_jax.run.progress import announce, close_bar, step_bar
 from grpo_jax.run.sinks import open_sinks
@@ -52,10 +53,11 @@ def num_records(cfg: Config, first_step: int) -> int:
 class RunLog:
     """Logs the metrics of a run and prints lines on the console, on process 0 only."""
 
-    def __init__(self, cfg: Config, workdir: Path, step: int):
+    def __init__(self, cfg: Config, context: RunContext, workdir: Path, step: int):
         """Opens the log of a run that starts (step 0) or resumes after `step`."""
         self.cfg, self.workdir = cfg, workdir
         self.sinks = open_sinks(cfg, workdir, step or -1)
+        self.diagnosis = Diagnosis(cfg, context, workdir)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
         self.step_end = time.monotonic()  # when the previous step ended
         self.save_seconds = 0.0  # of the checkpoint after the previous step, for the line of the next one
@@ -75,6 +77,12 @@ class RunLog:
             self.bar.update()
         if step and is_reported(self.cfg, step):
             self.say(console_line(step, self.cfg.total_steps, metrics))
+        self.observe(step, metrics)
+
+    def observe(self, step: int, metrics: dict[str, float]) -> None:
+        """Warns of what is wrong according to the metrics of a step, or to facts that are no metrics."""
+        for text in self.diagnosis.observe(step, metrics):
+            self.say(f"warning: step {step}: {text}")
 
     def write_samples(self, kind: str, step: int, records: list[dict]) -> None:
         """Logs completions of a rollout (`kind` "train") or of an evaluation ("eval") with the step they belong to."""

@@ -14,13 +14,13 @@ NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and 
 
 
 def truncate_logs(workdir: Path, step: int) -> None:
-    """Removes everything after `step` from metrics.jsonl and samples/, so that a resumed run logs each step once."""
-    path = workdir / "metrics.jsonl"
-    if path.is_file():
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+    """Removes what is after `step` from the logs and samples/, so that a resumed run logs each step once."""
+    for path in (workdir / "metrics.jsonl", workdir / "warnings.jsonl"):
+        if path.is_file():
+            kept = [line for line in read_lines(path) if line["step"] <= step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(path)
     for sample_file in (workdir / "samples").glob("*.jsonl"):
         match = re.fullmatch(r"(?:train|eval)-(\d+)", sample_file.stem)  # files of other names are the user's
         if match and int(match[1]) > step:
@@ -29,8 +29,13 @@ def truncate_logs(workdir: Path, step: int) -> None:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl, without a last line that a crash left incomplete."""
+    return read_lines(workdir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Returns the lines of a log, without a last line that a crash left incomplete."""
     lines = []
-    for text in (workdir / "metrics.jsonl").read_text().splitlines():
+    for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -27,11 +27,8 @@ from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
 from grpo_jax.run.console import RunLog, describe_run, num_records
-from grpo_jax.run.context import (
-    EVALUATION_KEY,
-    SAMPLING_KEY,
-    RunContext,
-)
+from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
+from grpo_jax.run.diagnosis import initial_facts, sample_surprise
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.metrics import (
     before_and_after,
@@ -222,7 +219,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
     completions = cfg.rollout.prompts * cfg.rollout.samples
     with (
         closing(open_checkpoint_manager(workdir, cfg.checkpoint.keep)) as manager,
-        closing(RunLog(cfg, workdir, newest_step(workdir))) as log,
+        closing(RunLog(cfg, context, workdir, newest_step(workdir))) as log,
     ):
         run, root_key = start_or_resume(cfg, context, manager, workdir)
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
@@ -231,6 +228,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
         if run.step == 0:
             if setup.held_out:
                 log.write(0, evaluate_step(cfg, context, setup, run))
+            log.observe(0, initial_facts(cfg, context, task, run.train.params, root_key))
             log.say(LOSS_NOTE)
         plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
@@ -271,6 +269,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
                 with timed(times, "time/record_s", "Scoring the recorded samples"):
                     records = recording()
                 log.write_samples("train", step, records)
+                log.observe(step, sample_surprise(records) if step == 1 else {})
             run = finish_update(cfg, log, run)  # the previous update, while the devices compute this one
             experience = run.experience if step % updates_per_rollout else None
             flight = UpdateInFlight(update_metrics, rollout_metrics, times, start, packed)
