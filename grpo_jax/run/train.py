@@ -228,7 +228,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
         if run.step == 0:
             if setup.held_out:
                 log.write(0, evaluate_step(cfg, context, setup, run))
-            log.observe(0, initial_facts(cfg, context, task, run.train.params, root_key))
+            with phase("Looking at the first problems and answers"):
+                log.observe(0, initial_facts(cfg, context, task, run.train.params, root_key))
             log.say(LOSS_NOTE)
         plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
