@@ -24,7 +24,7 @@ INVISIBLE = {  # text and what the page shows of it
     "line\u2028paragraph\u2029end": "line\\u{2028}paragraph\\u{2029}end",
     "\u202eright to left\u2066 isolated": "\\u{202e}right to left\\u{2066} isolated",
     "\x1b[31mred\x00": "\\x1b[31mred\\x00",
-    "lone \ud800 surrogate": "lone \ufffd surrogate",
+    "lone \ud800 surrogate": "lone \\u{d800} surrogate",
     "👩‍👩‍👧 नमस्ते שלום": "👩‍👩‍👧 नमस्ते שלום",
 }
 TEXTS = [*MARKUP, *INVISIBLE, "word " * 5000, "x" * 200_000]
@@ -70,7 +70,7 @@ def test_hostile_text_is_shown_and_never_runs(open_page, hostile_page):
     scripts = page.locator("script:not([type])").count()
     for button in reversed(page.get_by_role("button", name="Show the other").all()):
         button.click()
-    shown = [text.replace("\ud800", "\ufffd") for text in page.locator("#answers .tokens").all_text_contents()]
+    shown = page.locator("#answers .tokens").all_text_contents()
     assert shown[: len(TEXTS)] == [INVISIBLE.get(text, text) for text in TEXTS]
     assert page.locator("#warning-list li").count() == len(MARKUP) + len(INVISIBLE)
     for text, item in zip(MARKUP, page.locator("#warning-list li").all_text_contents(), strict=False):
