@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.config import default
+from grpo_jax.config import check, default
+from grpo_jax.config.flags import load_config
 from grpo_jax.config.keys import flatten
 from grpo_jax.run.metrics import console_line
 from grpo_jax.run.train import LOSS_NOTE
@@ -112,10 +113,13 @@ def test_readme_command_runs(command, workplace, monkeypatch):
         assert planned.returncode == 0 and json.loads(planned.stdout)["name"] == "placement", planned.stderr
     elif words[-1].startswith("--help="):
         assert subprocess.run([sys.executable, *words[1:]], cwd=workplace, capture_output=True).returncode == 0
+    elif "--config=configs/dapo.py" in words:  # tests/test_recipe_runs.py runs the recipes
+        check(load_config(str(workplace / "configs/dapo.py")))
     elif "-m" in words and words[words.index("-m") + 1] in SHORT:
         name = words[words.index("-m") + 1]
         monkeypatch.chdir(workplace)
-        import_module(name).main(words[words.index("-m") + 2 :] + SHORT[name])
+        shorter = ["--config.rollout.max_tokens=24"] * any("own.py" in word for word in words)
+        import_module(name).main(words[words.index("-m") + 2 :] + SHORT[name] + shorter)
     elif "-m" in words:  # venv, pip, pytest: what `make` runs, with these very arguments
         assert words[words.index("-m") + 1] in ("venv", "pip", "pytest")
         environ = os.environ | {"MAKEFLAGS": ""}  # `make test-newest` changes variables
