@@ -115,6 +115,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tmp_path):
     assert samples == {path.name: path.read_text() for path in (finished_run / "samples").iterdir()}
 
 
+def test_the_stages_of_a_step_do_not_overlap(finished_run):
+    """The times of the stages therefore never exceed the time of the step."""
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()][1:]
+    stages = ("placement", "rollout", "reward", "score", "pack", "record", "update")
+    for row in rows:
+        times = [row[f"time/{stage}_s"] for stage in stages]
+        assert min(times) >= 0 and sum(times) <= row["time/step_s"] + 1e-6
+        starts_rollout = row["step"] in (1, 5)
+        assert [row[f"time/{stage}_s"] > 0 for stage in stages] == [starts_rollout] * 4 + [
+            row["time/pack_s"] > 0,
+            starts_rollout,
+            True,
+        ]
+        assert (row["time/save_s"] > 0) == (row["step"] == 4)  # a checkpoint is saved after step 3
+
+
 def test_drift_from_the_sampler_is_measured_before_the_first_update_of_a_rollout(finished_run):
     """Later updates of the rollout repeat it, while the ratio shows that the policy has moved."""
     rows = read_rows(finished_run)

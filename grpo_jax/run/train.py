@@ -141,6 +141,7 @@ def train(
     return metrics
 
 
+@phase("Evaluating")
 def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> dict[str, float]:
     """Evaluates the policy, writes its samples and prints its scores; returns the metrics, {} if none are held out."""
     if not setup.held_out:
@@ -265,7 +266,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
             if rollout_metrics and num_records(cfg, step):
                 records = sample_records(context, problems, rollout, grades, rewards, num_records(cfg, step))
                 recording = start_recording(cfg, context, run.train.params, run.experience, records, plan, step)
-            train_state, update_metrics = update(run.train, batch)
+            with phase("Updating"):
+                train_state, update_metrics = update(run.train, batch)
             if recording:
                 with timed(times, "time/record_s", "Scoring the recorded samples"):
                     records = recording()
