@@ -279,6 +279,8 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
             run = run._replace(step=step, train=train_state, experience=experience, flight=flight)
             run = replace_reference(cfg, run)
             run = evaluate_and_save(cfg, context, setup, run)
+        with phase("Writing the last checkpoint"):
+            manager.wait_until_finished()
     if run.failure:
         raise UserError(run.failure)
     return log.last_metrics
