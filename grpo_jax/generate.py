@@ -7,21 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.compilation import keep_compiled_programs
-from grpo_jax.parallel.processes import is_multiprocess
-from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model
-from grpo_jax.run.generation import stream_completion
-from grpo_jax.run.policy import load_policy
-from grpo_jax.run.prompt_limit import fit_prompts
-from grpo_jax.run.redraw import describe_redrawn, parse_sample_name, redraw_sample
-from grpo_jax.tasks.problem_list import ProblemList
-from grpo_jax.text.problem import Problem
 from grpo_jax.text.terminal import printable
 
 
@@ -43,14 +31,15 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="with --sample: print one JSON object")
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
-    keep_compiled_programs(os.environ)
     if options.sample:
         for flag, value in (("--prompt", options.prompt), ("--temperature", options.temperature)):
             if value is not None:
                 raise UserError(f"{flag} has no effect with --sample; found {value!r}. Leave out one of them.")
         if options.base or options.step is not None:
             raise UserError("--sample says which policy is used; found --base or --step too. Leave that out.")
-        show_sample(raw, workdir, options.sample, as_json=options.json)
+        cfg = configs.check(raw)
+        configs.check_workdir(workdir, cfg)
+        show_sample(cfg, workdir, options.sample, as_json=options.json)
         return
     if not options.prompt:
         raise UserError('--prompt must hold a question; found none. Pass --prompt="What is 347 + 589?".')
@@ -59,28 +48,58 @@ def main(argv: Sequence[str]) -> None:
     with contextlib.suppress(AttributeError, TypeError):  # `check` reports a config without these keys
         # So that eval.top_k, eval.top_p and eval.min_p are checked at the temperature that is used here.
         raw.eval.temperature = raw.rollout.temperature if options.temperature is None else options.temperature
-    cfg = configs.check(raw)
+    show_completion(configs.check(raw), workdir, options.prompt, base=options.base, step=options.step)
+
+
+# The following functions import what needs JAX, so that a mistake in the flags is reported without waiting for it.
+
+
+def prepare_devices() -> None:
+    """Turns on the compilation cache.
+
+    Raises:
+        UserError: The process is one of several.
+    """
+    from grpo_jax.parallel.compilation import keep_compiled_programs
+    from grpo_jax.parallel.processes import is_multiprocess
+
+    keep_compiled_programs(os.environ)
     if is_multiprocess(os.environ):
         raise UserError("generate runs in one process; found the variables of several. Start it on its own.")
-    base = read_base_model(cfg)
-    cfg, _, _ = fit_prompts(cfg, base, ProblemList([], [Problem(options.prompt, "", id="--prompt")]))
-    context = build_context(cfg, base)
+
+
+def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: bool, step: int | None) -> None:
+    """Samples a completion from a policy of a run (see `load_policy`) and prints it while it is sampled."""
+    import jax
+
+    from grpo_jax.rollout.sampler import place_for_rollout
+    from grpo_jax.run.context import GENERATION_KEY, build_context, read_base_model
+    from grpo_jax.run.generation import stream_completion
+    from grpo_jax.run.policy import load_policy
+    from grpo_jax.run.prompt_limit import fit_prompts
+    from grpo_jax.tasks.problem_list import ProblemList
+    from grpo_jax.text.problem import Problem
+
+    prepare_devices()
+    model = read_base_model(cfg)
+    cfg, _, _ = fit_prompts(cfg, model, ProblemList([], [Problem(question, "", id="--prompt")]))
+    context = build_context(cfg, model)
     with jax.set_mesh(context.mesh):
-        _, params = load_policy(cfg, context, workdir, base=options.base, step=options.step)
+        _, params = load_policy(cfg, context, workdir, base=base, step=step)
         placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         with jax.set_mesh(context.rollout_mesh):
             key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
-            for piece in stream_completion(cfg, context, placed, options.prompt, key):
+            for piece in stream_completion(cfg, context, placed, question, key):
                 print(printable(piece), end="", flush=True)
     print()
 
 
-def show_sample(raw, workdir: Path, text: str, *, as_json: bool) -> None:
+def show_sample(cfg: configs.Config, workdir: Path, text: str, *, as_json: bool) -> None:
     """Draws a recorded sample again and prints it; exits with code 3 if it is not the recorded one."""
-    name, cfg = parse_sample_name(text), configs.check(raw)
-    configs.check_workdir(workdir, cfg)
-    if is_multiprocess(os.environ):
-        raise UserError("generate runs in one process; found the variables of several. Start it on its own.")
+    from grpo_jax.run.redraw import describe_redrawn, parse_sample_name, redraw_sample
+
+    name = parse_sample_name(text)
+    prepare_devices()
     drawn, note = redraw_sample(cfg, workdir, name)
     if note:
         print(printable(note), file=sys.stderr)

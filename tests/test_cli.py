@@ -1,6 +1,7 @@
 """Mistakes on the command line end with one helpful line, before any device work and before a file is written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -462,8 +463,9 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(tmp_path, module, argv, sa
     done = command(tmp_path, module, R1ZERO, *argv)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ") and says in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+    # A slow machine also shows what the process was doing, such as "Starting, 4 s".
+    lines = [line for line in done.stderr.splitlines() if not re.fullmatch(r".*, \d+ s", line)]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
     assert not list(tmp_path.iterdir())  # no runs/
 
 
