@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.reporting.runs import RunFiles
 
-MAX_POINTS = 1000
+MAX_POINTS = 500
 DIGITS = 5  # significant digits of a value; a curve is not drawn more precisely than that
 
 

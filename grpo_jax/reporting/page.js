@@ -181,9 +181,9 @@ function addChart(parent, title, unit, line, dots) {
 }
 
 /** Draws a chart at the width that it has on the page, so that its text keeps its size. */
-function drawChart(chart) {
+function drawChart(chart, width) {
   const { svg } = chart;
-  const width = chart.width = svg.clientWidth;
+  chart.width = width;
   if (!width) return;
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   svg.setAttribute("height", HEIGHT);
@@ -269,7 +269,8 @@ function moveCursor(step) {
 
 function drawCharts() {
   element("smoothing").nextElementSibling.textContent = element("smoothing").value;
-  charts.forEach(drawChart);
+  const widths = charts.map(({ svg }) => svg.clientWidth); // read first: each read after a change lays out the page again
+  charts.forEach((chart, n) => drawChart(chart, widths[n]));
 }
 
 function showCurves() {
@@ -301,7 +302,11 @@ function showCurves() {
   element("log").addEventListener("change", drawCharts);
   element("seeds").addEventListener("change", drawCharts);
   element("other").addEventListener("toggle", drawCharts);
-  new ResizeObserver(drawCharts).observe(element("curves"));
+  let drawnWidth = null;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width !== drawnWidth) drawCharts();
+    drawnWidth = contentRect.width;
+  }).observe(element("curves"));
 }
 
 // Samples
@@ -623,7 +628,6 @@ function showConfig() {
 
 showTop();
 showCurves();
-drawCharts();
 showSamples();
 showComparison();
 showLengths();
