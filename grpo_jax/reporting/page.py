@@ -3,6 +3,10 @@
 Text of models and files reaches the page as JSON in `<script type="application/json">`, which no browser executes, and
 page.js shows it as text only. The content security policy admits the page's own script and style by their hashes and
 nothing else. Each step's samples are an element of their own, so that a browser parses only those that are shown.
+
+The curves are SVG, drawn by page.js. The charting libraries that could be embedded would not save code, because the
+runs' common cursor, its keys and the readouts would remain, and they draw on a canvas, which neither prints sharply nor
+follows the colors of the page.
 """
 
 import base64
