@@ -305,6 +305,7 @@ def test_the_page_shows_how_to_draw_a_sample_again(tmp_path):
     assert command == f"python -m grpo_jax.generate --workdir='{workdir}' --sample="
 
 
+@pytest.mark.slow
 def test_utilization_counts_the_products_that_completions_need(tmp_path):
     workdir = write_run(tmp_path / "run", **{"loss.kl_coef": 0.1})
     mfu = read_page(workdir, topology="l4:2").data("report")["runs"][0]["time"]["mfu"]
