@@ -234,6 +234,10 @@ def test_a_page_holds_no_more_samples_than_its_budget_allows(tmp_path):
     write_lines(tmp_path / "large", [make_record(n) for n in range(9)])
     size = (tmp_path / "large").stat().st_size
     assert [len(read_json_lines(tmp_path / "large", limit)) for limit in (1, size / 2, size)] == [1, 4, 9]
+    (run,) = read_runs([str(write_run(tmp_path / "run"))])
+    for budget in samples.MIN_STEPS, 1e9:
+        steps, _ = samples.embed_samples(run, budget)
+        assert {groups[-1]["is_cut"] for groups in steps.values()} == {budget < 1e9}
 
 
 def test_answers_are_counted_by_length_and_correctness(tmp_path):

@@ -439,7 +439,8 @@ function showGroup() {
   const prompt = make("details", {}, make("summary", {}, "The prompt as the model sees it"), addText(make("div", { class: "text" }), group.prompt ?? ""));
   element("question").replaceChildren(addText(make("div", { class: "text" }), group.question),
     facts([["expected", group.expected], ["right", `${group.answers.filter(({ right }) => right).length} of ${group.answers.length}`],
-      ["mean reward", format(rewards.reduce((a, b) => a + b, 0) / rewards.length)], ["prompt", group.prompt_id]]), prompt);
+      ["mean reward", format(rewards.reduce((a, b) => a + b, 0) / rewards.length)], ["prompt", group.prompt_id],
+      ["", group.is_cut ? "the page has no room for this step's other answers, which are in samples/" : ""]]), prompt);
   element("answers").replaceChildren(...group.answers.map((answer) => answerCard(answer, group, run, step)));
   colorTokens();
 }

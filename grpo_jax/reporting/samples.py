@@ -119,10 +119,16 @@ def bin_lengths(records_by_step: dict[int, list[dict[str, Any]]]) -> dict[str, A
 
 
 def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dict[str, Any] | None]:
-    """Returns the groups of each embedded step, and their lengths in bins (see `bin_lengths`)."""
+    """Returns the groups of each embedded step, and their lengths in bins (see `bin_lengths`).
+
+    `is_cut` of a step's last group says whether the file holds more answers than the page.
+    """
     files, limit = choose_files(run.train_samples, max_bytes)
     records = {step: of_step for step, path in files.items() if (of_step := read_json_lines(path, limit))}
-    return {step: embed_step(of_step) for step, of_step in records.items()}, bin_lengths(records)
+    steps = {step: embed_step(of_step) for step, of_step in records.items()}
+    for step, groups in steps.items():
+        groups[-1]["is_cut"] = files[step].stat().st_size > limit
+    return steps, bin_lengths(records)
 
 
 def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
