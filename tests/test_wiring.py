@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import grpo_jax.run.train
-from grpo_jax import load, sample
+from grpo_jax import generate, load, sample
 from grpo_jax.main import main
 from grpo_jax.run.context import EVALUATION_KEY, GENERATION_KEY, SAMPLING_KEY, SHUFFLING_KEY
 from grpo_jax.weights.tokenizer import load_tokenizer
@@ -166,6 +166,15 @@ def count_redrawn(workdir):
     return sum(again == record["tokens"] for again, record in zip(redrawn, records, strict=True)), len(records)
 
 
+def check_redraw_command(workdir, capsys):
+    """Draws the last completion of the second rollout and of an evaluation again, with the command that does it."""
+    for file in ("train-000005", "eval-000006"):
+        record = json.loads((workdir / "samples" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        name = f"{file}/{record['prompt_id']}/{record['sample_id']}"
+        generate.main([f"--workdir={workdir}", f"--sample={name}", "--json"])  # raises SystemExit if it is another
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == record["tokens"]
+
+
 def check_recomputation(workdir):
     """Raises an AssertionError that shows where a run differs from its recomputation, and returns its metrics."""
     comparisons, wrong = recompute_run(workdir), defaultdict(list)
@@ -179,13 +188,15 @@ def check_recomputation(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-def test_a_run_agrees_with_its_recomputation_from_its_files(train, tmp_path, monkeypatch):
+def test_a_run_agrees_with_its_recomputation_from_its_files(train, tmp_path, monkeypatch, capsys):
     """This is a single test, because a run takes long and every test worker would repeat it."""
     workdir, kept = train_with_a_skip_and_a_stop(train, tmp_path, monkeypatch)
     assert kept == ["6", "7", "8", "reference"]
     rows = check_recomputation(workdir)
     equal, total = count_redrawn(workdir)
     assert total - equal <= 2, f"{total - equal} of {total} differ"  # near-ties, decided by rounding on another mesh
+
+    check_redraw_command(workdir, capsys)
 
     # No check passed trivially: some completions were truncated and some were not, and so on.
     assert [row["step"] for row in rows if row["optim/skipped"]] == [SKIPPED_STEP]
