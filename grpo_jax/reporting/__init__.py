@@ -7,5 +7,5 @@ Modules, in reading order:
     samples      chooses recorded completions within a budget of bytes, and compares evaluations
     summary      describes a run: a sentence, its key numbers, where its time goes, how its config differs
     utilization  which fraction of the devices' peak the products of a run reach
-    page         puts the data, page.html, page.css and page.js into one file
+    page         puts the data, page.html, page.css and the scripts into one file
 """

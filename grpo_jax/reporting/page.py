@@ -1,10 +1,10 @@
-"""Puts the data of runs, page.html, page.css and page.js into one file that loads nothing else.
+"""Puts the data of runs, page.html, page.css and the scripts into one file that loads nothing else.
 
 Text of models and files reaches the page as JSON in `<script type="application/json">`, which no browser executes, and
-page.js shows it as text only. The content security policy admits the page's own script and style by their hashes and
+the scripts show it as text only. The content security policy admits the page's own script and style by their hashes and
 nothing else. Each step's samples are an element of their own, so that a browser parses only those that are shown.
 
-The curves are SVG, drawn by page.js. The charting libraries that could be embedded would not save code, because the
+The curves are SVG, drawn by curves.js. The charting libraries that could be embedded would not save code, because the
 runs' common cursor, its keys and the readouts would remain, and they draw on a canvas, which neither prints sharply nor
 follows the colors of the page.
 """
@@ -24,6 +24,8 @@ from grpo_jax.reporting.summary import config_table, describe_progress, key_numb
 
 # What could end a script element or begin markup in it, and line ends that JavaScript knows and JSON does not.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+SCRIPTS = ("basics.js", "curves.js", "samples.js", "page.js")  # joined in this order
 
 
 def data_element(name: str, value: Any) -> str:
@@ -83,9 +85,10 @@ def report_data(
 
 def make_page(data: dict[str, Any]) -> str:
     """Returns the page that shows the data, which `report_data` returns."""
-    template, style, script = (
-        (Path(__file__).parent / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    template, style, *scripts = (
+        (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)
     )
+    script = "\n".join(scripts)
     parts = {
         "style": style,
         "script": script,
