@@ -85,8 +85,8 @@ def test_a_thread_shows_a_phase_for_as_long_as_it_lasts(monkeypatch, capsys):
 
 def test_a_terminal_shows_the_phase_on_one_line_and_behind_the_bar(clock, monkeypatch):
     terminal = io.StringIO()
-    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "is_terminal", lambda: True)
 
     def written():
         progress.PROGRESS.tick()

@@ -32,6 +32,11 @@ PROGRAMS = {
 }
 
 
+def is_terminal() -> bool:
+    """Returns whether stderr is a terminal of a known width, so that a line on it can be rewritten."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 class Progress:
     """What a process is doing, and when it last said so. There is one per process, which the functions below share."""
 
@@ -69,7 +74,7 @@ class Progress:
         with self.lock:
             if not self.phases or self.is_muted or sys.stderr is None:
                 return
-            if sys.stderr.isatty():
+            if is_terminal():
                 self.bar = self.bar if self.bar is not None else tqdm(bar_format="{desc}", leave=False)
                 if self.bar.desc != self.describe():
                     self.bar.set_description_str(self.describe())
@@ -189,7 +194,7 @@ def compile_seconds() -> float:
 def step_bar(total: int, done: int) -> tqdm:
     """Returns a bar that counts steps, which a terminal shows from now on, together with the phase."""
     close_bar()
-    is_shown = not PROGRESS.is_muted and sys.stderr is not None and sys.stderr.isatty()
+    is_shown = not PROGRESS.is_muted and is_terminal()
     bar = tqdm(total=total, initial=done, unit="step", bar_format=STEP_BAR, disable=not is_shown)
     PROGRESS.bar = bar if is_shown else None
     return bar
