@@ -188,7 +188,9 @@ def measure_solutions(base: BaseModel, problems: Sequence[Problem]) -> Solutions
     texts = [problem.solution for problem in problems if problem.solution][:500]
     if not texts:
         return Solutions(0, 0)
-    lengths = [len(ids) for ids in base.prompt_format.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = [
+        len(ids) for ids in base.prompt_format.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     return Solutions(len(texts), int(np.quantile(lengths, 0.95)))
 
 
@@ -221,7 +223,8 @@ def choose_batch(
     else:
         tokens = 1024 if count < 2e9 else 2048 if count < 5e9 else 4096
         tokens = max(tokens, round_up(4 * solutions.long))
-    tokens = max(1, min(max(tokens, MIN_TOKENS), room))
+    # Prompts that leave no room are refused or left out later, and must not decide this.
+    tokens = min(max(tokens, MIN_TOKENS), room if room >= MIN_TOKENS else model_cfg.max_positions // 2)
     said += f", and the model has {model_cfg.max_positions:,} positions"
     chosen.choose(said, {"rollout.max_tokens": tokens})
 

@@ -18,7 +18,7 @@ from grpo_jax.rollout.memory import USABLE_FRACTION, best_plan, bytes_per_device
 from grpo_jax.run.context import resident_bytes
 from grpo_jax.run.derivation import Derivation, Machine
 
-GRADIENT_TREES = 3  # of float32 gradients, which an update holds at its peak; planning counts them likewise
+GRADIENT_TREES = {"gpu": 2, "tpu": 3, "cpu": 3}  # float32 gradients that an update holds at its peak, as compiled
 
 # What gives way if memory is short, the cheapest first. Each step keeps those before it.
 SAVINGS = (
@@ -44,7 +44,9 @@ def choose_memory(chosen: Derivation, model_cfg: ModelConfig, machine: Machine) 
             precise["optim.b2"] = 0.95
         chosen.choose(reason, precise)
         choose_mesh(chosen, model_cfg, machine)
-    sequence = chosen["rollout.max_prompt_tokens"] + chosen["rollout.max_tokens"]
+    # Without a list of problems, `fit_prompts` chooses the limit of the prompts later.
+    prompt = chosen["rollout.max_prompt_tokens"] or min(512, model_cfg.max_positions)
+    sequence = prompt + chosen["rollout.max_tokens"]
     largest = max(1024 if is_cpu else 4096, sequence)
     sizes = sorted({max(sequence, largest >> shift) for shift in range(4)}, reverse=True)
     attempt: dict[str, Any] = {}
@@ -53,7 +55,9 @@ def choose_memory(chosen: Derivation, model_cfg: ModelConfig, machine: Machine) 
         attempt |= {name: value for name, value in saving.items() if name not in chosen.given}
         reasons += [reason] * bool(reason)
         for size in sizes:
-            needed = needed_bytes(chosen, attempt | {"train.micro_tokens": size}, model_cfg, machine)
+            needed = needed_bytes(
+                chosen, attempt | {"rollout.max_prompt_tokens": prompt, "train.micro_tokens": size}, model_cfg, machine
+            )
             if needed <= USABLE_FRACTION * machine.memory_bytes:
                 if attempt:
                     chosen.choose("; ".join(reasons), attempt)
@@ -95,7 +99,7 @@ def needed_bytes(chosen: Derivation, attempt: dict[str, Any], model_cfg: ModelCo
     size = 2 if cfg.model.compute_dtype == "bfloat16" else 4
     token = model_cfg.num_layers * (width + heads) * size  # what the backward pass keeps
     token += 4 * (4 * model_cfg.intermediate_size + 6 * width + 3 * heads)  # the activations of one layer
-    update = held + GRADIENT_TREES * parameters + cfg.train.micro_tokens * token
+    update = held + GRADIENT_TREES[machine.platform] * parameters + cfg.train.micro_tokens * token
     memory = best_plan(cfg, model_cfg, mesh, held, machine.memory_bytes).memory
     rollout = memory.weight_bytes + max(memory.placement_bytes, memory.prompt_bytes + memory.prefill_bytes)
     return max(update, held + rollout + memory.slot_bytes)
