@@ -197,6 +197,26 @@ def test_the_policy_of_a_step_is_evaluated(finished_run, capsys, step, drawn_at)
         assert all(metrics[name] == own[drawn_at][name] for name in metrics if name.startswith("eval/"))
 
 
+@pytest.mark.slow
+def test_a_terminal_that_is_not_utf8_ends_no_command(tmp_path):
+    """The questions, the prompt and the name of the file hold characters that ASCII lacks, and an escape sequence."""
+    path, question = tmp_path / "\u6f22.jsonl", "\u00bfCu\u00e1nto es \x1b[31m{0} + {0}?"
+    rows = [{"question": question.format(number), "answer": 2 * number} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environ = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "XLA_FLAGS": ""}
+    sizes = ["--config.rollout.prompts=2", "--config.rollout.samples=2", "--config.eval.questions=4"]
+    file = ["--config.total_steps=1", "--config.task.name=file", f"--config.task.path={path}"]
+    for module, argv, says in (
+        ("main", ["--config=r1zero", *sizes, *file], r"question  \xbfCu\xe1nto es \x1b[31m"),
+        ("evaluate", [f"--questions={path}"], r"\u6f22.jsonl"),
+        ("generate", [f"--prompt={question}"], ""),
+    ):
+        command = [sys.executable, "-m", f"grpo_jax.{module}", f"--workdir={tmp_path / 'run'}", *argv]
+        done = subprocess.run(command, cwd=REPO, env=environ, capture_output=True, timeout=600)
+        shown = (done.stdout + done.stderr).decode("ascii")
+        assert done.returncode == 0 and says in shown and "\x1b" not in shown, shown
+
+
 def on_ascii_terminal(monkeypatch, entry, *argv):
     """Runs an entry point on a terminal that can show ASCII only, and returns what it shows."""
     for name in ("stdout", "stderr"):
