@@ -65,6 +65,7 @@ def test_the_guide_states_the_names_and_thresholds_of_the_table():
 SICK_RUNS = {
     "truncated": {"rollout.max_tokens": 8, "total_steps": 1},
     "improbable_samples": {"rollout.temperature": 3.0, "total_steps": 1},
+    "unchanged_parameters": {"model.param_dtype": "bfloat16", "optim.lr": 1e-7, "total_steps": 4},
 }
 
 
