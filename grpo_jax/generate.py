@@ -1,6 +1,7 @@
 """Samples a completion from a run's policy and prints it while it is sampled, or draws a recorded one again."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.errors import UserError
+from grpo_jax.run.progress import phase
 from grpo_jax.text.terminal import printable
 
 
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
 # The following functions import what needs JAX, so that a mistake in the flags is reported without waiting for it.
 
 
+@phase("Importing JAX")
 def prepare_devices() -> None:
     """Turns on the compilation cache.
 
@@ -70,6 +73,8 @@ def prepare_devices() -> None:
 
 def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: bool, step: int | None) -> None:
     """Samples a completion from a policy of a run (see `load_policy`) and prints it while it is sampled."""
+    prepare_devices()
+
     import jax
 
     from grpo_jax.rollout.sampler import place_for_rollout
@@ -80,7 +85,6 @@ def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: 
     from grpo_jax.tasks.problem_list import ProblemList
     from grpo_jax.text.problem import Problem
 
-    prepare_devices()
     model = read_base_model(cfg)
     cfg, _, _ = fit_prompts(cfg, model, ProblemList([], [Problem(question, "", id="--prompt")]))
     context = build_context(cfg, model)
@@ -89,7 +93,10 @@ def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: 
         placed = place_for_rollout(context.model_cfg, params, context.rollout_mesh)
         with jax.set_mesh(context.rollout_mesh):
             key = jax.random.fold_in(jax.random.key(cfg.seed), GENERATION_KEY)
-            for piece in stream_completion(cfg, context, placed, question, key):
+            pieces = stream_completion(cfg, context, placed, question, key)
+            with phase("Starting the completion"):
+                first = next(pieces)
+            for piece in itertools.chain([first], pieces):
                 print(printable(piece), end="", flush=True)
     print()
 

@@ -25,6 +25,7 @@ from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, BaseModel, RunContext, build_context, read_base_model
 from grpo_jax.run.metrics import read_samples
 from grpo_jax.run.policy import load_policy
+from grpo_jax.run.progress import phase
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import fold_in_all, rehome_key
 from grpo_jax.tasks.problem_list import ProblemList
@@ -237,6 +238,7 @@ def next_logits(model_cfg, params, tokens, temperature):
     return temperature_logits(model_cfg, head_matmul(model_cfg, params, hidden[:, -1]), temperature)[0]
 
 
+@phase("Drawing the sample again")
 def redraw_sample(cfg: Config, workdir: Path, name: SampleName) -> tuple[Redrawn, str]:
     """Draws a recorded sample again.
 
