@@ -781,6 +781,7 @@ MAY_CHANGE = {
     "rollout.slots",
     "log.every_steps",
     "log.samples",
+    "log.sinks",
     "mesh.data",
     "mesh.fsdp",
     "mesh.expert",
