@@ -5,15 +5,15 @@ const NOT_PARTS = ["mean", "timeout", "error", "kl", "length_mean"];
 const CHARTS = [
   ["policy/entropy", "Entropy", "nats per token"],
   ["policy/kl_ref", "KL to the reference", "nats per token"],
-  ["policy/logp_gap/max", "Drift of the sampler", "largest log-prob gap to the trainer, nats"],
-  ["policy/kl_sampler", "Drift as KL", "nats per token"],
+  ["policy/logp_gap/max", "Sampler drift", "largest log-prob difference to the trainer, nats"],
+  ["policy/kl_sampler", "KL of sampler and trainer", "nats per token"],
   ["policy/clip_frac", "Clipped tokens", "fraction"],
   ["policy/ratio_max", "Largest ratio", "pi / pi_old"],
   ["optim/grad_norm", "Gradient norm", "before clipping"],
-  ["rollout/truncated_frac", "Cut off at the length limit", "fraction of answers"],
+  ["rollout/truncated_frac", "Cut off at the length limit", "fraction of completions"],
   ["groups/zero_variance_frac", "Groups with equal rewards", "fraction of groups"],
   ["rollout/tokens_per_s", "Sampling speed", "tokens per second"],
-  ["time/step_s", "Time of an update", "seconds"],
+  ["time/step_s", "Time per update", "seconds"],
 ];
 const LOGARITHMIC = ["policy/entropy", "policy/kl_ref", "policy/logp_gap/max", "policy/kl_sampler", "policy/ratio_max", "optim/grad_norm"];
 const charts = [];
@@ -192,12 +192,12 @@ function showCurves() {
   }));
   element("average").hidden = !means.length;
   const isReduced = runs.some((run) => Object.values(run.curves).some(({ low }) => low));
-  element("curves-note").textContent = "Lines are rollouts of training, smoothed over updates; pale lines are the values themselves. Circles are evaluations on held-out questions."
-    + (isReduced ? " A line stands for several updates at each point; the band shows their smallest and largest value." : "")
-    + (runs.some((run) => run.warnings.length) ? " Marks on an axis are warnings." : "");
+  element("curves-note").textContent = "Lines show training, smoothed over updates; pale lines show the values without smoothing. Circles show evaluations on held-out problems."
+    + (isReduced ? " Each point of a line stands for several updates, and the band shows their smallest and largest values." : "")
+    + (runs.some((run) => run.warnings.length) ? " Marks on the x-axis show warnings." : "");
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].sort();
-  addChart(element("main-charts"), "Reward", "mean over answers", "reward/mean");
-  addChart(element("main-charts"), "Length of answers", "tokens", "rollout/length_mean", "eval/length_mean");
+  addChart(element("main-charts"), "Reward", "mean over completions", "reward/mean");
+  addChart(element("main-charts"), "Length of completions", "tokens", "rollout/length_mean", "eval/length_mean");
   for (const part of new Set(names.filter((name) => /^(reward|eval)\/[^/]+$/.test(name)).map((name) => name.split("/").slice(1).join("/")))) {
     if (!NOT_PARTS.includes(part)) addChart(element("charts"), part, "reward part, mean", `reward/${part}`, `eval/${part}`);
   }

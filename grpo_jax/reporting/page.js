@@ -34,7 +34,7 @@ function lengthChart(run, half, width, most) {
   const bins = half.right.length, wide = 420, height = 190, bar = (wide - LEFT - RIGHT) / bins;
   const y = (count) => height - BOTTOM - (height - TOP - BOTTOM) * count / most;
   const total = (list) => list.reduce((a, b) => a + b, 0);
-  const label = `steps ${half.first} to ${half.last}: ${total(half.right)} right and ${total(half.wrong)} wrong answers by length`;
+  const label = `steps ${half.first} to ${half.last}: ${total(half.right)} right and ${total(half.wrong)} wrong completions by length`;
   for (const [name, value] of Object.entries({ class: "chart", viewBox: `0 0 ${wide} ${height}`, role: "img", "aria-label": label })) svg.setAttribute(name, value);
   for (const value of ticks(0, most, 3).filter(Number.isInteger)) {
     draw(svg, "line", { class: "grid", x1: LEFT, x2: wide - RIGHT, y1: y(value), y2: y(value) });
@@ -55,25 +55,25 @@ function lengthChart(run, half, width, most) {
 
 function showLengths() {
   const known = runs.filter(({ lengths }) => lengths);
-  if (!known.length) return void element("length-charts").append(make("p", { class: "note" }, "No recorded answers yet."));
+  if (!known.length) return void element("length-charts").append(make("p", { class: "note" }, "No completions have been recorded yet."));
   for (const run of known) {
     const { halves, width } = run.lengths;
     const most = Math.max(...halves.flatMap(({ right, wrong }) => right.map((count, n) => count + wrong[n])));
     element("length-charts").append(...halves.map((half) => lengthChart(run, half, width, most)));
   }
   element("length-charts").before(make("p", { class: "note" },
-    "Answers on this page by length: filled bars are right, outlined bars above them are wrong. A run's first chart shows the first half of the recorded steps, its second chart the second half."));
+    "The completions on this page by length: filled bars count right ones, and the outlined bars above them count wrong ones. The first chart of a run covers the first half of its recorded steps, and the second chart covers the second half."));
 }
 
 const PHASES = {
   placement: "placing the weights", rollout: "rollout", reward: "rewards", score: "scoring", pack: "packing",
-  record: "scoring recorded answers", update: "update", save: "saving", eval: "evaluation",
+  record: "scoring recorded completions", update: "update", save: "saving", eval: "evaluation",
 };
 
 function utilizationText(mfu) {
   const parts = Object.entries(mfu).map(([name, value]) => `${name === "step" ? "whole update" : PHASES[name]} ${(100 * value).toPrecision(2)}%`);
-  return parts.length ? `Model FLOPs utilization, for completion tokens: ${parts.join(", ")}.`
-    : "Pass --topology=KIND:SIZES, such as h100:8, for the fraction of the devices’ peak.";
+  return parts.length ? `Model FLOPs utilization, counting completion tokens only: ${parts.join(", ")}.`
+    : "For the model FLOPs utilization, pass --topology=KIND:SIZES, such as h100:8.";
 }
 
 function showTimes() {
@@ -86,7 +86,7 @@ function showTimes() {
     const whole = step + outside;
     const known = order.reduce((total, name) => total + phases[name], 0);
     const rows = [...order.map((name) => [PHASES[name] || name, phases[name]]), ["everything else", Math.max(0, whole - known)]];
-    const table = make("table", {}, make("caption", {}, `${textOf(run.name)}: mean over ${updates} updates${skipped ? ", without those of the first rollout, which compile programs" : ""}`),
+    const table = make("table", {}, make("caption", {}, `${textOf(run.name)}: mean over ${updates} updates${skipped ? ", excluding those of the first rollout, which include compilation" : ""}`),
       make("tbody", {}, ...rows.map(([label, value]) => {
         const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
         svg.setAttribute("viewBox", "0 0 100 4");
@@ -105,7 +105,7 @@ function showWarnings() {
     const item = make("li", { "data-warning": textOf(name) }, `${runs.length > 1 ? `${textOf(run.name)}, ` : ""}step ${step}: `);
     return addText(item, text);
   }));
-  element("warning-list").append(items.length ? make("ul", {}, ...items) : make("p", { class: "note" }, "None."));
+  element("warning-list").append(items.length ? make("ul", {}, ...items) : make("p", { class: "note" }, "No warnings."));
   const link = document.querySelector('nav a[href="#warnings"]');
   link.textContent = items.length ? `⚠ ${items.length} warning${items.length > 1 ? "s" : ""}` : "No warnings";
 }

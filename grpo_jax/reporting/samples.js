@@ -6,7 +6,7 @@ const SHADES = {
   ratio: { limits: [0.001, 0.01, 0.05, 0.2, 1], label: "ratio − 1" },
   kl: { limits: [0.001, 0.01, 0.1, 0.5, 2], label: "KL in nats" },
 };
-const FIRST_TOKENS = 1500; // of an answer; a button shows the rest
+const FIRST_TOKENS = 1500; // of a completion; a button shows the rest
 const samples = { run: 0, index: 0, group: 0, colorBy: "logp" };
 
 function shade(answer, n, colorBy) {
@@ -45,7 +45,7 @@ function tokenValues(answer, n) {
   return [...parts, ` · KL ${format(kl)}`];
 }
 
-/** Shows the tokens of an answer; arrow keys move between them, and the bar at the bottom shows their values. */
+/** Shows the tokens of a completion; arrow keys move between them, and the bar at the bottom shows their values. */
 function tokensOf(answer, name) {
   const box = make("div", { class: "tokens", role: "group", "aria-label": `Tokens of ${name}. Arrow keys move between them.` });
   const add = (first, last) => {
@@ -104,17 +104,17 @@ function facts(pairs) {
 }
 
 function answerCard(answer, group, run, step) {
-  const name = `answer ${answer.sample_id}`;
+  const name = `completion ${answer.sample_id}`;
   const rewards = Object.entries(answer.rewards || {}).map(([part, value]) => [part, format(value)]);
   const advantage = answer.advantage === null ? null : `${answer.advantage > 0 ? "+" : ""}${format(answer.advantage)}`;
   const text = answer.pieces ? tokensOf(answer, name) : addText(make("div", { class: "completion text" }), answer.completion ?? "");
   const isLeftOut = answer.update_steps && !answer.update_steps.length;
   return make("article", { class: "answer", "data-sample": `${step}/${group.prompt_id}/${answer.sample_id}` },
-    make("header", {}, make("h3", {}, `Answer ${answer.sample_id}`), verdict(answer.right)),
+    make("header", {}, make("h3", {}, `Completion ${answer.sample_id}`), verdict(answer.right)),
     facts([["reward", format(answer.reward)], ...rewards, ["advantage", advantage]]),
     text,
     facts([["read as", answer.parsed], ["why", answer.why], ["tokens", `${answer.length}${answer.truncated ? ", cut off" : ""}`],
-      ["", isLeftOut ? "no update learns from it" : ""]]),
+      ["", isLeftOut ? "left out of training" : ""]]),
     addText(make("code", { class: "command" }), `${run.redraw}${step}/${group.prompt_id}/${answer.sample_id}`));
 }
 
@@ -129,7 +129,7 @@ function showGroup() {
   element("question").replaceChildren(addText(make("div", { class: "text" }), group.question),
     facts([["expected", group.expected], ["right", `${group.answers.filter(({ right }) => right).length} of ${group.answers.length}`],
       ["mean reward", format(rewards.reduce((a, b) => a + b, 0) / rewards.length)], ["prompt", group.prompt_id],
-      ["", group.is_cut ? "the page has no room for this step's other answers, which are in samples/" : ""]]), prompt);
+      ["", group.is_cut ? "this page holds only some of the completions of this step; samples/ has all of them" : ""]]), prompt);
   element("answers").replaceChildren(...group.answers.map((answer) => answerCard(answer, group, run, step)));
   colorTokens();
 }
@@ -161,9 +161,9 @@ function showSamplesOf(index) {
   samples.run = index;
   element("step").max = Math.max(0, run.steps.length - 1);
   element("steps-note").textContent = run.steps.length
-    ? `Right means that the reward part ${textOf(run.lengths.part)} is above 0.`
-      + (run.steps.length < run.recorded ? ` The page holds ${run.steps.length} of ${run.recorded} recorded steps, at equal distances; samples/ has all of them.` : "")
-    : "The run has recorded no answers in samples/ yet.";
+    ? `A completion counts as right if its reward part ${textOf(run.lengths.part)} is above 0.`
+      + (run.steps.length < run.recorded ? ` This page holds ${run.steps.length} of the ${run.recorded} recorded steps, evenly spaced; samples/ has all of them.` : "")
+    : "The run has not recorded any completions yet.";
   showStep(0);
 }
 
@@ -190,8 +190,8 @@ function showPairs() {
   const kind = element("comparison-kind").value;
   const all = comparison ? data(`comparison-${index}`).filter((pair) => pair.kind === kind) : [];
   element("comparison-note").textContent = comparison
-    ? `${comparison.counts[kind]} questions were ${KINDS[kind]} at the evaluations of steps ${comparison.steps.join(" and ")}${all.length < comparison.counts[kind] ? `; the page holds ${all.length} of them` : ""}. Right means that the reward part ${textOf(comparison.part)} is above 0.`
-    : "There are no two evaluations with recorded answers yet.";
+    ? `In the evaluations of steps ${comparison.steps.join(" and ")}, ${comparison.counts[kind]} ${comparison.counts[kind] === 1 ? "question was" : "questions were"} answered ${KINDS[kind]}${all.length < comparison.counts[kind] ? `; this page holds ${all.length} of them` : ""}. A completion counts as right if its reward part ${textOf(comparison.part)} is above 0.`
+    : "The run does not have two evaluations with recorded completions yet.";
   element("pairs").replaceChildren(...all.slice(0, shownPairs).map((pair) => {
     const sides = pair.answers.map((answer, n) => make("div", {},
       make("header", {}, make("h3", {}, n ? "After" : "Before"), verdict(pair.kind.split(" ")[n] === "right")),

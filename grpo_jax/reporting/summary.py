@@ -1,4 +1,4 @@
-"""Describes a run: a sentence, its key numbers before and after, where its time goes, and how its config differs."""
+"""Describes a run: in a sentence, by key numbers before and after, where its time goes, and how its config differs."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def describe_progress(run: RunFiles) -> str:
-    """Returns a sentence that says what a run is and how far it is."""
+    """Returns a sentence about a run and its progress."""
     config, done = run.config, run.updates[-1]["step"] if run.updates else 0
     model = Path(str(config.get("model.path"))).name
     task = str(config.get("task.name"))
@@ -41,9 +41,9 @@ def describe_progress(run: RunFiles) -> str:
         task = Path(str(config["task.path"])).name
     seconds = sum(values_of(run.updates, "time/step_s")) + sum(values_of(run.evaluations, "time/eval_s"))
     updates = f"{done} of {config.get('total_steps')} updates"
-    group = f"{config.get('rollout.prompts')} questions with {config.get('rollout.samples')} answers each"
+    rollout = f"{config.get('rollout.prompts')} prompts x {config.get('rollout.samples')} completions"
     return (
-        f"{model} learns {task} from rewards alone: {updates} in {duration(seconds)}, on rollouts of {group}, "
+        f"{model} learns {task} from rewards alone: {updates} in {duration(seconds)}, with rollouts of {rollout}, "
         f"seed {config.get('seed')}."
     )
 
@@ -55,7 +55,7 @@ def key_numbers(run: RunFiles) -> list[dict[str, Any]]:
     if evaluations:
         first, last = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
         steps = f"steps {first['step']:,} and {last['step']:,}" if last else f"step {first['step']:,}"
-        note = f"held-out questions, {steps}"
+        note = f"held-out problems, {steps}"
         for metric in first:
             label = metric.removeprefix("eval/")
             if metric.startswith("eval/") and label not in NOT_SCORES and "/" not in label:
