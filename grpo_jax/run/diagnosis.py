@@ -1,7 +1,7 @@
-"""Notices when something is wrong with a run and says what to try, once for each symptom.
+"""Detects when something is wrong with a run and warns of it once, with what to try.
 
-`SYMPTOMS` is the table of what is noticed, and the only place where thresholds are stated. docs/reading-a-run.md
-explains each row. A warning never ends a run.
+`SYMPTOMS` is the table of all symptoms, and the only place where thresholds are stated. docs/reading-a-run.md explains
+each row. A warning never ends a run.
 """
 
 import json
@@ -35,7 +35,7 @@ NEARLY_GREEDY = 1e-3  # a temperature, so that the program of the rollouts can b
 
 
 class History(NamedTuple):
-    """What is known about a run."""
+    """The metrics and facts that symptoms are measured from."""
 
     cfg: Config
     is_mixture: bool  # whether the model has experts
@@ -90,7 +90,7 @@ def truncated(history: History, row: Symptom) -> float | None:
 
 
 def entropy_if_failing(history: History, row: Symptom) -> float | None:
-    """Returns the entropy of the policy if its reward is low: when the task is learned, it should be close to 0."""
+    """Returns the entropy of the policy if its reward is low; once the task is learned, a low entropy is expected."""
     if not mean(history.last("reward/mean", row.span) or [np.inf]) < row.given * history.highest_reward():
         return None
     return median(history.last("policy/entropy", row.span) or [np.inf])
@@ -117,7 +117,7 @@ def mixture_drift(history: History, row: Symptom) -> float | None:
 
 
 def largest_clip_frac(history: History, row: Symptom) -> float | None:
-    """Returns the largest clip fraction of all later updates of rollouts, unless the bounds are as good as none."""
+    """Returns the largest clip fraction of all later updates of rollouts, unless the bounds hardly restrict."""
     if history.cfg.loss.clip_high >= row.given or len(history.rollouts) < row.span:
         return None
     lines = history.later_updates()
@@ -144,7 +144,7 @@ def changed_parameters(history: History, row: Symptom) -> float | None:
 
 
 def growth_without_reward(history: History, row: Symptom) -> float | None:
-    """Returns by which factor completions have become longer, if the reward has not risen."""
+    """Returns the factor by which completions have become longer, if the reward has not risen."""
     rewards, lengths = history.last("reward/mean", row.span), history.last("rollout/length_mean", row.span)
     tenth = max(1, row.span // 10)
     if not rewards or mean(rewards[-tenth:]) - mean(rewards[:tenth]) > row.given * history.highest_reward():
@@ -161,7 +161,7 @@ def relative_speed(history: History, row: Symptom) -> float | None:
 
 
 def fact(name: str) -> Callable[[History, Symptom], float | None]:
-    """Returns a measure that is what was measured at the start of the run."""
+    """Returns a measure that looks up a fact from the start of the run."""
     return lambda history, row: history.facts.get(name)
 
 
@@ -169,35 +169,35 @@ SYMPTOMS = (
     Symptom(
         "refused_answers",
         *(0, operator.gt, 0.0, fact("refused_answers")),
-        "The accuracy reward refuses {value:.0%} of the expected answers themselves, so no completion can be right: "
-        "let the task return answers that docs/problems.md describes, or reward them with a function of your own.",
+        "The accuracy reward cannot read {value:.0%} of the expected answers, so no completion of these problems can "
+        "be right: make the task return answers as docs/problems.md describes them, or grade with your own function.",
     ),
     Symptom(
         "greedy_perplexity",
         *(0, operator.gt, 4.0, fact("greedy_perplexity")),
         "Before the first update, the model finds its most likely text improbable (perplexity {value:.1f}), so the "
-        "weights, the tokenizer or prompt.template are probably wrong: read eval-000000.jsonl in samples/, and compare "
-        "with what another tool writes with this model.",
+        "weights, the tokenizer or prompt.template are probably wrong: read samples/eval-000000.jsonl, and compare it "
+        "with the output of another tool for this model.",
     ),
     Symptom(
         "improbable_samples",
         *(0, operator.gt, 1.8, fact("sample_surprise")),
-        "At the first update, the policy's own samples are improbable to it ({value:.1f} nats per token), so the "
-        "weights, the tokenizer or prompt.template are probably wrong: read train-000001.jsonl in samples/, and try a "
+        "At the first update, the policy finds its own samples improbable ({value:.1f} nats per token), so the "
+        "weights, the tokenizer or prompt.template are probably wrong: read samples/train-000001.jsonl, and try a "
         "lower rollout.temperature if the text is nearly right.",
     ),
     Symptom(
         "equal_groups",
         *(3, operator.ge, 1.0, equal_groups),
-        "In {span} rollouts in a row, all completions of each group had the same reward, so there is nothing to learn "
-        "from: if the reward is low, try easier problems, more rollout.samples, or another prompt.template; if it is "
-        "as high as it can be, the task is learned.",
+        "In {span} rollouts in a row, all completions of each group had the same reward, so there was nothing to "
+        "learn: if the reward is low, try easier problems, more rollout.samples, or another prompt.template; if it is "
+        "as high as it can be, the policy has learned the task.",
     ),
     Symptom(
         "format_never_met",
         *(3, operator.le, 0.0, best_format),
-        "Not one completion of {span} rollouts had the format: read some in samples/, and try prompt.template=chat, "
-        "solved examples (task.shots), a larger rollout.max_tokens, or reward.parts without format.",
+        "No completion of {span} rollouts in a row had the required format: read some in samples/, and try solved "
+        "examples (prompt.examples), a larger rollout.max_tokens, or reward.parts without format.",
     ),
     Symptom(
         "truncated",
@@ -208,81 +208,81 @@ SYMPTOMS = (
     Symptom(
         "low_entropy",
         *(3, operator.lt, 0.02, entropy_if_failing),
-        "The policy's entropy has fallen to {value:.2g} nats though the reward is low, so the completions of a group "
-        "hardly differ: start again from an earlier checkpoint with a lower optim.lr, a higher loss.clip_high, or an "
-        "entropy bonus (loss.entropy_coef).",
+        "The policy's entropy has fallen to {value:.2g} nats although the reward is low, so the completions of a "
+        "group hardly differ: start again from an earlier checkpoint with a lower optim.lr, a higher loss.clip_high, "
+        "or an entropy bonus (loss.entropy_coef).",
         given=0.5,
     ),
     Symptom(
         "high_entropy",
         *(3, operator.gt, 3.0, entropy),
         "The policy's entropy is {value:.1f} nats, so it writes almost at random: lower loss.entropy_coef, optim.lr or "
-        "rollout.temperature, or check the weights if it was so from the start.",
+        "rollout.temperature, or check the weights if the entropy was high from the start.",
     ),
     Symptom(
         "high_kl",
         *(5, operator.gt, 1.0, kl_from_reference),
         "The KL divergence from the reference is {value:.1f} nats per token, so the policy is far from the base model: "
-        "look at its completions in samples/, and lower optim.lr or raise loss.kl_coef.",
+        "read its completions in samples/, and lower optim.lr or raise loss.kl_coef.",
     ),
     Symptom(
         "sampler_drift",
         *(1, operator.gt, 1e-3, dense_drift),
         "Sampler and trainer disagree about the same tokens (KL {value:.2g} nats per token): set "
-        "model.compute_dtype=float32 or model.logit_dtype=float32, or report it if they are.",
+        "model.compute_dtype=float32 or model.logit_dtype=float32, or report a bug if they already are.",
     ),
     Symptom(
         "sampler_drift_mixture",
         *(1, operator.gt, 1e-1, mixture_drift),
-        "Sampler and trainer disagree about the same tokens (KL {value:.2g} nats per token), more than other choices "
-        "of experts explain: set model.compute_dtype=float32, or report it if it is.",
+        "Sampler and trainer disagree about the same tokens (KL {value:.2g} nats per token), more than different "
+        "choices of experts explain: set model.compute_dtype=float32, or report a bug if it already is.",
     ),
     Symptom(
         "never_clipped",
         *(3, operator.le, 0.0, largest_clip_frac),
-        "No token was clipped though each rollout feeds several updates, so the policy hardly changes between them: "
+        "No token was clipped although each rollout feeds several updates, so the policy hardly changes between them: "
         "raise optim.lr, or use fewer train.minibatches and train.epochs.",
         given=1.0,
     ),
     Symptom(
         "clipped",
         *(3, operator.gt, 0.3, token_clip_frac),
-        "{value:.0%} of the tokens are clipped in later updates of a rollout, so most of the signal is lost: lower "
+        "{value:.0%} of the tokens are clipped in later updates of a rollout, so much of the signal is lost: lower "
         "optim.lr, or use fewer train.minibatches and train.epochs.",
     ),
     Symptom(
         "zero_gradient",
         *(5, operator.le, 0.0, largest_gradient),
         "The gradient of {span} updates in a row was exactly 0, so the policy does not change: try easier or harder "
-        "problems or more rollout.samples, and see whether groups.equal or rollout.overlong leave out all completions.",
+        "problems or more rollout.samples, and check whether groups.equal or rollout.overlong leaves out everything.",
     ),
     Symptom(
         "unchanged_parameters",
         *(3, operator.lt, 0.1, changed_parameters),
-        "An update changed only {value:.1%} of the parameters, because it is smaller than their rounding: set "
-        "model.param_dtype=float32, or raise optim.lr.",
+        "{span} updates in a row changed at most {value:.1%} of the parameters, because the changes are smaller than "
+        "the rounding of the parameters: set model.param_dtype=float32, or raise optim.lr.",
     ),
     Symptom(
         "longer_not_better",
         *(50, operator.ge, 1.5, growth_without_reward),
-        "Over {span} updates, completions became {value:.1f} times as long and the reward did not rise: read the "
+        "Over {span} updates, completions became {value:.1f} times as long, but the reward did not rise: read the "
         "longest ones in samples/, and try rollout.overlong=soft, loss.aggregate=token or a lower optim.lr.",
         given=0.02,
     ),
     Symptom(
         "slower",
         *(10, operator.lt, 0.5, relative_speed),
-        "Sampling has slowed down to {value:.0%} of its former speed: see whether another program uses the devices, "
-        "and whether a few long completions keep the others waiting (rollout/length_mean).",
+        "Sampling has slowed down to {value:.0%} of its earlier speed: check whether another program uses the devices, "
+        "and whether a few long completions hold up each rollout (rollout/length_mean).",
     ),
 )
 
 
 class Diagnosis:
-    """Compares a run with the table of symptoms while it trains. Only process 0 does, and writes warnings.jsonl."""
+    """Compares a run with the table of symptoms while it trains, and writes warnings.jsonl, on process 0 only."""
 
     def __init__(self, cfg: Config, context: RunContext, workdir: Path):
-        """Takes up what metrics.jsonl and warnings.jsonl say of the run so far, which must end at its checkpoint."""
+        """Reads metrics.jsonl and warnings.jsonl of the run so far, which must not go beyond its checkpoint."""
         self.path, self.said = workdir / "warnings.jsonl", set()
         is_mixture = context.model_cfg.experts is not None
         self.history = History(cfg, is_mixture, {}, deque(maxlen=HISTORY), deque(maxlen=HISTORY))
@@ -319,18 +319,18 @@ class Diagnosis:
 
 
 def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> dict[str, float]:
-    """Measures what metrics do not show of a run before its first update.
+    """Measures facts about a run that its metrics do not show, before the first update.
 
     Args:
         cfg: The run's config.
         context: The run's context.
-        task: The run's task, of which the first problems are looked at.
+        task: The run's task, whose first problems are used.
         params: The policy.
-        key: A random key, which makes hardly any difference.
+        key: A random key; it hardly matters at a temperature this low.
 
     Returns:
-        `refused_answers`, the fraction of expected answers that the part `accuracy` would refuse, if it is a part of
-        the reward; and `greedy_perplexity`, that of the first tokens which the policy finds most likely.
+        `refused_answers`, the fraction of expected answers that the part `accuracy` cannot read, if it is a part of
+        the reward; and `greedy_perplexity`, the perplexity of the first tokens of nearly greedy completions.
     """
     problems = draw_problems(task, range(PROBED_PROBLEMS), seed=cfg.seed, split="train")
     facts = {"greedy_perplexity": greedy_perplexity(cfg, context, params, problems, key)}
@@ -340,7 +340,7 @@ def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> 
 
 
 def greedy_perplexity(cfg: Config, context: RunContext, params, problems: Sequence[Problem], key) -> float:
-    """Returns the perplexity of nearly greedy text; runs the programs of the rollouts, so it compiles none of its own.
+    """Returns the perplexity of nearly greedy completions, with the programs that rollouts use, to compile no others.
 
     See `initial_facts` for the arguments.
     """
