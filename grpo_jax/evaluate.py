@@ -15,7 +15,7 @@ from grpo_jax.rewards.parts import accuracy_part, resolve_parts
 from grpo_jax.run.progress import announce, mute, phase
 from grpo_jax.tasks.problem_file import read_with_notes
 from grpo_jax.tasks.problem_list import ProblemList
-from grpo_jax.tasks.streams import held_out_problems, resolve_task
+from grpo_jax.tasks.streams import held_out_problems, make_task
 
 
 @phase("Starting")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         problems, note = read_with_notes(options.questions, cfg.task, graded=graded)
         task = ProblemList([], problems, [note])
     else:
-        task = resolve_task(cfg, graded=graded)
+        task = make_task(None, cfg, graded=graded)
     if jax.process_index() == 0:
         digests = run_digests(task, cfg.prompt.template)
         changed = [name for name in changed_files(workdir, digests) if name in digests]

@@ -30,6 +30,7 @@ from grpo_jax.run.redraw import (
     parse_sample_name,
     read_record,
 )
+from grpo_jax.tasks.streams import draw_problems, make_task
 
 REPO = Path(__file__).parent.parent
 
@@ -125,6 +126,20 @@ def test_a_margin_is_what_a_token_lacks_to_be_drawn(filter):
     for share, expected in ((0.99, drawn), (1.01, others)):
         raised = logits + np.where(ids == others[:, None], share * margins.min(axis=1)[:, None], 0)
         assert choose(raised).tolist() == expected.tolist()
+
+
+def test_the_problem_of_a_sample_is_that_of_the_training_which_left_out_the_examples(tmp_path):
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = config.default()
+    raw.task.name, raw.task.path = "file", str(tmp_path / "sums.jsonl")
+    raw.prompt.examples = tuple(text for row in rows[:10] for text in (row["question"], f"It is {row['answer']}."))
+    cfg = config.check(raw)
+    base = read_base_model(cfg)
+    (drawn,) = draw_problems(make_task(None, cfg), [7], seed=cfg.seed, split="train")
+    record = {"question": drawn.question, "expected": drawn.answer, "prompt": base.prompt_format.text(drawn)}
+    _, problem, note = find_problem(cfg, base, SampleName("train", 1, 7, 0), record)
+    assert problem == drawn and note == ""
 
 
 def redrawn(**changes) -> Redrawn:

@@ -29,7 +29,7 @@ from grpo_jax.run.progress import phase
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import fold_in_all, rehome_key
 from grpo_jax.tasks.problem_list import ProblemList
-from grpo_jax.tasks.streams import draw_problems, resolve_task
+from grpo_jax.tasks.streams import draw_problems, make_task
 from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
@@ -161,7 +161,7 @@ def find_problem(cfg: Config, base: BaseModel, name: SampleName, record: dict) -
         )
     seed = cfg.seed if name.kind == "train" else 0
     try:
-        fitted, task, _ = fit_prompts(cfg, base, resolve_task(cfg, graded="accuracy" in cfg.reward.parts))
+        fitted, task, _ = fit_prompts(cfg, base, make_task(None, cfg, graded="accuracy" in cfg.reward.parts))
         (problem,) = draw_problems(task, [name.prompt_id], seed=seed, split=name.kind)
         if base.prompt_format.text(problem) == record["prompt"]:
             return fitted, problem, ""
