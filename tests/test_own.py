@@ -11,6 +11,7 @@ import pytest
 from grpo_jax import config as configs
 from grpo_jax.config.flags import load_config
 from grpo_jax.config.keys import flatten
+from grpo_jax.config.workdir import continue_derived
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
 from grpo_jax.planning.models import read_architecture
@@ -207,6 +208,18 @@ def test_a_dry_run_shows_the_plan_prompts_answers_and_a_group_and_writes_nothing
     assert "4 completions of prompt 1:" in printed
     assert len(re.findall(r"  = reward [\d.]+: accuracy [01] format [01]", printed)) == 4
     assert "Nothing was written." in printed
+
+
+def test_a_run_that_derived_its_config_goes_on_with_it_and_with_what_is_set_now(tmp_path):
+    raw = configs.default()
+    raw.update_from_flattened_dict({"model.path": "tiny", "rollout.max_tokens": 24, "optim.lr": 2e-5})
+    configs.write_config(tmp_path, configs.check(raw))
+    now = load_config(str(OWN))
+    now.total_steps = 200  # in a config file, or from Python
+    now.rollout.max_tokens = 56  # the default, on the command line
+    values = flatten(continue_derived(now, {"rollout.max_tokens"}, tmp_path).to_dict())
+    changed = {name: value for name, value in values.items() if value != flatten(raw.to_dict())[name]}
+    assert changed == {"total_steps": 200, "rollout.max_tokens": 56, "task.name": "file"}
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
-from grpo_jax.config.schema import Config
+from grpo_jax.config.schema import Config, default
 from grpo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,13 @@ def check_trained_config(workdir: Path, cfg: Config, step: int, trained: dict[st
         )
 
 
-def continue_derived(raw: "ConfigDict", given: frozenset[str], workdir: Path) -> "ConfigDict":
+def keys_that_are_set(raw: "ConfigDict", given: Collection[str]) -> set[str]:
+    """Returns the keys in `given`, and those whose values differ from the default config's."""
+    defaults = flatten(default().to_dict())
+    return {*given, *(name for name, value in flatten(raw.to_dict()).items() if value != defaults.get(name))}
+
+
+def continue_derived(raw: "ConfigDict", given: Collection[str], workdir: Path) -> "ConfigDict":
     """Returns the config with which a run of a config that derives keys goes on.
 
     Args:
@@ -83,7 +90,7 @@ def continue_derived(raw: "ConfigDict", given: frozenset[str], workdir: Path) ->
         workdir: The folder of the run.
 
     Returns:
-        If `derive` is on and the run was started before, the run's own config with the keys of `raw` that are given.
+        If `derive` is on and the run was started before, the run's own config with the keys that `raw` sets.
         Otherwise `raw`.
 
     Raises:
@@ -91,9 +98,10 @@ def continue_derived(raw: "ConfigDict", given: frozenset[str], workdir: Path) ->
     """
     if not getattr(raw, "derive", False) or not (workdir / "config.json").is_file():
         return raw
-    values = flatten(raw.to_dict())
-    before = read_config(workdir)
-    before.update_from_flattened_dict({name: values[name] for name in given - {"derive"}})
+    values, before = flatten(raw.to_dict()), read_config(workdir)
+    names = keys_that_are_set(raw, given) - {"derive"}
+    # configs/own.py names no model, so the run's own stays if the command line does not name it again.
+    before.update_from_flattened_dict({name: values[name] for name in names if name in given or values[name] != ""})
     return before
 
 

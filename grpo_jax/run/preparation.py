@@ -5,11 +5,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from grpo_jax import config as configs
-from grpo_jax.config.keys import flatten
 from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.workdir import check_trained_config, continue_derived, run_digests
+from grpo_jax.config.workdir import check_trained_config, continue_derived, keys_that_are_set, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
@@ -17,7 +18,7 @@ from grpo_jax.run.checkpoint import newest_step, read_meta
 from grpo_jax.run.context import RunContext, build_context, make_prompt_format, read_base_model, refit_mesh
 from grpo_jax.run.derivation import find_machine
 from grpo_jax.run.derive import derive
-from grpo_jax.run.progress import phase
+from grpo_jax.run.progress import mute, phase
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.sinks import check_sinks
 from grpo_jax.tasks.problem_list import ProblemList, leave_out_examples
@@ -83,6 +84,7 @@ def check_run(
     digests = run_digests(task, cfg.prompt.template)
     configs.check_files(workdir, digests, accept=accept_changed_files)
     join_processes(os.environ)
+    mute(jax.process_index() != 0)
     return CheckedRun(raw, frozenset(given), cfg, done, reward_parts, task, digests)
 
 
@@ -105,12 +107,6 @@ def prepare_run(run: CheckedRun, workdir: Path) -> PreparedRun:
     fitted, task, prompt_lengths = fit_prompts(cfg, base, task)
     context = build_context(fitted, base, reward_parts=run.reward_parts or resolve_parts(cfg), training=True)
     return PreparedRun(cfg, fitted, context, task, [printable(line) for line in (*notes, *derived, prompt_lengths)])
-
-
-def keys_that_are_set(raw, given: Collection[str]) -> set[str]:
-    """Returns the keys in `given`, and those whose values differ from the default config's."""
-    defaults = flatten(configs.default().to_dict())
-    return {*given, *(name for name, value in flatten(raw.to_dict()).items() if value != defaults[name])}
 
 
 def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):

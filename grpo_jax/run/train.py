@@ -37,7 +37,7 @@ from grpo_jax.run.metrics import (
     read_metrics,
 )
 from grpo_jax.run.preparation import check_run, prepare_run
-from grpo_jax.run.progress import announce, mute, phase, set_detail
+from grpo_jax.run.progress import announce, phase, set_detail
 from grpo_jax.run.stages import (
     add_advantages,
     draw_completions,
@@ -119,7 +119,6 @@ def train(
     """
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
-    mute(jax.process_index() != 0)
     if checked.done == checked.cfg.total_steps:
         announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, checked.done)}")
         return read_metrics(workdir)[-1]
