@@ -83,6 +83,17 @@ def test_a_thread_shows_a_phase_for_as_long_as_it_lasts(monkeypatch, capsys):
         printed = ""
 
 
+def test_an_interrupted_end_of_a_phase_leaves_no_phase_behind(clock, monkeypatch):
+    def interrupt(thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupt)
+        with pytest.raises(KeyboardInterrupt), progress.phase("Training"):
+            pass
+    assert progress.PROGRESS.phases == []  # so the next phase has a thread again, as in a notebook that goes on
+
+
 def test_a_terminal_shows_the_phase_on_one_line_and_behind_the_bar(clock, monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -53,7 +53,6 @@ class Progress:
         self.is_listening = False
         self.last_output = clock()
         self.bar: tqdm | None = None
-        self.stop = threading.Event()
 
     def describe(self) -> str:
         """Returns the innermost phase with its detail, the program that is being compiled, and the age of either.
@@ -64,8 +63,9 @@ class Progress:
         details = [detail] * bool(detail)
         if len(self.phases) > 1 and self.phases[-2][1] and self.bar is None:
             name = f"{self.phases[-2][1]}  {name}"
-        if self.compiling:
-            program, start = self.compiling
+        compiling = self.compiling  # read once: the thread that compiles may change it meanwhile
+        if compiling:
+            program, start = compiling
             details.append(f"compiling {program}" + f" (cached: {self.cached})" * bool(self.cached))
         return ": ".join([name, ", ".join(details)][: 1 + len(details)]) + f", {self.clock() - start:.0f} s"
 
@@ -76,8 +76,9 @@ class Progress:
                 return
             if is_terminal():
                 self.bar = self.bar if self.bar is not None else tqdm(bar_format="{desc}", leave=False)
-                if self.bar.desc != self.describe():
-                    self.bar.set_description_str(self.describe())
+                line = self.describe()
+                if self.bar.desc != line:
+                    self.bar.set_description_str(line)
             elif self.clock() - self.last_output >= QUIET_SECONDS:
                 print(self.describe(), file=sys.stderr, flush=True)
                 self.last_output = self.clock()
@@ -139,25 +140,25 @@ def phase(name: str) -> Iterator[None]:
 
     It also decorates functions. A thread shows the innermost phase for as long as the outermost one lasts.
     """
-    thread = None
-    with PROGRESS.lock:
-        if not PROGRESS.phases:
-            PROGRESS.stop, PROGRESS.last_output = threading.Event(), PROGRESS.clock()
-            thread = threading.Thread(target=PROGRESS.keep_ticking, args=(PROGRESS.stop,), name="progress", daemon=True)
-        PROGRESS.phases.append([name, "", PROGRESS.clock()])
-    if thread:
-        thread.start()
-    PROGRESS.listen()
+    thread, stop, own = None, threading.Event(), [name, "", PROGRESS.clock()]
     try:
+        with PROGRESS.lock:
+            is_outermost = not PROGRESS.phases
+            PROGRESS.phases.append(own)
+        if is_outermost:
+            PROGRESS.last_output = PROGRESS.clock()
+            thread = threading.Thread(target=PROGRESS.keep_ticking, args=(stop,), name="progress", daemon=True)
+            thread.start()
+        PROGRESS.listen()
         yield
-    finally:
+    finally:  # first what lets the next phase be an outermost one, even if Ctrl-C interrupts the rest
+        with PROGRESS.lock:
+            PROGRESS.phases[:] = [other for other in PROGRESS.phases if other is not own]
+            PROGRESS.compiling = None
         if thread:
-            PROGRESS.stop.set()
+            stop.set()
             thread.join()
             PROGRESS.close_bar()
-        with PROGRESS.lock:
-            PROGRESS.phases.pop()
-            PROGRESS.compiling = None
 
 
 def set_detail(text: str) -> None:
