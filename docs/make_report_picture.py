@@ -1,11 +1,12 @@
-"""Takes docs/report.png, a picture of the page of runs, in the browser that is installed. Needs the extra `page`.
+"""Takes docs/report.png, a picture of the report of two runs, in an installed browser. Needs the extra `page`.
 
     make r1zero WORKDIR=runs/seed-0
     make r1zero WORKDIR=runs/seed-1 ARGS=--config.seed=1
     make test-page  # installs the extra
     .venv/bin/python docs/make_report_picture.py runs/seed-0 runs/seed-1
 
-The picture holds the top of the page, its first curves, and some answers of one step. What lies in between is hidden.
+The picture shows the top of the report, its first curves, and some completions of one step. The parts in between are
+hidden.
 """
 
 import shutil
@@ -19,13 +20,13 @@ from grpo_jax import report
 
 PICTURE = Path(__file__).parent / "report.png"
 WIDTH, HEIGHT = 1280, 1370
-STEP = 10  # the answers of a group still differ
+STEP = 10  # the completions of a group still differ
 HIDE = "#curves-note, #charts, #other, #question details, #answers article:nth-child(n + 4) { display: none } "
 HIDE += "#top, section { padding-top: 1rem !important } #steps { margin-top: 0 !important }"
 
 
 def main(workdirs: list[str]) -> None:
-    """Writes the page of the runs and takes its picture."""
+    """Writes the report of the runs and takes its picture."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder) / "report.html"
         report.main([*[f"--workdir={workdir}" for workdir in workdirs], f"--out={file}"])

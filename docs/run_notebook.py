@@ -3,7 +3,7 @@
 pip install nbclient ipykernel matplotlib
 python docs/run_notebook.py
 
-Takes a few minutes and starts the run in runs/quickstart anew.
+Takes a few minutes, and replaces the run in runs/quickstart.
 """
 
 import shutil
