@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     raw = continue_derived(raw, given, workdir)
     is_pretraining = raw.job == "pretrain"
     cfg = check_pretrain(raw) if is_pretraining else configs.check(raw)
+    if is_pretraining and options.dry_run:
+        raise UserError("--dry-run shows the prompts and answers of a run; pretraining has none. Leave it out.")
     if not is_pretraining:
         configs.check_workdir(workdir, cfg)
         announce(f"Training in {workdir}")

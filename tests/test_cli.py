@@ -646,6 +646,7 @@ def test_fewer_steps_than_the_run_has_done_are_refused(tmp_path):
         ("--config.batch.row_tokens=4096", "batch.row_tokens must be at most model.max_positions=512"),
         ("--config.batch.rows=0", "batch.rows must be at least 1"),
         ("--config.total_steps=3", "total_steps must be more than optim.warmup_steps=50; found 3"),
+        ("--dry-run", "pretraining has none"),
     ],
 )
 def test_a_mistake_in_pretraining_is_refused(tmp_path, flag, says):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from grpo_jax.config.schema import Config
 from grpo_jax.learn.advantages import advantages
@@ -23,11 +22,10 @@ from grpo_jax.rewards.pool import FAILURES, Grades
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
-from grpo_jax.run.progress import phase
+from grpo_jax.run.progress import announce, phase
 from grpo_jax.run.rollout_progress import RolloutProgress
 from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem, Prompts
-from grpo_jax.text.terminal import printable
 from grpo_jax.types import Experience, PackedBatch, Rollout
 
 SUBMITTED_TOKENS = 2**22  # most tokens that are fetched at once while sampling
@@ -188,7 +186,7 @@ def grade_completions(
         if failures:
             line = f"{len(failures)} grade{'s' * (len(failures) > 1)} of {len(rows)} completions set to 0, because a "
             line += f"reward part failed. The first failure: {failures[0]}"
-            tqdm.write(printable(line), file=sys.stderr)
+            announce(line, sys.stderr)
         return np.stack(list(grades.scores.values()))
 
     # Process 0 grades for all, because processes might disagree on which completions took too long.

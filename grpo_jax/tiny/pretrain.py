@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.errors import UserError
@@ -21,6 +20,7 @@ from grpo_jax.learn.logprobs import logprobs_from_hidden
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.decoder import hidden_states, init_params
 from grpo_jax.model.mask import single_sequence
+from grpo_jax.run.progress import announce, close_bar, phase, set_detail, step_bar
 from grpo_jax.tiny.corpus import EOS_TOKEN, corpus_text, train_tokenizer
 from grpo_jax.weights.model_io import save
 
@@ -50,6 +50,7 @@ def corpus_batch(tokenizer, cfg: PretrainConfig, step: int) -> tuple[np.ndarray,
     return tokens, mask
 
 
+@phase("Pretraining")
 def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
     """Trains a tokenizer and a model from scratch and writes them to the model folder `workdir/model`.
 
@@ -86,18 +87,21 @@ def pretrain(cfg: PretrainConfig, workdir: Path) -> Path:
         return optax.apply_updates(params, updates), opt_state, loss
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(
+    announce(
         f"{num_params:,} parameters, {tokenizer.get_vocab_size()} token ids, {cfg.total_steps} steps of "
         f"{cfg.batch.rows} x {cfg.batch.row_tokens} tokens"
     )
-    losses = []
-    for step in tqdm(range(cfg.total_steps), unit="step"):
+    losses, bar = [], step_bar(cfg.total_steps, 0)
+    for step in range(cfg.total_steps):
+        set_detail(f"step {step + 1}/{cfg.total_steps}")
         params, opt_state, loss = update(params, opt_state, *corpus_batch(tokenizer, cfg, step))
         losses.append(loss)
+        bar.update()
         if (step + 1) % cfg.log.every_steps == 0:
-            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-cfg.log.every_steps :]):.4f}")
+            announce(f"step {step + 1}: loss {np.mean(losses[-cfg.log.every_steps :]):.4f}")
+    close_bar()
     write_model_folder(folder, model_cfg, params, tokenizer)
-    print(f"loss {np.mean(losses[-50:]):.4f} (last 50 steps), {time.monotonic() - start:.0f} s; wrote {folder}")
+    announce(f"loss {np.mean(losses[-50:]):.4f} (last 50 steps), {time.monotonic() - start:.0f} s; wrote {folder}")
     return folder
 
 
