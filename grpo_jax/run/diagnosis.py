@@ -9,7 +9,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +91,7 @@ def truncated(history: History, row: Symptom) -> float | None:
 
 def entropy_if_failing(history: History, row: Symptom) -> float | None:
     """Returns the entropy of the policy if its reward is low; once the task is learned, a low entropy is expected."""
-    if not mean(history.last("reward/mean", row.span) or [np.inf]) < row.given * history.highest_reward():
+    if not fmean(history.last("reward/mean", row.span) or [np.inf]) < row.given * history.highest_reward():
         return None
     return median(history.last("policy/entropy", row.span) or [np.inf])
 
@@ -147,9 +147,9 @@ def growth_without_reward(history: History, row: Symptom) -> float | None:
     """Returns the factor by which completions have become longer, if the reward has not risen."""
     rewards, lengths = history.last("reward/mean", row.span), history.last("rollout/length_mean", row.span)
     tenth = max(1, row.span // 10)
-    if not rewards or mean(rewards[-tenth:]) - mean(rewards[:tenth]) > row.given * history.highest_reward():
+    if not rewards or fmean(rewards[-tenth:]) - fmean(rewards[:tenth]) > row.given * history.highest_reward():
         return None
-    return mean(lengths[-tenth:]) / mean(lengths[:tenth]) if lengths else None
+    return fmean(lengths[-tenth:]) / fmean(lengths[:tenth]) if lengths else None
 
 
 def relative_speed(history: History, row: Symptom) -> float | None:
@@ -335,7 +335,7 @@ def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> 
     problems = draw_problems(task, range(PROBED_PROBLEMS), seed=cfg.seed, split="train")
     facts = {"greedy_perplexity": greedy_perplexity(cfg, context, params, problems, key)}
     if accuracy_part in context.grader.parts.values():
-        facts["refused_answers"] = mean(bool(unreadable_answer(problem)) for problem in problems)
+        facts["refused_answers"] = fmean(bool(unreadable_answer(problem)) for problem in problems)
     return facts
 
 
@@ -359,4 +359,4 @@ def greedy_perplexity(cfg: Config, context: RunContext, params, problems: Sequen
 
 def sample_surprise(records: Sequence[dict]) -> dict[str, float]:
     """Returns the mean of -log pi over the tokens of recorded completions, as the trainer computes it, in nats."""
-    return {"sample_surprise": -mean(logp for record in records for logp in record["policy_logps"])}
+    return {"sample_surprise": -fmean(logp for record in records for logp in record["policy_logps"])}
