@@ -19,6 +19,7 @@ from grpo_jax.rewards import accuracy, format
 from grpo_jax.run.context import BaseModel
 from grpo_jax.run.derivation import Machine
 from grpo_jax.run.derive import derive
+from grpo_jax.run.dry_run import describe_expected
 from grpo_jax.tasks.streams import make_task
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import PromptFormat
@@ -208,6 +209,12 @@ def test_a_dry_run_shows_the_plan_prompts_answers_and_a_group_and_writes_nothing
     assert "4 completions of prompt 1:" in printed
     assert len(re.findall(r"  = reward [\d.]+: accuracy [01] format [01]", printed)) == 4
     assert "Nothing was written." in printed
+
+
+def test_an_answer_is_read_only_if_the_accuracy_reward_grades_it():
+    problem = Problem("1 + 1?", "See the book; it has all of this.")
+    assert "which no completion could match" in describe_expected(problem, is_graded=True)
+    assert describe_expected(problem, is_graded=False) == problem.answer
 
 
 def test_a_run_that_derived_its_config_goes_on_with_it_and_with_what_is_set_now(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 
 from grpo_jax.config.schema import Config
 from grpo_jax.parallel.processes import from_first_process
+from grpo_jax.rewards.parts import accuracy_part
 from grpo_jax.rollout.memory import mebibytes
 from grpo_jax.run.checkpoint import newest_step
 from grpo_jax.run.context import SAMPLING_KEY, RunContext, resident_bytes
@@ -46,11 +47,12 @@ def dry_run(raw, workdir: Path, *, given: Collection[str] = (), accept_changed_f
         run = prepare_run(check_run(raw, workdir, given=given, accept_changed_files=accept_changed_files), workdir)
     for line in [*run.notes, *describe_plan(run)]:
         announce(line)
+    is_graded = accuracy_part in run.context.grader.parts.values()
     problems = draw_problems(run.task, range(SHOWN), seed=run.cfg.seed, split="train")
     for index, problem in enumerate(problems):
         announce(f"\nPrompt {index + 1}, {printable(problem.id) or 'as the model sees it'}:")
         announce(indent(run.context.prompt_format.text(problem)))
-        announce(f"Expected answer {index + 1}: {describe_expected(problem)}")
+        announce(f"Expected answer {index + 1}: {describe_expected(problem, is_graded=is_graded)}")
     with jax.set_mesh(run.context.mesh), closing(run.context.grader):
         from_first_process(run.context.grader.start, np.zeros(()))
         records = sample_group(run.fitted, run.context, problems[0], workdir)
@@ -78,9 +80,11 @@ def describe_plan(run: PreparedRun) -> list[str]:
     ]
 
 
-def describe_expected(problem: Problem) -> str:
-    """Returns the expected answer of a problem and how the accuracy reward reads it."""
+def describe_expected(problem: Problem, *, is_graded: bool) -> str:
+    """Returns the expected answer of a problem and, if the accuracy reward grades it, how that reads the answer."""
     answer = printable(problem.answer)
+    if not is_graded:
+        return answer
     try:
         kind, *values = read_expected(problem.answer)
     except ValueError as error:
