@@ -212,7 +212,7 @@ def test_a_dry_run_shows_the_plan_prompts_answers_and_a_group_and_writes_nothing
 
 
 def test_an_answer_is_read_only_if_the_accuracy_reward_grades_it():
-    problem = Problem("1 + 1?", "See the book; it has all of this, 1.")
+    problem = Problem("1 + 1?", "nan")
     assert "which no completion could match" in describe_expected(problem, is_graded=True)
     assert describe_expected(problem, is_graded=False) == problem.answer
 
