@@ -233,7 +233,7 @@ def test_a_page_holds_no_more_samples_than_its_budget_allows(tmp_path):
     # A large file is read up to its share: whole records, and at least one.
     write_lines(tmp_path / "large", [make_record(n) for n in range(9)])
     size = (tmp_path / "large").stat().st_size
-    assert [len(read_json_lines(tmp_path / "large", limit)) for limit in (1, size / 2, size)] == [1, 4, 9]
+    assert [len(list(read_json_lines(tmp_path / "large", limit))) for limit in (1, size / 2, size)] == [1, 4, 9]
     (run,) = read_runs([str(write_run(tmp_path / "run"))])
     for budget in samples.MIN_STEPS, 1e9:
         steps, _ = samples.embed_samples(run, budget)

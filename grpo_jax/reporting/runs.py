@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class RunFiles(NamedTuple):
     eval_samples: dict[int, Path]
 
 
-def read_json_lines(path: Path, max_bytes: float = float("inf")) -> list[dict[str, Any]]:
-    """Returns the objects in a file of JSON lines, or none if there is no such file.
+def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """Yields the objects in a file of JSON lines, or none if there is no such file.
 
     Lines that are not complete, such as the last one of a file that is being written, are left out.
 
@@ -33,22 +33,20 @@ def read_json_lines(path: Path, max_bytes: float = float("inf")) -> list[dict[st
         max_bytes: Reading stops before the line with which more than this many bytes would be read, except for the
             first line.
     """
-    objects: list[dict[str, Any]] = []
     if not path.is_file():
-        return objects
+        return
     size = 0
     with path.open("rb") as lines:
         for line in lines:
-            size += len(line)
-            if objects and size > max_bytes:
+            if size and size + len(line) > max_bytes:
                 break
+            size += len(line)
             try:
                 value = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
             except ValueError:
                 continue
             if isinstance(value, dict):
-                objects.append(value)
-    return objects
+                yield value
 
 
 def sample_files(workdir: Path, kind: str) -> dict[int, Path]:

@@ -11,6 +11,7 @@ MAX_BYTES = 24_000_000  # of the sample files that a page embeds, for all runs t
 MIN_STEPS = 20  # steps of a run between which its share is divided; a larger file is embedded in part
 MAX_TEXT = 4000  # characters of a completion in the comparison of evaluations
 MAX_COMPARISON = 1_000_000  # characters of all completions in the comparison
+COMPARED = ("completion", "length", "truncated", "parsed", "why", "reward")  # of a completion
 MAX_BINS = 16
 MAX_BIN_WIDTHS = (1, 2, 5)
 
@@ -124,11 +125,20 @@ def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dic
     `is_cut` of a step's last group says whether the file holds more answers than the page.
     """
     files, limit = choose_files(run.train_samples, max_bytes)
-    records = {step: of_step for step, path in files.items() if (of_step := read_json_lines(path, limit))}
+    records = {step: of_step for step, path in files.items() if (of_step := list(read_json_lines(path, limit)))}
     steps = {step: embed_step(of_step) for step, of_step in records.items()}
     for step, groups in steps.items():
         groups[-1]["is_cut"] = files[step].stat().st_size > limit
     return steps, bin_lengths(records)
+
+
+def read_answers(path: Path) -> dict[Any, dict[str, Any]]:
+    """Returns what is compared of the completions of an evaluation, by prompt id; a file may be larger than memory."""
+    answers = {}
+    for record in read_json_lines(path):
+        answer = {name: record.get(name) for name in (*COMPARED, "question", "expected", "rewards")}
+        answers[record.get("prompt_id")] = answer | {"completion": str(record.get("completion"))[:MAX_TEXT]}
+    return answers
 
 
 def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
@@ -142,7 +152,7 @@ def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
     if len(run.eval_samples) < 2:
         return None
     steps = [min(run.eval_samples), max(run.eval_samples)]
-    before, after = ({r.get("prompt_id"): r for r in read_json_lines(run.eval_samples[step])} for step in steps)
+    before, after = (read_answers(run.eval_samples[step]) for step in steps)
     kinds: dict[str, list] = {"wrong right": [], "right wrong": [], "right right": [], "wrong wrong": []}
     for prompt_id in before.keys() & after.keys():
         pair = before[prompt_id], after[prompt_id]
@@ -151,17 +161,13 @@ def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
     for kind, questions in kinds.items():
         of_kind = 0
         for prompt_id, *pair in sorted(questions, key=lambda question: question[0]):
-            answers = [
-                {name: record.get(name) for name in ("length", "truncated", "parsed", "why", "reward")}
-                | {"completion": str(record.get("completion"))[:MAX_TEXT]}
-                for record in pair
-            ]
+            answers = [{name: record[name] for name in COMPARED} for record in pair]
             length = sum(len(answer["completion"]) for answer in answers)
             if of_kind + length > MAX_COMPARISON / len(kinds):
                 break
             of_kind += length
-            question = {"prompt_id": prompt_id, "expected": pair[0].get("expected"), "kind": kind}
-            chosen.append(question | {"question": question_text(pair[0].get("question")), "answers": answers})
+            question = {"prompt_id": prompt_id, "expected": pair[0]["expected"], "kind": kind}
+            chosen.append(question | {"question": question_text(pair[0]["question"]), "answers": answers})
         size += of_kind
     part = graded_part(next(iter(before.values()), {}))
     counts = {kind: len(questions) for kind, questions in kinds.items()}
