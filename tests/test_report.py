@@ -262,6 +262,25 @@ def test_evaluations_are_compared_question_by_question(tmp_path):
         ("right right", 1),
     ]
     assert [answer["why"] for answer in questions[0]["answers"]] == ["another value", "equal"]
+    assert comparison["unlike"] == ""
+
+
+def test_evaluations_are_compared_for_the_same_questions_only_and_what_differs_is_said(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    answers = [make_record(prompt_id=n, question=f"What is {n + (n == 2)} + 2?") for n in range(5)]
+    write_lines(
+        workdir / "samples" / "eval-000000.jsonl",
+        [make_record(prompt_id=n, question=f"What is {n} + 2?") for n in range(5)],
+    )
+    write_lines(workdir / "samples" / "eval-000004.jsonl", answers)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line, temperature in ((lines[0], 1.0), (lines[-1], 0.5)):
+        line["eval/sampling/temperature"] = temperature
+    write_lines(workdir / "metrics.jsonl", lines)
+    reader = read_page(workdir)
+    assert [question["prompt_id"] for question in reader.data("comparison-0")] == [0, 1, 3, 4]
+    unlike = reader.data("report")["runs"][0]["comparison"]["unlike"]
+    assert "eval.temperature (1 and 0.5), questions (5 and 5 different ones, 4 in both)" in unlike
 
 
 def test_a_run_is_summed_up(tmp_path):

@@ -190,7 +190,7 @@ function showPairs() {
   const kind = element("comparison-kind").value;
   const all = comparison ? data(`comparison-${index}`).filter((pair) => pair.kind === kind) : [];
   element("comparison-note").textContent = comparison
-    ? `In the evaluations of steps ${comparison.steps.join(" and ")}, ${comparison.counts[kind]} ${comparison.counts[kind] === 1 ? "question was" : "questions were"} answered ${KINDS[kind]}${all.length < comparison.counts[kind] ? `; this page holds ${all.length} of them` : ""}. A completion counts as right if its reward part ${textOf(comparison.part)} is above 0.`
+    ? `In the evaluations of steps ${comparison.steps.join(" and ")}, ${comparison.counts[kind]} ${comparison.counts[kind] === 1 ? "question was" : "questions were"} answered ${KINDS[kind]}${all.length < comparison.counts[kind] ? `; this page holds ${all.length} of them` : ""}. A completion counts as right if its reward part ${textOf(comparison.part)} is above 0. ${comparison.unlike}`
     : "The run does not have two evaluations with recorded completions yet.";
   element("pairs").replaceChildren(...all.slice(0, shownPairs).map((pair) => {
     const sides = pair.answers.map((answer, n) => make("div", {},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.reporting.runs import RunFiles, read_json_lines
+from grpo_jax.run.metrics import describe_unlike
 
 MAX_BYTES = 24_000_000  # of the sample files that a page embeds, for all runs together; the page is smaller
 MIN_STEPS = 20  # steps of a run between which its share is divided; a larger file is embedded in part
@@ -132,12 +133,14 @@ def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dic
     return steps, bin_lengths(records)
 
 
-def read_answers(path: Path) -> dict[Any, dict[str, Any]]:
-    """Returns what is compared of the completions of an evaluation, by prompt id; a file may be larger than memory."""
+def read_answers(path: Path) -> dict[tuple, dict[str, Any]]:
+    """Returns what is compared of the completions of an evaluation, by prompt id and question."""
     answers = {}
-    for record in read_json_lines(path):
-        answer = {name: record.get(name) for name in (*COMPARED, "question", "expected", "rewards")}
-        answers[record.get("prompt_id")] = answer | {"completion": str(record.get("completion"))[:MAX_TEXT]}
+    for record in read_json_lines(path):  # one at a time: with all tokens, they may not fit in memory
+        answer = {name: record.get(name) for name in (*COMPARED, "prompt_id", "expected", "rewards")}
+        answer |= {"question": question_text(record.get("question"))}
+        answer |= {"completion": str(record.get("completion"))[:MAX_TEXT]}
+        answers[answer["prompt_id"], answer["question"], record.get("prompt"), answer["expected"]] = answer
     return answers
 
 
@@ -145,30 +148,33 @@ def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
     """Compares the completions of a run's first and last evaluation for the same questions.
 
     Returns:
-        `steps`, the two steps; `part`, which decides what is right; `counts`, the number of questions by whether the
-        completions were right before and after, such as `wrong right`; and the `questions`, as many as fit, which are
-        listed in turn from the four kinds. None if there are no two evaluations with records.
+        `steps`, the two steps; `unlike`, in what the two differ besides the policy, if they do; `part`, which decides
+        what is right; `counts`, the number of questions by whether the completions were right before and after, such
+        as `wrong right`; and the `questions`, as many as fit, which are listed in turn from the four kinds. None if
+        there are no two evaluations with records.
     """
     if len(run.eval_samples) < 2:
         return None
     steps = [min(run.eval_samples), max(run.eval_samples)]
     before, after = (read_answers(run.eval_samples[step]) for step in steps)
+    metrics = {line["step"]: line for line in run.evaluations}
+    unlike = describe_unlike(*(metrics.get(step, {}) for step in steps), before, after)
     kinds: dict[str, list] = {"wrong right": [], "right wrong": [], "right right": [], "wrong wrong": []}
-    for prompt_id in before.keys() & after.keys():
-        pair = before[prompt_id], after[prompt_id]
-        kinds[" ".join("right" if is_right(record) else "wrong" for record in pair)].append((prompt_id, *pair))
-    chosen, size = [], 0
-    for kind, questions in kinds.items():
+    for question, answer in before.items():
+        if question in after:
+            pair = answer, after[question]
+            kinds[" ".join("right" if is_right(record) else "wrong" for record in pair)].append(pair)
+    chosen = []
+    for kind, pairs in kinds.items():
         of_kind = 0
-        for prompt_id, *pair in sorted(questions, key=lambda question: question[0]):
+        for pair in pairs:
             answers = [{name: record[name] for name in COMPARED} for record in pair]
             length = sum(len(answer["completion"]) for answer in answers)
             if of_kind + length > MAX_COMPARISON / len(kinds):
                 break
             of_kind += length
-            question = {"prompt_id": prompt_id, "expected": pair[0]["expected"], "kind": kind}
-            chosen.append(question | {"question": question_text(pair[0]["question"]), "answers": answers})
-        size += of_kind
+            question = {name: pair[0][name] for name in ("prompt_id", "question", "expected")}
+            chosen.append(question | {"kind": kind, "answers": answers})
     part = graded_part(next(iter(before.values()), {}))
-    counts = {kind: len(questions) for kind, questions in kinds.items()}
-    return {"steps": steps, "part": part, "counts": counts, "questions": chosen}
+    counts = {kind: len(pairs) for kind, pairs in kinds.items()}
+    return {"steps": steps, "unlike": unlike, "part": part, "counts": counts, "questions": chosen}

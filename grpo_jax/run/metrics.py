@@ -124,7 +124,8 @@ def before_and_after(workdir: Path) -> str:
         return "No evaluation, because no problems were held out"
     first, last = evaluations[0], evaluations[-1]
     before, after = (read_evaluation(workdir, line["step"]) for line in (first, last))
-    rows = describe_unlike(first, last, before, after)
+    unlike = describe_unlike(first, last, before, after)
+    rows = ["", unlike] if unlike else []
     rows += ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     scores = {label: f"eval/{label}" for label in evaluation_scores(first)} | {"length (tokens)": "eval/length_mean"}
     rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for label, name in scores.items()]
@@ -144,21 +145,25 @@ def read_evaluation(workdir: Path, step: int) -> dict[str, dict]:
     return {str([record.get(name) for name in fields]): record for record in read_samples(workdir, "eval", step)}
 
 
-def describe_unlike(first: dict, last: dict, before: dict[str, dict], after: dict[str, dict]) -> list[str]:
-    """Returns a line that says in what two evaluations differ besides the policy; none if they do not.
+def describe_unlike(first: dict, last: dict, before: dict[Any, dict], after: dict[Any, dict]) -> str:
+    """Says in what two evaluations differ besides the policy; returns "" if they do not.
 
     Args:
         first: The metrics of the one.
         last: The metrics of the other.
-        before: The records of the one, from `read_evaluation`.
+        before: The records of the one by question.
         after: The records of the other.
     """
-    settings = [name for name in first if name.startswith("eval/sampling/") and first[name] != last.get(name)]
+    settings = [
+        name for name in first if name.startswith("eval/sampling/") and first[name] != last.get(name, first[name])
+    ]
     unlike = [f"eval.{name.rpartition('/')[2]} ({first[name]:g} and {last[name]:g})" for name in settings]
     if before and after and before.keys() != after.keys():
         shared = len(before.keys() & after.keys())
         unlike.append(f"questions ({len(before)} and {len(after)} different ones, {shared} in both)")
     if not unlike:
-        return []
-    line = f"The two evaluations are not comparable: they differ in {', '.join(unlike)}. Evaluate both with the same"
-    return ["", f"{line} settings: python -m grpo_jax.evaluate --workdir=DIR, and again with --base."]
+        return ""
+    return (
+        f"The two evaluations are not comparable: they differ in {', '.join(unlike)}. Evaluate both with the same "
+        "settings: python -m grpo_jax.evaluate --workdir=DIR, and again with --base."
+    )
