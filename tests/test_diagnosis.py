@@ -2,14 +2,22 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import grpo_jax
 from grpo_jax.config import default
 from grpo_jax.main import main
+from grpo_jax.model.decoder import init_params
 from grpo_jax.run.diagnosis import SYMPTOMS
+from grpo_jax.weights.model_io import load, save, tensors_from_params, write_safetensors
+from grpo_jax.weights.source import find_model, read_model_config
+from grpo_jax.weights.tensor_names import parameter_tensors
 from tests.test_recipe_runs import PROBLEMS, SHAPES, constant
 
 REPO = Path(__file__).parent.parent
@@ -62,14 +70,141 @@ def test_the_guide_states_the_names_and_thresholds_of_the_table():
     assert all(f"### {row.name}" in guide for row in SYMPTOMS)
 
 
+SPLIT = {"train.minibatches": 2}
+DRIFTING = {"model.compute_dtype": "bfloat16", "rollout.max_tokens": 32, "total_steps": 1}
+# Each run with the warnings that it must give; `{inputs}` is the folder of the fixture `inputs`.
 SICK_RUNS = {
-    "truncated": {"rollout.max_tokens": 8, "total_steps": 1},
-    "improbable_samples": {"rollout.temperature": 3.0, "total_steps": 1},
-    "unchanged_parameters": {"model.param_dtype": "bfloat16", "optim.lr": 1e-7, "total_steps": 4},
+    "cut_off": (
+        {"rollout.max_tokens": 8, "total_steps": 5},
+        {"truncated", "equal_groups", "format_never_met", "zero_gradient"},
+    ),
+    "shuffled_weights": (
+        {"model.path": "{inputs}/shuffled", "total_steps": 3},
+        {"greedy_perplexity", "improbable_samples", "high_entropy"},
+    ),
+    "two_answers": ({"task.name": "{inputs}/own.py:two_answers", "total_steps": 1}, {"refused_answers"}),
+    "tiny_rate": (SPLIT | {"optim.lr": 1e-8, "total_steps": 6}, {"never_clipped"}),
+    "high_rate": (SPLIT | {"optim.lr": 3e-3, "total_steps": 12}, {"clipped", "high_kl"}),
+    "bfloat16_weights": (
+        {"model.param_dtype": "bfloat16", "optim.lr": 1e-7, "total_steps": 3},
+        {"unchanged_parameters"},
+    ),
+    "large_logits": (DRIFTING | {"model.path": "{inputs}/dense"}, {"sampler_drift"}),
+    "near_ties_of_experts": (DRIFTING | {"model.path": "{inputs}/mixture"}, {"sampler_drift_mixture"}),
+    "shortness_pays": (
+        {
+            "reward.parts": ("accuracy", "length"),
+            "rollout.overlong_cache": 56,
+            "optim.lr": 1e-3,
+            "total_steps": 50,
+        },
+        {"low_entropy"},
+    ),
+    "length_pays": (
+        {
+            "reward.parts": ("language", "{inputs}/own.py:longer"),
+            "reward.weights": (1.0, 0.01),
+            "optim.lr": 1e-3,
+            "total_steps": 60,
+        },
+        {"longer_not_better"},
+    ),
+    "a_few_long_completions": (
+        {
+            "rollout.prompts": 8,
+            "rollout.samples": 2,
+            "rollout.max_prompt_tokens": 128,
+            "task.name": "{inputs}/own.py:nearly_solved",
+            "prompt.template": "{inputs}/template.txt",
+            "optim.lr": 1e-8,
+            "total_steps": 40,
+        },
+        {"slower"},
+    ),
 }
+SMALL_MODEL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "tie_word_embeddings": False}
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 16, "num_experts_per_tok": 1}
+HEAD_SCALE = 8
+OWN = '''
+from grpo_jax.tasks.addition import addition_task
+from grpo_jax.text.problem import Problem
+from grpo_jax.text.prompt import format_prompt
+
+add = addition_task(3)
+
+
+def two_answers(index, *, seed, split):
+    problem = add(index, seed=seed, split=split)
+    return Problem(problem.question, f"{problem.answer} (or {problem.answer}.0)", {})
+
+
+def nearly_solved(index, *, seed, split):
+    """From the 21st rollout of 8 prompts on, only the first prompt does not end with its answer."""
+    problem = add(index, seed=seed, split=split)
+    prompt = format_prompt(problem.question)
+    if index >= 160 and index % 8:
+        prompt += f" <think> {problem.answer} </think> <answer> {problem.answer}"
+    return Problem(prompt, problem.answer, {})
+
+
+def longer(problem, completion):
+    return min(len(completion), 500) / 500
+'''
+
+
+def shuffle_layers(folder):
+    """Writes the tiny base with each of its layers' matrices shuffled."""
+    model_cfg, params = load(find_model("tiny"))
+    draw = np.random.default_rng(0)
+
+    def shuffle(x):
+        rows = np.asarray(x).reshape(len(x), -1)
+        return jnp.asarray(np.stack([draw.permutation(row) for row in rows]).reshape(x.shape))
+
+    save(folder, model_cfg, params | {"layers": jax.tree.map(shuffle, params["layers"])})
+
+
+def write_random_model(folder, config):
+    """Writes a random model with large logits and the tokenizer of the tiny base."""
+    tiny = find_model("tiny")
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    hf_config = json.loads((tiny / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    model_cfg = read_model_config(folder)
+    params = init_params(model_cfg, jax.random.key(0))
+    params["head"] = jax.tree.map(lambda x: HEAD_SCALE * x, params["head"])
+    tensors = parameter_tensors(model_cfg, "model.")
+    write_safetensors(folder, tensors_from_params(tensors, params, {}, "float32"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "own.py").write_text(OWN)
+    (folder / "template.txt").write_text("{question}")
+    shuffle_layers(folder / "shuffled")
+    write_random_model(folder / "dense", SMALL_MODEL)
+    write_random_model(folder / "mixture", SMALL_MODEL | MIXTURE)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SICK_RUNS)
-def test_a_sick_run_is_warned_of(tmp_path, name):
-    assert name in run_main(tmp_path / "run", SMALL | SICK_RUNS[name])
+def test_a_sick_run_is_warned_of(tmp_path, capsys, inputs, name):
+    """The console shows each warning of warnings.jsonl once."""
+    keys, expected = SICK_RUNS[name]
+    keys = {key: str(value).replace("{inputs}", str(inputs)) for key, value in keys.items()}
+    found, console = run_main(tmp_path / "run", SMALL | keys), capsys.readouterr()
+    assert expected <= found.keys()
+    assert all((console.out + console.err).count(line["text"]) == 1 for line in found.values())
+
+
+def test_a_sick_run_provokes_each_symptom():
+    assert set().union(*(expected for _, expected in SICK_RUNS.values())) == {row.name for row in SYMPTOMS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "seed"), [("r1zero", 0), ("r1zero", 1), ("r1zero", 2), ("dapo", 0)])
+def test_healthy_runs_are_not_warned_of(tmp_path, config, seed):
+    """Other programs may slow down a run at any time."""
+    assert run_main(tmp_path / "run", {"seed": seed}, f"configs/{config}.py").keys() <= {"slower"}

@@ -19,11 +19,11 @@ from grpo_jax.config.schema import Config
 from grpo_jax.learn.update import make_experience
 from grpo_jax.parallel.mesh import gather_to_host
 from grpo_jax.rewards.parts import accuracy_part
+from grpo_jax.rewards.verify import accuracy
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.metrics import read_lines
 from grpo_jax.run.stages import rehome_key, start_scoring
-from grpo_jax.tasks.problem_file import unreadable_answer
 from grpo_jax.tasks.streams import draw_problems
 from grpo_jax.tasks.task import Task
 from grpo_jax.text.problem import Problem
@@ -153,11 +153,14 @@ def growth_without_reward(history: History, row: Symptom) -> float | None:
 
 
 def relative_speed(history: History, row: Symptom) -> float | None:
-    """Returns the speed of sampling in the last rollouts, relative to that of the rollouts before them."""
+    """Returns the highest speed of sampling in the last rollouts, relative to the median of the rollouts before them.
+
+    The highest, because other programs may slow down most rollouts of a small model for a while.
+    """
     speeds = [line["rollout/tokens_per_s"] for line in history.rollouts]
     if len(speeds) < 2 * row.span:
         return None
-    return median(speeds[-row.span :]) / median(speeds[: -row.span])
+    return max(speeds[-row.span :]) / median(speeds[: -row.span])
 
 
 def fact(name: str) -> Callable[[History, Symptom], float | None]:
@@ -169,8 +172,8 @@ SYMPTOMS = (
     Symptom(
         "refused_answers",
         *(0, operator.gt, 0.0, fact("refused_answers")),
-        "The accuracy reward cannot read {value:.0%} of the expected answers, so no completion of these problems can "
-        "be right: make the task return answers as docs/problems.md describes them, or grade with your own function.",
+        "The accuracy reward refuses {value:.0%} of the expected answers themselves, so no completion of these problems "
+        "can be right: make the task return answers as docs/problems.md describes them, or grade with your own function.",
     ),
     Symptom(
         "greedy_perplexity",
@@ -271,9 +274,9 @@ SYMPTOMS = (
     ),
     Symptom(
         "slower",
-        *(10, operator.lt, 0.5, relative_speed),
-        "Sampling has slowed down to {value:.0%} of its earlier speed: check whether another program uses the devices, "
-        "and whether a few long completions hold up each rollout (rollout/length_mean).",
+        *(20, operator.lt, 0.5, relative_speed),
+        "Each of the last {span} rollouts sampled at {value:.0%} of the earlier speed or less: check whether another "
+        "program uses the devices, and whether a few long completions hold up each rollout (rollout/length_mean).",
     ),
 )
 
@@ -329,13 +332,16 @@ def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> 
         key: A random key; it hardly matters at a temperature this low.
 
     Returns:
-        `refused_answers`, the fraction of expected answers that the part `accuracy` cannot read, if it is a part of
-        the reward; and `greedy_perplexity`, the perplexity of the first tokens of nearly greedy completions.
+        `refused_answers`, the fraction of expected answers that the part `accuracy` refuses as answers of a completion,
+        if it is a part of the reward; and `greedy_perplexity`, the perplexity of the first tokens of nearly greedy
+        completions.
     """
     problems = draw_problems(task, range(PROBED_PROBLEMS), seed=cfg.seed, split="train")
     facts = {"greedy_perplexity": greedy_perplexity(cfg, context, params, problems, key)}
     if accuracy_part in context.grader.parts.values():
-        facts["refused_answers"] = fmean(bool(unreadable_answer(problem)) for problem in problems)
+        answers = [problem.answer for problem in problems]
+        texts = [f"<answer>{answer}</answer>" for answer in answers]
+        facts["refused_answers"] = 1 - float(accuracy(texts, answers).mean())
     return facts
 
 
