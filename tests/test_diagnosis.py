@@ -124,7 +124,7 @@ SICK_RUNS = {
 }
 SMALL_MODEL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "tie_word_embeddings": False}
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 16, "num_experts_per_tok": 1}
-HEAD_SCALE = 8
+HEAD_SCALE = 16
 OWN = '''
 from grpo_jax.tasks.addition import addition_task
 from grpo_jax.text.problem import Problem

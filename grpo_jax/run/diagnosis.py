@@ -172,8 +172,9 @@ SYMPTOMS = (
     Symptom(
         "refused_answers",
         *(0, operator.gt, 0.0, fact("refused_answers")),
-        "The accuracy reward refuses {value:.0%} of the expected answers themselves, so no completion of these problems "
-        "can be right: make the task return answers as docs/problems.md describes them, or grade with your own function.",
+        "The accuracy reward refuses {value:.0%} of the expected answers themselves, so no completion of these "
+        "problems can be right: make the task return answers as docs/problems.md describes them, or grade with your "
+        "own function.",
     ),
     Symptom(
         "greedy_perplexity",
