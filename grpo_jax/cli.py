@@ -1,4 +1,4 @@
-"""The console script `grpo-jax`: the entry points as subcommands, such as `grpo-jax train --workdir=runs/r1zero`."""
+"""The console script `grpo-jax`, whose subcommands are the entry points: `grpo-jax train --workdir=runs/r1zero`."""
 
 import importlib
 import os
@@ -9,22 +9,22 @@ from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.functions import suggest
 from grpo_jax.errors import UserError
 
-COMMANDS = {  # by name: the module of this package, which is imported only if it is run, and what it does
+COMMANDS = {  # by name: the module of this package, which is only imported to run it, and what it does
     "train": ("main", "trains a model, or resumes a run"),
     "evaluate": ("evaluate", "evaluates the policy of a run on held-out problems, or on your own"),
     "generate": ("generate", "samples a completion from the policy of a run"),
     "export": ("export", "writes the policy of a run as a Hugging Face folder"),
-    "plan": ("plan", "says whether a run fits on hardware that you need not have, and how fast it is"),
-    "report": ("report", "writes a page that shows one or more runs"),
-    "help": ("", "shows this, or the flags of a subcommand (grpo-jax help train)"),
+    "plan": ("plan", "estimates whether a run fits on hardware that you do not have, and how fast it is"),
+    "report": ("report", "writes a report of one or more runs as an HTML page"),
+    "help": ("", "shows this help, or the flags of a subcommand (grpo-jax help train)"),
 }
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the subcommand that a command line begins with; program name excluded.
+    """Runs the subcommand at the beginning of a command line, program name excluded.
 
     Raises:
-        UserError: There is no such subcommand, or its flags have a mistake.
+        UserError: There is no such subcommand, or a flag is wrong.
     """
     name, *rest = argv or ["help"]
     if name in ("help", "-h", "--help"):

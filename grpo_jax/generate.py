@@ -1,4 +1,4 @@
-"""Samples a completion from a run's policy and prints it while it is sampled, or draws a recorded one again."""
+"""Samples a completion from the policy of a run and prints it as it is sampled, or draws a recorded one again."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--sample",
         metavar="STEP/PROMPT_ID/SAMPLE_ID",
-        help="draw this record of samples/train-STEP.jsonl again; eval-STEP/... for one of an evaluation",
+        help="draw this record of samples/train-STEP.jsonl again; for an evaluation, eval-STEP/PROMPT_ID/SAMPLE_ID",
     )
     parser.add_argument("--json", action="store_true", help="with --sample: print one JSON object")
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             if value is not None:
                 raise UserError(f"{flag} has no effect with --sample; found {value!r}. Leave out one of them.")
         if options.base or options.step is not None:
-            raise UserError("--sample says which policy is used; found --base or --step too. Leave that out.")
+            raise UserError("--sample determines the policy; found --base or --step too. Leave it out.")
         cfg = configs.check(raw)
         configs.check_workdir(workdir, cfg)
         show_sample(cfg, workdir, options.sample, as_json=options.json)
@@ -72,7 +72,7 @@ def prepare_devices() -> None:
 
 
 def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: bool, step: int | None) -> None:
-    """Samples a completion from a policy of a run (see `load_policy`) and prints it while it is sampled."""
+    """Samples a completion from a policy of a run (see `load_policy`) and prints it as it is sampled."""
     prepare_devices()
 
     import jax
@@ -102,7 +102,7 @@ def show_completion(cfg: configs.Config, workdir: Path, question: str, *, base: 
 
 
 def show_sample(cfg: configs.Config, workdir: Path, text: str, *, as_json: bool) -> None:
-    """Draws a recorded sample again and prints it; exits with code 3 if it is not the recorded one."""
+    """Draws a recorded sample again and prints it; exits with code 3 if its tokens are not the recorded ones."""
     from grpo_jax.run.redraw import describe_redrawn, parse_sample_name, redraw_sample
 
     name = parse_sample_name(text)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the plan, three prompts, three expected answers and one group of completions; write nothing",
+        help="show the plan, three prompts with their expected answers and one group of completions; write nothing",
     )
     options, raw, workdir, given = flags.parse_flags(parser, argv)
     raw = continue_derived(raw, given, workdir)

@@ -1,6 +1,6 @@
-"""Writes a report of one or more runs: one HTML page with curves, samples, timing and configs, which needs no network.
+"""Writes a report of one or more runs: an HTML page with curves, completions, timing and configs. It needs no network.
 
-A run may still be going. Runs whose configs differ in their seed only can be averaged on the page.
+A run may still be training. The page can average runs whose configs differ only in the seed.
 """
 
 import os
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         "--out", metavar="FILE.html", type=os.path.expanduser, default="report.html", help="default: report.html"
     )
     parser.add_argument(
-        "--topology", metavar="KIND:SIZES", help="devices of the runs, such as h100:8; adds the fraction of their peak"
+        "--topology", metavar="KIND:SIZES", help="devices of the runs, such as h100:8; adds the model FLOPs utilization"
     )
     options = parser.parse_args(argv)
     if not options.workdir:

@@ -118,7 +118,7 @@ def tokenizer_with(chat: str | None, end: str = EOS):
         (tokenizer_with(None), "r1zero", "no chat template"),
         (tokenizer_with(CHAT, "<|im_end|>"), "r1zero", "do not end with an EOS"),
         (tokenizer_with(CHAT.replace("assistant\n", "assistant\n<think>\n")), "r1zero", "writes <think> itself"),
-        (tokenizer_with("{{ raise_exception('no') }}"), "r1zero", "accepts no conversation"),
+        (tokenizer_with("{{ raise_exception('no') }}"), "r1zero", "does not accept a conversation"),
     ],
 )
 def test_the_tokenizer_decides_the_template(tmp_path, tokenizer, template, reason):

@@ -157,7 +157,7 @@ def test_sinks_are_known_names_with_jsonl_among_them(sinks):
     raw = config.default()
     raw.log.sinks = tuple(int(name) if name.isdigit() else name for name in sinks.split(","))
     with pytest.raises(
-        UserError, match=r"log\.sinks must be different names, `jsonl` and any of .* because resumed runs"
+        UserError, match=r"log\.sinks must be `jsonl` and any of .* because resumed runs"
     ):
         config.check(raw)
 

@@ -59,8 +59,8 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
     Args:
         description: What the entry point does, for --help.
         example: A command line, for --help.
-        of_a_run: Whether the entry point reads the policy of a run, which --base and --step choose.
-        several_runs: Whether it reads those of several runs, as a list, and only compares them with a config.
+        of_a_run: Whether the entry point reads the policy of a run; adds --base and --step, which choose the policy.
+        several_runs: Whether --workdir may be repeated, and --config is only compared with the runs.
     """
     epilog, as_written = f"{list_topics()}\n\nexample:\n  {example}", argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(
@@ -73,7 +73,7 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
     )
     if several_runs:
         about_config, about_workdir = (
-            "config to compare with; default: the defaults",
+            "config to compare the runs with; default: the default config",
             "folder of a run; may be repeated",
         )
     parser.add_argument("--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help=about_config)
@@ -148,7 +148,7 @@ def parse_value(key: str, text: str, old: Any) -> Any:
 
 
 def suggest_keys(name: str, known: Iterable[str]) -> str:
-    """Returns "Did you mean ...?" with the keys that a wrong key probably means, or ""; see `OTHER_NAMES`."""
+    """Returns "Did you mean ...?" with the keys that a wrong key probably stands for, or ""; see `OTHER_NAMES`."""
     known = list(known)
     same_name = [key for key in known if key.split(".")[-1] == name.split(".")[-1]]
     likely = [key for key in our_keys(name) if key in known]
@@ -176,8 +176,8 @@ def apply_overrides(raw: ConfigDict, arguments: Sequence[str], options: Iterable
 
     Args:
         raw: The config.
-        arguments: What the parser did not know.
-        options: The flags that it knows, for errors.
+        arguments: The arguments that the parser does not know.
+        options: The flags that it knows, for error messages.
 
     Raises:
         UserError: There are other arguments.
@@ -209,7 +209,7 @@ def default_workdir(spec: str) -> Path:
 class CommandLine(NamedTuple):
     """A parsed command line."""
 
-    options: argparse.Namespace  # all flags but --config.KEY
+    options: argparse.Namespace  # all flags except --config.KEY
     raw: ConfigDict  # the config with its overrides, not checked yet
     workdir: Path
     given: frozenset[str]  # the keys that the command line sets
@@ -224,7 +224,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
 
     Returns:
         The command line. Without --config, `raw` is the config of the run in the workdir; an entry point that only
-        reads the run gets it with a mesh that fits any number of devices.
+        reads the run gets the config with a mesh that fits any number of devices.
 
     Raises:
         UserError: The command line has a mistake.
@@ -261,7 +261,7 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line; a UserError becomes `error: ...` on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for text that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         main(sys.argv[1:])
     except UserError as error:

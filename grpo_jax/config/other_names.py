@@ -1,7 +1,7 @@
-"""What other trainers call our config keys, so that the error for an unknown key can name ours.
+"""Maps the names that other trainers use to our config keys, so that the error for an unknown key can suggest ours.
 
-The names are those of TRL's GRPOConfig, verl, Tunix and OpenRLHF. Of a dotted name, only the last part counts, so that
-`n` stands for verl's `actor_rollout_ref.rollout.n`. A name may stand for several keys.
+The names are those of TRL's GRPOConfig, verl, Tunix and OpenRLHF. Only the last part of a dotted name is compared: `n`
+stands for verl's `actor_rollout_ref.rollout.n`. A name may stand for several keys.
 """
 
 from types import MappingProxyType
@@ -68,6 +68,6 @@ OTHER_NAMES = MappingProxyType(
 
 
 def our_keys(name: str) -> list[str]:
-    """Returns the keys that another trainer's name, which may be dotted, stands for; empty if it is not listed."""
+    """Returns the keys that a name of another trainer, dotted or not, stands for; empty if it is not listed."""
     last = name.rpartition(".")[2]
     return [key for key, others in OTHER_NAMES.items() if last in others.split()]

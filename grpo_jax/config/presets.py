@@ -16,13 +16,13 @@ def shipped_configs() -> Path:
 
 
 def find_config(file: str) -> Path | None:
-    """Finds a config file: a local one, or else one that comes with the package.
+    """Finds a config file: a local one, or otherwise one that comes with the package.
 
     Args:
         file: A path. `configs/NAME.py`, or `NAME` for short, also stands for the file that comes with the package.
 
     Returns:
-        The file's absolute path; None if there is none.
+        The file's absolute path; None if there is no such file.
     """
     path = Path(file)
     if path.name == file and not path.suffix:

@@ -131,13 +131,13 @@ class PromptSection:
         path=True,
     )
     instruction: str = key(
-        "", "text in front of the prompt's first question with `chat`, otherwise of the template, such as how to answer"
+        "", "text before the first question (with `chat`) or before the template (otherwise), such as how to answer"
     )
     examples: tuple[str, ...] = key(
         (),
-        "solved problems before each question, for a model that does not know the tags: questions and completions in "
-        "turn; problems with these questions are not trained on",
-        check=(are_examples, "pairs of a question and a completion that are not empty"),
+        "solved problems before each question, for a model that does not use the tags by itself: alternating questions "
+        "and completions; problems with these questions are not trained on",
+        check=(are_examples, "pairs of a question and a completion, neither of them empty"),
     )
 
 
@@ -314,14 +314,14 @@ class LogSection(Resumable):
     """Console lines, sample files and metrics."""
 
     every_steps: int = key(
-        5, "updates between console lines, and between files in samples/ (also after each checkpoint)", at_least=1
+        5, "updates between console lines and between files in samples/ (which also follow checkpoints)", at_least=1
     )
     samples: int = key(16, "number of completions per file in samples/; -1 for all", at_least=-1)
     sinks: tuple[str, ...] = key(
         ("jsonl", "tensorboard"),
         "where metrics and completions go: `jsonl` (metrics.jsonl and samples/; required), `tensorboard`, "
         "`wandb`, `trackio` (see docs/trackers.md)",
-        check=(are_sinks, f"different names, `jsonl` and any of {', '.join(f'`{name}`' for name in SINKS[1:])}"),
+        check=(are_sinks, f"`jsonl` and any of {', '.join(f'`{name}`' for name in SINKS[1:])}, each once"),
         because="resumed runs and reports read the files of `jsonl`",
     )
     entropy: bool = key(True, "whether to log policy/entropy, which takes a pass over the logits")
@@ -334,8 +334,8 @@ class Config:
     job: str = key("grpo", "the job that `grpo_jax.main` runs", choices=("grpo",))
     derive: bool = key(
         False,
-        "whether a new run derives the keys that are not set from its model, problems and devices, as configs/own.py "
-        "does; the run's config.json holds what was derived, with `derive` off",
+        "whether a new run derives the keys that you do not set from its model, problems and devices, as with "
+        "configs/own.py; the run's config.json holds the derived values, with `derive` off",
     )
     seed: int = key(0, "seed of all random draws of the run", at_least=0, below=2**32)
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)

@@ -46,7 +46,7 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns the keys whose values differ although a resumed run must keep them, for values by dotted name."""
+    """Returns the keys that a resumed run must keep but whose values differ; both dicts are by dotted name."""
     changed = [name for name in key_specs(Config) if name in before and before[name] != now[name]]
     bound = [name for name in changed if not key_specs(Config)[name].resumable]
     # Without evaluation, a run also trains on the problems that it would otherwise hold out.

@@ -1,4 +1,4 @@
-"""What a derivation of config keys starts from and collects; `grpo_jax.run.derive` holds its rules."""
+"""The inputs and results of deriving config keys; `grpo_jax.run.derive` holds the rules."""
 
 import os
 from collections.abc import Collection
@@ -16,10 +16,10 @@ class Machine(NamedTuple):
     """The devices of a run."""
 
     platform: str  # "cpu", "gpu" or "tpu"
-    name: str  # what the devices are called
+    name: str  # the kind of the devices
     devices: int
     memory_bytes: int  # of one device
-    cores: int  # of this host, whose devices share them on a CPU
+    cores: int  # of this host; CPU devices share them
 
 
 def find_machine() -> Machine:
@@ -40,14 +40,14 @@ class Derivation:
         self.lines: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        """Returns the value of a key: the derived one, or that of the config."""
+        """Returns the derived value of a key, or the value in the config if none is derived."""
         value: Any = self.cfg
         for part in name.split("."):
             value = getattr(value, part)
         return self.values.get(name, value)
 
     def choose(self, reason: str, values: dict[str, Any]) -> None:
-        """Sets the keys that are not given, and adds a line with the reason if there are any."""
+        """Sets those of the keys that are not given, and adds a line with the reason if there are any."""
         free = {name: value for name, value in values.items() if name not in self.given}
         self.values |= free
         if free:
@@ -56,5 +56,5 @@ class Derivation:
 
 
 def shorten_flag(flag: str) -> str:
-    """Returns a flag as it is printed, with at most 100 characters."""
+    """Returns a flag for the console, cut to 100 characters."""
     return printable(flag if len(flag) <= 100 else f"{flag[:97]}...")

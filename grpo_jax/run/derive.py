@@ -1,7 +1,7 @@
-"""Derives the keys of a config that nobody set from the model, the problems and the machine, as configs/own.py asks.
+"""Derives the config keys that are not set from the model, the problems and the machine, for configs/own.py.
 
-Each key has a plain rule, and each rule a line on the console that says why. A key that was set keeps its value, and
-the rules that follow read that value. docs/own.md lists the rules.
+Every rule prints a line with its reason. A key that is set keeps its value, and the rules for other keys use that
+value. docs/own.md lists the rules.
 """
 
 from collections.abc import Collection, Sequence
@@ -31,7 +31,7 @@ INSTRUCTION = (
     "</answer>."
 )
 
-# For files without solutions. They show the tags, not a way to solve the problems.
+# For files without solutions. They show the tags, not how to solve the problems.
 GENERAL_EXAMPLES = (
     "What is 17 + 25?",
     "<think> 17 + 25 = 42 </think> <answer> 42 </answer>",
@@ -39,7 +39,7 @@ GENERAL_EXAMPLES = (
     "<think> The boxes hold 3 * 6 = 18 eggs. 18 - 2 = 16 are left. </think> <answer> 16 </answer>",
 )
 NEEDS_EXAMPLES = 1e9  # smaller models seldom use the tags unless examples show them
-MIN_PROBLEMS = 20  # problems with solutions, below which none of them is taken away as an example
+MIN_PROBLEMS = 20  # with fewer problems that have solutions, none of them becomes an example
 
 CORE_FLOPS = 4e10  # per second and core of a CPU, in float32
 TOKEN_FLOPS = 18  # per parameter and completion token: sampling, scoring by the reference, and the update
@@ -49,10 +49,10 @@ MIN_TOKENS = 64  # of the longest completion
 
 
 class Solutions(NamedTuple):
-    """How long the solutions of a file are, in tokens."""
+    """The lengths of the solutions in a file, in tokens."""
 
     count: int  # 0 if the file has none
-    long: int  # 95% are at most this long
+    long: int  # the 95th percentile
 
 
 def derive(
@@ -68,7 +68,7 @@ def derive(
         machine: The devices.
 
     Returns:
-        (values, lines): The derived keys with their values, `derive` off among them, and what to print.
+        (values, lines): The derived keys with their values, including `derive` off, and the lines to print.
 
     Raises:
         UserError: A problem cannot be encoded, or training does not fit in memory.
@@ -96,28 +96,28 @@ def choose_template(chosen: Derivation, base: BaseModel) -> None:
     chosen.choose(why, {"prompt.template": "chat" if is_chat else "r1zero"})
     if chosen["prompt.template"] == "chat":
         chosen.choose("a chat template does not say how to answer", {"prompt.instruction": INSTRUCTION})
-        chosen.choose("an answer ends a completion, as EOS does", {"rollout.stop_strings": ("</answer>",)})
+        chosen.choose("an answer ends a completion, like EOS", {"rollout.stop_strings": ("</answer>",)})
     else:
-        reason = "an answer ends a completion, and so does a next question of the model's own"
+        reason = "an answer ends a completion, and so does another question that the model writes"
         chosen.choose(reason, {"rollout.stop_strings": ("</answer>", "User:")})
 
 
 def speaks_chat(tokenizer: Any, stop_ids: Sequence[int]) -> tuple[bool, str]:
-    """Returns whether a model was trained on its tokenizer's chat template, and a phrase that says why.
+    """Returns whether a model was trained on the chat template of its tokenizer, and the reason.
 
-    Base models often come with the template of their chat models; but they do not stop where a turn ends.
+    Base models often come with the template of the corresponding chat models, but they do not end their turns.
     """
     if not tokenizer.chat_template:
-        return False, "the tokenizer has no chat template, so this is a base model"
+        return False, "the tokenizer has no chat template: probably a base model"
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "two"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, date_string=CHAT_DATE)
         opening = PromptFormat(tokenizer, "chat").text(Problem("1 + 1?", "")).rpartition("1 + 1?")[2]
     except Exception:  # a template may raise anything
-        return False, "the tokenizer's chat template accepts no conversation"
+        return False, "the tokenizer's chat template does not accept a conversation"
     ending = tokenizer(text.rpartition("two")[2], add_special_tokens=False)["input_ids"]
     if not set(ending) & set(stop_ids):
-        return False, "the turns of the chat template do not end with an EOS of the model, so this is a base model"
+        return False, "the turns of the chat template do not end with an EOS of the model: probably a base model"
     if "<think>" in opening:
         return False, "the chat template writes <think> itself, which the format reward expects from the model"
     return True, "the tokenizer has a chat template, whose turns end with an EOS of the model"
@@ -130,9 +130,9 @@ def choose_examples(
     options = dict(instruction=chosen["prompt.instruction"], examples=chosen["prompt.examples"])
     texts: Sequence[str] = ()
     if count < NEEDS_EXAMPLES and "prompt.examples" not in chosen.given:
-        texts, reason = solved_examples(train), "solved problems of the file show the tags"
+        texts, reason = solved_examples(train), "solved problems from the file show the tags"
         if not texts:
-            texts, reason = GENERAL_EXAMPLES, "the file has no solutions to show, so solved sums show the tags"
+            texts, reason = GENERAL_EXAMPLES, "the file has no solutions to show, so simple problems show the tags"
         options["examples"] = texts
 
     def longest() -> int:
@@ -146,16 +146,16 @@ def choose_examples(
         texts, options["examples"] = (), ()
         tokens = longest()
     if texts:
-        size = f"models of less than {NEEDS_EXAMPLES / 1e9:.0f}B parameters seldom use the tags by themselves"
+        size = f"models with less than {NEEDS_EXAMPLES / 1e9:.0f}B parameters seldom use the tags by themselves"
         chosen.choose(f"{size}; {len(texts) // 2} {reason}", {"prompt.examples": tuple(texts)})
     return tokens
 
 
 def solved_examples(problems: Sequence[Problem]) -> list[str]:
-    """Returns questions and completions of problems with solutions, in turn; empty if too few problems have one.
+    """Returns two solved problems as alternating questions and completions; empty if too few problems have solutions.
 
-    One is of the lower quartile of length and one of the median. They have different answers, and would get the full
-    reward.
+    One has about the lower quartile of the lengths and the other about the median. Their answers differ, and their
+    completions would get the full reward.
     """
     solved = [problem for problem in problems if problem.solution and isinstance(problem.question, str)]
     solved.sort(key=lambda problem: (len(problem.question) + len(problem.solution), problem.question))
@@ -172,7 +172,7 @@ def solved_examples(problems: Sequence[Problem]) -> list[str]:
 
 
 def choose_prompt_limit(chosen: Derivation, model_cfg: ModelConfig, longest: int) -> None:
-    """Chooses the longest prompt. Where it would leave no room for a completion, `fit_prompts` says so."""
+    """Chooses the prompt limit. If it would leave no room for completions, `fit_prompts` raises an error later."""
     limit = round_up(longest)
     if limit + MIN_TOKENS <= model_cfg.max_positions:
         chosen.choose(f"longest prompt {longest:,} tokens", {"rollout.max_prompt_tokens": limit})
@@ -203,10 +203,10 @@ def choose_batch(
     prompt_tokens: int,
     problems: int,
 ) -> None:
-    """Chooses the longest completion, and the prompts and completions of a rollout.
+    """Chooses the completion limit, and the numbers of prompts and completions of a rollout.
 
-    On a CPU, an update should take a minute: about `UPDATE_SECONDS` for completions that are half as long as they may
-    be. On accelerators, the sizes are those of the presets for models of this size, which leave room to think longer.
+    On a CPU, an update should take about `UPDATE_SECONDS` if completions are half as long as the limit. On
+    accelerators, the sizes are those of the presets for models of this size, which leave room for longer reasoning.
     """
     is_cpu, room = machine.platform == "cpu", model_cfg.max_positions - round_up(prompt_tokens)
     said = f"95% of the solutions have at most {solutions.long:,} tokens"
@@ -218,7 +218,7 @@ def choose_batch(
         fewest = chosen["rollout.prompts"] if "rollout.prompts" in chosen.given else 2
         affordable = 2 * (work / fewest - PROMPT_FLOPS * prompt_tokens) / (TOKEN_FLOPS * samples)
         if wanted > affordable:
-            said += f", and a {machine.cores}-core CPU needs short ones"
+            said += f", longer completions would take too long on {machine.cores} cores"
         tokens = min(round_up(wanted), int(affordable) // LIMIT_MULTIPLE * LIMIT_MULTIPLE)
     else:
         tokens = 1024 if count < 2e9 else 2048 if count < 5e9 else 4096
@@ -252,13 +252,13 @@ def choose_schedule(chosen: Derivation, machine: Machine, count: int, problems: 
     most = 100 if is_cpu else 1000
     passes, prompts = 3 if is_cpu else 10, chosen["rollout.prompts"]
     steps = min(most, max(20, -(-passes * problems // prompts))) if problems else most
-    seen = f", which ask each of {problems:,} problems {steps * prompts / problems:.1f} times" if problems else ""
-    chosen.choose(f"a first run of {steps} updates{seen}; raise it to go on", {"total_steps": steps})
+    seen = f", which use each of {problems:,} problems {steps * prompts / problems:.1f} times" if problems else ""
+    chosen.choose(f"a first run of {steps} updates{seen}; raise it to train longer", {"total_steps": steps})
     every = 10 if is_cpu and is_slow else 20 if is_cpu else 50
     if problems and chosen["eval.questions"]:
         questions = min(held_out, 64 if is_cpu and is_slow else 256)
         chosen.choose(f"{held_out:,} problems are held out", {"eval.questions": questions})
     if chosen["eval.questions"]:
-        chosen.choose("to see progress early", {"eval.every_steps": max(10, steps // 5)})
-    reason = "an interruption should cost minutes, and slow updates are worth a line each"
+        chosen.choose("to show progress early", {"eval.every_steps": max(10, steps // 5)})
+    reason = "an interruption should cost only minutes, and slow updates get a line each"
     chosen.choose(reason, {"checkpoint.every_steps": every, "log.every_steps": 1 if is_slow else 5})

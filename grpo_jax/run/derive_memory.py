@@ -20,7 +20,7 @@ from grpo_jax.run.derivation import Derivation, Machine
 
 GRADIENT_TREES = {"gpu": 2, "tpu": 3, "cpu": 3}  # float32 gradients that an update holds at its peak, as compiled
 
-# What gives way if memory is short, the cheapest first. Each step keeps those before it.
+# What training does without if memory is short, the cheapest first. Each saving is added to those before it.
 SAVINGS = (
     ("", {}),
     ("memory is short, so there is no reference", {"loss.kl_coef": 0.0, "model.reference_dtype": "float32"}),
@@ -61,12 +61,12 @@ def choose_memory(chosen: Derivation, model_cfg: ModelConfig, machine: Machine) 
             if needed <= USABLE_FRACTION * machine.memory_bytes:
                 if attempt:
                     chosen.choose("; ".join(reasons), attempt)
-                reason = f"training then takes about {needed / 2**30:.1f} of {machine.memory_bytes / 2**30:.1f} GiB"
+                reason = f"training then needs about {needed / 2**30:.1f} of {machine.memory_bytes / 2**30:.1f} GiB"
                 chosen.choose(reason, {"train.micro_tokens": size})
                 return
     raise UserError(
-        f"Training must fit in memory; it takes at least {needed / 2**30:.1f} GiB of each {machine.name} device, and "
-        f"{machine.memory_bytes / 2**30:.1f} GiB are there. Use more devices, a smaller model, or a lower "
+        f"Training must fit in memory; it takes at least {needed / 2**30:.1f} GiB on each {machine.name} device, "
+        f"which has {machine.memory_bytes / 2**30:.1f} GiB. Use more devices, a smaller model, or a lower "
         "rollout.max_tokens; `python -m grpo_jax.plan` estimates memory for other devices."
     )
 
@@ -85,8 +85,8 @@ def needed_bytes(chosen: Derivation, attempt: dict[str, Any], model_cfg: ModelCo
     """Estimates the most bytes that one device holds during an update, or during a rollout with one slot.
 
     Args:
-        chosen: What is derived so far.
-        attempt: Keys to try besides.
+        chosen: The derivation so far.
+        attempt: Further keys to try.
         model_cfg: The model.
         machine: The devices.
     """
@@ -106,7 +106,7 @@ def needed_bytes(chosen: Derivation, attempt: dict[str, Any], model_cfg: ModelCo
 
 
 def planned_mesh(cfg: Config, machine: Machine) -> AbstractMesh:
-    """Returns the mesh that a config names over the devices of a machine, which need not be there."""
+    """Returns the mesh that a config names over the devices of a machine, which need not exist."""
     sizes = [cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.expert, cfg.mesh.tensor]
     known = math.prod(size for size in sizes if size > 0)
     sizes = [size if size > 0 else max(1, machine.devices // known) for size in sizes]

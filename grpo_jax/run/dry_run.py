@@ -1,4 +1,4 @@
-"""Shows what a run would do, without writing anything: its plan, prompts, expected answers and one group.
+"""Shows what a run would do without writing anything: its plan, prompts, expected answers and one group.
 
 The group is the first of the run's first rollout, drawn with the run's own sampler and keys.
 """
@@ -121,14 +121,14 @@ def describe_record(record: dict) -> str:
 
 
 def judge_group(cfg: Config, records: list[dict]) -> str:
-    """Returns a line about what a run would learn from a group, with what to try if that is nothing."""
+    """Returns a line about whether an update would learn from a group, and what to try if not."""
     count, cut = len(records), sum(record["truncated"] for record in records)
     rewards = [record["reward"] for record in records]
     lines = [f"Rewards {', '.join(f'{reward:g}' for reward in rewards)}."]
     if min(rewards) == max(rewards):
         lines.append(
-            "They are all equal, so an update would learn nothing from this group. If most groups are like it, a run "
-            "learns nothing: try solved problems in prompt.examples, easier problems, more completions "
+            "They are all equal, so an update would learn nothing from this group. If most groups are like this one, "
+            "a run learns nothing: try solved problems in prompt.examples, easier problems, more completions "
             "(rollout.samples), or a larger model."
         )
     else:
@@ -136,5 +136,5 @@ def judge_group(cfg: Config, records: list[dict]) -> str:
     if 2 * cut > count:
         lines.append(f"{cut} of {count} completions were cut off: raise rollout.max_tokens={cfg.rollout.max_tokens}.")
     if "format" in records[0]["rewards"] and not any(record["rewards"]["format"] for record in records):
-        lines.append("None has the format <think>...</think> <answer>...</answer>.")
+        lines.append("No completion has the format <think>...</think> <answer>...</answer>.")
     return " ".join(lines)
