@@ -173,7 +173,10 @@ def own(folder: Path, *flags: str) -> list[str]:
         ),
         ([{"question": f"{i} + 1?", "answer": "as you like it, dear"} for i in range(20)], "all 20 have the answer"),
         (
-            [{"question": f"{i} + 1?", "answer": "See the book; it has all of this, {i}."} for i in range(9)],
+            [
+                {"question": f"{i} + 1?", "answer": "See the book, which has all the answers to question {i}."}
+                for i in range(9)
+            ],
             "unreadable",
         ),
         ([{"question": f"{i} + 1? " * 400, "answer": str(i + 1)} for i in range(20)], "have more"),

@@ -156,9 +156,7 @@ def test_a_missing_package_is_refused_before_a_run_writes_anything(tmp_path, mon
 def test_sinks_are_known_names_with_jsonl_among_them(sinks):
     raw = config.default()
     raw.log.sinks = tuple(int(name) if name.isdigit() else name for name in sinks.split(","))
-    with pytest.raises(
-        UserError, match=r"log\.sinks must be `jsonl` and any of .* because resumed runs"
-    ):
+    with pytest.raises(UserError, match=r"log\.sinks must be `jsonl` and any of .* because resumed runs"):
         config.check(raw)
 
 
