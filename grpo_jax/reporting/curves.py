@@ -1,7 +1,7 @@
 """Reduces metrics to curves of at most `MAX_POINTS` points, and averages the curves of runs that differ in their seed.
 
-A curve is a dict of lists of equal length: `steps` and `values`, and if it stands for more points or runs than it has
-elements, their smallest and largest values, `low` and `high`. A value that is not finite is None.
+A curve is a dict of lists of equal length, `steps` and `values`. If its elements stand for several points or runs, it
+also has their smallest and largest values, `low` and `high`. A value that is not finite is None.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from grpo_jax.reporting.runs import RunFiles
 
 MAX_POINTS = 500
-DIGITS = 5  # significant digits of a value; a curve is not drawn more precisely than that
+DIGITS = 5  # significant digits of a value; more would not be visible
 
 
 class Point(NamedTuple):
-    """A value of a curve with the range of the values that it is the mean of."""
+    """A value of a curve, with the range of the values that it averages."""
 
     step: int
     value: float
@@ -76,7 +76,7 @@ def all_points(run: RunFiles, metric: str) -> list[tuple[int, Point | None]]:
 
 
 def is_of_evaluations(metric: str) -> bool:
-    """Returns whether only evaluated steps have a metric, among them step 0."""
+    """Returns whether a metric is logged for evaluated steps only, including step 0."""
     return metric.startswith("eval/") or metric == "time/eval_s"
 
 
@@ -87,7 +87,7 @@ def run_curves(run: RunFiles) -> dict[str, dict[str, list]]:
 
 
 def seed_groups(runs: Sequence[RunFiles]) -> list[list[int]]:
-    """Returns the indices of runs whose configs differ in their seed only; a group has at least two runs."""
+    """Returns groups of indices of runs whose configs differ only in the seed; a group has at least two runs."""
     groups = defaultdict(list)
     for index, run in enumerate(runs):
         groups[repr(sorted((key, value) for key, value in run.config.items() if key != "seed"))].append(index)

@@ -1,12 +1,12 @@
 """Puts the data of runs, page.html, page.css and the scripts into one file that loads nothing else.
 
-Text of models and files reaches the page as JSON in `<script type="application/json">`, which no browser executes, and
-the scripts show it as text only. The content security policy admits the page's own script and style by their hashes and
-nothing else. Each step's samples are an element of their own, so that a browser parses only those that are shown.
+The text of models and files is JSON in `<script type="application/json">`, which no browser executes, and the scripts
+show it as text only. The content security policy admits only the page's own script and style, by their hashes. The
+samples of each step are a separate element, so that a browser parses only those that are shown.
 
-The curves are SVG, drawn by curves.js. The charting libraries that could be embedded would not save code, because the
-runs' common cursor, its keys and the readouts would remain, and they draw on a canvas, which neither prints sharply nor
-follows the colors of the page.
+The curves are SVG, drawn by curves.js. An embedded charting library would not save code, because the shared cursor, its
+keys and the readouts would still be ours, and a library that draws on a canvas neither prints sharply nor follows the
+colors of the page.
 """
 
 import base64
@@ -47,8 +47,8 @@ def report_data(
     Args:
         runs: The runs.
         base: The config that those of the runs are compared with, by dotted name.
-        preset: Which preset that is, as in --config; None for the defaults.
-        topology: The devices of the runs, if the page should say which fraction of their peak is reached.
+        preset: The preset of `base`, as in --config; None for the defaults.
+        topology: The devices of the runs, if the page should show the model FLOPs utilization.
     """
     data: dict[str, Any] = {}
     summaries = []
@@ -100,5 +100,5 @@ def make_page(data: dict[str, Any]) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page. A lone surrogate of a completion becomes an escape of JSON, where alone such text stands."""
+    """Writes a page. A lone surrogate becomes a JSON escape; only the JSON can contain one."""
     path.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Reads the files of a workdir. The run may still be going, or have written only some of them."""
+"""Reads the files of a workdir. The run may still be training, and some files may be missing."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from grpo_jax.config.workdir import read_config
 class RunFiles(NamedTuple):
     """What a run has written."""
 
-    name: str  # the end of the workdir's path that tells it from the other runs
+    name: str  # the end of the workdir's path, which distinguishes it from the other runs
     workdir: Path
     config: dict[str, Any]  # by dotted name
     updates: list[dict[str, Any]]  # the lines of metrics.jsonl from step 1 on
@@ -30,8 +30,7 @@ def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dic
 
     Args:
         path: The file.
-        max_bytes: Reading stops before the line with which more than this many bytes would be read, except for the
-            first line.
+        max_bytes: The most bytes to read; the first line is always read.
     """
     if not path.is_file():
         return
@@ -56,7 +55,7 @@ def sample_files(workdir: Path, kind: str) -> dict[int, Path]:
 
 
 def short_names(workdirs: Sequence[Path]) -> list[str]:
-    """Returns the shortest ends of the paths, all of the same number of parts, that are different from each other."""
+    """Returns the shortest ends of the paths, all with the same number of parts, that differ from each other."""
     for count in range(1, max(len(path.parts) for path in workdirs)):
         names = ["/".join(path.parts[-count:]) for path in workdirs]
         if len(set(names)) == len(names):

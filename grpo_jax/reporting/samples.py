@@ -18,7 +18,7 @@ MAX_BIN_WIDTHS = (1, 2, 5)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Returns `count` items at equal distances, among them the first and the last one."""
+    """Returns `count` evenly spaced items, including the first and the last one."""
     if count >= len(items):
         return list(items)
     return [items[round(n * (len(items) - 1) / max(1, count - 1))] for n in range(count)]
@@ -38,7 +38,7 @@ def choose_files(files: dict[int, Path], max_bytes: float) -> tuple[dict[int, Pa
 
 
 def graded_part(record: dict[str, Any]) -> str:
-    """Returns the reward part that decides whether a completion is right: `accuracy`, or else the first one."""
+    """Returns the reward part that decides whether a completion is right: `accuracy`, or otherwise the first part."""
     parts = list(record.get("rewards") or {"": 0})
     return "accuracy" if "accuracy" in parts else parts[0]
 

@@ -1,4 +1,4 @@
-"""Estimates which fraction of the devices' peak a run's products reach (model FLOPs utilization, MFU)."""
+"""Estimates the model FLOPs utilization (MFU) of a run: the fraction of the devices' peak that its matmuls reach."""
 
 import math
 
@@ -27,11 +27,11 @@ def forward_flops(model: str, length: int) -> float:
 
 
 def utilization(run: RunFiles, seconds: dict[str, float], topology: str) -> dict[str, float]:
-    """Returns the MFU of the phases that consist of products, and of the whole update as `step`.
+    """Returns the MFU of the phases that consist of matmuls, and of the whole update as `step`.
 
-    It counts the products that the definition of the model requires for completions of the run's mean length: one
-    forward pass to sample and to score a completion, three to learn from it. What prompts, padding and recomputation
-    take is not counted.
+    It counts the FLOPs that the model requires for completions of the run's mean length: one forward pass each for
+    sampling and scoring a completion, and three for learning from it. Prompts, padding and recomputation are not
+    counted.
 
     Args:
         run: The run.
@@ -50,7 +50,7 @@ def utilization(run: RunFiles, seconds: dict[str, float], topology: str) -> dict
     length = mean(values_of(run.updates, "rollout/length_mean")) or 0
     samples = config["rollout.prompts"] * config["rollout.samples"]
     forward = samples * forward_flops(config["model.path"], round(length))
-    of_rollout = forward / (config["train.minibatches"] * config["train.epochs"])  # a rollout feeds so many updates
+    of_rollout = forward / (config["train.minibatches"] * config["train.epochs"])  # a rollout feeds this many updates
     flops = {"rollout": of_rollout, "update": 3 * forward / config["train.minibatches"]}
     if config["loss.kl_coef"]:
         flops["score"] = of_rollout

@@ -148,7 +148,7 @@ def draw_margin(
     greedy: bool,
     filter: TokenFilter,
 ) -> Float[Array, ""]:
-    """Returns by how much `token` wins over `other` in the draw of `choose_tokens` with this key, in nats.
+    """Returns the margin, in nats, by which `token` beats `other` in the draw of `choose_tokens` with this key.
 
     Both stages of a draw compare scores. The margin is the difference of the scores in the stage in which the two
     tokens compete: of their blocks, or of the tokens themselves if they are in the same block.

@@ -6,22 +6,22 @@ Modules, in reading order:
     checkpoint        saves and restores a run with Orbax
     context           builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit      the longest prompt of a run, and the problems that exceed it
-    derivation        what a derivation of config keys starts from and collects
+    derivation        the inputs and results of deriving config keys
     derive_memory     derives precision, mesh and micro-batch
-    derive            derives the keys that nobody set from the model, the problems and the machine
+    derive            derives the keys that are not set from the model, the problems and the machine
     state             everything that changes while a run trains, and where it comes from
     metrics           metrics.jsonl, samples/ and the lines of the console
-    sinks             where metrics and completions go: files, TensorBoard, trackers
+    sinks             writes metrics and completions to files, TensorBoard and trackers
     preparation       checks a run's config and inputs, and builds its context
-    rollout_progress  says how far a rollout is
+    rollout_progress  reports the progress of a rollout
     stages            the stages of a rollout, from prompts to experience
-    diagnosis         notices when something is wrong with a run, and says what to try
+    diagnosis         detects when something is wrong with a run, and says what to try
     console           reports on a run while it trains
     evaluation        evaluates a policy on held-out problems
     policy            loads the policy of a run for the entry points that read it
     generation        streams one completion of a policy
     redraw            draws a recorded completion again
     export            writes a policy as a Hugging Face folder
-    dry_run           shows what a run would do, without doing it
+    dry_run           shows what a run would do, without writing anything
     train             the training loop
 """

@@ -80,7 +80,7 @@ class RunLog:
         self.observe(step, metrics)
 
     def observe(self, step: int, metrics: dict[str, float]) -> None:
-        """Warns of what is wrong according to the metrics of a step, or to facts that are no metrics."""
+        """Prints new warnings, given the metrics of a step or facts that are not metrics."""
         for text in self.diagnosis.observe(step, metrics):
             self.say(f"warning: step {step}: {text}")
 

@@ -106,7 +106,7 @@ def evaluation_line(metrics: dict[str, float]) -> str:
 
 
 def describe_finished_run(workdir: Path, steps: int) -> str:
-    """Says that a run has done all its updates, and what can be done next."""
+    """Returns a text that says that a run has done all its updates, and what can be done next."""
     return (
         f"The run in {workdir} is finished: it has done all {steps} updates. To train further, add "
         f"--config.total_steps=N with an N of more than {steps}. To use the policy: python -m grpo_jax.evaluate, "

@@ -42,7 +42,7 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
         workdir: The run.
         shapes: The parameters as a tree of jax.ShapeDtypeStruct.
         shardings: Their shardings.
-        step: The number of updates behind the policy; by default that of the newest checkpoint.
+        step: The number of updates behind the policy; by default, that of the newest checkpoint.
 
     Returns:
         (step, params): The step of the checkpoint and the parameters.
@@ -67,7 +67,7 @@ def load_policy(
         context: The run's context.
         workdir: The run.
         base: Whether to load the model that the run started from instead.
-        step: The number of updates behind the policy; by default that of the newest checkpoint.
+        step: The number of updates behind the policy; by default, that of the newest checkpoint.
 
     Returns:
         (step, params): The number of updates behind the policy (0 for the base model), and its parameters.

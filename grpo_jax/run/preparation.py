@@ -1,4 +1,4 @@
-"""Prepares a run: checks its config and inputs, derives keys if asked to, and builds its context."""
+"""Prepares a run: checks its config and inputs, derives keys if `derive` is on, and builds its context."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ from grpo_jax.text.terminal import printable
 
 
 class CheckedRun(NamedTuple):
-    """A run whose config, workdir and problems are sound."""
+    """A run whose config, workdir and problems have been checked."""
 
     raw: Any  # the config that was checked, an ml_collections ConfigDict
     given: frozenset[str]  # the keys that keep their values if others are derived
@@ -89,7 +89,7 @@ def check_run(
 
 
 def prepare_run(run: CheckedRun, workdir: Path) -> PreparedRun:
-    """Derives keys if the config asks for that, and builds the context of a run. Nothing is written.
+    """Derives keys if `derive` is on, and builds the context of a run. Nothing is written.
 
     Raises:
         UserError: The model, the prompts or the devices do not fit the config.

@@ -1,4 +1,4 @@
-"""Shows what a process is doing: every phase of a command has a name, and none of them is silent for long.
+"""Shows what a process is doing: every phase of a command has a name, and no phase is silent for long.
 
 On a terminal, the phase is shown on a line that is rewritten, or after the bar that counts steps. Elsewhere, such as in
 a log file or a notebook, a plain line is printed whenever nothing has been printed for a few seconds. These lines go to
@@ -22,7 +22,7 @@ TICK_SECONDS = 0.25
 STEP_BAR = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {desc}"
 PROCESS_INDEX_VARIABLES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of JAX, as are the others below
-# The jitted functions that can take long to compile, in words.
+# What the console calls the jitted functions that can take long to compile.
 PROGRAMS = {
     "place": "the placement of the weights",
     "init_decode": "prefill",
@@ -38,7 +38,7 @@ def is_terminal() -> bool:
 
 
 class Progress:
-    """What a process is doing, and when it last said so. There is one per process, which the functions below share."""
+    """What a process is doing, and when it last showed it. The functions below share one instance per process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """Starts without a phase. `clock` returns a time in seconds."""
@@ -49,15 +49,15 @@ class Progress:
         self.programs = dict(PROGRAMS)
         self.compiling: tuple[str, float] | None = None  # a program, and when JAX began to trace it
         self.cached = ""  # whether that program is in the cache on disk: yes, no, or not known yet
-        self.compile_seconds = 0.0  # in all
+        self.compile_seconds = 0.0  # in total
         self.is_listening = False
         self.last_output = clock()
         self.bar: tqdm | None = None
 
     def describe(self) -> str:
-        """Returns the innermost phase with its detail, the program that is being compiled, and the age of either.
+        """Returns the innermost phase, its detail, the program that is being compiled, and the time taken so far.
 
-        The detail of the phase around it comes first, such as the step of a run, unless a bar shows that already.
+        The detail of the enclosing phase, such as the step of a run, comes first, unless a bar shows it already.
         """
         name, detail, start = self.phases[-1]
         details = [detail] * bool(detail)
@@ -92,7 +92,7 @@ class Progress:
                 return
 
     def listen(self) -> None:
-        """Follows what JAX compiles, as soon as somebody has imported JAX."""
+        """Registers listeners for what JAX compiles, once JAX has been imported."""
         if self.is_listening or sys.modules.get("jax") is None:
             return
         from jax import monitoring
@@ -103,7 +103,7 @@ class Progress:
         monitoring.register_event_duration_secs_listener(self.on_end)
 
     def on_start(self, event: str, _: float, **labels) -> None:
-        """Hears that JAX begins to trace, lower or compile a function."""
+        """Notes that JAX begins to trace, lower or compile a function."""
         name = str(labels.get("fun_name")).removeprefix("jit(").removesuffix(")")
         if event.startswith("/jax/core/compile/") and name in self.programs:
             if self.compiling is None or self.compiling[0] != self.programs[name]:
@@ -111,12 +111,12 @@ class Progress:
             self.cached = "no" if event == COMPILATION else ""
 
     def on_event(self, event: str, **_) -> None:
-        """Hears that a program is read from the cache on disk."""
+        """Notes that a program is read from the cache on disk."""
         if event == "/jax/compilation_cache/cache_hits":
             self.cached = "yes"
 
     def on_end(self, event: str, seconds: float, **_) -> None:
-        """Hears that JAX has traced, lowered or compiled a function."""
+        """Notes that JAX has traced, lowered or compiled a function."""
         if event.startswith("/jax/core/compile/"):
             self.compile_seconds += seconds
         if event == COMPILATION:
@@ -162,7 +162,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def set_detail(text: str) -> None:
-    """Says how far the current phase is, such as "24 of 128 sequences"."""
+    """Sets the progress of the current phase that is shown, such as "24 of 128 sequences"."""
     if PROGRESS.phases:
         PROGRESS.phases[-1][1] = text
 
@@ -183,7 +183,7 @@ def mute(is_muted: bool) -> None:
 
 
 def name_program(function: str, words: str) -> None:
-    """Sets the words for a jitted function, for when it is compiled the next time."""
+    """Sets what the console calls a jitted function when it is compiled."""
     PROGRESS.programs[function] = words
 
 
@@ -193,7 +193,7 @@ def compile_seconds() -> float:
 
 
 def step_bar(total: int, done: int) -> tqdm:
-    """Returns a bar that counts steps, which a terminal shows from now on, together with the phase."""
+    """Returns a bar that counts steps. From then on, a terminal shows it together with the phase."""
     close_bar()
     is_shown = not PROGRESS.is_muted and is_terminal()
     bar = tqdm(total=total, initial=done, unit="step", bar_format=STEP_BAR, disable=not is_shown)
@@ -202,5 +202,5 @@ def step_bar(total: int, done: int) -> tqdm:
 
 
 def close_bar() -> None:
-    """Leaves the bar on the terminal as it is; the next phase is shown below."""
+    """Leaves the bar on the terminal as it is; the next phase is shown below it."""
     PROGRESS.close_bar()

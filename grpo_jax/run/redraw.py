@@ -1,7 +1,7 @@
 """Draws a recorded completion again, from its ids and the policy that drew it, and compares it with its record.
 
 A token's key is folded from (seed, purpose, rollout or step, prompt id, sample id, index), so a completion can be drawn
-alone. It is the recorded one, except where rounding decides a near-tie between two tokens in another way.
+by itself. It has the recorded tokens, unless rounding decides a near-tie between two tokens differently.
 """
 
 import re
@@ -53,19 +53,19 @@ class SampleName(NamedTuple):
 
 
 class Redrawn(NamedTuple):
-    """A completion that was drawn again, beside its record."""
+    """A completion that was drawn again, with its record."""
 
     tokens: list[int]
     logps: list[float]  # by the sampler
     pieces: list[str]  # the text of each token
     record: dict
     recorded_pieces: list[str]
-    first_difference: int | None  # index of the first token that is not the recorded one; None if all are
-    margin: float  # by how much the draw of that token was decided, in nats; 0 without a difference
-    recorded_logp: float  # log-prob now of the token that is recorded there; 0 without a difference
+    first_difference: int | None  # index of the first token that differs from the record; None if none does
+    margin: float  # by how many nats the draw of that token was decided; 0 without a difference
+    recorded_logp: float  # new log-prob of the token that is recorded there; 0 without a difference
 
     def largest_gap(self) -> float:
-        """Returns the largest difference of log-probs, now and in the record, of the tokens before any difference."""
+        """Returns the largest difference between new and recorded log-probs, over the tokens before any difference."""
         pairs = zip(self.logps[: self.first_difference], self.record["logps"], strict=False)
         return max((abs(now - then) for now, then in pairs), default=0.0)
 
@@ -114,7 +114,7 @@ def read_record(workdir: Path, name: SampleName) -> dict:
 
 
 def shorten(numbers: list[int]) -> str:
-    """Formats numbers as a list whose middle is left out if it is long."""
+    """Formats numbers as a list, without the middle of a long one."""
     return ", ".join(map(str, numbers if len(numbers) <= 12 else [*numbers[:6], "...", *numbers[-3:]])) or "none"
 
 
@@ -147,8 +147,8 @@ def find_problem(cfg: Config, base: BaseModel, name: SampleName, record: dict) -
     """Returns the problem of a sample, from the run's task if that still has it, and otherwise from the record.
 
     Returns:
-        (cfg, problem, note): The config with the prompt limit, the problem, and a line about what has changed; empty
-        if nothing has.
+        (cfg, problem, note): The config with the prompt limit, the problem, and a line about what has changed, which
+        is empty if nothing has.
 
     Raises:
         UserError: The prompt of the recorded question is not the recorded prompt.
@@ -173,7 +173,7 @@ def find_problem(cfg: Config, base: BaseModel, name: SampleName, record: dict) -
 
 
 def sampling_of(cfg: Config, name: SampleName) -> tuple[float, TokenFilter, int, tuple[int, int]]:
-    """Returns the temperature, the filter, the samples per prompt and the counters of the key of a kind of samples."""
+    """Returns the temperature, filter, samples per prompt and key counters with which a sample was drawn."""
     if name.kind == "eval":
         filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
         return cfg.eval.temperature, filter, 1, (EVALUATION_KEY, name.step)
@@ -194,7 +194,7 @@ def draw_again(cfg: Config, context: RunContext, params, name: SampleName, probl
     """
     temperature, filter, samples, counters = sampling_of(cfg, name)
     prompts = encode_prompts(context.prompt_format, [problem], [name.prompt_id], cfg.rollout.max_prompt_tokens)
-    # The group's other samples, which have to be there for the ids to be right, end after one token.
+    # The other samples of the group are needed for the sample ids to be right. They end after one token.
     limits = np.where(np.arange(samples) == name.sample_id, cfg.rollout.max_tokens, 1)[None]
     with jax.set_mesh(context.rollout_mesh):
         key = rehome_key(fold_in_all(jax.random.key(cfg.seed), *counters))
@@ -265,9 +265,9 @@ def redraw_sample(cfg: Config, workdir: Path, name: SampleName) -> tuple[Redrawn
 
 
 def describe_redrawn(cfg: Config, drawn: Redrawn) -> str:
-    """Formats a sample that was drawn again as a table with a row per token, and says whether it is the recorded one.
+    """Formats a sample that was drawn again as a table with a row per token, and says whether it equals the record.
 
-    After the first difference, the rest is drawn from other contexts, so the table ends there.
+    The table ends at the first difference, because the following tokens are drawn from other contexts.
     """
     end, then = drawn.first_difference, drawn.record
     rows = [f"{'':>6}  {'log-prob':>9}  {'recorded':>9}  token"]
@@ -295,4 +295,4 @@ def describe_redrawn(cfg: Config, drawn: Redrawn) -> str:
     )
 
 
-NOT_THE_SAME = "Rounding does not explain this: the model's files, the config or the code are not those of the record."
+NOT_THE_SAME = "Rounding does not explain this: the model's files, the config or the code must have changed since."

@@ -1,4 +1,4 @@
-"""Says how far a rollout is: sequences finished, tokens per second, and the time that is left."""
+"""Reports the progress of a rollout: sequences finished, tokens per second, and the time left."""
 
 import time
 
@@ -17,7 +17,9 @@ MAX_STEPS = 256  # most decode steps between two reports
 
 @jax.jit
 def count_sequences(num_started, sequence, num_sampled, lengths) -> Int[Array, "4"]:
-    """Returns, from fields of a `DecodeState`: sequences finished, sequences in slots, their least tokens, all tokens.
+    """Counts finished sequences, sequences in slots, the fewest tokens of one of these, and all tokens.
+
+    The arguments are fields of a `DecodeState`.
 
     On several hosts, every process must call this function.
     """
@@ -41,7 +43,7 @@ class RolloutProgress:
         self.start_batch(0)
 
     def now(self) -> float:
-        """Returns a time in seconds that stands still while something is compiled."""
+        """Returns a time in seconds that does not advance while programs are compiled."""
         return time.monotonic() - compile_seconds()
 
     def start_batch(self, finished: int) -> None:
@@ -52,7 +54,7 @@ class RolloutProgress:
         self.steps = min(FIRST_REPORT, MAX_STEPS) if jax.process_count() == 1 else MAX_STEPS
 
     def report(self, state: DecodeState) -> int:
-        """Says how far the batch is, except before its first step, and returns the decode steps to the next report."""
+        """Reports the progress of the batch, except before its first step; returns the steps to the next report."""
         columns = state.kv_cache[0].k.shape[-1]
         name_program("decode_tokens", f"decode with {columns:,} cache columns")
         if self.last_time is None:
@@ -62,7 +64,7 @@ class RolloutProgress:
         self.finished, active, least, tokens = jax.device_get(counts).tolist()
         now, new_tokens = self.now(), tokens - self.last_tokens
         seconds = max(now - self.last_time, 1e-6)
-        # All slots are assumed to be active at first; a step samples one token for each active slot.
+        # A step samples one token for each active slot. Their number is taken to be the mean of the last two reports.
         step_seconds = seconds * (active + (self.last_active or active)) / 2 / max(new_tokens, 1)
         finished = self.earlier + self.finished
         waiting = self.total - finished - active

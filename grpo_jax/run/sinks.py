@@ -1,8 +1,8 @@
-"""Sinks: where the metrics and the recorded completions of a run go, as `log.sinks` names them.
+"""Writes the metrics and the recorded completions of a run to the sinks that `log.sinks` names.
 
     jsonl               metrics.jsonl and samples/, which resumed runs and reports read
     tensorboard         tensorboard/
-    wandb and trackio   a tracker, which shows metrics and completions in a browser
+    wandb and trackio   trackers, which show metrics and completions in a browser
 
 A sink has the methods `write(step, metrics)`, `write_samples(kind, step, records)` and `close()`. Values that are not
 finite arrive as None. Only process 0 has sinks.
@@ -37,7 +37,7 @@ def check_sinks(names: Sequence[str]) -> None:
     """Raises a UserError if the package of a tracker is not installed."""
     for name in set(names) & set(TRACKERS):
         spec = importlib.util.find_spec(name)
-        # A folder of that name, in which wandb keeps its files, looks like a package without an origin.
+        # A folder of that name, such as the one in which wandb keeps its files, looks like a package without an origin.
         if spec is None or spec.origin is None:
             raise UserError(
                 f"log.sinks has {name!r}, which needs the package {name}; it is not installed. Run `pip install "
@@ -93,7 +93,7 @@ class TensorBoard:
 class Tracker:
     """Sends metrics, and completions as tables, to Weights & Biases or to Trackio, which has the same interface.
 
-    A tracker never stops a run: the first exception that it raises is reported in one line, and the run goes on
+    A tracker never stops a run: the first exception that it raises is reported in one line, and the run continues
     without it. The id of the tracker's run is kept in the workdir, so a resumed run continues it.
     """
 
@@ -104,15 +104,13 @@ class Tracker:
             self.attempt(self.start, cfg, workdir)
 
     def attempt(self, function: Callable, *args: Any) -> None:
-        """Calls a function of the tracker, which is given up if it raises an exception."""
+        """Calls a function of the tracker. If it raises an exception, the tracker is not used any more."""
         try:
             function(*args)
         except Exception as error:
             self.run = None
             reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-            announce(
-                f"{self.name} failed, and the run goes on without it; the files of the run hold all of it. {reason}"
-            )
+            announce(f"{self.name} failed, and the run continues without it; its files still hold everything. {reason}")
 
     def start(self, cfg: Config, workdir: Path) -> None:
         """Imports the package and starts its run."""
@@ -160,14 +158,14 @@ class Tracker:
 
 
 def completion_table(step: int, records: list[dict]) -> tuple[list[str], list[list]]:
-    """Returns the columns and the rows of a table of completions; every column holds texts, or numbers, or None."""
+    """Returns the columns and rows of a table of completions. A column holds either texts or numbers, or None."""
     parts = list(records[0]["rewards"])
 
     def cell(value: Any) -> Any:
         if value is None or isinstance(value, int | float):
             return value
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be sent
+        return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be encoded
 
     rows = []
     for record in map(as_json, records):

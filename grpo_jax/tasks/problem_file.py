@@ -23,7 +23,7 @@ _TERM = (
     r"(?:\d{1,20}(?:\.\d{1,20})?|\d{0,9}(?:\\[dt]?frac\{\d{1,20}\}\{[1-9]\d{,20}\}|\\sqrt\{\d{1,9}\}|\\pi|[a-df-z]))"
 )
 READABLE = re.compile(rf"-?{_TERM}(?: ?[+-] ?{_TERM}){{0,4}}|\([A-J]\) .*", re.DOTALL)
-MIN_DIVERSE = 10  # problems of a file whose answers must not all be the same
+MIN_DIVERSE = 10  # from this many problems on, not all answers of a file may be the same
 SHOWN_REASONS, SHOWN_ROWS = 3, 4  # reasons that an error quotes, and rows that it names for each
 
 

@@ -50,11 +50,11 @@ def question_hash(problem: Problem) -> int:
 
 
 def leave_out_examples(task: ProblemList, examples: Sequence[str]) -> ProblemList:
-    """Returns a task that does not train on the questions that its prompts show with their answers.
+    """Returns a task that does not train on the questions of the solved examples in its prompts.
 
     Args:
         task: The task.
-        examples: Questions and completions in turn, as `prompt.examples` has them.
+        examples: Alternating questions and completions, as in `prompt.examples`.
 
     Raises:
         UserError: No problem is left for training.

@@ -112,7 +112,7 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
 
 
 def read_solution(row: dict[str, Any], answer: Any) -> str:
-    """Returns how the answer of a row is found, given the value of its answer field; "" if the row does not say."""
+    """Returns the worked solution of a row, given the value of its answer field; "" if the row has none."""
     text = answer.rpartition("####")[0] if isinstance(answer, str) else ""
     for value in (find(row, name)[1] for name in SOLUTIONS if not text.strip()):
         if isinstance(value, str) and len(value.split()) > MAX_WORDS:  # a shorter one is an answer

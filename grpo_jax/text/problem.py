@@ -29,7 +29,7 @@ class Problem:
     answer: str  # the accuracy reward compares completions with it
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the task knows about the problem
     id: str = ""  # where the problem comes from, such as "questions.jsonl line 17"
-    solution: str = field(default="", compare=False)  # how the answer is found, if a file says so; nothing grades it
+    solution: str = field(default="", compare=False)  # how the answer is found, if a file gives it; it is not graded
 
 
 def read_messages(question: Any) -> list[Message]:

@@ -107,8 +107,8 @@ class PromptFormat:
         Args:
             tokenizer: A `transformers` tokenizer.
             template: A value of `prompt.template` (see `read_template`).
-            instruction: A text in front of the first question of a chat template, or in front of any other template.
-            examples: Solved problems before each question: questions and completions in turn.
+            instruction: A text before the first question of a chat template, or before any other template.
+            examples: Solved problems before each question: alternating questions and completions.
         """
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
         self.instruction = instruction

@@ -2,8 +2,8 @@
 
 import re
 
-# All control characters but tab and newline, those that change the direction of text, and lone surrogates, which no
-# encoding can write.
+# Control characters except tab and newline, characters that change the direction of text, and lone surrogates, which
+# cannot be encoded.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
