@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.config import default
+from grpo_jax.config import check, default
 from grpo_jax.main import main
 from grpo_jax.model.decoder import init_params
-from grpo_jax.run.diagnosis import SYMPTOMS
+from grpo_jax.run.diagnosis import SYMPTOMS, History
 from grpo_jax.weights.model_io import load, save, tensors_from_params, write_safetensors
 from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.tensor_names import parameter_tensors
@@ -60,6 +60,52 @@ def test_a_run_without_differences_in_reward_says_so_once_also_when_it_is_resume
     train(6)
     assert read_warnings(tmp_path) == first
     assert not any(line["text"] in capsys.readouterr().out for line in first.values())
+
+
+def measured(name, lines, keys=()) -> bool:
+    """Returns whether a run whose last updates have these metrics is warned of a symptom."""
+    cfg = default()
+    cfg.update_from_flattened_dict(dict(keys))
+    (row,) = (row for row in SYMPTOMS if row.name == name)
+    value = row.measure(History(check(cfg), False, {}, lines, [line for line in lines if line["time/rollout_s"]]), row)
+    return value is not None and row.comparison(value, row.threshold)
+
+
+def updates(name, values, **others) -> list[dict]:
+    return [{"time/rollout_s": 1.0, "optim/no_signal": 0.0} | others | {name: value} for value in values]
+
+
+def test_a_lasting_loss_of_speed_is_noticed_and_a_passing_one_is_not():
+    """The first rollout compiles; another program slows down the rollouts by turns."""
+    name, fast = "rollout/tokens_per_s", [40.0] + [5000.0, 900.0, 7000.0] * 8
+    assert not measured("slower", updates(name, fast + [500.0] * 19))
+    assert not measured("slower", updates(name, fast + [500.0, 4000.0, 300.0, 400.0] * 10))
+    assert measured("slower", updates(name, fast + [2400.0, 500.0] * 10))
+
+
+def test_what_is_normal_for_a_policy_is_not_noticed():
+    """A learned task has a low entropy, a rare token a KL divergence without a bound."""
+    name = "policy/entropy"
+    assert measured("low_entropy", updates(name, [0.01] * 3, **{"reward/mean": 0.9}))
+    assert not measured("low_entropy", updates(name, [0.01] * 3, **{"reward/mean": 1.1}))
+    assert measured("high_kl", updates("policy/kl_ref", [0.1, 30.0, 1.1, 1.1, 0.1]))
+    assert not measured("high_kl", updates("policy/kl_ref", [0.1, 30.0, 30.0, 0.1, 0.1]))
+
+
+@pytest.mark.parametrize("others", [{"time/rollout_s": 1.0}, {"optim/no_signal": 1.0}])
+def test_only_later_updates_with_a_signal_are_clipped(others):
+    for name, value in (("never_clipped", 0.0), ("clipped", 0.9)):
+        first = updates("policy/clip_frac", [value] * 3)
+        later = {"time/rollout_s": 0.0}
+        assert measured(name, first + updates("policy/clip_frac", [value] * 3, **later))
+        assert not measured(name, first + updates("policy/clip_frac", [value] * 3, **later | others))
+
+
+def test_bounds_that_clip_nothing_or_whole_completions_are_left_out():
+    later = {"time/rollout_s": 0.0}
+    never, often = ([*updates("x", [0.0] * 3), *updates("policy/clip_frac", [x] * 3, **later)] for x in (0.0, 0.9))
+    assert not measured("never_clipped", never, {"loss.clip_high": 4.0})
+    assert not measured("clipped", often, {"loss.ratio": "sequence"})
 
 
 def test_the_guide_states_the_names_and_thresholds_of_the_table():
