@@ -13,7 +13,7 @@ import pytest
 from jax import monitoring
 
 from grpo_jax.run import progress
-from grpo_jax.run.progress import QUIET_SECONDS, Progress
+from grpo_jax.run.progress import FIRST_SECONDS, QUIET_SECONDS, Progress
 from grpo_jax.run.rollout_progress import RolloutProgress
 
 
@@ -43,27 +43,29 @@ def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, caps
     with progress.phase("Training"):
         progress.set_detail("step 3/20")
         with progress.phase("Sampling"):
-            clock.now += QUIET_SECONDS / 2
+            clock.now += FIRST_SECONDS / 2
             assert lines() == ""
+            clock.now += FIRST_SECONDS / 2
+            assert lines() == "step 3/20  Sampling, 1 s\n"
             clock.now += QUIET_SECONDS / 2
-            assert lines() == "step 3/20  Sampling, 4 s\n"
             assert lines() == ""
             progress.set_detail("24 of 128 sequences")
-            clock.now += QUIET_SECONDS
-            assert lines() == "step 3/20  Sampling: 24 of 128 sequences, 7 s\n"
+            clock.now += QUIET_SECONDS / 2
+            assert lines() == "step 3/20  Sampling: 24 of 128 sequences, 4 s\n"
             clock.now += QUIET_SECONDS - 0.5
             progress.announce("a line")
             assert capsys.readouterr().out == "a line\n"
             clock.now += QUIET_SECONDS - 0.5
             assert lines() == ""
         clock.now += 1
-        assert lines() == "Training: step 3/20, 14 s\n"
+        assert lines() == "Training: step 3/20, 12 s\n"
     clock.now += QUIET_SECONDS
     assert lines() == ""  # nothing is going on
 
 
 def test_a_thread_shows_a_phase_for_as_long_as_it_lasts(monkeypatch, capsys):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.01)
     printed = ""
 
@@ -131,6 +133,7 @@ def test_only_the_first_process_shows_anything(monkeypatch, capsys):
             assert Progress().is_muted
     monkeypatch.setattr(progress, "PROGRESS", Progress())
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     progress.mute(True)
     with progress.phase("Training"):
         progress.announce("a line")

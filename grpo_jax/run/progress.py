@@ -18,6 +18,7 @@ from tqdm import tqdm
 from grpo_jax.text.terminal import printable
 
 QUIET_SECONDS = 3.5  # after which a plain line is printed
+FIRST_SECONDS = 1.0  # the same for the first line of a command
 TICK_SECONDS = 0.25
 STEP_BAR = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}  {desc}"
 PROCESS_INDEX_VARIABLES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
@@ -146,7 +147,7 @@ def phase(name: str) -> Iterator[None]:
             is_outermost = not PROGRESS.phases
             PROGRESS.phases.append(own)
         if is_outermost:
-            PROGRESS.last_output = PROGRESS.clock()
+            PROGRESS.last_output = PROGRESS.clock() + FIRST_SECONDS - QUIET_SECONDS
             thread = threading.Thread(target=PROGRESS.keep_ticking, args=(stop,), name="progress", daemon=True)
             thread.start()
         PROGRESS.listen()
