@@ -17,6 +17,8 @@ from grpo_jax.planning.estimate import (
     decode_load,
     estimate_run,
     link_speed,
+    placement_load,
+    prefill_load,
     time_load,
     training_load,
 )
@@ -108,9 +110,18 @@ def test_counts_replace_formulas():
 def test_a_rollout_is_shared_by_its_updates_and_without_a_penalty_nothing_is_scored():
     run = run_of(kl_coef=0.0)
     run = run._replace(cfg=dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, epochs=3)))
-    made = estimate_run(run, TPU, {"update": counts_of(bytes=MEMORY_FRACTION * 1e9), "scoring": counts_of(bytes=1e12)})
+    results = {"update": counts_of(bytes=MEMORY_FRACTION * 1e9), "scoring": counts_of(bytes=1e12)}
+    made = estimate_run(run, TPU, results)
     assert made.scoring.total == 0
     assert made.step == pytest.approx(1 + made.rollout.total / 3)
+    train = dataclasses.replace(run.cfg.train, minibatches=2)
+    made = estimate_run(run._replace(cfg=dataclasses.replace(run.cfg, train=train)), TPU, results)
+    assert made.step == pytest.approx(1 + made.rollout.total / 6)
+
+
+def test_the_speed_of_a_rollout_is_that_of_one_chip():
+    made = estimate_run(run_of(data=2, tensor=2), TPU)
+    assert made.tokens_per_second == 8 * COMPLETION / made.rollout.total / 4
 
 
 def test_collectives_of_an_update_by_formula():
@@ -126,3 +137,30 @@ def test_collectives_of_an_update_by_formula():
     assert over["tensor"] == pytest.approx(micro_batches * 6 * 2 * batch.width * 32 * 4)
     forward = training_load(run, batch, work, backward=False)
     assert sum(s.bytes * s.count for s in forward.sent if s.axes == ("fsdp",)) == pytest.approx(over["fsdp"] / 3)
+
+
+def test_loads_of_a_rollout_by_formula():
+    """By hand, on a mesh of its own: 4 float32 activations of width 32 are summed twice in each of 2 layers."""
+    run = run_of(fsdp=8, rollout_sizes=dict(data=2, tensor=4))
+    memory, ring = needs.run_memory(run), 2 * 3 / 4 * 32 * 4
+    decode, prefill, placement = decode_load(run, 96), prefill_load(run), placement_load(run)
+    assert decode.sent == (Sent(("tensor",), 4 * ring, 4),)
+    assert prefill.sent == (Sent(("tensor",), 2 * 32 * ring, 4),)  # 2 of the 4 prompts, of 32 tokens
+    assert (decode.bytes, prefill.bytes) == (needs.decode_bytes(run, 96), memory.rollout_weights)
+    assert placement.sent == (Sent(("fsdp",), 7 / 8 * memory.rollout_weights, 1),)
+    # A third of the state is the policy, the rest are the moments of AdamW.
+    assert placement.bytes == memory.state / 3 + memory.rollout_weights
+    assert placement_load(run_of(data=8)).sent == decode_load(run_of(data=8), 96).sent == ()
+
+
+def test_replicas_sum_their_part_of_the_gradients():
+    """The gradients are float32 and split over fsdp; a ring of 2 sends half of them twice. Weights are read 3 times."""
+    run = run_of(data=2, fsdp=2)
+    batch, weights = needs.updated_batch(run), needs.matrices(run.model_cfg, 1)
+    parameters = batch.micro_batches * (weights.layers + weights.head)
+    load = training_load(run, batch, needs.update_work(run), backward=True)
+    sums = [s.bytes * s.count for s in load.sent if s.axes == ("data",)]
+    assert sums == [pytest.approx(parameters / 2 * 4)]
+    assert load.bytes == pytest.approx(parameters * (3 * 4 + 8 / 2))
+    forward = training_load(run, batch, needs.update_work(run), backward=False)
+    assert forward.bytes == pytest.approx(parameters * 4) and {s.axes for s in forward.sent} == {("fsdp",)}

@@ -1,6 +1,7 @@
 """What a plan says that a model needs: FLOPs as traced programs have them, bytes as arrays have them."""
 
 import dataclasses
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import check, default
+from grpo_jax.config.flags import load_config
 from grpo_jax.learn.update import minibatch_gradients, score_completions
 from grpo_jax.model.architecture import LayerConfig
 from grpo_jax.model.decoder import compute_logits, hidden_states, init_params, param_shapes
 from grpo_jax.model.mask import attention_mask, single_sequence
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.planning import needs
+from grpo_jax.planning.models import plan_model
 from grpo_jax.planning.programs import RunShapes
 from grpo_jax.rollout.memory import training_room
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
@@ -25,7 +28,8 @@ from grpo_jax.types import Experience
 from grpo_jax.weights.source import read_model_config
 from tests.tiny import CONFIG, params
 
-GOLDEN = Path(__file__).parent / "golden"
+REPO = Path(__file__).parent.parent
+GOLDEN = REPO / "tests" / "golden"
 PROMPT, COMPLETION = 32, 64
 
 
@@ -230,3 +234,40 @@ def test_products_of_a_decode_step_are_those_of_the_traced_program():
 
     traced = jax.make_jaxpr(step)(placed)
     assert product_flops(traced.jaxpr, trips=1) == needs.decode_work(run, 96).products
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_prefilling_computes_only_the_keys_and_values_of_the_last_layer(tensor):
+    """By hand: a whole layer of width 32, 4 heads of queries and 2 of keys, and the keys and values of another."""
+    run = run_of(rollout_sizes=dict(tensor=tensor))
+    key_values, rest = 2 * 32 * 2 * 8, 2 * 32 * 4 * 8 + 3 * 32 * 48
+    work = needs.prefill_work(run)
+    assert work.products == 4 * PROMPT * 2 * (2 * key_values + rest) / tensor
+    assert work.attention == 4 * PROMPT * (PROMPT + 1) / 2 * 4 * 4 * 8 / tensor
+    latent = dataclasses.replace(MODELS["deepseek_v3"], layers=MODELS["deepseek_v3"].layers[:1])
+    assert needs.matrices(latent, 1).prefilled == 32 * (20 + 8)  # the compressed vector and the rotary part of the key
+
+
+def test_a_cached_latent_is_both_keys_and_values():
+    """By hand: 8 slots, 3 layers, 10 columns, 4 heads; a query meets 20 + 8 numbers, and a probability meets 20."""
+    assert needs.decode_work(run_of(MODELS["deepseek_v3"]), 10).attention == 8 * 3 * 10 * 2 * 4 * (28 + 20)
+
+
+def test_a_chip_reads_the_experts_that_the_tokens_of_its_whole_expert_axis_choose():
+    """With one token on each of 5 chips, which hold one of 5 experts each, (3/5)^5 of that expert is not read."""
+    whole = run_of(MODELS["qwen3_moe"], slots=1)
+    split = run_of(MODELS["qwen3_moe"], slots=5, rollout_sizes=dict(expert=5))
+    experts = whole.model_cfg.experts
+    layers = sum(layer.use_experts for layer in whole.model_cfg.layers)
+    placed = 4 * layers * experts.num_experts * 3 * 32 * experts.intermediate_size
+    saved = needs.decode_bytes(whole, 96) - needs.decode_bytes(split, 96)
+    assert saved == pytest.approx(placed * (0.4 - (1 - 0.6**5) / 5), abs=1)
+
+
+@pytest.mark.parametrize("preset, plan", [("0.5b", "0.5b-v5e-2x2"), ("7b", "7b-v5e-8x8"), ("32b", "32b-v5p-4x4x4")])
+def test_the_temporaries_of_an_update_are_about_those_of_the_compiled_program(preset, plan):
+    compiled = json.loads((REPO / f"docs/plans/r1zero-qwen2.5-{plan}.json").read_text(encoding="utf-8"))
+    cfg = check(load_config(f"{REPO}/configs/r1zero.py:qwen2.5-{preset}"))
+    mesh, rollout_mesh = (needs.abstract_mesh(**compiled[name]) for name in ("mesh", "rollout_mesh"))
+    run = RunShapes(cfg, plan_model(cfg), mesh, rollout_mesh, compiled["slots"])
+    assert needs.update_temporaries(run) == pytest.approx(compiled["programs"]["update"]["temp_bytes"], rel=0.15)

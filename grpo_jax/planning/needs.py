@@ -34,7 +34,7 @@ BACKWARD_ATTENTION = 2.5  # FLOPs of attention's backward pass by those of its f
 
 
 # A plan asks for these many times, and tracing a model takes a good part of a second.
-cached_shapes, cached_kv_bytes = lru_cache(param_shapes), lru_cache(kv_bytes_per_token)
+cached_shapes = lru_cache(param_shapes)
 
 
 class Work(NamedTuple):
@@ -246,7 +246,7 @@ def training_memory(cfg: Config, model_cfg: ModelConfig, mesh: Mesh | AbstractMe
 def run_memory(run: RunShapes) -> Memory:
     """Returns the bytes that one chip holds."""
     cfg, model_cfg, rollout = run.cfg, run.model_cfg, run.cfg.rollout
-    token_bytes = cached_kv_bytes(model_cfg, run.rollout_mesh.shape["tensor"])
+    token_bytes = kv_bytes_per_token(model_cfg, run.rollout_mesh.shape["tensor"])
     room = training_room(cfg, run.slots, num_data_shards(run.rollout_mesh))
     return Memory(
         *training_memory(cfg, model_cfg, run.mesh),
@@ -283,7 +283,7 @@ def decode_bytes(run: RunShapes, columns: int) -> int:
             total += size * (1 - (1 - chosen) ** (slots * mesh.shape["expert"]))
         else:
             total += size
-    token_bytes = cached_kv_bytes(model_cfg, mesh.shape["tensor"])
+    token_bytes = kv_bytes_per_token(model_cfg, mesh.shape["tensor"])
     return int(total) + slots * (columns * token_bytes + 2 * 4 * shard_vocabulary(run))
 
 
@@ -292,7 +292,7 @@ GRADIENT_TREES = 3
 
 
 def update_temporaries(run: RunShapes) -> int:
-    """Estimates the temporaries of an update on one chip, within 15% of TPU programs that we compiled; GPUs need less.
+    """Estimates the temporaries of an update on one chip, within 20% of TPU programs that we compiled; GPUs need less.
 
     They are float32 gradients, what the backward pass keeps of each layer, and the activations, gathered weights and
     whole gradient of one layer and of a block of the head.

@@ -119,7 +119,9 @@ def plan_report(
     report["notes"] = plan_notes(run, report)
     if not fits:
         excess = {phase: peaks[phase] - budget for phase in ("rollout", "update")}
-        report["remedies"] = [remedy._asdict() for remedy in find_remedies(run, excess)]
+        if refusal:  # even if one slot on each data shard would fit
+            excess["rollout"] = max(1, excess["rollout"])
+        report["remedies"] = [remedy._asdict() for remedy in find_remedies(run, excess, memory_bytes)]
     if kind in CHIPS and not refusal:
         made = estimate_run(run, CHIPS[kind], results)
         report["estimate"] = describe_estimate(made, chips, price)
@@ -302,5 +304,5 @@ def format_verdict(report: Mapping) -> str:
     for remedy in report.get("remedies", ()):
         saved = max(remedy["saves"].values())
         verdict = "would fit" if remedy["suffices"] else "not enough by itself"
-        lines.append(f"  {remedy['settings']:<40} saves{gib(saved)} GiB; {verdict}")
+        lines.append(f"  {remedy['settings']:<46} saves{gib(saved)} GiB; {verdict}")
     return "\n".join(lines)

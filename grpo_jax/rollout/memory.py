@@ -97,6 +97,7 @@ def bytes_per_device(shapes, shardings) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
+@lru_cache  # tracing the model takes a good part of a second
 def kv_bytes_per_token(model_cfg: ModelConfig, tensor: int = 1) -> int:
     """Returns the bytes of one token's keys and values in all layers, with heads split over `tensor` devices."""
     token, shapes = jnp.zeros((1, 1), jnp.int32), param_shapes(model_cfg)
@@ -131,7 +132,7 @@ def training_room(cfg: Config, slots: int, shards: int) -> QueueRoom:
     return room._replace(prompts=max(room.prompts, questions))
 
 
-@lru_cache  # tracing the model takes a good part of a second
+@lru_cache
 def rollout_memory(
     cfg: Config, model_cfg: ModelConfig, mesh: AbstractMesh, training_mesh: AbstractMesh
 ) -> RolloutMemory:
