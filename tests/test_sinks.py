@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,7 +82,8 @@ def config_with(*sinks):
 
 def log_step(workdir, cfg, step):
     """Logs a step as a run does that resumes before it, with a completion of the next rollout."""
-    log = RunLog(cfg, workdir, step - 1)
+    context = SimpleNamespace(model_cfg=SimpleNamespace(experts=None))
+    log = RunLog(cfg, context, workdir, step - 1)
     log.write_samples("train", step + 1, [RECORD])
     log.write(step, {"reward/mean": 0.5, "loss/total": float("inf"), "rollout/length_mean": 2.0} | REPORTED)
     log.close()
