@@ -80,6 +80,7 @@ def test_a_lasting_loss_of_speed_is_noticed_and_a_passing_one_is_not():
     name, fast = "rollout/tokens_per_s", [40.0] + [5000.0, 900.0, 7000.0] * 8
     assert not measured("slower", updates(name, fast + [500.0] * 19))
     assert not measured("slower", updates(name, fast + [500.0, 4000.0, 300.0, 400.0] * 10))
+    assert not measured("slower", updates(name, fast + [3000.0] * 20))
     assert measured("slower", updates(name, fast + [2400.0, 500.0] * 10))
 
 
@@ -157,7 +158,7 @@ SICK_RUNS = {
     ),
     "a_few_long_completions": (
         {
-            "rollout.prompts": 8,
+            "rollout.prompts": 16,
             "rollout.samples": 2,
             "rollout.max_prompt_tokens": 128,
             "task.name": "{inputs}/own.py:nearly_solved",
@@ -185,10 +186,12 @@ def two_answers(index, *, seed, split):
 
 
 def nearly_solved(index, *, seed, split):
-    """From the 21st rollout of 8 prompts on, only the first prompt does not end with its answer."""
+    """Starts a long completion, but only once in 16 problems after the 20th rollout; the others only lack a tag."""
     problem = add(index, seed=seed, split=split)
     prompt = format_prompt(problem.question)
-    if index >= 160 and index % 8:
+    if index < 320 or index % 16 == 0:
+        prompt += " <think> {a}+{b}+0=".format(**{name: value % 10 for name, value in problem.metadata.items()})
+    else:
         prompt += f" <think> {problem.answer} </think> <answer> {problem.answer}"
     return Problem(prompt, problem.answer, {})
 

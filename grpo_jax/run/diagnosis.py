@@ -263,7 +263,7 @@ SYMPTOMS = (
     Symptom(
         "unchanged_parameters",
         *(3, operator.lt, 0.1, changed_parameters),
-        "{span} updates in a row changed at most {value:.1%} of the parameters, because the changes are smaller than "
+        "{span} updates in a row changed at most {value:.2%} of the parameters, because the changes are smaller than "
         "the rounding of the parameters: set model.param_dtype=float32, or raise optim.lr.",
     ),
     Symptom(
