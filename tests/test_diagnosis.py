@@ -102,6 +102,13 @@ def test_only_later_updates_with_a_signal_are_clipped(others):
         assert not measured(name, first + updates("policy/clip_frac", [value] * 3, **later | others))
 
 
+def test_skipped_updates_change_nothing_for_another_reason_than_rounding():
+    name, unchanged = "unchanged_parameters", {"optim/grad_norm": 1.0, "optim/skipped": 0.0}
+    assert measured(name, updates("optim/changed_frac", [0.0] * 3, **unchanged))
+    skipped = {"optim/grad_norm": float("nan"), "optim/skipped": 1.0}
+    assert not measured(name, updates("optim/changed_frac", [0.0] * 3, **skipped))
+
+
 def test_bounds_that_clip_nothing_or_whole_completions_are_left_out():
     later = {"time/rollout_s": 0.0}
     never, often = ([*updates("x", [0.0] * 3), *updates("policy/clip_frac", [x] * 3, **later)] for x in (0.0, 0.9))

@@ -138,8 +138,9 @@ def largest_gradient(history: History, row: Symptom) -> float | None:
 
 
 def changed_parameters(history: History, row: Symptom) -> float | None:
-    """Returns the largest fraction of parameters that an update changed, of those updates that had a gradient."""
-    lines = [line for line in history.updates if line["optim/grad_norm"] and not line["optim/no_signal"]]
+    """Returns the largest fraction of parameters that an update changed, of those that had a finite gradient."""
+    idle = ("optim/no_signal", "optim/skipped")
+    lines = [line for line in history.updates if line["optim/grad_norm"] and not any(line[name] for name in idle)]
     return max(history.last("optim/changed_frac", row.span, lines), default=None)
 
 
