@@ -1,6 +1,7 @@
 """Memory estimates of a rollout: they match what is allocated, and plans that do not fit are refused."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -237,6 +238,19 @@ def test_refusals_name_what_helps():
     with pytest.raises(UserError, match=r"Use at least 16 devices, with mesh\.fsdp=16\. Keep less state"):
         plan_7b(abstract_mesh("tpu", fsdp=4), 15.75)
     assert plan_7b(abstract_mesh("tpu", fsdp=16), 15.75).tensor == 4
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_completions_that_a_refusal_proposes_fit(platform):
+    """A slot of 80 + 944 tokens does not fit. The cache of a TPU has 256 columns then, and that of a GPU 280."""
+    token, shapes = kv_bytes_per_token(MODEL), param_shapes(MODEL)
+    weights = bytes_per_device(shapes, tree_shardings(make_mesh(8, 1, 1), shapes))
+    other = weights + prefill_activation_bytes(MODEL, 80) + token * 80 * (16 + 1) + 3 * 4 * 48
+    room = dict(mesh=abstract_mesh(platform), total=math.ceil((other + 280 * token) / 0.9))
+    tokens = {"tpu": 256 - 80, "gpu": 280 - 80}[platform]
+    with pytest.raises(UserError, match=rf"at most 0 .*\. Lower rollout\.max_tokens to {tokens}\. Use at least 2"):
+        plan(**room, max_tokens=944)
+    assert plan(**room, max_tokens=tokens).slots == 1
 
 
 def test_the_copy_of_the_weights_is_as_large_as_planned():

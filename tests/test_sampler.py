@@ -269,7 +269,9 @@ def test_a_gpu_copies_the_prompts_of_all_refilled_slots_at_once(refilled, monkey
 
 
 @pytest.mark.parametrize("more", [0, 3])
-@pytest.mark.parametrize("count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (16, 8, 4)])
+@pytest.mark.parametrize(
+    "count, samples, shards", [(3, 4, 1), (4, 2, 8), (1, 8, 8), (3, 3, 4), (5, 3, 8), (1, 3, 2), (16, 8, 4)]
+)
 def test_every_sequence_belongs_to_one_shard_which_has_its_prompt(count, samples, shards, more):
     prompts = pad_prompts([[i + 1] * (i + 1) for i in range(count)], [10 + i for i in range(count)])
     limits = np.arange(1, count * samples + 1).reshape(count, samples)

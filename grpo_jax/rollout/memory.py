@@ -35,6 +35,7 @@ class RolloutMemory(NamedTuple):
     prompt_bytes: int  # the prefilled KV of the prompts
     prefill_bytes: int  # temporaries of prefilling
     token_bytes: int  # the KV of one token
+    columns: int  # of the KV cache at its largest
     slot_bytes: int  # of one slot: its KV cache, the prefilled KV of a prompt, and the logits
 
 
@@ -155,6 +156,7 @@ def rollout_memory(
         prompt_bytes=prompt_bytes * -(-rollout.prompts // num_data_shards(mesh)),
         prefill_bytes=prefill_bytes,
         token_bytes=token_bytes,
+        columns=columns,
         slot_bytes=token_bytes * columns + prompt_bytes + logit_bytes,
     )
 
@@ -277,8 +279,13 @@ def fixes_for(
     elif data > 1 and fitting(1, data * fsdp, held_bytes // data):
         fixes.append(f"Set mesh.data=1 and mesh.fsdp={data * fsdp}.")
     if not fixes:
-        logit_and_prompt_bytes = plan.memory.slot_bytes - plan.memory.token_bytes * cfg.rollout.max_tokens
-        if (tokens := (plan.free_bytes - logit_and_prompt_bytes) // plan.memory.token_bytes) > 0:
+        memory, prompt = plan.memory, cfg.rollout.max_prompt_tokens
+        logit_and_prompt_bytes = memory.slot_bytes - memory.token_bytes * memory.columns
+        columns = (plan.free_bytes - logit_and_prompt_bytes) // memory.token_bytes
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the cache of a TPU has columns that hold no token
+            lengths = (size for size in range(columns, prompt, -1) if cache_sizes(prompt, size)[-1] <= columns)
+            tokens = next(lengths, 0) - prompt
+        if tokens > 0:
             fixes.append(f"Lower rollout.max_tokens to {tokens}.")
         more = (2**i for i in range(1, 11) if fitting(data, fsdp * 2**i, held_bytes >> i))
         if factor := next(more, 0):
