@@ -123,6 +123,13 @@ def test_a_terminal_shows_the_phase_on_one_line_and_behind_the_bar(clock, monkey
     assert written().endswith("\n")  # what is printed next does not overwrite the bar
 
 
+def test_a_stream_that_only_calls_itself_a_terminal_gets_plain_lines(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not progress.is_terminal()
+
+
 def test_only_the_first_process_shows_anything(monkeypatch, capsys):
     for variable in progress.PROCESS_INDEX_VARIABLES:
         with monkeypatch.context() as patch:

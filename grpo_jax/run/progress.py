@@ -35,7 +35,10 @@ PROGRAMS = {
 
 def is_terminal() -> bool:
     """Returns whether stderr is a terminal of a known width, so that a line on it can be rewritten."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    try:
+        return sys.stderr is not None and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # a stream of Python's own that calls itself a terminal
+        return False
 
 
 class Progress:

@@ -16,6 +16,7 @@ from grpo_jax.tasks.rows import read_rows
 from grpo_jax.tasks.shapes import read_problem
 from grpo_jax.text.answers import read_expected
 from grpo_jax.text.problem import Problem
+from grpo_jax.text.terminal import printable
 
 # Choices and short sums of numbers, fractions, square roots and letters (not e, as in 1e5) are readable without being
 # parsed, which takes up to 0.2 ms for each row.
@@ -63,7 +64,9 @@ def read_with_notes(path: str, task_cfg: TaskSection, *, graded: bool) -> tuple[
     said: Counter[str] = Counter()
 
     def read() -> Iterator[tuple[str, Problem | str]]:
-        for place, row in tqdm(read_rows(path), f"Reading {name}", unit=" rows", mininterval=2, delay=2, leave=False):
+        # `disable=None`: only on a terminal
+        options = dict(unit=" rows", mininterval=2, delay=2, leave=False, disable=None)
+        for place, row in tqdm(read_rows(path), f"Reading {printable(name)}", **options):
             try:
                 problem, how = read_problem(row, task_cfg, graded=graded)
                 said[how] += 1

@@ -214,7 +214,9 @@ class PromptFormat:
         before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         order = sorted(range(len(problems)), key=bounds.__getitem__, reverse=True)
-        bar = tqdm(total=len(order), desc="Measuring prompts", unit=" prompts", mininterval=2, delay=2, leave=False)
+        # `disable=None`: only on a terminal
+        options = dict(unit=" prompts", mininterval=2, delay=2, leave=False, disable=None)
+        bar = tqdm(total=len(order), desc="Measuring prompts", **options)
         try:
             for start in range(0, len(order), CHUNK_PROMPTS):
                 chunk = order[start : start + CHUNK_PROMPTS]
