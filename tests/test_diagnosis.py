@@ -138,7 +138,8 @@ SICK_RUNS = {
     ),
     "two_answers": ({"task.name": "{inputs}/own.py:two_answers", "total_steps": 1}, {"refused_answers"}),
     "tiny_rate": (SPLIT | {"optim.lr": 1e-8, "total_steps": 6}, {"never_clipped"}),
-    "high_rate": (SPLIT | {"optim.lr": 3e-3, "total_steps": 12}, {"clipped", "high_kl"}),
+    "high_rate": (SPLIT | {"optim.lr": 1e-2, "total_steps": 5}, {"high_kl"}),
+    "many_epochs": ({"train.epochs": 6, "optim.lr": 1e-3, "total_steps": 6}, {"clipped"}),
     "bfloat16_weights": (
         {"model.param_dtype": "bfloat16", "optim.lr": 1e-7, "total_steps": 3},
         {"unchanged_parameters"},

@@ -186,7 +186,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "improbable_samples",
-        *(0, operator.gt, 1.8, fact("sample_surprise")),
+        *(0, operator.gt, 3.5, fact("sample_surprise")),
         "At the first update, the policy finds its own samples improbable ({value:.1f} nats per token), so the "
         "weights, the tokenizer or prompt.template are probably wrong: read samples/train-000001.jsonl, and try a "
         "lower rollout.temperature if the text is nearly right.",
@@ -220,7 +220,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "high_entropy",
-        *(3, operator.gt, 3.0, entropy),
+        *(3, operator.gt, 3.5, entropy),
         "The policy's entropy is {value:.1f} nats, so it writes almost at random: lower loss.entropy_coef, optim.lr or "
         "rollout.temperature, or check the weights if the entropy was high from the start.",
     ),
