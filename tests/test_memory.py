@@ -25,6 +25,7 @@ from grpo_jax.rollout.memory import (
     plan_rollout,
     prefill_activation_bytes,
     rollout_memory,
+    training_room,
 )
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout, start_rollout
 from grpo_jax.rollout.slots import prefill_batch_size, prefill_prompts
@@ -103,6 +104,8 @@ def test_slots_are_a_multiple_of_the_data_shards():
     mesh = make_mesh(2, 4, 1)
     assert plan(mesh=mesh, slots=9).slots == 16
     assert plan(mesh=mesh).max_slots % 8 == 0
+    uneven = plan(mesh=mesh, prompts=9, samples=2)  # 18 sequences; a shard has at most 2 prompts
+    assert uneven.slots == 24 and uneven.memory.prompt_bytes == 2 * 80 * uneven.memory.token_bytes
 
 
 @pytest.mark.parametrize("width, count", [(128, 4), (512, 3)])
@@ -251,6 +254,17 @@ def test_completions_that_a_refusal_proposes_fit(platform):
     with pytest.raises(UserError, match=rf"at most 0 .*\. Lower rollout\.max_tokens to {tokens}\. Use at least 2"):
         plan(**room, max_tokens=944)
     assert plan(**room, max_tokens=tokens).slots == 1
+
+
+@pytest.mark.parametrize(
+    "slots, questions, prompts",
+    [(8, 11, 4), (9, 11, 5), (16, 11, 6), (100, 12, 6), (100, 200, 8), (8, 1, 2), (8, 0, 2)],
+)
+def test_a_run_has_room_for_a_question_in_every_slot_of_a_shard(slots, questions, prompts):
+    """On 2 shards, each of which samples 8 sequences of 2 prompts."""
+    cfg = default()
+    cfg.rollout.prompts, cfg.rollout.samples, cfg.eval.questions = 4, 4, questions
+    assert training_room(check(cfg), slots, shards=2) == (prompts, 8, 2)
 
 
 def test_the_copy_of_the_weights_is_as_large_as_planned():

@@ -5,11 +5,13 @@ import logging
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
+from grpo_jax.parallel import mesh as mesh_module
 from grpo_jax.parallel.mesh import MESH_AXES, constrain, drop_indivisible_axes, make_mesh, make_rollout_mesh
 from grpo_jax.run.context import build_context, read_base_model
 
@@ -128,3 +130,25 @@ def test_all_axes_of_a_dimension_must_divide_it_together():
 def test_constrain_without_a_mesh_changes_nothing():
     x = jax.numpy.ones((3, 5))
     assert constrain(x, "data", None) is x
+
+
+@pytest.mark.parametrize("platform, scatters", [("tpu", 2), ("gpu", 1), ("cpu", 1)])
+def test_a_sum_over_a_slice_is_scattered_in_two_steps_on_tpus(platform, scatters, monkeypatch):
+    """Over groups of 4 and of 2 of 8 devices; each device gets the part that one step would give it."""
+    monkeypatch.setattr(mesh_module, "mesh_platform", lambda: platform)
+    x = jax.random.normal(jax.random.key(0), (8, 3, 16))
+    with jax.set_mesh(make_mesh(1, 8)):
+        scatter = jax.shard_map(
+            lambda x: mesh_module.scatter_sum(x[0], 1), in_specs=P("fsdp"), out_specs=P(None, "fsdp"), check_vma=False
+        )
+        np.testing.assert_allclose(jax.jit(scatter)(x), x.sum(axis=0), rtol=1e-5, atol=1e-6)
+        assert str(jax.make_jaxpr(scatter)(x)).count("reduce_scatter[") == scatters
+
+
+@pytest.mark.parametrize("given, expected", [("rocm", "gpu"), ("cuda", "gpu"), ("tpu", "tpu"), ("cpu", "cpu")])
+def test_the_platform_of_a_mesh_is_that_of_its_devices(given, expected):
+    mesh = make_mesh(1, 8).abstract_mesh
+    device = type(mesh.abstract_device)(device_kind=given, num_cores=1, platform=given)
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        assert mesh_module.mesh_platform() == expected
+    assert mesh_module.mesh_platform() == "cpu"
