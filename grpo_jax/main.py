@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.rules import check_pretrain
-from grpo_jax.config.workdir import continue_derived
 from grpo_jax.errors import UserError
 from grpo_jax.run.progress import announce, phase
 
@@ -33,7 +32,6 @@ def main(argv: Sequence[str]) -> None:
         help="show the plan, three prompts with their expected answers and one group of completions; write nothing",
     )
     options, raw, workdir, given = flags.parse_flags(parser, argv)
-    raw = continue_derived(raw, given, workdir)
     is_pretraining = raw.job == "pretrain"
     cfg = check_pretrain(raw) if is_pretraining else configs.check(raw)
     if is_pretraining and options.dry_run:

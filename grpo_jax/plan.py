@@ -46,6 +46,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--program", help=argparse.SUPPRESS)  # see grpo_jax.planning.compiling
     options, raw, *_ = flags.parse_flags(parser, argv)
     cfg = configs.check(raw)
+    if cfg.derive:
+        raise UserError(
+            "A plan needs a config with all its keys, but this one derives them on the machine that trains. Pass the "
+            "--workdir of a run that has been started, or another --config."
+        )
     if options.topology is None:
         expected = "--topology=KIND:SIZES must be given, such as v5e:8x8 or h100:8"
         raise UserError(f"{expected}; found none. Run with --help for an example.")

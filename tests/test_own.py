@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import config as configs
-from grpo_jax.config.flags import load_config
+from grpo_jax import evaluate, generate, plan
+from grpo_jax.config.flags import load_config, make_parser, parse_flags
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import continue_derived
 from grpo_jax.errors import UserError
@@ -230,6 +231,19 @@ def test_a_run_that_derived_its_config_goes_on_with_it_and_with_what_is_set_now(
     values = flatten(continue_derived(now, {"rollout.max_tokens"}, tmp_path).to_dict())
     changed = {name: value for name, value in values.items() if value != flatten(raw.to_dict())[name]}
     assert changed == {"total_steps": 200, "rollout.max_tokens": 56, "task.name": "file"}
+
+
+@pytest.mark.parametrize("entry", [evaluate.main, generate.main, plan.main])
+def test_other_commands_read_what_a_run_has_derived_and_derive_nothing(tmp_path, entry):
+    arguments = own(tmp_path, "--config.task.path=problems.jsonl")
+    with pytest.raises(UserError, match=r"run that has been started"):
+        entry(arguments)
+    raw = configs.default()
+    raw.update_from_flattened_dict({"model.path": "tiny", "task.name": "file", "task.path": "problems.jsonl"})
+    raw.rollout.max_tokens = 24
+    configs.write_config(tmp_path / "run", configs.check(raw))
+    parsed = parse_flags(make_parser("", "", of_a_run=True), arguments).raw
+    assert (parsed.rollout.max_tokens, parsed.derive) == (24, False)
 
 
 @pytest.mark.slow
