@@ -10,10 +10,12 @@ from grpo_jax.config.schema import Config
 
 INTRO = """# Config keys
 
-<!-- Written by `python -m grpo_jax.config.docs > docs/config.md` from grpo_jax/config/schema.py; edit that file. -->
+<!-- Written by `python -m grpo_jax.config.docs > docs/config.md` from schema.py and pretrain_schema.py in
+grpo_jax/config/; edit these files. -->
 
-A config file sets a key by `cfg.section.key = value`, the command line by `--config.section.key=value`. Keys with a
-star may change when a run is resumed. A key must keep its default where it has no effect."""
+This page lists every config key with its default, allowed values and meaning. A config file sets a key by
+`cfg.section.key = value`, the command line by `--config.section.key=value`. Keys with a star may change when a run is
+resumed. A key must keep its default where it has no effect."""
 
 
 def markdown() -> str:
