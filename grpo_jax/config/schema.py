@@ -334,8 +334,7 @@ class Config:
     job: str = key("grpo", "the job that `grpo_jax.main` runs", choices=("grpo",))
     derive: bool = key(
         False,
-        "whether a new run derives the keys that you do not set from its model, problems and devices, as with "
-        "configs/own.py; the run's config.json holds the derived values, with `derive` off",
+        "whether a new run derives the keys that you do not set (see docs/own.md); config.json holds their values",
     )
     seed: int = key(0, "seed of all random draws of the run", at_least=0, below=2**32)
     total_steps: int = key(80, "number of updates", at_least=1, resumable=True)
