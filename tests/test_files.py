@@ -184,8 +184,8 @@ def test_rows_with_several_right_answers_are_refused_with_the_verifier_that_they
     [
         ({"q": "Q?", "meta": {"a": 1}}, "no field is known to hold the question; the fields are q, meta.a"),
         ({"question": "Q?", "x": "1"}, "no field is known to hold the answer; the fields are question, x"),
-        ({"question": "Q?", "answer": None}, "no field is known to hold the answer"),
-        ({"question": " ", "answer": "1"}, "no field is known to hold the question"),
+        ({"question": "Q?", "answer": None}, "the field 'answer' is empty; the fields are question, answer"),
+        ({"Question": " ", "answer": "1"}, "the field 'Question' is empty; the fields are Question, answer"),
         ({"question": 5, "answer": "1"}, "the question must be a text, or messages .*; found 5"),
         ({"prompt": [*PROMPT, {"role": "assistant", "content": "2"}], "answer": "2"}, "messages of which the last is"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, "the question must be a text, or messages"),
@@ -282,10 +282,10 @@ def test_unreadable_rows_are_left_out_and_listed_up_to_the_limit(tmp_path):
     assert note == (
         r"q.jsonl: question from `problem`, answer from `solution` (last `\boxed`) in 198 rows; "
         "question from `problem`, answer from `answer` in 1 row; 199 problems, 1 unreadable row "
-        "(line 5: no field is known to hold the answer; the fields are problem, solution)"
+        "(line 5: the field 'solution' is empty; the fields are problem, solution)"
     )
     with pytest.raises(
-        UserError, match=r"task.max_unreadable=0.001 may be unreadable; found 1 of 200 rows: line 5: no field"
+        UserError, match=r"task.max_unreadable=0.001 may be unreadable; found 1 of 200 rows: line 5: the field"
     ):
         read_with_notes(path, TaskSection(max_unreadable=0.001), graded=True)
 
@@ -310,7 +310,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("", "must have at least one problem; found none"),
         ("\n \n", "must have at least one problem; found none"),
         ("[]", "must have at least one problem; found none"),
-        ("question,answer\n", "must have at least one problem; found none"),
+        ("question,answer\n", "read as CSV, it has the header 'question,answer', but no rows"),
+        ("PK\3\4\0\0\n", "it is neither text nor parquet"),
         (GOOD + "{", "line 2 is not valid JSON: Expecting property name.*; found '{'"),
         ("[version https://git-lfs.github.com/spec/v1", r"found '.version https://git-lfs"),
         (GOOD + GOOD + '{"question": "q", "ans', "line 3 is not valid JSON: Unterminated string"),
@@ -381,6 +382,9 @@ def test_unreadable_paths_are_refused(tmp_path):
         read_problems(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"could not be read from data/none.csv: .*No such file"):
         read_problems("data/none.csv")
+    (tmp_path / "questions.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"question.json: No such file or directory; did you mean questions.jsonl\?"):
+        read_problems(tmp_path / "question.json")
 
 
 @pytest.mark.parametrize(
@@ -429,7 +433,7 @@ def test_datasets_are_read_from_folders(tmp_path, monkeypatch):
     assert answers == {"saved": ["2", "4", "6", "8"], "splits": ["6", "2"], "lines": ["2", "4", "6", "8"]}
     assert read_problems(tmp_path / "saved")[2].id == "saved row 3"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"could not be read from .*empty: the package `datasets` raised"):
+    with pytest.raises(UserError, match=r"could not be read from .*empty: it is a folder, .* `datasets` raised"):
         read_problems(tmp_path / "empty")
 
 

@@ -69,7 +69,7 @@ def leave_out_examples(task: ProblemList, examples: Sequence[str]) -> ProblemLis
         )
     if not left_out:
         return task
-    note = f"Not trained on because prompts show them as examples: {left_out:,}"
+    note = f"{left_out:,} of these left out of training, because prompts show them as examples"
     return ProblemList(train, task.held_out, (*task.notes, note), task.digests)
 
 
@@ -111,7 +111,8 @@ def split_problems(
             f"{advice if held_out is None else 'name another task.eval_path'}."
         )
     removed = [problem for problem, value in zip(problems, hashes, strict=True) if value in chosen]
-    note = f"{len(train):,} problems for training, {len(removed if held_out is None else held_out):,} held out"
+    note = f"{len(train):,} problem{'s' * (len(train) != 1)} for training"
+    note += f", {len(removed if held_out is None else held_out):,} held out"
     note += f"; not trained on because held out: {len(removed):,}" if held_out is not None and removed else ""
     answers = {(value, problem.answer) for value, problem in zip(hashes, problems, strict=True)}
     note += f"; duplicate questions: {len(hashes) - len(distinct):,}" if len(distinct) < len(hashes) else ""

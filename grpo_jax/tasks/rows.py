@@ -5,6 +5,7 @@ place, such as "line 17" (where it starts) or "row 17" (counted from 1).
 """
 
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -47,10 +48,19 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, plain(row, place)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror + similar_name(path)
         if isinstance(error, UnicodeEncodeError):  # of `plain`
             text = ascii(error.object[max(0, error.start - 20) : error.end])
             reason = f"{place} has half of a surrogate pair, or bytes that are not UTF-8, in {text}"
         raise UserError(f"Problems could not be read from {path}: {reason}. Correct the path or the file.") from None
+
+
+def similar_name(path: str) -> str:
+    """Returns a phrase with the name in the folder of a path that is most like the path's own, or ""."""
+    folder, name = os.path.split(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") and not os.path.exists(path) else []
+    return "".join(f"; did you mean {found}?" for found in difflib.get_close_matches(name, names, 1))
 
 
 def plain(value: Any, place: str, depth: int = 0) -> Any:
@@ -86,6 +96,8 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
             yield from read_parquet(raw if stream is raw else io.BytesIO(stream.read()))
             return
         encoding = json.detect_encoding(head[:4])  # UTF-8, or UTF-16 or UTF-32 with or without a byte order mark
+        if encoding.startswith("utf-8") and b"\0" in head:
+            raise ValueError("it is neither text nor parquet, because it holds zero bytes")
         # Bytes that are not UTF-8 become surrogates, which `plain` reports with their line.
         text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
         is_json = head.decode(encoding, "ignore").lstrip()[:1] in ("", "[", "{") or ".json" in path.lower()
@@ -151,9 +163,10 @@ def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a CSV file with a header; the delimiter is a comma, a tab or a semicolon."""
     header = next((line for line in text if line.strip()), "")
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(chain([header], text), delimiter=max(",\t;", key=header.count), strict=True)
+    delimiter = max(",\t;", key=header.count)
+    reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
     names: list[str] = []
-    end = 0
+    end, has_rows = 0, False
     try:
         for values in reader:
             place, end = f"line {end + 1}", reader.line_num
@@ -164,9 +177,12 @@ def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
             elif values:
                 if len(values) != len(names):
                     raise ValueError(f"{place} has {len(values)} columns, but the header has {len(names)}")
+                has_rows = True
                 yield place, dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise ValueError(f"the row that begins on line {end + 1} is not valid CSV: {error}") from None
+    if names and not has_rows:
+        raise ValueError(f"read as CSV, it has the header {delimiter.join(names)!a:.60}, but no rows")
 
 
 def read_parquet(file: Any) -> Iterator[tuple[str, Any]]:
@@ -191,8 +207,11 @@ def read_dataset(path: str) -> Iterator[tuple[str, Any]]:
         else:
             data = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # of any of the libraries that it uses
-        here = "" if os.path.isdir(name) else "there is no such file or folder, and as the id of a dataset on the hub, "
-        raise ValueError(f"{here}the package `datasets` raised {type(error).__name__}: {error}") from None
+        here = "it is a folder, which is read as one dataset, but "
+        if not os.path.isdir(name):
+            here = "there is no such file or folder, and as the id of a dataset on the hub, "
+        cause = error.__cause__ or error  # `datasets` wraps what says more
+        raise ValueError(f"{here}the package `datasets` raised {type(cause).__name__}: {cause}") from None
     batches = data.with_format("arrow").iter(BATCH_ROWS)
     return number_rows(chain.from_iterable(batch.to_pylist() for batch in batches))
 

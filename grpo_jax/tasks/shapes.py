@@ -81,7 +81,7 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
             "be a reward part"
         )
     field, value = find(row, *([fields.question] if fields.question else QUESTIONS))
-    require_field(field, "question", fields.question, row)
+    require_field(field, "question", fields.question, QUESTIONS, row)
     question = value if isinstance(value, str) else read_messages(value)
     used, said = [field], [f"question from `{field}`"]
     for name, space in {} if fields.question else CONTEXTS.items():
@@ -89,9 +89,10 @@ def read_problem(row: dict[str, Any], fields: TaskSection, *, graded: bool) -> t
         if isinstance(context, str) and isinstance(question, str):
             question, used, said = context + space + question, [name, *used], [f"question from `{name}` and `{field}`"]
     texts, labels, names = find_choices(row, fields.choices, question) if isinstance(question, str) else ([], [], [])
-    field, value = find(row, *([fields.answer] if fields.answer else CHOICE_ANSWERS if texts else ANSWERS))
+    names_of_answers = CHOICE_ANSWERS if texts else ANSWERS
+    field, value = find(row, *([fields.answer] if fields.answer else names_of_answers))
     if graded or texts:
-        require_field(field, "answer", fields.answer, row)
+        require_field(field, "answer", fields.answer, names_of_answers, row)
     how = ""
     if texts and isinstance(question, str):
         correct = [pick_choice(named, texts, labels) for named in (value if isinstance(value, list) else [value])]
@@ -163,12 +164,14 @@ def parse_text(text: str) -> Any:
         return text
 
 
-def require_field(found: str, role: str, named: str, row: dict[str, Any]) -> None:
-    """Raises a ValueError that lists the fields of a row if none was found for a role, or the named one is empty."""
+def require_field(found: str, role: str, named: str, known: tuple[str, ...], row: dict[str, Any]) -> None:
+    """Raises a ValueError that lists the fields of a row if no known one was found for a role, or the named one."""
     if not found:
         nested = {name: value if isinstance(value, dict) else {"": value} for name, value in row.items()}
         names = [f"{name}.{part}".rstrip(".") for name, value in nested.items() for part in value]
-        what = f"the field {named!r} is missing or empty" if named else f"no field is known to hold the {role}"
+        empty = [field for field in spell_names(tuple(row), known) if field in row]
+        what = f"the field {empty[0]!r} is empty" if empty else f"no field is known to hold the {role}"
+        what = f"the field {named!r} is missing or empty" if named else what
         raise ValueError(f"{what}; the fields are {', '.join(names[:30])[:MAX_LISTED]}")
 
 
