@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--dry-run shows the prompts and answers of a run; pretraining has none. Leave it out.")
     if not is_pretraining:
         configs.check_workdir(workdir, cfg)
-        announce(f"Training in {workdir}")
+        announce(f"Dry run for {workdir}" if options.dry_run else f"Training in {workdir}")
         if cfg.task.name == "file":
             announce(f"Reading {cfg.task.path}")
 
