@@ -82,7 +82,7 @@ def keys_that_are_set(raw: "ConfigDict", given: Collection[str]) -> set[str]:
 
 
 def continue_derived(raw: "ConfigDict", given: Collection[str], workdir: Path) -> "ConfigDict":
-    """Returns the config with which a run of a config that derives keys goes on.
+    """Returns the config with which a run resumes, if its config derives keys.
 
     Args:
         raw: A config, not checked yet.

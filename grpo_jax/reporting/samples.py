@@ -88,7 +88,7 @@ def embed_answer(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def embed_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the groups of a step's records: the question, and the answers to it."""
+    """Returns the groups of a step's records, each with the question and the completions."""
     groups: dict[Any, dict[str, Any]] = {}
     for record in records:
         question = {name: record.get(name) for name in ("prompt_id", "prompt", "expected")}
@@ -148,10 +148,10 @@ def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
     """Compares the completions of a run's first and last evaluation for the same questions.
 
     Returns:
-        `steps`, the two steps; `unlike`, in what the two differ besides the policy, if they do; `part`, which decides
-        what is right; `counts`, the number of questions by whether the completions were right before and after, such
-        as `wrong right`; and the `questions`, as many as fit, which are listed in turn from the four kinds. None if
-        there are no two evaluations with records.
+        `steps`, the two steps; `unlike`, what they differ in apart from the policy, or ""; `part`, which decides what is
+        right; `counts`, the number of questions by whether the completions were right before and after, such as
+        `wrong right`; and `questions`, as many of each of the four kinds as fit. None unless there are two evaluations
+        with records.
     """
     if len(run.eval_samples) < 2:
         return None

@@ -117,7 +117,7 @@ def describe_finished_run(workdir: Path, steps: int) -> str:
 def before_and_after(workdir: Path) -> str:
     """Formats a table of a run's first and last evaluation, and a completion of each for the same question.
 
-    A line above the table says in what the two evaluations differ besides the policy, if they do.
+    If the two evaluations differ in more than the policy, a line above the table says in what.
     """
     evaluations = [line for line in read_metrics(workdir) if "eval/length_mean" in line]
     if not evaluations:
@@ -146,7 +146,7 @@ def read_evaluation(workdir: Path, step: int) -> dict[str, dict]:
 
 
 def describe_unlike(first: dict, last: dict, before: dict[Any, dict], after: dict[Any, dict]) -> str:
-    """Says in what two evaluations differ besides the policy; returns "" if they do not.
+    """Describes what two evaluations differ in, apart from the policy; returns "" if they do not differ.
 
     Args:
         first: The metrics of the one.
