@@ -148,8 +148,8 @@ def compare_evaluations(run: RunFiles) -> dict[str, Any] | None:
     """Compares the completions of a run's first and last evaluation for the same questions.
 
     Returns:
-        `steps`, the two steps; `unlike`, what they differ in apart from the policy, or ""; `part`, which decides what is
-        right; `counts`, the number of questions by whether the completions were right before and after, such as
+        `steps`, the two steps; `unlike`, what they differ in apart from the policy, or ""; `part`, which decides what
+        is right; `counts`, the number of questions by whether the completions were right before and after, such as
         `wrong right`; and `questions`, as many of each of the four kinds as fit. None unless there are two evaluations
         with records.
     """
