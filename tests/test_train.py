@@ -198,7 +198,7 @@ def test_the_policy_of_a_step_is_evaluated(finished_run, capsys, step, drawn_at)
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_not_utf8_ends_no_command(tmp_path):
+def test_a_terminal_that_is_not_utf8_stops_no_command(tmp_path):
     """The questions, the prompt and the name of the file hold characters that ASCII lacks, and an escape sequence."""
     path, question = tmp_path / "\u6f22.jsonl", "\u00bfCu\u00e1nto es \x1b[31m{0} + {0}?"
     rows = [{"question": question.format(number), "answer": 2 * number} for number in range(40)]
