@@ -8,10 +8,9 @@ from typing import Any
 
 from grpo_jax.reporting.curves import is_number
 from grpo_jax.reporting.runs import RunFiles
+from grpo_jax.run.metrics import evaluation_scores
 
 EDGE = 0.05  # fraction of the updates that count as the beginning and as the end of a run
-# Metrics of evaluations and rewards that say nothing about how good completions are.
-NOT_SCORES = ("length_mean", "timeout", "error", "kl", "mean")
 
 
 def values_of(lines: Sequence[dict[str, Any]], metric: str) -> list[float]:
@@ -56,10 +55,8 @@ def key_numbers(run: RunFiles) -> list[dict[str, Any]]:
         first, last = evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}
         steps = f"steps {first['step']:,} and {last['step']:,}" if last else f"step {first['step']:,}"
         note = f"held-out problems, {steps}"
-        for metric in first:
-            label = metric.removeprefix("eval/")
-            if metric.startswith("eval/") and label not in NOT_SCORES and "/" not in label:
-                numbers.append({"label": label, "before": first.get(metric), "after": last.get(metric), "note": note})
+        for label, score in evaluation_scores(first).items():
+            numbers.append({"label": label, "before": score, "after": last.get(f"eval/{label}"), "note": note})
         length = {"before": first.get("eval/length_mean"), "after": last.get("eval/length_mean")}
         numbers.append({"label": "length in tokens", "note": note} | length)
     if updates:
