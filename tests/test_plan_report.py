@@ -185,7 +185,7 @@ def applied(raw, run: RunShapes, settings: str) -> RunShapes:
     """Returns the run as it is after a user has set what a remedy says; training would refuse keys without effect."""
     raw = raw.copy_and_resolve_references()
     if settings.endswith("chips"):
-        raw.mesh.fsdp = int(settings.split()[0]) // raw.mesh.data
+        raw.mesh.fsdp = int(settings.split()[0]) // (raw.mesh.data * raw.mesh.tensor)
     else:
         for setting in settings.split():
             override_key(raw, *setting.split("="))
@@ -197,17 +197,18 @@ def applied(raw, run: RunShapes, settings: str) -> RunShapes:
     return RunShapes(cfg, model_cfg, mesh, rollout_mesh, cfg.rollout.slots or run.slots)
 
 
-def test_a_remedy_saves_what_it_says_once_it_is_set_as_it_is_written():
+@pytest.mark.parametrize("tensor, count", [(1, 10), (2, 9)])  # 4 tensor shards of a rollout would copy its 2 heads
+def test_a_remedy_saves_what_it_says_once_it_is_set_as_it_is_written(tensor, count):
     """With keys away from their defaults that have no effect on Adafactor, or without a reference."""
     raw = default()
     raw.rollout.prompts, raw.rollout.samples, raw.rollout.max_prompt_tokens, raw.rollout.max_tokens = 16, 2, 32, 64
-    raw.mesh.data, raw.mesh.fsdp, raw.train.micro_tokens, raw.train.remat = 2, 2, 400, "none"
+    raw.mesh.data, raw.mesh.fsdp, raw.mesh.tensor, raw.train.micro_tokens, raw.train.remat = 2, 2, tensor, 400, "none"
     raw.loss.kl_coef, raw.loss.kl_in, raw.model.reference_dtype = 0.1, "reward", "bfloat16"
     raw.optim.b1, raw.optim.b2, raw.optim.eps = 0.8, 0.95, 1e-6
-    mesh = needs.abstract_mesh(data=2, fsdp=2)
+    mesh = needs.abstract_mesh(data=2, fsdp=2, tensor=tensor)
     run = RunShapes(check(raw), dataclasses.replace(CONFIG, remat="none"), mesh, mesh, 32)
     before, found = needs.phase_peaks(run), find_remedies(run, {"rollout": GIB, "update": GIB}, GIB)
-    assert len(found) == 10
+    assert len(found) == count
     for remedy in found:
         after = needs.phase_peaks(applied(raw, run, remedy.settings))
         assert {phase: before[phase] - after[phase] for phase in before} == remedy.saves, remedy
