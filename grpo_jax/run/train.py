@@ -257,10 +257,11 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
                 rollout_metrics = measure_rollout(cfg, experience, rollout, grades, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
-            if plan is None or update_index == 0:  # drawn on the devices, so not while an update is in flight
-                plan = plan_minibatches(cfg, run.experience, root_key, rollout_index)
-            minibatch = take_rows(run.experience, plan[update_index])
-            batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
+            with phase("Packing"):
+                if plan is None or update_index == 0:  # drawn on the devices, so not while an update is in flight
+                    plan = plan_minibatches(cfg, run.experience, root_key, rollout_index)
+                minibatch = take_rows(run.experience, plan[update_index])
+                batch = shard_rows(mesh, pack_rows(cfg, mesh, minibatch, completions // cfg.train.minibatches))
             packed = time.monotonic()
             if rollout_metrics and num_records(cfg, step):
                 records = sample_records(context, problems, rollout, grades, rewards, num_records(cfg, step))
