@@ -11,7 +11,7 @@ from grpo_jax.config import check, default
 from grpo_jax.config.flags import override_key
 from grpo_jax.config.schema import RolloutMeshSection
 from grpo_jax.parallel.mesh import make_mesh, rollout_axis_sizes
-from grpo_jax.planning import needs
+from grpo_jax.planning import needs, suggest
 from grpo_jax.planning.estimate import estimate_run
 from grpo_jax.planning.programs import RunShapes, rollout_sizes
 from grpo_jax.planning.remedies import find_remedies
@@ -28,7 +28,7 @@ from grpo_jax.planning.report import (
 )
 from grpo_jax.planning.suggest import suggest_settings
 from grpo_jax.planning.topology import CHIPS, GIB, Chip
-from grpo_jax.rollout.memory import USABLE_FRACTION, plan_rollout
+from grpo_jax.rollout.memory import USABLE_FRACTION, RolloutMemory, plan_rollout
 from tests.test_needs import COMPLETION, MODELS, PROMPT, run_of
 from tests.tiny import CONFIG
 
@@ -304,6 +304,27 @@ def test_training_starts_with_suggested_settings():
         made_plan = plan_rollout(cfg, made.run.model_cfg, made.run.mesh, held, chip.memory_bytes)
         assert made_plan.slots == made.run.slots
         assert held + needs.update_temporaries(made.run) <= USABLE_FRACTION * chip.memory_bytes
+
+
+def test_settings_whose_update_does_not_fit_are_not_suggested():
+    """The logits of a chunk of 65,536 tokens take 48 MiB, of which tensor shards hold a part each."""
+    run = run_of()
+    cfg = dataclasses.replace(run.cfg, train=dataclasses.replace(run.cfg.train, chunk_tokens=2**16))
+    chip = Chip("tpu", 40 * MIB, bandwidth=1e9, flops=1e12, link_bandwidth=1e9, network_bandwidth=1e9)
+    found = suggest_settings(cfg, run.model_cfg, needs.abstract_mesh(data=2), chip, 100)
+    assert found and all(made.run.mesh.shape["tensor"] == 2 for made in found)
+
+
+def test_slots_are_suggested_where_weights_can_be_placed_beside_them(monkeypatch):
+    """By hand: a slot takes 4 bytes, the weights 10, and as much as 60 while they are placed."""
+    memory = RolloutMemory(10, 60, prompt_bytes=20, prefill_bytes=30, token_bytes=1, columns=1, slot_bytes=4)
+    monkeypatch.setattr(suggest, "rollout_memory", lambda *_: memory)
+    run = run_of(data=2)
+    mesh = make_mesh(data=2, devices=jax.devices()[:2]).abstract_mesh
+    choices = {free: list(suggest.rollout_choices(run.cfg, CONFIG, mesh, free)) for free in (69, 70, 1000)}
+    sizes = {free: [(each.axis_sizes, slots) for each, slots in found] for free, found in choices.items()}
+    whole, split = (2, 1, 1, 1), (1, 1, 1, 2)
+    assert sizes == {69: [], 70: [(whole, 4), (split, 2)], 1000: [(whole, 8), (split, 8)]}
 
 
 def test_suggestions_keep_the_slots_and_the_rollout_mesh_that_are_given():
