@@ -37,9 +37,8 @@ def write_jsonl(file, lines):
 def replace_texts(folder, workdir):
     """Writes a copy of a run in which every text that a model, a file or a config can bring holds a hostile one."""
     shutil.copytree(workdir, folder, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "train-*"))
-    markup = itertools.cycle(MARKUP)
     for name in "train-000001.jsonl", "eval-000000.jsonl", f"eval-{STEPS:06d}.jsonl":
-        records = read_jsonl(workdir / "samples" / name)
+        records, markup = read_jsonl(workdir / "samples" / name), itertools.cycle(MARKUP)
         for record, text in zip(records, itertools.cycle(TEXTS)):
             pieces = [text[start : start + 20] for start in range(0, len(text), 20)]
             record |= {"completion": text, "pieces": pieces, "tokens": [5] * len(pieces), "length": len(pieces)}
@@ -72,6 +71,8 @@ def test_hostile_text_is_shown_and_never_runs(open_page, hostile_page):
         button.click()
     shown = page.locator("#answers .tokens").all_text_contents()
     assert shown[: len(TEXTS)] == [INVISIBLE.get(text, text) for text in TEXTS]
+    page.locator("#comparison-kind").select_option("wrong wrong")
+    assert page.locator("#pairs article").count() > 0
     assert page.locator("#warning-list li").count() == len(MARKUP) + len(INVISIBLE)
     for text, item in zip(MARKUP, page.locator("#warning-list li").all_text_contents(), strict=False):
         assert text in item
