@@ -124,7 +124,6 @@ def test_the_guide_states_the_names_and_thresholds_of_the_table():
     assert all(f"### {row.name}" in guide for row in SYMPTOMS)
 
 
-SPLIT = {"train.minibatches": 2}
 DRIFTING = {"model.compute_dtype": "bfloat16", "rollout.max_tokens": 32, "total_steps": 1}
 # Each run with the warnings that it must give; `{inputs}` is the folder of the fixture `inputs`.
 SICK_RUNS = {
@@ -137,30 +136,26 @@ SICK_RUNS = {
         {"greedy_perplexity", "improbable_samples", "high_entropy"},
     ),
     "two_answers": ({"task.name": "{inputs}/own.py:two_answers", "total_steps": 1}, {"refused_answers"}),
-    "tiny_rate": (SPLIT | {"optim.lr": 1e-8, "total_steps": 6}, {"never_clipped"}),
-    "high_rate": (SPLIT | {"optim.lr": 1e-2, "total_steps": 5}, {"high_kl"}),
-    "many_epochs": ({"train.epochs": 6, "optim.lr": 1e-3, "total_steps": 6}, {"clipped"}),
+    "tiny_rate": ({"train.minibatches": 2, "optim.lr": 1e-8, "total_steps": 6}, {"never_clipped"}),
+    "many_epochs": ({"train.epochs": 6, "optim.lr": 1e-3, "total_steps": 6}, {"clipped", "high_kl"}),
     "bfloat16_weights": (
         {"model.param_dtype": "bfloat16", "optim.lr": 1e-7, "total_steps": 3},
         {"unchanged_parameters"},
     ),
     "large_logits": (DRIFTING | {"model.path": "{inputs}/dense"}, {"sampler_drift"}),
     "near_ties_of_experts": (DRIFTING | {"model.path": "{inputs}/mixture"}, {"sampler_drift_mixture"}),
-    "shortness_pays": (
-        {
-            "reward.parts": ("accuracy", "length"),
-            "rollout.overlong_cache": 56,
-            "optim.lr": 1e-3,
-            "total_steps": 50,
-        },
+    "low_temperature": (
+        {"rollout.temperature": 0.02, "task.digits": 4, "reward.parts": ("accuracy",), "reward.weights": (1.0,)}
+        | {"total_steps": 3},
         {"low_entropy"},
     ),
     "length_pays": (
         {
-            "reward.parts": ("language", "{inputs}/own.py:longer"),
+            "task.digits": 6,
+            "reward.parts": ("accuracy", "{inputs}/own.py:longer"),
             "reward.weights": (1.0, 0.01),
-            "optim.lr": 1e-3,
-            "total_steps": 60,
+            "optim.lr": 5e-4,
+            "total_steps": 50,
         },
         {"longer_not_better"},
     ),
@@ -204,8 +199,8 @@ def nearly_solved(index, *, seed, split):
     return Problem(prompt, problem.answer, {})
 
 
-def longer(problem, completion):
-    return min(len(completion), 500) / 500
+def longer(problems, texts, lengths):
+    return lengths / 100
 '''
 
 

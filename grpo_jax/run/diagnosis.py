@@ -186,7 +186,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "improbable_samples",
-        *(0, operator.gt, 3.5, fact("sample_surprise")),
+        *(0, operator.gt, 4.5, fact("sample_surprise")),
         "At the first update, the policy finds its own samples improbable ({value:.1f} nats per token), so the "
         "weights, the tokenizer or prompt.template are probably wrong: read samples/train-000001.jsonl, and try a "
         "lower rollout.temperature if the text is nearly right.",
@@ -213,14 +213,14 @@ SYMPTOMS = (
     Symptom(
         "low_entropy",
         *(3, operator.lt, 0.02, entropy_if_failing),
-        "The policy's entropy has fallen to {value:.2g} nats although the reward is low, so the completions of a "
-        "group hardly differ: start again from an earlier checkpoint with a lower optim.lr, a higher loss.clip_high, "
-        "or an entropy bonus (loss.entropy_coef).",
+        "The policy's entropy is only {value:.2g} nats although the reward is low, so the completions of a group "
+        "hardly differ: raise rollout.temperature if it was so from the start; otherwise start again from an earlier "
+        "checkpoint with a lower optim.lr, a higher loss.clip_high, or an entropy bonus (loss.entropy_coef).",
         given=0.5,
     ),
     Symptom(
         "high_entropy",
-        *(3, operator.gt, 3.5, entropy),
+        *(3, operator.gt, 4.5, entropy),
         "The policy's entropy is {value:.1f} nats, so it writes almost at random: lower loss.entropy_coef, optim.lr or "
         "rollout.temperature, or check the weights if the entropy was high from the start.",
     ),
