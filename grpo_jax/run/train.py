@@ -250,10 +250,11 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
                     grades, rewards = grade_completions(cfg, context, problems, rollout)
                 with timed(times, "time/score_s", "Scoring with the reference"):
                     ref_logps = wait_for_ref_logps()
-                if cfg.loss.kl_in == "reward" and run.train.is_reference:
-                    ref_logps = experience.sampler_logps  # exactly 0 KL; dividing by the std would amplify rounding
-                experience = experience.replace(ref_logps=ref_logps)
-                experience = add_advantages(cfg, experience, rollout, rewards)
+                with phase("Computing the advantages"):
+                    if cfg.loss.kl_in == "reward" and run.train.is_reference:
+                        ref_logps = experience.sampler_logps  # exactly 0 KL; dividing by the std would amplify rounding
+                    experience = experience.replace(ref_logps=ref_logps)
+                    experience = add_advantages(cfg, experience, rollout, rewards)
                 rollout_metrics = measure_rollout(cfg, experience, rollout, grades, rewards, times["time/rollout_s"])
                 run = run._replace(experience=experience)
             start = time.monotonic()
