@@ -172,11 +172,10 @@ def own(folder: Path, *flags: str) -> list[str]:
             [{"text": "1 + 1?", "answer": "2"}] * 20,
             "no field is known to hold the question",
         ),
-        ([{"question": f"{i} + 1?", "answer": "as you like it, dear"} for i in range(20)], "all 20 have the answer"),
         (
             [
-                {"question": f"{i} + 1?", "answer": "See the book, which has all the answers to question {i}."}
-                for i in range(9)
+                {"question": f"{i} + 1?", "answer": f"See the book, which has all the answers to question {i}."}
+                for i in range(20)
             ],
             "unreadable",
         ),

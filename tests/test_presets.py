@@ -22,7 +22,7 @@ from grpo_jax.rollout.memory import bytes_per_device
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILE = CONFIGS / "r1zero.py"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "pretrain_tiny")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("own", "pretrain_tiny"))
 NAMES = (
     "tiny",
     "smollm2",

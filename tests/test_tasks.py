@@ -233,6 +233,14 @@ def test_duplicate_questions_with_other_answers_are_counted():
     assert split_problems(problems, hold_out=True).notes[0].endswith("; duplicate questions: 3 (2 with another answer)")
 
 
+def test_a_note_says_that_all_problems_have_the_same_answer(tmp_path):
+    path = tmp_path / "q.jsonl"
+    for answers, is_noted in ((["7"] * 20, True), (["7"] * 19 + ["8"], False)):
+        path.write_text("".join(f'{{"question": "q{i}", "answer": "{answer}"}}\n' for i, answer in enumerate(answers)))
+        notes = file_task(TaskSection(name="file", path=str(path))).notes
+        assert any(f"All 20 problems of {path} have the answer '7'" in note for note in notes) == is_noted
+
+
 def test_without_evaluation_every_problem_is_trained_on():
     cfg = Config(eval=EvalSection(questions=0))
     task = make_task(listed(25), cfg)

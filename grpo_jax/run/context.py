@@ -78,8 +78,7 @@ def read_base_model(cfg: Config) -> BaseModel:
         UserError: One of them cannot be found or read.
     """
     source = find_model(cfg.model.path)
-    prompt_format = make_prompt_format(cfg, load_tokenizer(source))
-    return BaseModel(source, read_model_config(source), prompt_format)
+    return BaseModel(source, read_model_config(source), make_prompt_format(cfg, load_tokenizer(source)))
 
 
 def make_prompt_format(cfg: Config, tokenizer: Any) -> PromptFormat:

@@ -25,7 +25,7 @@ from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, from_first_process
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager
+from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager, read_meta
 from grpo_jax.run.console import RunLog, describe_run, num_records
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
 from grpo_jax.run.diagnosis import initial_facts, sample_surprise
@@ -120,6 +120,9 @@ def train(
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
     if checked.done == checked.cfg.total_steps:
+        skipped = read_meta(workdir, checked.done)["skipped_in_a_row"]
+        if failure := describe_failure(checked.cfg, skipped, checked.done):
+            raise UserError(failure)
         announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, checked.done)}")
         return read_metrics(workdir)[-1]
     run = prepare_run(checked, workdir)

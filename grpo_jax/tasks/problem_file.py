@@ -24,7 +24,7 @@ _TERM = (
     r"(?:\d{1,20}(?:\.\d{1,20})?|\d{0,9}(?:\\[dt]?frac\{\d{1,20}\}\{[1-9]\d{,20}\}|\\sqrt\{\d{1,9}\}|\\pi|[a-df-z]))"
 )
 READABLE = re.compile(rf"-?{_TERM}(?: ?[+-] ?{_TERM}){{0,4}}|\([A-J]\) .*", re.DOTALL)
-MIN_DIVERSE = 10  # from this many problems on, not all answers of a file may be the same
+MIN_DIVERSE = 10  # from this many problems on, it is unlikely that all have the same answer
 SHOWN_REASONS, SHOWN_ROWS = 3, 4  # reasons that an error quotes, and rows that it names for each
 
 
@@ -164,9 +164,8 @@ def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = Tr
     held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
     notes = [note, eval_note] if eval_path else [note]
     if graded and len(problems) >= MIN_DIVERSE and len({problem.answer for problem in problems}) == 1:
-        raise UserError(
-            f"{path} must have problems with different answers; all {len(problems):,} have the answer "
-            f"{problems[0].answer!a:.60}, which a policy would give without reading the question. Name another field "
-            "with --config.task.answer=FIELD, or correct the file."
+        notes.append(
+            f"All {len(problems):,} problems of {path} have the answer {problems[0].answer!a:.60}, which a policy can "
+            "learn without reading the question. Check the field that holds the answer (task.answer)."
         )
     return split_problems(problems, held_out, hold_out=hold_out, notes=notes, digests=digests | eval_digests)
