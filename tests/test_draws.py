@@ -109,6 +109,13 @@ def test_of_tokens_that_are_equally_likely_the_greedy_choice_is_the_first_on_any
     np.testing.assert_array_equal(split_tokens, tokens)
 
 
+def test_the_greedy_choice_need_not_be_in_the_most_likely_block():
+    """Of 64 tokens in blocks of 8, one of the first 8 is drawn more often than the most likely token."""
+    logits = jnp.zeros((1, 64)).at[0, :8].set(2.0).at[0, 20].set(3.0)
+    token, logp = draw_tokens(jax.random.split(jax.random.key(0), 1), logits, greedy=True)
+    assert token.tolist() == [20] and logp[0] == pytest.approx(3 - math.log(55 + 8 * math.e**2 + math.e**3), abs=1e-5)
+
+
 def kept_by_definition(probs, filter):
     """Returns the tokens that a filter keeps, decided one by one."""
     order = np.argsort(-probs, kind="stable")

@@ -142,6 +142,25 @@ def test_the_problem_of_a_sample_is_that_of_the_training_which_left_out_the_exam
     assert problem == drawn and note == ""
 
 
+def test_a_margin_between_blocks_is_what_the_other_block_lacks_to_be_chosen():
+    """Eight tokens make a block; raising the logits of all of them raises the score of the block by as much."""
+    logits, keys, ids = (
+        2 * jax.random.normal(jax.random.key(2), (60,)),
+        jax.random.split(jax.random.key(3), 8),
+        np.arange(60),
+    )
+    choose = jax.jit(jax.vmap(lambda key, logits: choose_tokens(key[None], logits[None], False, NO_FILTER)[0][0]))
+    margin = jax.jit(jax.vmap(partial(draw_margin, greedy=False, filter=NO_FILTER), (0, None, 0, 0)))
+    drawn = np.asarray(choose(keys, jnp.tile(logits, (8, 1))))
+    others = (drawn + 8) % 56
+    needed = np.asarray(margin(keys, logits, drawn, others))[:, None]
+    raised = (ids // 8 == others[:, None] // 8) * needed
+    assert (np.asarray(choose(keys, logits + 0.99 * raised)) == drawn).all()
+    assert (np.asarray(choose(keys, logits + 1.01 * raised)) // 8 == others // 8).all()
+    greedy = draw_margin(keys[0], logits, 3, 20, True, NO_FILTER)
+    assert greedy == logits[3] - logits[20]
+
+
 def redrawn(**changes) -> Redrawn:
     record = {"tokens": [5, 6, 7], "logps": [-1.0, -2.0, -3.0]}
     same = Redrawn([5, 6, 7], [-1.0, -2.0, -3.0], ["a", "\x1b", "c"], record, ["a", "\x1b", "c"], None, 0.0, 0.0)
