@@ -218,6 +218,12 @@ def test_a_folder_without_config_or_weights_is_refused(folder, missing):
         find_model(folder)
 
 
+def test_an_adapter_without_its_model_is_refused(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(UserError, match=r"must hold a whole model; found an adapter"):
+        find_model(folder)
+
+
 def test_a_path_without_a_folder_is_refused():
     with pytest.raises(UserError, match="No model folder found at nowhere"):
         find_model("nowhere")
@@ -287,6 +293,12 @@ def test_a_tokenizer_that_needs_code_from_its_folder_is_refused(hostile_folder, 
     with pytest.raises(UserError, match="must load without running code") as error:
         load_tokenizer(hostile_folder)
     assert "\n" not in str(error.value) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3"])
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(case):
+    with pytest.raises(UserError, match=r"must hold a readable tokenizer .*Copy the tokenizer files"):
+        load_tokenizer(GOLDEN / case)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "unknown"])

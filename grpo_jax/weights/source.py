@@ -54,6 +54,11 @@ def find_model(path: str | Path) -> Path:
             'If you trust it, convert it with: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files."
         )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} must hold a whole model; found an adapter (adapter_config.json). Merge it into its base model, "
+            "and save that model with its tokenizer."
+        )
     for name in ("config.json", "*.safetensors"):
         if not any(folder.glob(name)):
             raise UserError(

@@ -29,7 +29,10 @@ def load_tokenizer(source: str | Path):
 
     try:
         # Left to itself, transformers asks on the terminal whether it may run the code that `auto_map` names.
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # for some families, transformers makes one without files
+            raise ValueError("no vocabulary")
+        return tokenizer
     except Exception as error:  # transformers and tokenizers raise many kinds
         message = " ".join(str(error).split())[:300] or type(error).__name__
         if "trust_remote_code" in str(error):
