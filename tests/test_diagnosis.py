@@ -145,7 +145,7 @@ SICK_RUNS = {
     "large_logits": (DRIFTING | {"model.path": "{inputs}/dense"}, {"sampler_drift"}),
     "near_ties_of_experts": (DRIFTING | {"model.path": "{inputs}/mixture"}, {"sampler_drift_mixture"}),
     "low_temperature": (
-        {"rollout.temperature": 0.02, "task.digits": 4, "reward.parts": ("accuracy",), "reward.weights": (1.0,)}
+        {"rollout.temperature": 0.01, "task.digits": 4, "reward.parts": ("accuracy",), "reward.weights": (1.0,)}
         | {"total_steps": 3},
         {"low_entropy"},
     ),

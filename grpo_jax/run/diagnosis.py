@@ -212,7 +212,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "low_entropy",
-        *(3, operator.lt, 0.02, entropy_if_failing),
+        *(3, operator.lt, 0.05, entropy_if_failing),
         "The policy's entropy is only {value:.2g} nats although the reward is low, so the completions of a group "
         "hardly differ: raise rollout.temperature if it was so from the start; otherwise start again from an earlier "
         "checkpoint with a lower optim.lr, a higher loss.clip_high, or an entropy bonus (loss.entropy_coef).",
