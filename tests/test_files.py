@@ -383,7 +383,7 @@ def test_unreadable_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"could not be read from data/none.csv: .*No such file"):
         read_problems("data/none.csv")
     (tmp_path / "questions.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"question.json: No such file or directory; did you mean questions.jsonl\?"):
+    with pytest.raises(UserError, match=r"question.json: No such file or directory; the folder has questions.jsonl\."):
         read_problems(tmp_path / "question.json")
 
 

@@ -60,7 +60,7 @@ def similar_name(path: str) -> str:
     """Returns a phrase with the name in the folder of a path that is most like the path's own, or ""."""
     folder, name = os.path.split(path)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") and not os.path.exists(path) else []
-    return "".join(f"; did you mean {found}?" for found in difflib.get_close_matches(name, names, 1))
+    return "".join(f"; the folder has {found}" for found in difflib.get_close_matches(name, names, 1))
 
 
 def plain(value: Any, place: str, depth: int = 0) -> Any:
