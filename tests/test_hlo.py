@@ -467,3 +467,14 @@ def test_a_collective_that_is_fused_into_several_products_counts_once():
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         count_program("HloModule empty", ONE, {}, 0)
+
+
+@pytest.mark.parametrize(
+    "source, target, moved", [("", "S(1)", 16), ("", "", 32), ("S(1)", "", 16), ("S(1)", "S(1)", 0)]
+)
+def test_a_slice_moves_its_own_bytes_to_or_from_the_devices_memory(source, target, moved):
+    whole, part = f"f32[8]{{0:T(8){source}}}", f"f32[4]{{0:T(4){target}}}"
+    body = f"""  %p = {whole} parameter(0)
+  %s = (({whole}), {part}, s32[]) slice-start(%p), slice={{[0:4]}}
+  ROOT %d = {part} slice-done(%s)"""
+    assert read(body).bytes == moved
