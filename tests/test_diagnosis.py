@@ -116,12 +116,15 @@ def test_bounds_that_clip_nothing_or_whole_completions_are_left_out():
     assert not measured("clipped", often, {"loss.ratio": "sequence"})
 
 
-def test_the_guide_states_the_names_and_thresholds_of_the_table():
+def test_the_guide_states_the_names_and_thresholds_of_the_table_and_has_an_example_of_each():
     guide = (REPO / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
     cells = [re.findall(r"`([^`]*)`", line) for line in guide.splitlines() if line.startswith("| `")]
     stated = {name: (float(threshold), int(span)) for name, threshold, span, *_ in cells}
     assert stated == {row.name: (row.threshold, row.span) for row in SYMPTOMS}
-    assert all(f"### {row.name}" in guide for row in SYMPTOMS)
+    for row in SYMPTOMS:
+        (section,) = re.findall(rf"^### {row.name}$(.*?)(?=^### |\Z)", guide, re.MULTILINE | re.DOTALL)
+        printed = re.sub(r"\\{.*?\\}", ".+", re.escape(row.text))
+        assert re.search(f"^warning: step [0-9]+: {printed}$", section, re.MULTILINE), row.name
 
 
 DRIFTING = {"model.compute_dtype": "bfloat16", "rollout.max_tokens": 32, "total_steps": 1}
