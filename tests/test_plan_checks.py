@@ -79,3 +79,10 @@ def test_a_clean_plan_shows_nothing(collectives):
 def test_what_a_plan_must_not_show_is_found(changes, line):
     found = violations(report(**changes), CONFIG)
     assert len(found) == 1 and found[0].startswith(line), found
+
+
+def test_small_arrays_may_be_exchanged_whole(monkeypatch):
+    large = report(programs__update__counts__collectives=[exchange("all-gather", 2 * MATRIX)])
+    assert len(violations(large, CONFIG)) == 1
+    monkeypatch.setattr(grpo_jax.planning.checks, "SMALL_BYTES", 2 * MATRIX)
+    assert violations(large, CONFIG) == []
