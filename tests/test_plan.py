@@ -72,7 +72,14 @@ def plan(*arguments):
         (["--config=configs/r1zero.py", "--topology=v5e:2x2"], "Compiling for v5e needs the extra `plan`"),
         (["--config=configs/r1zero.py", "--topology=cpu:1", "--programs=decode,all"], "--programs must list some of"),
         (["--config=configs/r1zero.py", "--topology=cpu:1", "--suggest"], "--suggest needs the published figures"),
-        (["--config=configs/r1zero.py", "--topology=cpu:1", "--config.mesh.tensor=3"], "The product of the mesh sizes"),
+        (
+            # With a limit, no prompts are measured, which is announced if it takes long.
+            [
+                *("--config=configs/r1zero.py", "--topology=cpu:1", "--config.mesh.tensor=3"),
+                "--config.rollout.max_prompt_tokens=96",
+            ],
+            "The product of the mesh sizes",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line(arguments, message):
