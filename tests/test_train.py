@@ -310,7 +310,7 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
 
 
 def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fetched(tmp_path, monkeypatch):
-    """The metrics of a step are fetched earlier only if a checkpoint or an evaluation needs them.
+    """The metrics of a step are fetched earlier only before a checkpoint, an evaluation or a rollout, which wait for it.
 
     The minibatches of a rollout are planned once, because the devices draw their order.
     """
@@ -341,7 +341,7 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
     train(tmp_path / "run", [*FINISHED_RUN, "--config.eval.every_steps=0"])
     assert events == [
         *("plan", "update 1", "update 2", "metrics 1", "update 3", "metrics 2", "metrics 3"),
-        *("update 4", "plan", "update 5", "metrics 4", "metrics 5"),
+        *("update 4", "metrics 4", "plan", "update 5", "metrics 5"),
     ]
 
 
@@ -364,8 +364,9 @@ def test_the_metrics_of_an_update_are_fetched_without_a_collective(monkeypatch):
     assert log.save_seconds == 0.0
 
 
-def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypatch):
-    """The metrics that show the second skipped update arrive after the third update has been dispatched."""
+@pytest.mark.parametrize("updates, flags", [(3, []), (2, ["--config.train.minibatches=1", "--config.train.epochs=1"])])
+def test_a_run_that_must_stop_has_dispatched_one_more_update_of_the_rollout(tmp_path, monkeypatch, updates, flags):
+    """The metrics that show the second skipped update arrive after the third has been dispatched, unless it samples."""
     take_rows = grpo_jax.run.train.take_rows
 
     def take_rows_with_nan(*args):
@@ -373,13 +374,13 @@ def test_a_run_that_must_stop_has_dispatched_one_more_update(tmp_path, monkeypat
         return minibatch.replace(advantages=minibatch.advantages * np.nan)
 
     monkeypatch.setattr(grpo_jax.run.train, "take_rows", take_rows_with_nan)
-    flags = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=5"]
+    keys = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=5", *flags]
     with pytest.raises(
         UserError, match=r"2 updates in a row \(steps 1 to 2\), so they did not change the policy of step 0"
     ):
-        train(tmp_path / "run", flags)
-    assert [row["optim/skipped"] for row in read_rows(tmp_path / "run")[1:]] == [1, 1, 1]
-    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "reference"]
+        train(tmp_path / "run", keys)
+    assert [row["optim/skipped"] for row in read_rows(tmp_path / "run")[1:]] == [1] * updates
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [str(updates), "reference"]
 
 
 PROBLEMS = [Problem(f"What is {a} + 1?", str(a + 1), {"a": a}) for a in range(4)]

@@ -214,7 +214,7 @@ def choose_batch(
     samples = chosen["rollout.samples"] if "rollout.samples" in chosen.given else 8 if is_cpu else 16
     if is_cpu:
         work = UPDATE_SECONDS * machine.cores * CORE_FLOPS / count
-        wanted = 1.5 * solutions.long + 32 if solutions.count else 256
+        wanted = 2 * solutions.long + 64 if solutions.count else 256
         fewest = chosen["rollout.prompts"] if "rollout.prompts" in chosen.given else 2
         affordable = 2 * (work / fewest - PROMPT_FLOPS * prompt_tokens) / (TOKEN_FLOPS * samples)
         if wanted > affordable:
@@ -254,7 +254,7 @@ def choose_schedule(chosen: Derivation, machine: Machine, count: int, problems: 
     steps = min(most, max(20, -(-passes * problems // prompts))) if problems else most
     seen = f", which use each of {problems:,} problems {steps * prompts / problems:.1f} times" if problems else ""
     chosen.choose(f"a first run of {steps} updates{seen}; raise it to train longer", {"total_steps": steps})
-    every = 10 if is_cpu and is_slow else 20 if is_cpu else 50
+    every = 5 if is_cpu and is_slow else 20 if is_cpu else 50
     if problems and chosen["eval.questions"]:
         questions = min(held_out, 64 if is_cpu and is_slow else 256)
         chosen.choose(f"{held_out:,} problems are held out", {"eval.questions": questions})

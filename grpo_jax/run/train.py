@@ -212,8 +212,8 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
 def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
-    An update is dispatched before the metrics of the one before it are fetched, so that the devices do not wait for
-    the host. Metrics are fetched at once only where an evaluation or a checkpoint needs them.
+    Within a rollout, an update is dispatched before the metrics of the one before it are fetched, so that the devices
+    do not wait for the host.
 
     Raises:
         UserError: Gradients were not finite for `optim.max_skips` updates in a row.
@@ -243,7 +243,10 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
                 prompt_ids = range(rollout_index * cfg.rollout.prompts, (rollout_index + 1) * cfg.rollout.prompts)
                 problems = draw_problems(task, prompt_ids, seed=cfg.seed, split="train")
                 prompts = encode_prompts(context.prompt_format, problems, prompt_ids, cfg.rollout.max_prompt_tokens)
-                run = wait_for_update(run)  # so that the time of sampling does not include it
+                run = finish_update(cfg, log, run)  # sampling needs its policy, and its line should not wait for it
+                if run.failure:
+                    run = evaluate_and_save(cfg, context, setup, run)
+                    break
                 key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
                 rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times)
                 with timed(times, "time/score_s", "Scoring with the reference"):
