@@ -53,6 +53,7 @@ def deepseek_math_7b():
 
     python -m grpo_jax.main --config=configs/deepseekmath.py:deepseek-math-7b --workdir=runs/deepseek-math-7b
 
+    On v5p:2x2x2: not planned yet
     On h100:8: not planned yet
 
     If the model's repository has no safetensors files, convert its weights first and pass --config.model.path=FOLDER.

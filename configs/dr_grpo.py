@@ -58,6 +58,7 @@ def qwen25_math_7b():
 
     python -m grpo_jax.main --config=configs/dr_grpo.py:qwen2.5-math-7b --workdir=runs/qwen2.5-math-7b
 
+    On v5p:2x2x2: not planned yet
     On h100:8: not planned yet
 
     The paper used 8 x A100 for 27 hours.

@@ -63,6 +63,7 @@ def mistral_small_24b():
 
     python -m grpo_jax.main --config=configs/magistral.py:mistral-small-24b --workdir=runs/mistral-small-24b
 
+    On v5p:2x4x4: not planned yet
     On h100:32: not planned yet
 
     Completions have up to 32,000 tokens, so that they fit with the prompt into the model's 32,768 positions.

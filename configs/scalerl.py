@@ -67,6 +67,7 @@ def llama31_8b():
 
     python -m grpo_jax.main --config=configs/scalerl.py:llama3.1-8b --workdir=runs/scalerl-llama3.1-8b
 
+    On v5p:2x2x2: not planned yet
     On h100:8: not planned yet
     """
     cfg = hub_model(
