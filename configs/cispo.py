@@ -66,7 +66,7 @@ def qwen25_32b():
     python -m grpo_jax.main --config=configs/cispo.py:qwen2.5-32b --workdir=runs/cispo-qwen2.5-32b
 
     On v5p:4x4x8: not planned yet
-    On h100:128: not planned yet
+    On h100:128: rollouts take 64.8 and updates 26.4 of 79.1 GiB, including 2.9 of state; about 236 s a step
     """
     cfg = hub_model(
         cispo(config.default()),
