@@ -62,7 +62,7 @@ def deepseek_r1_distill_qwen_15b():
 
     python -m grpo_jax.main --config=configs/justrl.py:deepseek-r1-distill-qwen-1.5b --workdir=runs/justrl-1.5b
 
-    On v5p:2x4x4: not planned yet
+    On v5p:2x4x4: rollouts take 32.3 and updates 12.2 of 95.7 GiB, including 0.6 of state; about 68 s a step
     On h100:32: rollouts take 32.2 and updates 6.0 of 79.1 GiB, including 0.6 of state; about 46 s a step
     """
     cfg = hub_model(
