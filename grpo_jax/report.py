@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_jax import config as configs
 from grpo_jax.config import flags
 from grpo_jax.config.keys import flatten
+from grpo_jax.config.presets import nearest_preset
 from grpo_jax.errors import UserError
 from grpo_jax.reporting.page import make_page, report_data, write_page
 from grpo_jax.reporting.runs import read_runs
@@ -36,10 +36,13 @@ def main(argv: Sequence[str]) -> None:
     out = Path(options.out)
     if out.suffix != ".html" or not out.parent.is_dir():
         raise UserError(f"--out must be a file FILE.html in a folder that exists; found {options.out!r}. Correct it.")
-    raw = flags.load_config(options.config) if options.config else configs.default()
     with phase("Reading the runs"):
         runs = read_runs(options.workdir)
-        data = report_data(runs, flatten(raw.to_dict()), options.config, options.topology)
+        if options.config:
+            preset, base = options.config, flatten(flags.load_config(options.config).to_dict())
+        else:
+            preset, base = nearest_preset(runs[0].config)
+        data = report_data(runs, base, preset, options.topology)
     page = make_page(data)
     try:
         write_page(out, page)

@@ -12,7 +12,9 @@ import pytest
 
 from grpo_jax import report
 from grpo_jax.config import default
+from grpo_jax.config.flags import load_config
 from grpo_jax.config.keys import flatten
+from grpo_jax.config.presets import nearest_preset
 from grpo_jax.errors import UserError
 from grpo_jax.reporting import page, samples
 from grpo_jax.reporting.curves import MAX_POINTS, mean_curves, run_curves, seed_groups
@@ -118,7 +120,7 @@ class PageReader(HTMLParser):
 
 def read_page(*workdirs, **arguments) -> PageReader:
     runs = read_runs(list(map(str, workdirs)))
-    return PageReader(page.make_page(page.report_data(runs, flatten(default().to_dict()), **arguments)))
+    return PageReader(page.make_page(page.report_data(runs, flatten(default().to_dict()), "r1zero:tiny", **arguments)))
 
 
 def test_hostile_text_is_data_on_the_page(tmp_path):
@@ -359,3 +361,9 @@ def test_a_mistake_is_one_error_and_nothing_is_written(tmp_path, monkeypatch, ar
     with pytest.raises(UserError, match=says):
         report.main(argv)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("spec", ["r1zero:tiny", "r1zero:smollm2", "dapo:tiny"])
+def test_a_run_is_compared_with_the_preset_that_is_nearest(spec):
+    config = flatten(load_config(spec).to_dict())
+    assert nearest_preset(config | {"seed": 3, "optim.lr": 0.25}) == (spec, config)

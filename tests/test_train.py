@@ -310,7 +310,7 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
 
 
 def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fetched(tmp_path, monkeypatch):
-    """The metrics of a step are fetched earlier only before a checkpoint, an evaluation or a rollout, which wait for it.
+    """The metrics of a step are fetched earlier only before a checkpoint, an evaluation or a rollout, which need them.
 
     The minibatches of a rollout are planned once, because the devices draw their order.
     """

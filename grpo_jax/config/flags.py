@@ -73,7 +73,7 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
     )
     if several_runs:
         about_config, about_workdir = (
-            "config to compare the runs with; default: the default config",
+            "config to compare the runs with; default: the nearest preset of the package",
             "folder of a run; may be repeated",
         )
     parser.add_argument("--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help=about_config)

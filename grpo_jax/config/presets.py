@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config.functions import suggest
+from grpo_jax.config.functions import import_file, suggest
+from grpo_jax.config.keys import flatten
 from grpo_jax.errors import UserError
 
 
@@ -47,6 +49,28 @@ def choose_preset(presets: Mapping[str, Callable[[], ConfigDict]], name: str, fi
         hint = suggest(name, presets, "{}") or "Choose one of them."
         raise UserError(f"The preset of {file} must be one of {', '.join(presets)}; found {name!r}. {hint}")
     return presets[name]()
+
+
+def nearest_preset(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Finds the preset among those of the package from which a config differs in the fewest keys.
+
+    Args:
+        config: The config by dotted name.
+
+    Returns:
+        (spec, values): The preset as in --config=NAME:PRESET, and its config by dotted name.
+    """
+    candidates = {}
+    for file in sorted(shipped_configs().glob("*.py"), key=lambda file: (file.stem != "r1zero", file.stem)):
+        module = import_file(file)
+        for preset, make in getattr(module, "PRESETS", {}).items():
+            candidates[f"{file.stem}:{preset}"] = flatten(make().to_dict())
+
+    def differences(spec: str) -> int:
+        return sum(config.get(key) != value for key, value in candidates[spec].items())
+
+    spec = min(candidates, key=differences)
+    return spec, candidates[spec]
 
 
 def tiny_model(cfg: ConfigDict) -> ConfigDict:

@@ -120,7 +120,7 @@ function configTable(rows) {
 
 function showConfig() {
   const changed = config.rows.filter(([, isChanged]) => isChanged);
-  element("config-note").textContent = `${changed.length} of ${config.rows.length} keys differ from ${textOf(config.base)}.${config.isPreset ? "" : " Pass --config=FILE.py:PRESET to compare with a preset."}`;
+  element("config-note").textContent = `${changed.length} of ${config.rows.length} keys differ from the preset ${textOf(config.base)}.`;
   if (changed.length) element("config-changes").append(configTable(changed));
   element("config-all").append(configTable(config.rows));
 }

@@ -40,14 +40,14 @@ def content_hash(text: str) -> str:
 
 
 def report_data(
-    runs: Sequence[RunFiles], base: dict[str, Any], preset: str | None = None, topology: str | None = None
+    runs: Sequence[RunFiles], base: dict[str, Any], preset: str, topology: str | None = None
 ) -> dict[str, Any]:
     """Returns the data of a page by the name of its element.
 
     Args:
         runs: The runs.
         base: The config that those of the runs are compared with, by dotted name.
-        preset: The preset of `base`, as in --config; None for the defaults.
+        preset: The preset of `base`, as in --config.
         topology: The devices of the runs, if the page should show the model FLOPs utilization.
     """
     data: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def report_data(
             }
         )
     means = [{"runs": group, "curves": mean_curves([runs[n] for n in group])} for group in seed_groups(runs)]
-    config = {"base": preset or "the defaults", "isPreset": preset is not None, "rows": config_table(runs, base)}
+    config = {"base": preset, "rows": config_table(runs, base)}
     return {"report": {"runs": summaries, "means": means, "config": config}} | data
 
 
