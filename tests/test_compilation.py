@@ -43,7 +43,7 @@ def test_every_entry_point_keeps_its_programs(monkeypatch, tmp_path, entry, flag
         assert environ is os.environ
         raise Called
 
-    monkeypatch.setattr(entry, "keep_compiled_programs", keep)
+    monkeypatch.setattr(compilation, "keep_compiled_programs", keep)
     with pytest.raises(Called):
         entry.main([*flags, f"--workdir={tmp_path}"])
 

@@ -109,11 +109,11 @@ def estimate_learning(work: Work) -> tuple[Work, dict[str, float]]:
     """
     learner, mesh, times = work.learner, work.context.mesh, {}
     rollout = random_rollout(work)
-    with timed(times, "experience_s"):
+    with timed(times, "experience_s", "Assembling the experience"):
         experience = make_experience(work.prompts, rollout)
-    with timed(times, "reward_s"):
+    with timed(times, "reward_s", "Grading"):
         experience = grade(work, experience, rollout)
-    with timed(times, "pack_s"):
+    with timed(times, "pack_s", "Packing"):
         packed = pack_update(work, experience)
         shard_rows(mesh, packed)
     state, scores, updates = learner.state, [], []
@@ -146,16 +146,16 @@ def run_rollout(work: Work, times: dict[str, float]) -> Rollout:
 def run_learning(work: Work, rollout: Rollout, times: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs the rest of the step and writes its seconds into `times`. Yields each stage's name and its own fields."""
     cfg, context, pack = work.cfg, work.context, {}
-    with timed(pack, "experience_s"):
+    with timed(pack, "experience_s", "Assembling the experience"):
         experience = make_experience(work.prompts, rollout)
-    with timed(pack, "score_s"):
+    with timed(pack, "score_s", "Scoring with the reference"):
         wait_for_ref_logps = start_scoring(cfg, context, work.learner.reference, experience)
-    with timed(times, "reward_s"):
+    with timed(times, "reward_s", "Grading"):
         experience = grade(work, experience, rollout)
-    with timed(times, "score_s"):
+    with timed(times, "score_s", "Scoring with the reference"):
         experience = experience.replace(ref_logps=wait_for_ref_logps())
     yield "scoring", {}
-    with timed(pack, "update_s"):
+    with timed(pack, "update_s", "Updating"):
         batch = jax.block_until_ready(shard_rows(context.mesh, pack_update(work, experience)))
     times["pack_s"] = sum(pack.values())
     times["update_s"], (_, metrics) = seconds_of(work.learner.update, work.learner.state, batch)

@@ -323,14 +323,15 @@ class Diagnosis:
         return texts
 
 
-def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> dict[str, float]:
+def initial_facts(cfg: Config, context: RunContext, task: Task, params, reference, key) -> dict[str, float]:
     """Measures facts about a run that its metrics do not show, before the first update.
 
     Args:
         cfg: The run's config.
         context: The run's context.
         task: The run's task, whose first problems are used.
-        params: The policy.
+        params: The policy, which is still the base model.
+        reference: The reference; None if none is kept.
         key: A random key; it hardly matters at a temperature this low.
 
     Returns:
@@ -339,7 +340,7 @@ def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> 
         completions.
     """
     problems = draw_problems(task, range(PROBED_PROBLEMS), seed=cfg.seed, split="train")
-    facts = {"greedy_perplexity": greedy_perplexity(cfg, context, params, problems, key)}
+    facts = {"greedy_perplexity": greedy_perplexity(cfg, context, params, reference, problems, key)}
     if accuracy_part in context.grader.parts.values():
         answers = [problem.answer for problem in problems]
         texts = [f"<answer>{answer}</answer>" for answer in answers]
@@ -347,8 +348,8 @@ def initial_facts(cfg: Config, context: RunContext, task: Task, params, key) -> 
     return facts
 
 
-def greedy_perplexity(cfg: Config, context: RunContext, params, problems: Sequence[Problem], key) -> float:
-    """Returns the perplexity of nearly greedy completions, with the programs that rollouts use, to compile no others.
+def greedy_perplexity(cfg: Config, context: RunContext, params, reference, problems: Sequence[Problem], key) -> float:
+    """Returns the perplexity of nearly greedy completions, with the programs of rollouts, to compile no others.
 
     See `initial_facts` for the arguments.
     """
@@ -361,7 +362,10 @@ def greedy_perplexity(cfg: Config, context: RunContext, params, problems: Sequen
     with jax.set_mesh(context.rollout_mesh):
         rollout = generate_rollout(context.model_cfg, placed, prompts, rehome_key(key), samples=1, **sampling)
     experience = make_experience(prompts, gather_to_host(rollout))
-    logps = start_scoring(cfg, context, params, experience)()[experience.mask]
+    scorer = (
+        params if reference is None else reference
+    )  # the same model, which has been or will be compiled for scoring
+    logps = start_scoring(cfg, context, scorer, experience)()[experience.mask]
     return float(np.exp(-logps.mean()))
 
 

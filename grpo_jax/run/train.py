@@ -158,6 +158,15 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     return metrics | {"time/eval_s": time.monotonic() - start}
 
 
+def look_at_base_model(cfg: Config, context: RunContext, task: Task, setup: RunSetup, run: RunState) -> None:
+    """Evaluates the policy of a new run, and looks for signs that the model or the problems are not sound."""
+    if setup.held_out:
+        setup.log.write(0, evaluate_step(cfg, context, setup, run))
+    with phase("Looking at the first problems and answers"):
+        setup.log.observe(0, initial_facts(cfg, context, task, run.train.params, run.reference, setup.root_key))
+    setup.log.say(LOSS_NOTE)
+
+
 def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[str, float] | None = None) -> RunState:
     """Fetches and logs the metrics of the update in flight, if there is one.
 
@@ -229,11 +238,7 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
         setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log, started_with)
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
-            if setup.held_out:
-                log.write(0, evaluate_step(cfg, context, setup, run))
-            with phase("Looking at the first problems and answers"):
-                log.observe(0, initial_facts(cfg, context, task, run.train.params, root_key))
-            log.say(LOSS_NOTE)
+            look_at_base_model(cfg, context, task, setup, run)
         plan, log.step_end = None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
             step, (rollout_index, update_index) = run.step + 1, divmod(run.step, updates_per_rollout)
