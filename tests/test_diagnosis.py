@@ -89,6 +89,12 @@ def test_what_is_normal_for_a_policy_is_not_noticed():
     name = "policy/entropy"
     assert measured("low_entropy", updates(name, [0.01] * 3, **{"reward/mean": 0.9}))
     assert not measured("low_entropy", updates(name, [0.01] * 3, **{"reward/mean": 1.1}))
+    for name, metric, values in (
+        ("equal_groups", "groups/zero_variance_frac", [1.0] * 3),
+        ("zero_gradient", "optim/grad_norm", [0.0] * 5),
+    ):
+        assert measured(name, updates(metric, values, **{"reward/mean": 1.9}))
+        assert not measured(name, updates(metric, values, **{"reward/mean": 2.0}))
     assert measured("high_kl", updates("policy/kl_ref", [0.1, 30.0, 1.1, 1.1, 0.1]))
     assert not measured("high_kl", updates("policy/kl_ref", [0.1, 30.0, 30.0, 0.1, 0.1]))
 

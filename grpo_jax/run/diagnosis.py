@@ -57,6 +57,10 @@ class History(NamedTuple):
         """Returns the lines of updates with a signal whose policy is no longer the one that sampled the rollout."""
         return [line for line in self.updates if not line["time/rollout_s"] and not line["optim/no_signal"]]
 
+    def is_solved(self, row: "Symptom") -> bool:
+        """Returns whether the last updates had nearly the highest reward, so that nothing is left to learn."""
+        return min(self.last("reward/mean", row.span), default=0.0) >= row.given * self.highest_reward()
+
     def highest_reward(self) -> float:
         """Returns the highest total reward if every part is at most 1."""
         return sum(max(weight, 0.0) for weight in self.cfg.reward.weights)
@@ -75,8 +79,12 @@ class Symptom(NamedTuple):
 
 
 def equal_groups(history: History, row: Symptom) -> float | None:
-    """Returns the smallest fraction of groups with equal rewards in a rollout."""
-    return min(history.last_rollouts("groups/zero_variance_frac", row.span), default=None)
+    """Returns the smallest fraction of groups with equal rewards in a rollout, unless the task is solved."""
+    return (
+        None
+        if history.is_solved(row)
+        else min(history.last_rollouts("groups/zero_variance_frac", row.span), default=None)
+    )
 
 
 def best_format(history: History, row: Symptom) -> float | None:
@@ -132,7 +140,9 @@ def token_clip_frac(history: History, row: Symptom) -> float | None:
 
 
 def largest_gradient(history: History, row: Symptom) -> float | None:
-    """Returns the largest gradient norm. That of an update without a signal consists of rounding errors."""
+    """Returns the largest gradient norm, 0 for an update without a signal; None if the task is solved."""
+    if history.is_solved(row):
+        return None
     norms, idle = (history.last(f"optim/{name}", row.span) for name in ("grad_norm", "no_signal"))
     return max((norm * (not none) for norm, none in zip(norms, idle, strict=False)), default=None)
 
@@ -195,8 +205,8 @@ SYMPTOMS = (
         "equal_groups",
         *(3, operator.ge, 1.0, equal_groups),
         "In {span} rollouts in a row, all completions of each group had the same reward, so there was nothing to "
-        "learn: if the reward is low, try easier problems, more rollout.samples, or another prompt.template; if it is "
-        "as high as it can be, the policy has learned the task.",
+        "learn: try easier or harder problems, more rollout.samples, or another prompt.template.",
+        given=0.99,
     ),
     Symptom(
         "format_never_met",
@@ -260,6 +270,7 @@ SYMPTOMS = (
         *(5, operator.le, 0.0, largest_gradient),
         "The gradient of {span} updates in a row was exactly 0, so the policy does not change: try easier or harder "
         "problems or more rollout.samples, and check whether groups.equal or rollout.overlong leaves out everything.",
+        given=0.99,
     ),
     Symptom(
         "unchanged_parameters",
