@@ -1,8 +1,11 @@
 """Diagnosis: runs that are made sick say so once, and the guide states the table."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -249,15 +252,32 @@ def inputs(tmp_path_factory):
     return folder
 
 
+def run_on_one_device(workdir, keys) -> str:
+    """Runs `main` with the flags of XLA that a user has, and returns what it prints.
+
+    On several devices, or without optimizations, sampler and trainer round bfloat16 in the same way.
+    """
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    command = [sys.executable, "-m", "grpo_jax.main", "--config=r1zero", f"--workdir={workdir}", *flags]
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=REPO, env=environ, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SICK_RUNS)
 def test_a_sick_run_is_warned_of(tmp_path, capsys, inputs, name):
     """The console shows each warning of warnings.jsonl once."""
     keys, expected = SICK_RUNS[name]
-    keys = {key: str(value).replace("{inputs}", str(inputs)) for key, value in keys.items()}
-    found, console = run_main(tmp_path / "run", SMALL | keys), capsys.readouterr()
+    keys = SMALL | {key: str(value).replace("{inputs}", str(inputs)) for key, value in keys.items()}
+    if DRIFTING.items() <= SICK_RUNS[name][0].items():
+        console = run_on_one_device(tmp_path / "run", keys)
+    else:
+        run_main(tmp_path / "run", keys)
+        console = "".join(capsys.readouterr())
+    found = read_warnings(tmp_path / "run")
     assert expected <= found.keys()
-    assert all((console.out + console.err).count(line["text"]) == 1 for line in found.values())
+    assert all(console.count(line["text"]) == 1 for line in found.values())
 
 
 def test_a_sick_run_provokes_each_symptom():
