@@ -193,6 +193,7 @@ def count_equal(workdir, name, records):
     """Draws records of one step again and returns how many are the recorded ones; every difference is a near-tie."""
     cfg = config_of_sample(config.check(read_config(workdir)), workdir, name)
     base, equal = read_base_model(cfg), 0
+    name = name._replace(prompt_id=records[0]["prompt_id"])
     cfg, _, note = find_problem(cfg, base, name, records[0])
     assert note == ""
     context = build_context(cfg, base)
