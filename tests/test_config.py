@@ -28,7 +28,7 @@ from grpo_jax.config.keys import flatten, key_specs, require_choices
 from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.config.rules import NO_EFFECT, USERS_FUNCTION, check_pretrain
 from grpo_jax.config.schema import AdvantageSection, LossSection
-from grpo_jax.config.workdir import digest_files, read_config
+from grpo_jax.config.workdir import check_trained_config, digest_files, read_config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 
@@ -246,6 +246,7 @@ NOT_NEGATIVE = (
     "reference.every_updates",
     "rollout.max_prompt_tokens",
     "eval.questions",
+    "checkpoint.retry_s",
 )
 
 
@@ -772,6 +773,7 @@ MAY_CHANGE = {
     "total_steps",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.retry_s",
     "eval.every_steps",
     "eval.questions",
     "eval.temperature",
@@ -811,6 +813,8 @@ def test_only_keys_that_affect_no_update_may_change_on_a_resume(tmp_path, key):
     old = key_specs(Config)[key].default
     new = not old if isinstance(old, bool) else (*old, "x") if isinstance(old, tuple) else old + type(old)(1)
     cfg = with_key(Config(), key, new)
+    check_workdir(tmp_path, cfg)  # a run without a checkpoint binds nothing
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     if key in MAY_CHANGE:
         check_workdir(tmp_path, cfg)
         return
@@ -820,14 +824,28 @@ def test_only_keys_that_affect_no_update_may_change_on_a_resume(tmp_path, key):
         assert part in str(raised.value)
 
 
+def test_all_keys_that_differ_are_listed_at_once_with_the_way_out(tmp_path):
+    write_config(tmp_path, Config())
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    cfg = with_key(with_key(with_key(Config(), "seed", 3), "optim.lr", 0.5), "total_steps", 9)
+    says = (
+        r"started with seed=0, optim.lr=0.00015 and cannot be resumed with seed=3, optim.lr=0.5\. Choose another "
+        r"--workdir, leave out --config to resume it as it is, or pass --config.seed=0 --config.optim.lr=0.00015\.$"
+    )
+    with pytest.raises(UserError, match=says):
+        check_workdir(tmp_path, cfg)
+    says = "was trained with seed=0, optim.lr=0.00015; found seed=3, optim.lr=0.5. Undo"
+    with pytest.raises(UserError, match=says):
+        check_trained_config(tmp_path, cfg, 1, flatten(dataclasses.asdict(Config())))
+
+
 def test_a_run_with_other_keys_is_not_resumed(tmp_path):
     write_config(tmp_path, Config())
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"clip_low"', '"clip"'))
-    with pytest.raises(UserError, match=r"must have the keys of this version .* has the unknown key loss.clip. Choose"):
-        check_workdir(tmp_path, Config())
-    (tmp_path / "config.json").write_text(text.replace('"clip_low": 0.2,', ""))
-    with pytest.raises(UserError, match=r"lacks key loss.clip_low. Choose another"):
+    (tmp_path / "checkpoints" / "damaged-1").mkdir(parents=True)
+    text = (tmp_path / "config.json").read_text().replace('"keep"', '"kept"')  # which may change, and may be missing
+    (tmp_path / "config.json").write_text(text.replace('"clip_low"', '"clip"').replace('"seed": 0,', ""))
+    says = "lacks seed, lacks loss.clip_low, has the unknown checkpoint.kept, has the unknown loss.clip. Choose"
+    with pytest.raises(UserError, match="must have the keys of this version of grpo_jax to be resumed, but it " + says):
         check_workdir(tmp_path, Config())
 
 
@@ -835,6 +853,9 @@ def test_a_new_or_empty_folder_is_a_workdir(tmp_path):
     check_workdir(tmp_path / "new" / "run", Config())
     check_workdir(tmp_path, Config())
     assert not list(tmp_path.iterdir())  # the check creates nothing
+    for name in ("run.lock", "files.json", "config.json.partial"):  # of a start that was killed at once
+        (tmp_path / name).write_text("")
+        check_workdir(tmp_path, Config())
 
 
 def test_a_folder_with_other_files_is_not_a_workdir(tmp_path):

@@ -27,7 +27,7 @@ from grpo_jax.config.other_names import our_keys
 from grpo_jax.config.presets import find_config, shipped_configs
 from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default
-from grpo_jax.config.workdir import continue_derived, read_config
+from grpo_jax.config.workdir import continue_derived, has_checkpoint, read_config
 from grpo_jax.errors import UserError
 from grpo_jax.text.terminal import printable
 
@@ -246,7 +246,8 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh
     given = apply_overrides(raw, rest, parser.flag_names())
-    raw = continue_derived(raw, given, workdir)
+    if flags.of_a_run or has_checkpoint(workdir):
+        raw = continue_derived(raw, given, workdir)
     if flags.of_a_run and getattr(raw, "derive", False):
         raise UserError(
             f"A config that derives its keys must belong to a run that has been started; found none in {workdir}. "

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,33 +17,57 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
+# What a start that ended before it wrote config.json may have left.
+FIRST_FILES = {"run.lock", "files.json", "files.json.partial", "config.json.partial"}
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Returns whether a run has saved a checkpoint, even a damaged one; before that, nothing binds its next start."""
+    return any(re.fullmatch(r"(damaged-)?\d+", path.name) for path in (workdir / "checkpoints").glob("*"))
+
+
 def check_workdir(workdir: Path, cfg: Config) -> None:
-    """Checks that a workdir is new or empty, or belongs to a run that `cfg` may resume.
+    """Checks that a workdir is new or empty, or belongs to a run that `cfg` may resume or start over.
 
     Raises:
-        UserError: The workdir holds other files, or a run whose config differs in a key that is not `resumable`.
+        UserError: The workdir holds other files, or a run with a checkpoint whose config differs in keys that are not
+            `resumable`.
     """
-    if (workdir / "config.json").is_file():
-        before, now = flatten(read_config(workdir).to_dict()), flatten(dataclasses.asdict(cfg))
-        for name in sorted(before.keys() ^ now.keys()):
-            change = "lacks" if name in now else "has the unknown"
+    has_config = (workdir / "config.json").is_file()
+    if has_checkpoint(workdir):  # without config.json, the checkpoint's own config is compared when it is restored
+        if has_config:
+            compare_configs(workdir, flatten(read_config(workdir).to_dict()), flatten(dataclasses.asdict(cfg)))
+    elif not has_config and workdir.exists():
+        if not workdir.is_dir() or {path.name for path in workdir.iterdir()} - FIRST_FILES:
             raise UserError(
-                f"The run in {workdir} must have the keys of this version of grpo_jax to be resumed, but it {change} "
-                f"key {name}. Choose another --workdir."
+                f"--workdir must be a new folder or that of an earlier run; {workdir} holds other files. "
+                "Choose another --workdir."
             )
-        for name in changed_keys(before, now):
-            fix = format_as_flag(name, before[name])
-            if name in ("task.name", "reward.parts", "reward.weights"):
-                fix += ", or the same problems and rewards if grpo_jax.train was called with some"
-            raise UserError(
-                f"The run in {workdir} was started with {name}={before[name]!r} and cannot be resumed with "
-                f"{name}={now[name]!r}. Choose another --workdir, or pass {fix}."
-            )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+
+
+def compare_configs(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a UserError that lists all the keys for which a run cannot be resumed; both dicts are by dotted name."""
+    wrong = [f"lacks {name}" for name, spec in key_specs(Config).items() if name not in before and not spec.resumable]
+    wrong += [f"has the unknown {name}" for name in before if name not in now]
+    if wrong:
         raise UserError(
-            f"--workdir must be a new folder or that of an earlier run; {workdir} holds other files. "
-            "Choose another --workdir."
+            f"The run in {workdir} must have the keys of this version of grpo_jax to be resumed, but it "
+            f"{', '.join(wrong)}. Choose another --workdir."
         )
+    if changed := changed_keys(before, now):
+        fix = " ".join(format_as_flag(name, before[name]) for name in changed)
+        if {"task.name", "reward.parts", "reward.weights"} & set(changed):
+            fix += ", or the same problems and rewards if grpo_jax.train was called with some"
+        raise UserError(
+            f"The run in {workdir} was started with {list_values(before, changed)} and cannot be resumed with "
+            f"{list_values(now, changed)}. Choose another --workdir, leave out --config to resume it as it is, or pass "
+            f"{fix}."
+        )
+
+
+def list_values(values: dict[str, Any], names: Collection[str]) -> str:
+    """Formats keys with their values for a message."""
+    return ", ".join(f"{name}={values[name]!r}" for name in names)
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -65,13 +90,14 @@ def check_trained_config(workdir: Path, cfg: Config, step: int, trained: dict[st
         trained: The values of its config by dotted name, read from JSON.
 
     Raises:
-        UserError: A key differs that is not `resumable`.
+        UserError: Keys differ that are not `resumable`.
     """
     before, now = with_tuples(trained), flatten(dataclasses.asdict(cfg))
-    for name in changed_keys(before, now):
+    if changed := changed_keys(before, now):
         raise UserError(
             f"{workdir / 'config.json'} must hold the config of the run's checkpoint of step {step}, which was trained "
-            f"with {name}={before[name]!r}; found {now[name]!r}. Undo the edit, or choose another --workdir."
+            f"with {list_values(before, changed)}; found {list_values(now, changed)}. Undo the edit, or choose another "
+            "--workdir."
         )
 
 
@@ -123,7 +149,10 @@ def run_digests(task: Any, template: str) -> dict[str, str]:
 def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:
     """Returns the files whose digests are not those with which a run was last started; none if it stored none."""
     path = workdir / "files.json"
-    before = json.loads(path.read_text()) if path.is_file() else digests
+    try:
+        before = dict(json.loads(path.read_bytes())) if path.is_file() else digests
+    except (ValueError, TypeError, RecursionError):  # damaged, so that nothing is known about the files
+        before = {}
     return sorted({name for name, _ in before.items() ^ digests.items()})
 
 
@@ -157,11 +186,27 @@ def write_config(workdir: Path, cfg: Config, digests: dict[str, str] | None = No
         workdir.mkdir(parents=True, exist_ok=True)
         for name, content in (("files.json", digests), ("config.json", dataclasses.asdict(cfg))):
             if content:
-                partial = workdir / f"{name}.partial"
-                partial.write_text(json.dumps(content, indent=2) + "\n")
-                partial.replace(workdir / name)  # atomic
+                replace_file(workdir / name, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir must be a writable folder, but {error}. Choose another --workdir.") from None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that, whenever the process or the machine stops, it has either its old content or the new one.
+
+    Raises:
+        OSError: The file could not be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it would take up the room that a full disk lacks
+        raise
 
 
 def read_config(workdir: Path) -> "ConfigDict":

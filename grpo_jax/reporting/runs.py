@@ -1,13 +1,13 @@
 """Reads the files of a workdir. The run may still be training, and some files may be missing."""
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import read_config
+from grpo_jax.run.metrics import read_json_lines, read_metrics
 
 
 class RunFiles(NamedTuple):
@@ -21,31 +21,6 @@ class RunFiles(NamedTuple):
     warnings: list[dict[str, Any]]
     train_samples: dict[int, Path]  # samples/train-STEP.jsonl by step
     eval_samples: dict[int, Path]
-
-
-def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dict[str, Any]]:
-    """Yields the objects in a file of JSON lines, or none if there is no such file.
-
-    Lines that are not complete, such as the last one of a file that is being written, are left out.
-
-    Args:
-        path: The file.
-        max_bytes: The most bytes to read; the first line is always read.
-    """
-    if not path.is_file():
-        return
-    size = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if size and size + len(line) > max_bytes:
-                break
-            size += len(line)
-            try:
-                value = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
 
 
 def sample_files(workdir: Path, kind: str) -> dict[int, Path]:
@@ -73,7 +48,7 @@ def read_runs(workdirs: Sequence[str]) -> list[RunFiles]:
     runs = []
     for name, folder in zip(short_names(folders), folders, strict=True):
         config = flatten(read_config(folder).to_dict())
-        lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+        lines = read_metrics(folder)
         updates = [line for line in lines if line["step"] > 0]
         evaluations = [line for line in lines if any(metric.startswith("eval/") for metric in line)]
         warnings = [found for found in read_json_lines(folder / "warnings.jsonl") if {"step", "text"} <= found.keys()]

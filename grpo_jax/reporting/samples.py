@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.reporting.runs import RunFiles, read_json_lines
-from grpo_jax.run.metrics import describe_unlike
+from grpo_jax.reporting.runs import RunFiles
+from grpo_jax.run.metrics import describe_unlike, read_json_lines
 
 MAX_BYTES = 24_000_000  # of the sample files that a page embeds, for all runs together; the page is smaller
 MIN_STEPS = 20  # steps of a run between which its share is divided; a larger file is embedded in part

@@ -3,7 +3,9 @@
 Modules, in reading order:
 
     progress          shows what a process is doing
+    lock              lets one job at a time use a workdir
     checkpoint        saves and restores a run with Orbax
+    disk              notices that the disk is full, read-only or failing
     context           builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit      the longest prompt of a run, and the problems that exceed it
     derivation        the inputs and results of deriving config keys

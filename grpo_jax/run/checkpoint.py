@@ -41,9 +41,14 @@ def open_checkpoint_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
 
     Closing the manager waits for the last save to finish.
     """
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every save at INFO
+    # Orbax logs every save at INFO, and a failed one as several tracebacks besides the exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     newest = ocp.checkpoint_managers.LatestN(keep)
-    options = ocp.CheckpointManagerOptions(preservation_policy=newest, enable_async_checkpointing=True)
+    # If folders were created in the background and the disk failed, Orbax's other threads would wait for minutes.
+    no_waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=newest, enable_async_checkpointing=True, async_options=no_waiting
+    )
     items = ("policy", "optimizer", "meta", "experience", "reference")
     return ocp.CheckpointManager(checkpoints_folder(workdir), options=options, item_names=items)
 

@@ -2,16 +2,20 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from grpo_jax.config.schema import Config
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.diagnosis import Diagnosis
-from grpo_jax.run.metrics import console_line, finite_or_none
+from grpo_jax.run.disk import DiskError, disk_errors
+from grpo_jax.run.metrics import LogFile, console_line, finite_or_none
 from grpo_jax.run.progress import announce, close_bar, step_bar
 from grpo_jax.run.sinks import open_sinks
 from grpo_jax.run.state import RunState
+
+METRICS_AND_SAMPLES = "metrics and samples"
 
 
 def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
@@ -53,12 +57,16 @@ def num_records(cfg: Config, first_step: int) -> int:
 class RunLog:
     """Logs the metrics of a run and prints lines on the console, on process 0 only."""
 
-    def __init__(self, cfg: Config, context: RunContext, workdir: Path, step: int):
-        """Opens the log of a run that starts (step 0) or resumes after `step`."""
+    def __init__(self, cfg: Config, context: RunContext, workdir: Path, step: int, line: dict[str, Any] | None = None):
+        """Opens the log of a run that starts (step 0) or resumes after `step`, whose line its checkpoint has."""
         self.cfg, self.workdir = cfg, workdir
-        self.sinks = open_sinks(cfg, workdir, step or -1)
+        self.unwritten: list[tuple] = []  # calls of the sinks, from the first that failed on
+        with disk_errors(workdir, METRICS_AND_SAMPLES):
+            self.sinks = open_sinks(cfg, workdir, step or -1, line)
+        self.warnings = LogFile(workdir / "warnings.jsonl")
         self.diagnosis = Diagnosis(cfg, context, workdir)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first
+        self.last_line: dict[str, Any] = {}  # of metrics.jsonl
         self.step_end = time.monotonic()  # when the previous step ended
         self.save_seconds = 0.0  # of the checkpoint after the previous step, for the line of the next one
         self.bar = step_bar(cfg.total_steps, step)
@@ -70,8 +78,9 @@ class RunLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of a step, and prints them if the step is reported. Step 0 is not an update."""
         values = finite_or_none(metrics)
+        self.last_line = {"step": step} | values
         for sink in self.sinks:
-            sink.write(step, values)
+            self.attempt(sink.write, step, values)
         if step:
             self.last_metrics = {"step": step} | metrics
             self.bar.update()
@@ -81,16 +90,38 @@ class RunLog:
 
     def observe(self, step: int, metrics: dict[str, float]) -> None:
         """Prints new warnings, given the metrics of a step or facts that are not metrics."""
-        for text in self.diagnosis.observe(step, metrics):
-            self.say(f"warning: step {step}: {text}")
+        for warning in self.diagnosis.observe(step, metrics):
+            self.attempt(self.warnings.append_json, warning)
+            self.say(f"warning: step {step}: {warning['text']}")
 
     def write_samples(self, kind: str, step: int, records: list[dict]) -> None:
         """Logs completions of a rollout (`kind` "train") or of an evaluation ("eval") with the step they belong to."""
         for sink in self.sinks:
-            sink.write_samples(kind, step, records)
+            self.attempt(sink.write_samples, kind, step, records)
+
+    def attempt(self, *call: Any) -> None:
+        """Calls a function, the first of the arguments, that writes to the workdir.
+
+        Raises:
+            DiskError: It could not write, and `checkpoint.retry_s` is 0. Otherwise, it is called again before the next.
+        """
+        was_failing = bool(self.unwritten)
+        self.unwritten += [call] * bool(call)
+        try:
+            with disk_errors(self.workdir, METRICS_AND_SAMPLES):
+                while self.unwritten:
+                    function, *arguments = self.unwritten[0]
+                    function(*arguments)
+                    del self.unwritten[0]
+        except DiskError as error:
+            if not self.cfg.checkpoint.retry_s:
+                self.unwritten = []
+                raise
+            if not was_failing:
+                self.say(f"warning: {error.found} The run goes on, and writes them as soon as it can.")
 
     def close(self) -> None:
         """Closes the progress bar and the sinks."""
         close_bar()
-        for sink in self.sinks:
+        for sink in (*self.sinks, self.warnings):
             sink.close()

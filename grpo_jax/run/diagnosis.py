@@ -4,7 +4,6 @@
 each row. A warning never ends a run.
 """
 
-import json
 import operator
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from grpo_jax.rewards.parts import accuracy_part
 from grpo_jax.rewards.verify import accuracy
 from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.context import RunContext
-from grpo_jax.run.metrics import read_lines
+from grpo_jax.run.metrics import read_json_lines, read_metrics
 from grpo_jax.run.stages import rehome_key, start_scoring
 from grpo_jax.tasks.streams import draw_problems
 from grpo_jax.tasks.task import Task
@@ -295,17 +294,16 @@ SYMPTOMS = (
 
 
 class Diagnosis:
-    """Compares a run with the table of symptoms while it trains, and writes warnings.jsonl, on process 0 only."""
+    """Compares a run with the table of symptoms while it trains, on process 0 only."""
 
     def __init__(self, cfg: Config, context: RunContext, workdir: Path):
         """Reads metrics.jsonl and warnings.jsonl of the run so far, which must not go beyond its checkpoint."""
-        self.path, self.said = workdir / "warnings.jsonl", set()
+        self.said = set()
         is_mixture = context.model_cfg.experts is not None
         self.history = History(cfg, is_mixture, {}, deque(maxlen=HISTORY), deque(maxlen=HISTORY))
         if jax.process_index() == 0:
-            if self.path.is_file():
-                self.said |= {warning["name"] for warning in read_lines(self.path)}
-            for line in read_lines(workdir / "metrics.jsonl"):
+            self.said |= {warning.get("name") for warning in read_json_lines(workdir / "warnings.jsonl")}
+            for line in read_metrics(workdir):
                 self.remember(line)
 
     def remember(self, metrics: dict[str, Any]) -> None:
@@ -316,22 +314,21 @@ class Diagnosis:
         if metrics["time/rollout_s"]:
             self.history.rollouts.append(metrics)
 
-    def observe(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Takes the metrics of an update, or facts of the start of the run, and returns the texts of new warnings."""
+    def observe(self, step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:
+        """Takes the metrics of an update, or facts of the start of the run, and returns new lines of warnings.jsonl."""
         if jax.process_index() != 0:
             return []
         self.remember(metrics)
         self.history.facts.update({} if "optim/lr" in metrics else metrics)
-        texts = []
+        warnings = []
         for row in SYMPTOMS:
             value = None if row.name in self.said else row.measure(self.history, row)
             if value is None or not row.comparison(value, row.threshold):
                 continue
             self.said.add(row.name)
-            texts.append(row.text.format(value=value, span=row.span))
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "name": row.name, "text": texts[-1]}) + "\n")
-        return texts
+            text = row.text.format(value=value, span=row.span)
+            warnings.append({"step": step, "name": row.name, "text": text})
+        return warnings
 
 
 def initial_facts(cfg: Config, context: RunContext, task: Task, params, reference, key) -> dict[str, float]:

@@ -6,41 +6,102 @@ line of step 0 holds the evaluation before the first update.
 
 import json
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from grpo_jax.config.workdir import replace_file
 
 NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and eval/ that are not reward parts
 
 
-def truncate_logs(workdir: Path, step: int) -> None:
-    """Removes what is after `step` from the logs and samples/, so that a resumed run logs each step once."""
+class LogFile:
+    """A file of a run that only grows, such as metrics.jsonl. Nothing is buffered, so a killed run leaves all of it."""
+
+    def __init__(self, path: Path):
+        """Names the file, which is created when something is appended."""
+        self.path, self.descriptor = path, None
+
+    def append(self, content: bytes) -> None:
+        """Appends all of `content` or nothing.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        size, left = os.fstat(self.descriptor).st_size, content
+        try:
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+        except OSError:
+            os.ftruncate(self.descriptor, size)
+            raise
+
+    def append_json(self, value: dict[str, Any]) -> None:
+        """Appends a line of JSON, and raises as `append` does."""
+        self.append((json.dumps(value) + "\n").encode())
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def truncate_logs(workdir: Path, step: int, line: dict[str, Any] | None = None) -> None:
+    """Removes what is after `step` from the logs and samples/, so that a resumed run logs each step once.
+
+    Lines that cannot be read are removed, too. `line` is that of `step` as its checkpoint has it; it is written
+    again if metrics.jsonl lacks it.
+    """
     for path in (workdir / "metrics.jsonl", workdir / "warnings.jsonl"):
         if path.is_file():
-            kept = [line for line in read_lines(path) if line["step"] <= step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(path)
-    for sample_file in (workdir / "samples").glob("*.jsonl"):
-        match = re.fullmatch(r"(?:train|eval)-(\d+)", sample_file.stem)  # files of other names are the user's
-        if match and int(match[1]) > step:
+            kept = [line for line in read_json_lines(path) if has_step(line) and line["step"] <= step]
+            if path.stem == "metrics" and line and not any(other["step"] == step for other in kept):
+                kept.append(line)
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    for sample_file in (workdir / "samples").glob("*.jsonl*"):
+        match = re.fullmatch(r"(?:train|eval)-(\d+)\.jsonl(\.partial)?", sample_file.name)  # others are the user's
+        if match and (int(match[1]) > step or match[2]):
             sample_file.unlink()
 
 
+def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """Yields the objects in a file of JSON lines, or none if there is no such file.
+
+    Lines that are broken or not complete, such as the last one of a file that is being written, are left out.
+
+    Args:
+        path: The file.
+        max_bytes: The most bytes to read; the first line is always read.
+    """
+    if not path.is_file():
+        return
+    size = 0
+    with path.open("rb") as lines:  # bytes, because a text file would also split lines at characters of a completion
+        for line in lines:
+            if size and size + len(line) > max_bytes:
+                break
+            size += len(line)
+            try:
+                value = json.loads(line, parse_constant=lambda name: None)  # the report's JSON has no NaN
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def has_step(line: dict[str, Any]) -> bool:
+    """Returns whether a line of a log says which step it belongs to."""
+    return isinstance(line.get("step"), int)
+
+
 def read_metrics(workdir: Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl, without a last line that a crash left incomplete."""
-    return read_lines(workdir / "metrics.jsonl")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Returns the lines of a log, without a last line that a crash left incomplete."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """Returns the lines of metrics.jsonl that can be read."""
+    return [line for line in read_json_lines(workdir / "metrics.jsonl") if has_step(line)]
 
 
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -57,26 +118,33 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
-    """Writes completions with their prompts, ids and rewards to samples/KIND-STEP.jsonl, one JSON object per line.
+def encode_samples(step: int, records: list[dict]) -> bytes:
+    """Encodes completions with their prompts, ids and rewards as one JSON object per line.
 
     Each record gets the step as its first field. Non-finite floats become null. Metadata may hold other values that
     JSON cannot represent, which become strings.
     """
-    if not records:
-        return
-    (workdir / "samples").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(as_json({"step": step} | record), ensure_ascii=False, default=str) for record in records]
-    path = workdir / "samples" / f"{kind}-{step:06d}.jsonl"
     # backslashreplace writes a lone surrogate as JSON's escape.
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    return "".join(line + "\n" for line in lines).encode(errors="backslashreplace")
+
+
+def samples_path(workdir: Path, kind: str, step: int) -> Path:
+    """Returns the path samples/KIND-STEP.jsonl."""
+    return workdir / "samples" / f"{kind}-{step:06d}.jsonl"
+
+
+def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> None:
+    """Writes completions to samples/KIND-STEP.jsonl (see `encode_samples`)."""
+    if records:
+        path = samples_path(workdir, kind, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, encode_samples(step, records))
 
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
-    """Reads the records of samples/KIND-STEP.jsonl."""
-    # Not str.splitlines, which would also split at the Unicode line separators that a completion may contain.
-    with open(workdir / "samples" / f"{kind}-{step:06d}.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """Returns the records of samples/KIND-STEP.jsonl that can be read; none if there is no such file."""
+    return list(read_json_lines(samples_path(workdir, kind, step)))
 
 
 def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
@@ -128,21 +196,25 @@ def before_and_after(workdir: Path) -> str:
     rows = ["", unlike] if unlike else []
     rows += ["", f"{'':24}{'before':>10}{'after':>10}", f"{'step':24}{first['step']:>10}{last['step']:>10}"]
     scores = {label: f"eval/{label}" for label in evaluation_scores(first)} | {"length (tokens)": "eval/length_mean"}
-    rows += [f"{label:24}{first[name]:>10.3f}{last[name]:>10.3f}" for label, name in scores.items()]
+    for label, name in scores.items():
+        values = (line.get(name) for line in (first, last))
+        shown = (f"{value:.3f}" if isinstance(value, int | float) else "-" for value in values)
+        rows += [f"{label:24}" + "".join(f"{text:>10}" for text in shown)]
     shared = next((question for question in before if question in after), None)
     if shared:
-        rows += ["", f"question  {before[shared]['question']}"]
-        rows += [f"{'before':10}{before[shared]['completion'].strip()}"]
-        rows += [f"{'after':10}{after[shared]['completion'].strip()}"]
+        rows += ["", f"question  {before[shared].get('question')}"]
+        rows += [
+            f"{name:10}{records[shared]['completion'].strip()}"
+            for name, records in (("before", before), ("after", after))
+        ]
     return "\n".join(rows)
 
 
 def read_evaluation(workdir: Path, step: int) -> dict[str, dict]:
     """Returns the records of an evaluation by question, prompt and expected answer; empty if its file is gone."""
-    if not (workdir / "samples" / f"eval-{step:06d}.jsonl").is_file():
-        return {}
     fields = ("question", "prompt", "expected")
-    return {str([record.get(name) for name in fields]): record for record in read_samples(workdir, "eval", step)}
+    records = (record for record in read_samples(workdir, "eval", step) if isinstance(record.get("completion"), str))
+    return {str([record.get(name) for name in fields]): record for record in records}
 
 
 def describe_unlike(first: dict, last: dict, before: dict[Any, dict], after: dict[Any, dict]) -> str:

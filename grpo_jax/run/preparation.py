@@ -10,7 +10,13 @@ import jax
 from grpo_jax import config as configs
 from grpo_jax.config.rules import PYTHON_TASK
 from grpo_jax.config.schema import Config
-from grpo_jax.config.workdir import check_trained_config, continue_derived, keys_that_are_set, run_digests
+from grpo_jax.config.workdir import (
+    check_trained_config,
+    continue_derived,
+    has_checkpoint,
+    keys_that_are_set,
+    run_digests,
+)
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
@@ -66,7 +72,9 @@ def check_run(
     Raises:
         UserError: The config, the workdir, a problem or a reward cannot be used.
     """
-    raw = continue_derived(name_python_inputs(raw, problems, rewards), frozenset(given), workdir)
+    raw = name_python_inputs(raw, problems, rewards)
+    if has_checkpoint(workdir):
+        raw = continue_derived(raw, frozenset(given), workdir)
     cfg = configs.check(raw)
     configs.check_workdir(workdir, cfg)
     check_sinks(cfg.log.sinks)
@@ -82,7 +90,7 @@ def check_run(
     with phase("Reading the problems"):
         task = make_task(problems, cfg, graded=graded)
     digests = run_digests(task, cfg.prompt.template)
-    configs.check_files(workdir, digests, accept=accept_changed_files)
+    configs.check_files(workdir, digests, accept=accept_changed_files or not has_checkpoint(workdir))
     join_processes(os.environ)
     mute(jax.process_index() != 0)
     return CheckedRun(raw, frozenset(given), cfg, done, reward_parts, task, digests)

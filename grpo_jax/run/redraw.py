@@ -92,16 +92,15 @@ def read_record(workdir: Path, name: SampleName) -> dict:
         UserError: There is no such record, or its file cannot be read.
     """
     file = f"samples/{name.kind}-{name.step:06d}.jsonl"
-    try:
-        records = read_samples(workdir, name.kind, name.step)
-    except OSError:
+    records = [
+        found for found in read_samples(workdir, name.kind, name.step) if {"prompt_id", "sample_id"} <= found.keys()
+    ]
+    if not records:
         steps = sorted(int(path.stem.rsplit("-")[-1]) for path in (workdir / "samples").glob(f"{name.kind}-*.jsonl"))
         raise UserError(
-            f"--sample must name a recorded sample, but {workdir} has no {file}; found files of the steps "
+            f"--sample must name a recorded sample, but {workdir} has no {file} with records; found files of the steps "
             f"{shorten(steps)}. Choose one of these; log.samples and log.every_steps say what a run records."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{workdir / file} must hold JSON lines, but {error}. Restore the file.") from None
+        )
     for record in records:
         if (record["prompt_id"], record["sample_id"]) == (name.prompt_id, name.sample_id):
             return record

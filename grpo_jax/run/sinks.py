@@ -14,6 +14,9 @@ import importlib.util
 import json
 import os
 import secrets
+import socket
+import struct
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,9 @@ import jax
 
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.schema import TRACKERS, Config
+from grpo_jax.config.workdir import replace_file
 from grpo_jax.errors import UserError
-from grpo_jax.run.metrics import as_json, truncate_logs, write_samples
+from grpo_jax.run.metrics import LogFile, as_json, truncate_logs, write_samples
 from grpo_jax.run.progress import announce, phase
 from grpo_jax.text.terminal import printable
 
@@ -48,15 +52,18 @@ def check_sinks(names: Sequence[str]) -> None:
 class JsonLines:
     """Writes metrics.jsonl and the files in samples/."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Opens the files of a run that resumes after `step` (-1: a new run) and removes what comes later."""
+    def __init__(self, workdir: Path, step: int, line: dict[str, Any] | None = None):
+        """Opens the files of a run that resumes after `step` (-1: a new run) and removes what comes later.
+
+        `line` is the line of `step`; see `truncate_logs`.
+        """
         workdir.mkdir(parents=True, exist_ok=True)
-        truncate_logs(workdir, step)
-        self.workdir, self.file = workdir, open(workdir / "metrics.jsonl", "a", buffering=1)
+        truncate_logs(workdir, step, line)
+        self.workdir, self.file = workdir, LogFile(workdir / "metrics.jsonl")
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
         """Appends one line."""
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.file.append_json({"step": step} | metrics)
 
     def write_samples(self, kind: str, step: int, records: list[dict]) -> None:
         """Writes samples/KIND-STEP.jsonl."""
@@ -68,26 +75,45 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes metrics as TensorBoard events; completions are not shown."""
+    """Writes metrics as TensorBoard events; completions are not shown.
+
+    tensorboardX's own writer would hold events back in a queue and a thread: a killed run would lose them, and a full
+    disk would end the thread and leave the run waiting for it.
+    """
 
     def __init__(self, workdir: Path, step: int):
         """Opens the events of a run that resumes after `step` (-1: a new run); TensorBoard ignores later ones."""
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = LogFile(folder / name)
+        self.append(file_version="brain.Event:2")
+        self.append(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def append(self, **fields: Any) -> None:
+        """Appends an event, stored as its length, a checksum, the event and another checksum."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+
+        event = Event(wall_time=time.time(), **fields).SerializeToString()
+        parts = (struct.pack("<Q", len(event)), event)
+        self.file.append(b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in parts))
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Adds one event per metric that has a value."""
-        for name, value in metrics.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+        """Appends an event with the metrics that have a value."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items() if value is not None]
+        self.append(step=step, summary=Summary(value=values))
 
     def write_samples(self, kind: str, step: int, records: list[dict]) -> None:
         """Does nothing."""
 
     def close(self) -> None:
-        """Flushes and closes the events."""
-        self.writer.close()
+        """Closes the events."""
+        self.file.close()
 
 
 class Tracker:
@@ -116,7 +142,7 @@ class Tracker:
         """Imports the package and starts its run."""
         id_file = workdir / f"{self.name}_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            replace_file(id_file, secrets.token_hex(4).encode())
         run_id = id_file.read_text().strip()
         self.module = importlib.import_module(self.name)
         options = dict(project=os.environ.get("WANDB_PROJECT", "grpo_jax"), resume="allow")
@@ -175,10 +201,15 @@ def completion_table(step: int, records: list[dict]) -> tuple[list[str], list[li
     return [*TABLE_FIELDS, *(f"reward/{part}" for part in parts), *TABLE_NUMBERS], rows
 
 
-def open_sinks(cfg: Config, workdir: Path, step: int) -> list[JsonLines | TensorBoard | Tracker]:
-    """Opens the sinks of a run that resumes after `step` (-1: a new run); none on processes other than 0."""
+def open_sinks(
+    cfg: Config, workdir: Path, step: int, line: dict[str, Any] | None = None
+) -> list[JsonLines | TensorBoard | Tracker]:
+    """Opens the sinks of a run that resumes after `step` (-1: a new run); none on processes other than 0.
+
+    `line` is the line of `step`; see `truncate_logs`.
+    """
     if jax.process_index() != 0:
         return []
-    makers = {"jsonl": lambda: JsonLines(workdir, step), "tensorboard": lambda: TensorBoard(workdir, step)}
+    makers = {"jsonl": lambda: JsonLines(workdir, step, line), "tensorboard": lambda: TensorBoard(workdir, step)}
     makers |= {name: lambda name=name: Tracker(name, cfg, workdir) for name in TRACKERS}
     return [makers[name]() for name in cfg.log.sinks]

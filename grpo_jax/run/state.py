@@ -15,6 +15,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import RunContext
+from grpo_jax.run.disk import disk_errors
 from grpo_jax.run.progress import phase
 from grpo_jax.types import Experience, TrainState
 from grpo_jax.weights.model_io import load
@@ -91,7 +92,8 @@ def start_or_resume(
     _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
     if cfg.loss.kl_coef:
         reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
-        checkpoint.save_reference(workdir, reference)
+        with disk_errors(workdir, "the reference", sum(leaf.nbytes for leaf in jax.tree.leaves(reference))):
+            checkpoint.save_reference(workdir, reference)
     run = RunState(0, init_train_state(mesh, params, optimizer), reference, None, {}, 0, "")
     return run, jax.random.key(cfg.seed)
 
@@ -115,9 +117,26 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 
 
+def saved_reference(cfg: Config, run: RunState) -> Any:
+    """Returns the reference if a checkpoint must hold it, because the policy has replaced the first one; else None."""
+    return run.reference if 0 < cfg.reference.every_updates <= run.step else None
+
+
+def checkpoint_bytes(cfg: Config, run: RunState) -> int:
+    """Returns about how much room a checkpoint of a run takes."""
+    experience = vars(run.experience) if run.experience else None
+    arrays = (run.train.params, run.train.opt_state, experience, saved_reference(cfg, run))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+
+
 @phase("Saving a checkpoint")
 def save_run(
-    cfg: Config, manager: ocp.CheckpointManager, run: RunState, root_key: jax.Array, started_with: dict[str, Any]
+    cfg: Config,
+    manager: ocp.CheckpointManager,
+    run: RunState,
+    root_key: jax.Array,
+    started_with: dict[str, Any],
+    line: dict[str, Any],
 ) -> None:
     """Starts saving a checkpoint of a run. As soon as the call returns, the next update may donate the run's arrays.
 
@@ -127,6 +146,7 @@ def save_run(
         run: The state.
         root_key: The key that every random key of the run is folded from.
         started_with: The values of config.json by dotted name, which a resume compares (see `check_trained_config`).
+        line: The line of the step in metrics.jsonl.
     """
     meta = {
         "step": run.step,
@@ -134,7 +154,7 @@ def save_run(
         "key": jax.random.key_data(root_key).tolist(),
         "rollout": run.rollout_metrics,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "line": line,
     }
-    is_replaced = 0 < cfg.reference.every_updates <= run.step
-    reference = run.reference if is_replaced else None
+    reference = saved_reference(cfg, run)
     checkpoint.save_checkpoint(manager, run.train, meta, run.experience, reference)

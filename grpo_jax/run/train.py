@@ -6,14 +6,13 @@ from (seed, purpose, counters), so a resumed run continues exactly as if it had 
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from grpo_jax import config as configs
 from grpo_jax.config.keys import flatten
@@ -29,12 +28,15 @@ from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager, read_m
 from grpo_jax.run.console import RunLog, describe_run, num_records
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
 from grpo_jax.run.diagnosis import initial_facts, sample_surprise
+from grpo_jax.run.disk import CheckpointSaver, disk_errors
 from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.lock import WorkdirLock
 from grpo_jax.run.metrics import (
     before_and_after,
     describe_finished_run,
     evaluation_line,
     read_metrics,
+    truncate_logs,
 )
 from grpo_jax.run.preparation import check_run, prepare_run
 from grpo_jax.run.progress import announce, phase, set_detail
@@ -54,6 +56,7 @@ from grpo_jax.run.stages import (
 from grpo_jax.run.state import (
     RunState,
     UpdateInFlight,
+    checkpoint_bytes,
     describe_failure,
     replace_reference,
     save_run,
@@ -79,7 +82,8 @@ class RunSetup(NamedTuple):
 
     root_key: jax.Array  # every random key of the run is folded from it
     held_out: list[Problem]
-    manager: ocp.CheckpointManager
+    saver: CheckpointSaver
+    lock: WorkdirLock
     log: RunLog
     started_with: dict  # the values of config.json by dotted name, for checkpoints
 
@@ -120,27 +124,58 @@ def train(
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
     if checked.done == checked.cfg.total_steps:
-        skipped = read_meta(workdir, checked.done)["skipped_in_a_row"]
-        if failure := describe_failure(checked.cfg, skipped, checked.done):
-            raise UserError(failure)
-        announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, checked.done)}")
-        return read_metrics(workdir)[-1]
-    run = prepare_run(checked, workdir)
-    cfg, context = run.cfg, run.context
-    if jax.process_index() == 0:
-        configs.write_config(workdir, cfg, checked.digests)
-        announce("\n".join(run.notes))
-    if jax.process_count() > 1:
-        check_shared_workdir(workdir)
-    with jax.set_mesh(context.mesh), closing(context.grader):
-        from_first_process(context.grader.start, np.zeros(()))
-        metrics = run_updates(run.fitted, context, run.task, workdir, flatten(dataclasses.asdict(cfg)))
+        return describe_outcome(checked.cfg, workdir)
+    with closing(WorkdirLock(workdir)) as lock:
+        from_first_process(lambda: take_workdir(lock, checked.done), np.zeros(()))
+        run = prepare_run(checked, workdir)
+        cfg, context = run.cfg, run.context
+        if jax.process_index() == 0:
+            configs.write_config(workdir, cfg, checked.digests)
+            announce("\n".join(run.notes))
+        if jax.process_count() > 1:
+            check_shared_workdir(workdir)
+        with jax.set_mesh(context.mesh), closing(context.grader):
+            from_first_process(context.grader.start, np.zeros(()))
+            metrics = run_updates(run.fitted, context, run.task, lock, flatten(dataclasses.asdict(cfg)))
     if jax.process_index() == 0:
         folders = (
             "samples/, checkpoints/ and tensorboard/" if "tensorboard" in cfg.log.sinks else "samples/ and checkpoints/"
         )
         announce(f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, {folders} to {workdir}")
     return metrics
+
+
+def take_workdir(lock: WorkdirLock, done: int) -> None:
+    """Takes the lock of a run's workdir, and checks that the run still has done the same number of updates.
+
+    Raises:
+        UserError: Another job uses the workdir, or has just used it.
+    """
+    lock.take()
+    newest = newest_step(lock.workdir)
+    if newest != done:
+        raise UserError(
+            f"The run in {lock.workdir} must not change while it is started again, but its newest checkpoint is of "
+            f"step {newest} now, after {done}. Start it again."
+        )
+
+
+def describe_outcome(cfg: Config, workdir: Path) -> dict[str, float]:
+    """Prints the outcome of a run that has done all its updates, and returns the metrics of the last one.
+
+    Raises:
+        UserError: The run ended because of gradients that were not finite.
+    """
+    done = cfg.total_steps
+    meta = read_meta(workdir, done)
+    if failure := describe_failure(cfg, meta["skipped_in_a_row"], done):
+        raise UserError(failure)
+    if meta.get("line") not in (None, *read_metrics(workdir)):
+        with closing(WorkdirLock(workdir)) as lock:
+            lock.take()
+            truncate_logs(workdir, done, meta["line"])
+    announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
+    return meta.get("line") or read_metrics(workdir)[-1]
 
 
 @phase("Evaluating")
@@ -201,24 +236,51 @@ def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[st
     return run._replace(flight=None, rollout_metrics=rollout_metrics, skipped_in_a_row=skipped, failure=failure)
 
 
+def start_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
+    """Starts to save a checkpoint, whose step must be the last one in metrics.jsonl."""
+    setup.lock.check()
+    setup.log.attempt()
+    with setup.saver.saving(run.step, checkpoint_bytes(cfg, run)):
+        save_run(cfg, setup.saver.manager, run, setup.root_key, setup.started_with, setup.log.last_line)
+
+
 def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> RunState:
     """Evaluates the policy and saves a checkpoint, each if it is due after `run.step`."""
+    setup.saver.check()
     is_last = run.step == cfg.total_steps
     if is_last or (cfg.eval.every_steps and run.step % cfg.eval.every_steps == 0):
         run = wait_for_update(run)  # so that its time does not include the evaluation
         run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
-    if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure:
+    if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure or setup.saver.is_due():
         run = finish_update(cfg, setup.log, run)
         start = time.monotonic()
-        save_run(cfg, setup.manager, run, setup.root_key, setup.started_with)
+        start_saving(cfg, setup, run)
         setup.log.save_seconds = time.monotonic() - start
     if run.flight is None:
         setup.log.step_end = time.monotonic()  # so that the time of the next step does not include this
     return run
 
 
+@contextmanager
+def open_run(
+    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, started_with: dict
+) -> Iterator[tuple[RunSetup, RunState]]:
+    """Restores or starts a run and opens its log, which is cut back to the restored step; closes both in the end."""
+    workdir, keep = lock.workdir, cfg.checkpoint.keep
+    lock.check()
+    with disk_errors(workdir, "the folder of checkpoints"):
+        saver = CheckpointSaver(open_checkpoint_manager(workdir, keep), workdir, cfg.checkpoint.retry_s)
+    with closing(saver):
+        run, root_key = start_or_resume(cfg, context, saver.manager, workdir)
+        line = read_meta(workdir, run.step).get("line")
+        with closing(RunLog(cfg, context, workdir, run.step, line)) as log:
+            yield RunSetup(root_key, held_out_problems(task, cfg.eval.questions), saver, lock, log, started_with), run
+
+
 @phase("Training")
-def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, started_with: dict) -> dict[str, float]:
+def run_updates(
+    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, started_with: dict
+) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
     Within a rollout, an update is dispatched before the metrics of the one before it are fetched, so that the devices
@@ -229,13 +291,9 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
     """
     mesh, updates_per_rollout = context.mesh, cfg.train.minibatches * cfg.train.epochs
     completions = cfg.rollout.prompts * cfg.rollout.samples
-    with (
-        closing(open_checkpoint_manager(workdir, cfg.checkpoint.keep)) as manager,
-        closing(RunLog(cfg, context, workdir, newest_step(workdir))) as log,
-    ):
-        run, root_key = start_or_resume(cfg, context, manager, workdir)
+    with open_run(cfg, context, task, lock, started_with) as (setup, run):
+        log, root_key = setup.log, setup.root_key
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
-        setup = RunSetup(root_key, held_out_problems(task, cfg.eval.questions), manager, log, started_with)
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
             look_at_base_model(cfg, context, task, setup, run)
@@ -292,7 +350,9 @@ def run_updates(cfg: Config, context: RunContext, task: Task, workdir: Path, sta
             run = replace_reference(cfg, run)
             run = evaluate_and_save(cfg, context, setup, run)
         with phase("Writing the last checkpoint"):
-            manager.wait_until_finished()
+            while not setup.saver.finish():
+                start_saving(cfg, setup, run)
+            log.attempt()
     if run.failure:
         raise UserError(run.failure)
     return log.last_metrics

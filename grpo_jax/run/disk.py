@@ -1,0 +1,149 @@
+"""What a run does if its disk is full, read-only or failing: it says in one line what was saved and what was not."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from grpo_jax.errors import UserError
+from grpo_jax.run.checkpoint import checkpoints_folder, newest_step
+from grpo_jax.run.progress import announce
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Other errors of disks, as TensorStore's messages contain them.
+FAILING = (errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV, errno.ENOENT)
+
+
+class DiskError(UserError):
+    """Raised when something could not be written to the workdir."""
+
+    def __init__(self, found: str, advice: str):
+        """Keeps the first half of the message, for a run that goes on."""
+        super().__init__(f"{found} {advice}")
+        self.found = found
+
+
+def disk_errno(error: BaseException | None) -> int:
+    """Returns the number of the system's error behind an exception; 0 if it is none of a disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        for number in (*FULL, *FAILING):
+            if os.strerror(number) in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return 0
+
+
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+@contextmanager
+def disk_errors(workdir: Path, what: str, size: int = 0) -> Iterator[None]:
+    """Raises a DiskError in place of an exception of the block that says that the disk cannot be written.
+
+    Args:
+        workdir: The run.
+        what: What the block writes, such as "the checkpoint of step 20".
+        size: The room that this takes, in bytes; 0 if it hardly takes any.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = disk_errno(error)
+        if not number:
+            raise
+        reason, fix = os.strerror(number), "Make sure that it can be written"
+        if number in FULL:
+            free = shutil.disk_usage(workdir).free
+            needs = f"it takes {format_bytes(size)}, and " if size else ""
+            reason += f" ({needs}{format_bytes(free)} are free)"
+            fix = f"Free {format_bytes(max(size - free, 0) * 1.1)}" if size > free else "Free some room"
+        newest = newest_step(workdir)
+        then = f"resumes after step {newest}, its newest checkpoint" if newest else "starts over"
+        found = f"The disk must hold all of the run in {workdir}, but {what} could not be written: {reason}."
+        raise DiskError(found, f"{fix}, and start the run again: it {then}.") from None
+
+
+class CheckpointSaver:
+    """Notices saves that fail. They end the run, or the run tries again, as `checkpoint.retry_s` says."""
+
+    def __init__(self, manager: ocp.CheckpointManager, workdir: Path, retry_s: int):
+        """Takes the manager of a run's checkpoints, and removes what a killed save has left."""
+        self.manager, self.workdir, self.retry_s = manager, workdir, retry_s
+        self.step, self.size = 0, 0  # of the last save
+        self.retry_at: float | None = None  # when to try again, by `time.monotonic`; None if no save has failed
+        remove_unfinished(workdir)
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Raises a DiskError if the block shows that the last save failed, or says so and plans to try again."""
+        try:
+            with disk_errors(self.workdir, f"the checkpoint of step {self.step}", self.size):
+                try:
+                    yield
+                except Exception:
+                    remove_unfinished(self.workdir)
+                    raise
+        except DiskError as error:
+            if not self.retry_s:
+                raise
+            self.manager.reload()  # it has forgotten the checkpoints that it would have deleted after this save
+            self.retry_at = time.monotonic() + self.retry_s
+            announce(f"warning: {error.found} The run goes on, and tries again in {self.retry_s} s.")
+
+    @contextmanager
+    def saving(self, step: int, size: int) -> Iterator[None]:
+        """Surrounds the start of a save that takes `size` bytes."""
+        self.check()
+        self.step, self.size, self.retry_at = step, size, None
+        with self.noticing():
+            yield
+
+    def check(self) -> None:
+        """Notices that a save in the background has failed; does not wait for one that is under way."""
+        if not self.manager.is_saving_in_progress():
+            with self.noticing():
+                self.manager.wait_until_finished()
+
+    def is_due(self) -> bool:
+        """Returns whether it is time to try again to save."""
+        return self.retry_at is not None and time.monotonic() >= self.retry_at
+
+    def finish(self) -> bool:
+        """Waits for the last save. Returns False if it failed and must be tried again, after the time for that."""
+        with self.noticing():
+            self.manager.wait_until_finished()
+        if self.retry_at is not None:
+            time.sleep(max(0.0, self.retry_at - time.monotonic()))
+        return self.retry_at is None
+
+    def close(self) -> None:
+        """Waits for a save that is under way, reports in one line if it fails, and closes the manager."""
+        try:
+            with disk_errors(self.workdir, f"the checkpoint of step {self.step}", self.size):
+                self.manager.wait_until_finished()
+        except DiskError as error:
+            announce(f"warning: {error.found}")
+        self.manager.close()
+
+
+def remove_unfinished(workdir: Path) -> None:
+    """Removes the folders of checkpoints that were never finished, which would take up room for ever."""
+    if jax.process_index() == 0:
+        for folder in checkpoints_folder(workdir).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(folder, ignore_errors=True)
