@@ -359,7 +359,7 @@ def test_gzipped_files_of_very_large_content_are_refused(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(GOOD.encode() + b"\n" * 100_000))
     assert len(read_problems(path)) == 1
     monkeypatch.setattr(rows, "MIN_BOMB", 50_000)
-    with pytest.raises(UserError, match=r"q.gz: its content is more than 200 times as large as the gzipped file. Corr"):
+    with pytest.raises(UserError, match=r"q.gz: its content is more than 100 times as large as the gzipped file. Corr"):
         read_problems(path)
 
 

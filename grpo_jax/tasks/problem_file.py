@@ -26,6 +26,7 @@ _TERM = (
 READABLE = re.compile(rf"-?{_TERM}(?: ?[+-] ?{_TERM}){{0,4}}|\([A-J]\) .*", re.DOTALL)
 MIN_DIVERSE = 10  # from this many problems on, it is unlikely that all have the same answer
 SHOWN_REASONS, SHOWN_ROWS = 3, 4  # reasons that an error quotes, and rows that it names for each
+MAX_REASONS = 1000  # that are told apart; each may quote its row
 
 
 def read_problems(
@@ -100,29 +101,31 @@ def keep_readable(
         UserError: There are no rows, or too many are unreadable.
     """
     problems: list[Problem] = []
-    reasons: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()  # of rows by reason
+    examples: dict[str, list[str]] = {}  # the first rows by reason
     for place, value in rows:
         if graded and isinstance(value, Problem):
             value = unreadable_answer(value) or value
         if isinstance(value, Problem):
             problems.append(value)
         else:
-            reasons.setdefault(value, []).append(place)
-    count = sum(map(len, reasons.values()))
+            reason = value if value in counts or len(counts) < MAX_REASONS else "other reasons"
+            counts[reason] += 1
+            examples.setdefault(reason, []).extend([place] * (counts[reason] <= SHOWN_ROWS))
+    count = counts.total()
     total = count + len(problems)
     if not total:
         raise UserError(f"{source} must have at least one problem; found none. Add some.")
     listed = "; ".join(
-        ", ".join([*places[:SHOWN_ROWS], *([f"and {len(places) - SHOWN_ROWS:,} more"] * (len(places) > SHOWN_ROWS))])
-        + f": {reason}"
-        for reason, places in list(reasons.items())[:SHOWN_REASONS]
+        ", ".join([*examples[reason], *([f"and {rows - SHOWN_ROWS:,} more"] * (rows > SHOWN_ROWS))]) + f": {reason}"
+        for reason, rows in list(counts.items())[:SHOWN_REASONS]
     )
-    unlisted = sum(map(len, list(reasons.values())[SHOWN_REASONS:]))
+    unlisted = sum(list(counts.values())[SHOWN_REASONS:])
     listed += f"; and {unlisted:,} more rows" if unlisted else ""
     if count > limit * total:
         flags = "--config.task.question=FIELD, --config.task.answer=FIELD and --config.task.choices=FIELD"
         advice = ["Correct them"] + [f"name the fields with {flags}"] * (
-            source != "problems" and not all("needs the verifier" in reason for reason in reasons)
+            source != "problems" and not all("needs the verifier" in reason for reason in counts)
         )
         advice += ["raise the limit"] * (count < total)
         raise UserError(
@@ -154,14 +157,15 @@ def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = Tr
         UserError: A file cannot be used, or both files have the same content.
     """
     path, eval_path = task_cfg.path, task_cfg.eval_path
+    # The files are read first, because they are refused before their end if they are not what they should be.
+    problems, note = read_with_notes(path, task_cfg, graded=graded)
+    held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
     digests, eval_digests = digest_files(path), digest_files(eval_path) if eval_path else {}
     if path == eval_path or (digests and sorted(digests.values()) == sorted(eval_digests.values())):
         raise UserError(
             f"task.eval_path must not hold the same problems as task.path; found equal files {path} and {eval_path}. "
             "Name another file, or leave out task.eval_path to hold out a tenth of task.path."
         )
-    problems, note = read_with_notes(path, task_cfg, graded=graded)
-    held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
     notes = [note, eval_note] if eval_path else [note]
     if graded and len(problems) >= MIN_DIVERSE and len({problem.answer for problem in problems}) == 1:
         notes.append(

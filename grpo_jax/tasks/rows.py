@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import MAX_BYTES, MAX_DEPTH, MAX_LINE, open_regular, parse_json
 
-MAX_DEPTH = 100  # levels of nesting in a row
-MAX_RATIO, MIN_BOMB = 200, 1 << 28  # gzipped content that is so many times larger, and has so many bytes, is refused
-MAX_FIELD = 1 << 28  # characters of a field of a CSV file
-BATCH_ROWS = 1024  # rows of a parquet file or a dataset that are converted at a time
+MAX_RATIO, MIN_BOMB = 100, 1 << 24  # compressed content that is so many times larger, and has so many bytes, is refused
+BATCH_ROWS = 128  # rows of a parquet file or a dataset that are converted at a time
 DATASET_ID = re.compile(r"(?!.*\.(jsonl?|csv|tsv|txt|parquet|gz)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 
 
@@ -86,14 +85,19 @@ def plain(value: Any, place: str, depth: int = 0) -> Any:
 
 def read_file(path: str) -> Iterator[tuple[str, Any]]:
     """Yields the places and rows of a file in any of the formats."""
-    with open(path, "rb") as raw:
+    with open_regular(path) as raw:
         stream: Any = raw
         if raw.peek(2)[:2] == b"\x1f\x8b":
             check_ratio(path)
             stream = gzip.open(raw)
         head = stream.peek(4096)
         if head[:4] == b"PAR1":
-            yield from read_parquet(raw if stream is raw else io.BytesIO(stream.read()))
+            content = raw if stream is raw else io.BytesIO(stream.read(MAX_BYTES + 1))
+            if stream is not raw and content.seek(0, os.SEEK_END) > MAX_BYTES:
+                raise ValueError(
+                    f"it is a gzipped parquet file of more than {MAX_BYTES:,} bytes, which must be unpacked"
+                )
+            yield from read_parquet(content)
             return
         encoding = json.detect_encoding(head[:4])  # UTF-8, or UTF-16 or UTF-32 with or without a byte order mark
         if encoding.startswith("utf-8") and b"\0" in head:
@@ -133,20 +137,36 @@ def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
 def parse_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the value of each line that is not empty, or of the whole text if its first line alone is not JSON."""
     is_first = True
-    for number, line in enumerate(text, start=1):
+    for number, line in enumerate(bounded_lines(text), start=1):
         if not line.strip():
             continue
         try:
-            value = parse_json(line)
+            value = parse_row(line)
         except ValueError as error:
             if not is_first:
                 raise ValueError(f"line {number} is {error}") from None
-            value = parse_json("\n" * (number - 1) + line + text.read())
+            rest = text.read(MAX_BYTES)
+            if len(rest) == MAX_BYTES:
+                raise ValueError(
+                    f"it has more than {MAX_BYTES:,} characters, so it must have a JSON object on each line; line "
+                    f"{number} is {error}"
+                ) from None
+            value = parse_row("\n" * (number - 1) + line + rest)
         yield f"line {number}", value
         is_first = False
 
 
-def parse_json(text: str) -> Any:
+def bounded_lines(text: TextIO) -> Iterator[str]:
+    """Yields the lines of a text; raises a ValueError if one has more than `MAX_LINE` characters."""
+    number = 0
+    while line := text.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number} has more than {MAX_LINE:,} characters")
+        yield line
+
+
+def parse_row(text: str) -> Any:
     """Parses JSON; an object that has a key twice becomes a `RepeatedKey`."""
 
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
@@ -154,17 +174,18 @@ def parse_json(text: str) -> Any:
         return dict(pairs) if len(set(names)) == len(names) else RepeatedKey(max(names, key=names.count))
 
     try:
-        return json.loads(text, object_pairs_hook=as_dict)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, object_pairs_hook=as_dict)
+    except ValueError as error:
         raise ValueError(f"not valid JSON: {error}; found {text.lstrip()[:40]!a}") from None
 
 
 def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a CSV file with a header; the delimiter is a comma, a tab or a semicolon."""
-    header = next((line for line in text if line.strip()), "")
-    csv.field_size_limit(MAX_FIELD)
+    lines = bounded_lines(text)
+    header = next((line for line in lines if line.strip()), "")
+    csv.field_size_limit(MAX_LINE)
     delimiter = max(",\t;", key=header.count)
-    reader = csv.reader(chain([header], text), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     names: list[str] = []
     end, has_rows = 0, False
     try:
@@ -186,11 +207,24 @@ def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def read_parquet(file: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a parquet file, which is open for reading."""
+    """Yields the rows of a parquet file, which is open for reading.
+
+    Raises:
+        ValueError: It is malformed, or its content is out of proportion to its size.
+    """
     import pyarrow.parquet as pq
 
-    batches = pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
-    return number_rows(chain.from_iterable(batch.to_pylist() for batch in batches))
+    bytes_left = max(MIN_BOMB, MAX_RATIO * file.seek(0, os.SEEK_END))
+
+    def rows() -> Iterator[Any]:
+        nonlocal bytes_left
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
+            bytes_left -= batch.nbytes
+            if bytes_left < 0:
+                raise ValueError(f"its content is more than {MAX_RATIO} times as large as the compressed file")
+            yield from batch.to_pylist()
+
+    return number_rows(rows())
 
 
 def read_dataset(path: str) -> Iterator[tuple[str, Any]]:

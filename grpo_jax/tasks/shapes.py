@@ -27,6 +27,7 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_jax.config.schema import TaskSection
+from grpo_jax.foreign import parse_json
 from grpo_jax.text.answers import MAX_WORDS, find_boxes
 from grpo_jax.text.problem import Problem, read_messages
 
@@ -159,8 +160,8 @@ def lookup(value: Any, path: str) -> Any:
 def parse_text(text: str) -> Any:
     """Returns the value of JSON text, or the text itself if it is not JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
 
 

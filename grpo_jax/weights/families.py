@@ -20,14 +20,8 @@ FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *GEMMA
 
 # Sizes of lists and arrays that are built while a config is read. They are bounded so that a broken file cannot
 # exhaust the memory.
-MAX_FIELD_VALUE = 65536
-BOUNDED_FIELDS = (
-    "num_hidden_layers",
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "head_dim",
-    "qk_rope_head_dim",
+MAX_FIELD_VALUES = {"num_hidden_layers": 1024} | dict.fromkeys(
+    ("num_local_experts", "num_experts", "n_routed_experts", "head_dim", "qk_rope_head_dim"), 65536
 )
 
 POSITIVE_FIELDS = (
@@ -87,12 +81,10 @@ def normalize_hf_config(hf_config: dict, where: str):
             "Choose a model of a supported family."
         )
     for section in (hf_config, hf_config.get("text_config")):
-        for field in BOUNDED_FIELDS:
+        for field, most in MAX_FIELD_VALUES.items():
             value = section.get(field) if isinstance(section, dict) else None
-            if isinstance(value, int) and value > MAX_FIELD_VALUE:
-                raise UserError(
-                    f"{field} in {where} must be at most {MAX_FIELD_VALUE}; found {value}. Download the model again."
-                )
+            if isinstance(value, int) and value > most:
+                raise UserError(f"{field} in {where} must be at most {most}; found {value}. Download the model again.")
     from transformers import CONFIG_MAPPING
 
     try:

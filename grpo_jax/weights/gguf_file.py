@@ -5,6 +5,7 @@ The package `gguf` provides the quantization formats and llama.cpp's tensor name
 needs seconds to parse the header of a file with a large vocabulary.
 """
 
+import io
 import itertools
 import math
 import struct
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import open_regular
 from grpo_jax.model.parameters import PARAMETERS
 from grpo_jax.weights.tensor_names import FAMILY_NAMES
 
@@ -30,6 +32,11 @@ GGUF_ARCHITECTURES = {
 # The format's value types as struct codes; strings and arrays have no fixed size.
 SCALAR_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+
+# Of the header, so that a broken one cannot fill the memory. Gemma 3's has 262,144 tokens and 514,906 merges.
+MAX_HEADER_BYTES = 1 << 25
+MAX_ELEMENTS = 1_000_000
+MAX_TOKEN_BYTES = 4096  # of a string in an array; the conversion of tokens takes time that is quadratic in it
 
 
 class GgufTensor(NamedTuple):
@@ -55,6 +62,8 @@ class GgufTensor(NamedTuple):
         """
         from gguf.quants import dequantize
 
+        if 0 in self.shape:
+            return np.zeros(self.shape, np.float32)
         try:
             values = dequantize(np.memmap(self.path, np.uint8, "r", self.start, self.byte_shape), self.quantization)
         except NotImplementedError:
@@ -86,17 +95,22 @@ class GgufHeader(NamedTuple):
 
         Args:
             name: The field, without the architecture's prefix.
-            *default: What to return if the field is absent; without it the field must be a positive number.
+            *default: What to return if the field is absent; without it the field must be a positive number. If it is a
+                text, so must be the field, which is a number otherwise.
 
         Raises:
-            UserError: The field is absent or not positive and has no default, or it differs between layers.
+            UserError: The field is absent or not positive and has no default, is of another type, or differs between
+                layers.
         """
         key = f"{self.architecture}.{name}"
         value = self.fields.get(key, *default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if isinstance(value, list) or (not default and (not isinstance(value, (int, float)) or value <= 0)):
-            raise UserError(f"{key} in {self.path} must be one number above 0; found {value}. Use another model file.")
+        is_text = bool(default) and isinstance(default[0], str)
+        is_number = isinstance(value, int | float) and (bool(default) or value > 0)
+        if not (isinstance(value, str) if is_text else is_number or (default and value is default[0])):
+            expected = "a text" if is_text else "one number" if default else "one number above 0"
+            raise UserError(f"{key} in {self.path} must be {expected}; found {value!r:.80}. Use another model file.")
         return value
 
 
@@ -105,9 +119,11 @@ def unpack(file: BinaryIO, codes: str) -> tuple:
     return struct.unpack(f"<{codes}", file.read(struct.calcsize(f"<{codes}")))
 
 
-def read_string(file: BinaryIO) -> str:
+def read_string(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> str:
     """Reads a string of a GGUF header."""
     (length,) = unpack(file, "Q")
+    if length > max_bytes:
+        raise ValueError(f"a string of {length:,} bytes")
     return str(unpack(file, f"{length}s")[0], "utf-8")
 
 
@@ -117,8 +133,10 @@ def read_value(file: BinaryIO, value_type: int):
         return read_string(file)
     if value_type == ARRAY:
         value_type, count = unpack(file, "IQ")
+        if count > MAX_ELEMENTS:
+            raise ValueError(f"an array of {count:,} elements")
         if value_type == STRING:
-            return [read_string(file) for _ in range(count)]
+            return [read_string(file, MAX_TOKEN_BYTES) for _ in range(count)]
         return list(unpack(file, f"{count}{SCALAR_CODES[value_type]}"))
     (value,) = unpack(file, SCALAR_CODES[value_type])
     # The shortest decimal: 1e-5 in the model's config must be 1e-5 again, not the exact value of its float32.
@@ -137,20 +155,22 @@ def read_gguf_header(path: Path) -> GgufHeader:
     except ImportError:
         raise UserError(f"Reading {path} requires the package gguf, which is missing. Run: pip install gguf") from None
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-            if magic != b"GGUF":
-                raise ValueError(f"it begins with {magic}")
-            version, tensor_count, field_count = unpack(file, "IQQ")
-            if version not in (2, 3):
-                raise ValueError(f"version {version}")
-            fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
-            entries = []
-            for _ in range(tensor_count):
-                name, (dimensions,) = read_string(file), unpack(file, "I")
-                entries.append((name, unpack(file, f"{dimensions}Q")[::-1], *unpack(file, "IQ")))
-            header_size, file_size = file.tell(), path.stat().st_size
-        alignment = fields.get("general.alignment", 32)
+        with open_regular(path) as opened:
+            file, file_size = io.BytesIO(opened.read(MAX_HEADER_BYTES)), path.stat().st_size
+        magic = file.read(4)
+        if magic != b"GGUF":
+            raise ValueError(f"it begins with {magic}")
+        version, tensor_count, field_count = unpack(file, "IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}")
+        fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
+        entries = []
+        for _ in range(tensor_count):
+            name, (dimensions,) = read_string(file), unpack(file, "I")
+            entries.append((name, unpack(file, f"{dimensions}Q")[::-1], *unpack(file, "IQ")))
+        header_size, alignment = file.tell(), fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment {alignment!r:.40}")
         data_start = -(-header_size // alignment) * alignment
         tensors = {}
         for name, shape, type_id, offset in entries:
@@ -161,16 +181,20 @@ def read_gguf_header(path: Path) -> GgufHeader:
                 raise ValueError(f"{file_size} bytes, while {name} ends at byte {end}")
             tensors[name] = GgufTensor(path, name, quantization, data_start + offset, byte_shape, shape)
     except (OSError, struct.error, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        found = str(error) or type(error).__name__
+        if isinstance(error, struct.error):
+            whole = "the file" if file_size <= MAX_HEADER_BYTES else f"{MAX_HEADER_BYTES:,} bytes"
+            found = f"a header that goes beyond the end of {whole}"
         raise UserError(
-            f"{path} must be a complete GGUF file of version 2 or 3; found: {error}. Download it again."
+            f"{path} must be a complete GGUF file of version 2 or 3; found: {found}. Download it again."
         ) from None
     architecture = fields.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise UserError(
             f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
             "Choose a model of a supported architecture."
         )
-    if fields.get("split.count", 1) > 1:
+    if fields.get("split.count", 1) not in (0, 1):
         raise UserError(
             f"{path} must hold the whole model; found one of {fields['split.count']} parts. "
             "Merge them with llama-gguf-split --merge."
@@ -200,7 +224,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     head_dim = get("attention.key_length", get("rope.dimension_count", hidden_size // heads))
     tokens = "bos", "eos", "eot", "eom", "padding"
     ids = {name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in tokens}
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
+    ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+    ends = [end for index, end in enumerate(ends) if end not in ends[:index]]
     quantizations = {tensor.quantization.name for tensor in header.tensors.values()}
     config = {
         "architectures": [f"{prefix}ForCausalLM"],
@@ -285,16 +310,19 @@ def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[st
     Raises:
         UserError: The divisors are different.
     """
-    divisors = header.tensors["rope_freqs.weight"].read()
-    scaling = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    # How often each rotary pair turns within the original context length.
-    turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)
-    keep = np.clip((turns - 1) / (4 - 1), 0, 1)
-    expected = 1 / (keep + (1 - keep) / scaling["factor"])
-    if divisors.shape != (head_dim // 2,) or not np.allclose(divisors, expected, rtol=1e-3):
+    tensor = header.tensors["rope_freqs.weight"]
+    fits = tensor.shape == (head_dim // 2,) and head_dim > 1 and theta > 1
+    if fits:
+        divisors = tensor.read()
+        scaling = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        # How often each rotary pair turns within the original context length.
+        turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)
+        keep = np.clip((turns - 1) / (4 - 1), 0, 1)
+        fits = scaling["factor"] > 0 and np.allclose(divisors * (keep + (1 - keep) / scaling["factor"]), 1, rtol=1e-3)
+    if not fits:
         raise UserError(
-            f"rope_freqs.weight in {header.path} must be that of Llama 3.1, {expected.round(3).tolist()}; "
-            f"found {divisors.round(3).tolist()}. Choose another model."
+            f"rope_freqs.weight in {header.path} must hold the {head_dim // 2} divisors of Llama 3.1 for "
+            f"rope.freq_base={theta}; found others, of shape {tensor.shape}. Choose another model."
         )
     return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": 8192}
 

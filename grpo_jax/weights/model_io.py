@@ -18,25 +18,11 @@ from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import gather_to_host, path_name
-from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
+from grpo_jax.weights.source import CARRIED_FILES, find_model, fp8_block_shape, read_hf_config, read_model_config
 from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
 from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 MAX_SHARD_BYTES = 5_000_000_000  # a larger model is written as several files
 
 log = logging.getLogger(__name__)
@@ -122,7 +108,8 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
         The model's config and its parameters.
 
     Raises:
-        UserError: There is no model at `source`, it is not supported, or its tensors do not match its config.
+        UserError: There is no model at `source`, it is not supported, its tensors do not match its config, or one holds
+            a number that is not finite.
     """
     source = find_model(source)
     model_cfg = read_model_config(source)
@@ -137,15 +124,23 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
 
     def load_parameter(path, leaf, sharding):
         parameter = tensors.parameters[path_name(path)]
-        return assemble_array(leaf.shape, sharding, partial(read_part, parameter, tensors.stored, leaf.dtype))
+        return assemble_array(leaf.shape, sharding, partial(read_part, parameter, tensors.stored, leaf.dtype, source))
 
     return model_cfg, jax.tree_util.tree_map_with_path(load_parameter, shapes, shardings)
 
 
 def read_part(
-    parameter: ParameterTensors, stored: dict[str, StoredTensor], dtype: np.dtype, index: tuple[slice, ...]
+    parameter: ParameterTensors,
+    stored: dict[str, StoredTensor],
+    dtype: np.dtype,
+    source: Path,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Reads the part of a parameter that `index` selects, in the given dtype."""
+    """Reads the part of a parameter that `index` selects, in the given dtype.
+
+    Raises:
+        UserError: A tensor of the model, which is in `source`, holds a number that is not finite in this dtype.
+    """
     stacked_axes = parameter.names.ndim
     names, index = parameter.names[index[:stacked_axes]], index[stacked_axes:]
     names = np.asarray(names, object)  # indexing an array without axes gives its only name
@@ -154,8 +149,22 @@ def read_part(
     part = np.empty((*names.shape, *shape), dtype)
     for position in np.ndindex(*names.shape):
         value = stored[names[position]].read(slices)
-        part[position] = (value.T if parameter.row.transpose else value).reshape(shape)
+        with np.errstate(over="ignore"):  # infinity is reported below
+            part[position] = (value.T if parameter.row.transpose else value).reshape(shape)
+        if not is_finite(part[position]):
+            raise UserError(
+                f"{names[position]} in {source} must hold finite numbers; found NaN or infinity in {dtype}. "
+                "Download the model again."
+            )
     return part
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Returns whether all values, float32 or bfloat16, are finite."""
+    if values.dtype == np.float32:
+        return bool(np.isfinite(values).all())
+    exponent = np.uint16(0x7F80)  # all ones in NaN and infinity; `isfinite` takes seven times as long for bfloat16
+    return not np.any((values.view(np.uint16) & exponent) == exponent)
 
 
 def assemble_array(

@@ -1,16 +1,41 @@
 """Finds models and reads their configs: model folders, GGUF files, the Hugging Face Hub and packaged models."""
 
-import json
 import os
 import re
+from itertools import chain
 from pathlib import Path
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import MAX_BYTES, name_problem, read_json
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import model_config_from_hf
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
 REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
+
+# Files of a model folder that are copied to an export, besides config.json.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+# All files that we or `transformers` read whole.
+SMALL_FILES = (
+    *CARRIED_FILES,
+    "config.json",
+    "model.safetensors.index.json",
+    "vocab.txt",
+    "additional_chat_templates/*",
+)
 
 
 def find_model(path: str | Path) -> Path:
@@ -25,7 +50,8 @@ def find_model(path: str | Path) -> Path:
         A folder with config.json and *.safetensors, or a GGUF file.
 
     Raises:
-        UserError: There is no model at `path`, files are missing, the weights are pickled, or the download fails.
+        UserError: There is no model at `path`, files are missing or not what they should be (see `check_folder`), the
+            weights are pickled, or the download fails.
     """
     path = str(path)
     if path == "tiny":
@@ -33,10 +59,13 @@ def find_model(path: str | Path) -> Path:
     if path == "smollm2":
         return find_packaged_smollm2()
     folder = Path(os.path.expanduser(path))
+    if problem := name_problem(folder):
+        raise UserError(f"model.path must be the path of a model; found {path!r:.80} ({problem}). Correct it.")
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         folder = download_from_hub(path)
+    check_folder(folder)
     has_safetensors = any(folder.glob("*.safetensors"))
     # Files named mmproj* hold the vision tower of a model.
     gguf_files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))
@@ -66,6 +95,26 @@ def find_model(path: str | Path) -> Path:
                 "folder with config.json, tokenizer.json and *.safetensors, to a GGUF file, to a Hub id, or to 'tiny'."
             )
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that the files of a model folder are regular files that lie in it, and that those read whole are small.
+
+    The Hugging Face Hub's cache keeps the content of its folders in `blobs`, to which they link.
+
+    Raises:
+        UserError: A file is something else.
+    """
+    root = Path(os.path.realpath(folder))
+    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
+    small = [*chain.from_iterable(folder.glob(name) for name in SMALL_FILES)]
+    for path in (*small, *folder.glob("*.safetensors"), *folder.glob("*.gguf")):
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise UserError(f"{path} must lie in the model's folder; found a link to {target}. Copy that file there.")
+        if not target.is_file() or (path in small and target.stat().st_size > MAX_BYTES):
+            limit = f" of at most {MAX_BYTES:,} bytes" * (path in small)
+            raise UserError(f"{path} must be a regular file{limit}; found something else. Download the model again.")
 
 
 def find_packaged_smollm2() -> Path:
@@ -114,8 +163,8 @@ def read_json_object(path: Path) -> dict:
         UserError: The file cannot be read, is not JSON, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path.name} in {path.parent} must be a readable JSON file; found: {error}. Download it again."
         ) from None

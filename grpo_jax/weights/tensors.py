@@ -3,7 +3,6 @@
 Reads safetensors (single files, shards, FP8 with block scales) and GGUF; never reads pickles.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import MAX_BYTES, open_regular, parse_json, read_json
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -54,10 +54,13 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         UserError: The file is truncated, is not a safetensors file, or has a tensor of an unknown dtype.
     """
     try:
-        # safe_open checks the header against the size of the file.
-        with safe_open(path, framework="np"), open(path, "rb") as file:
+        with open_regular(path) as file:
             header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
+            if header_size > MAX_BYTES:
+                raise ValueError(f"a header of {header_size:,} bytes")
+            header = parse_json(file.read(header_size).decode("utf-8"))
+        with safe_open(path, framework="np"):  # checks the header against the size of the file
+            pass
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} must be a complete safetensors file; found: {error}. Download it again.") from None
 
@@ -123,10 +126,14 @@ def check_shard_index(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        names = {str(name) for name in read_json(path)["weight_map"].values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} must hold a weight_map; found: {error}. Download it again.") from None
-    missing = sorted(name for name in names if not (folder / name).is_file())
+    outside = sorted(name for name in names if Path(name).name != name)
+    if outside:
+        raise UserError(f"{path} must name files in its folder; found {outside[0]!r:.80}. Download the model again.")
+    present = {file.name for file in folder.iterdir()}
+    missing = sorted(names - present)
     if missing:
         raise UserError(
             f"All {len(names)} files named in {path} must exist; found {len(missing)} missing, such as {missing[0]}. "
