@@ -9,6 +9,7 @@ from pathlib import Path
 
 from grpo_jax import config as configs
 from grpo_jax.config import flags
+from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.parts import accuracy_part, resolve_parts
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--questions",
         metavar="FILE",
-        type=os.path.expanduser,
+        type=flags.path_flag,
         help="your own problems: JSON lines, JSON, CSV, parquet or a Hugging Face dataset, like task.path",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -87,8 +88,8 @@ def main(argv: Sequence[str]) -> None:
 
 def check_held_out(cfg: configs.Config, workdir: Path) -> None:
     """Raises a UserError if the run in a workdir holds out no problems, so that it may have trained on all of them."""
-    has_run = (workdir / "config.json").is_file()
-    if 0 in (cfg.eval.questions, read_config(workdir).eval.questions if has_run else cfg.eval.questions):
+    run = flatten(read_config(workdir).to_dict()) if (workdir / "config.json").is_file() else {}
+    if 0 in (cfg.eval.questions, run.get("eval.questions")):
         raise UserError(
             f"An evaluation needs held-out problems, but the run in {workdir} has none, because its eval.questions is "
             "0. Pass --questions=FILE."

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     parser = flags.make_parser(
         __doc__, "python -m grpo_jax.export --workdir=runs/r1zero --out=exported --step=40", of_a_run=True
     )
-    parser.add_argument("--out", metavar="DIR", type=os.path.expanduser, help="the folder to write, new or empty")
+    parser.add_argument("--out", metavar="DIR", type=flags.path_flag, help="the folder to write, new or empty")
     options, raw, workdir, _ = flags.parse_flags(parser, argv)
     if not options.out:
         raise UserError("--out must name the folder to write; found none. Pass --out=DIR.")

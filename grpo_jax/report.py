@@ -3,7 +3,6 @@
 A run may still be training. The page can average runs whose configs differ only in the seed.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
         several_runs=True,
     )
     parser.add_argument(
-        "--out", metavar="FILE.html", type=os.path.expanduser, default="report.html", help="default: report.html"
+        "--out", metavar="FILE.html", type=flags.path_flag, default="report.html", help="default: report.html"
     )
     parser.add_argument(
         "--topology", metavar="KIND:SIZES", help="devices of the runs, such as h100:8; adds the model FLOPs utilization"

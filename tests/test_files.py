@@ -328,7 +328,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         (b"question,answer\n1 + 1?,2\ncaf\xe9?,1\n", "line 3 has .*bytes that are not UTF-8, in 'caf"),
         (
             GOOD + '{"question": "q", "answer": "1", "m": ' + DEEP + "}",
-            "line 2 is not valid JSON: maximum recursion depth",
+            "line 2 is not valid JSON: more than 100 levels",
         ),
         (
             GOOD + '{"question": "q", "answer": "1", "m": ' + "[" * 150 + "]" * 150 + "}",

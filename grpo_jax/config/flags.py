@@ -29,7 +29,10 @@ from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default
 from grpo_jax.config.workdir import continue_derived, has_checkpoint, read_config
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import name_problem
 from grpo_jax.text.terminal import printable
+
+MAX_MESSAGE = 3000  # characters of an error, which may quote what a file holds
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -51,6 +54,19 @@ class HelpAction(argparse.Action):
         """Prints the flags and the config's sections, or for `--help=SECTION` the keys of that section."""
         print(explain(values) if values else parser.format_help().rstrip())
         sys.exit(0)
+
+
+def path_flag(text: str) -> str:
+    """Returns the value of a flag that is a path, with `~` expanded.
+
+    Raises:
+        argparse.ArgumentTypeError: No file can have this path.
+    """
+    path = os.path.expanduser(text)
+    problem = name_problem(path.partition(".py:")[0])
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a path ({problem})")
+    return path
 
 
 def make_parser(description: str, example: str, *, of_a_run: bool = False, several_runs: bool = False) -> OneLineParser:
@@ -76,9 +92,9 @@ def make_parser(description: str, example: str, *, of_a_run: bool = False, sever
             "config to compare the runs with; default: the nearest preset of the package",
             "folder of a run; may be repeated",
         )
-    parser.add_argument("--config", metavar="FILE.py[:PRESET]", type=os.path.expanduser, help=about_config)
+    parser.add_argument("--config", metavar="FILE.py[:PRESET]", type=path_flag, help=about_config)
     action = "append" if several_runs else "store"
-    parser.add_argument("--workdir", metavar="DIR", type=os.path.expanduser, action=action, help=about_workdir)
+    parser.add_argument("--workdir", metavar="DIR", type=path_flag, action=action, help=about_workdir)
     if of_a_run:
         parser.add_argument("--base", action="store_true", help="use the base model instead of the trained policy")
         parser.add_argument(
@@ -241,7 +257,9 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
         raw = load_config(flags.config)
     else:
         raw = read_config(workdir)
-        if flags.of_a_run and "mesh" in raw:  # the run may have used more devices than there are here
+        if (
+            flags.of_a_run and "mesh" in raw and "rollout" in raw
+        ):  # the run may have used more devices than there are here
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh
@@ -272,7 +290,10 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(printable("error: " + " ".join(str(error).split())), file=sys.stderr)
+        message = " ".join(str(error).split())
+        if len(message) > MAX_MESSAGE:  # its end says what to do
+            message = f"{message[: MAX_MESSAGE - 300]} [...] {message[-300:]}"
+        print(printable(f"error: {message}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         message = "Interrupted. A training run continues from its last checkpoint, if any, when started again."

@@ -1,6 +1,7 @@
 """Checks a config before any device work: its keys, then their values one by one, then the rules between keys."""
 
 import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,6 +10,7 @@ from grpo_jax.config.keys import flatten, format_as_flag, key_specs
 from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import name_problem
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -25,6 +27,9 @@ REFUSED = dict.fromkeys(
     "the update scores the full distribution, so the ratio to a truncated one would be biased "
     "(eval.top_k, eval.top_p and eval.min_p may be set)",
 )
+
+# A rollout with more exists on no hardware. Published ones have up to 8,192 sequences of up to 65,536 tokens.
+MAX_SEQUENCES, MAX_ROLLOUT_TOKENS = 2**20, 2**33
 
 # Stands for any function of the user's in NO_EFFECT.
 USERS_FUNCTION = "module:function"
@@ -83,15 +88,36 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
         value, kind = values[name], type(spec.default)
         value = with_floats(value, spec.default)
         topic = name if config_class is Config else "pretrain"
+        check_size(name, value, bounded=spec.at_most is not None or spec.below is not None)
         ending = f"; found {value!r}. Set --config.{name}=VALUE; --help={topic} explains it."
         require(type(value) is kind, f"{name} must be of type {kind.__name__}{ending}")
         because = f", because {spec.because}" if spec.because else ""
         require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
         values[name] = path = os.path.expanduser(value) if spec.path else value
+        problem = name_problem(path) if spec.path else ""
+        require(not problem, f"{name} must be a path{ending.replace('.', f' ({problem}).', 1)}")
         # So that a run can be resumed from another folder. With one slash, it may be the id of a dataset.
         if name in RESOLVED_PATHS and path not in ("", *TEMPLATES) and (os.path.exists(path) or path.count("/") != 1):
             values[name] = os.path.abspath(path)
     return build(config_class, values)
+
+
+def check_size(name: str, value: Any, *, bounded: bool) -> None:
+    """Raises a UserError if a number in a value is not finite, or is too large to be printed or counted with.
+
+    Args:
+        name: The key.
+        value: The value.
+        bounded: Whether the key has an upper bound of its own.
+    """
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float):
+            require(math.isfinite(number), f"{name} must be finite; found {number}. Set --config.{name}=VALUE.")
+        elif isinstance(number, int):
+            require(
+                abs(number) < 2**31 or (bounded and abs(number) < 2**63),
+                f"{name} must be less than 2**31; found a number of {number.bit_length()} bits. Set a smaller one.",
+            )
 
 
 def with_floats(value: Any, default: Any) -> Any:
@@ -143,6 +169,12 @@ def check(raw: "ConfigDict") -> Config:
     )
     check_optimizer(cfg)
     sequences, minibatches = cfg.rollout.prompts * cfg.rollout.samples, cfg.train.minibatches
+    require(
+        sequences <= MAX_SEQUENCES and sequences * cfg.rollout.max_tokens <= MAX_ROLLOUT_TOKENS,
+        f"A rollout may have at most {MAX_SEQUENCES:,} sequences (rollout.prompts * rollout.samples) and "
+        f"{MAX_ROLLOUT_TOKENS:,} tokens; found {sequences:,} sequences of rollout.max_tokens={cfg.rollout.max_tokens}. "
+        "Lower one of the three.",
+    )
     require(
         sequences % minibatches == 0,
         f"train.minibatches must be a divisor of the {sequences} sequences of a rollout (rollout.prompts * "

@@ -93,7 +93,9 @@ class TaskSection:
         "`addition` generates sums, `file` reads task.path; module:function or path/file.py:function is your own task",
     )
     digits: int = key(3, "number of digits of both numbers in a sum", at_least=1, at_most=9)
-    shots: int = key(0, "solved sums before each question, for a model that does not know the tags", at_least=0)
+    shots: int = key(
+        0, "solved sums before each question, for a model that does not know the tags", at_least=0, at_most=1000
+    )
     path: str = key(
         "",
         "problems: a JSONL, JSON, CSV or parquet file, plain or gzipped, or a Hugging Face dataset (folder or hub id)",
@@ -305,7 +307,7 @@ class EvalSection(Resumable):
     """The evaluation on held-out problems."""
 
     every_steps: int = key(0, "updates between evaluations; 0 for only before the first and after the last", at_least=0)
-    questions: int = key(256, "number of held-out problems; 0 for no evaluation", at_least=0)
+    questions: int = key(256, "number of held-out problems; 0 for no evaluation", at_least=0, at_most=1_000_000)
     temperature: float = key(1.0, "sampling temperature; 0 decodes greedily", at_least=0)
     top_k: int = key(0, "samples from the k most likely tokens; 0 for all", at_least=0)
     top_p: float = key(1.0, "samples from the fewest tokens with this total probability", more_than=0, at_most=1)

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config.keys import flatten, format_as_flag, key_specs
+from grpo_jax.config.pretrain_schema import PretrainConfig
+from grpo_jax.config.rules import with_floats
 from grpo_jax.config.schema import Config, default
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import read_json
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -150,8 +153,10 @@ def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:
     """Returns the files whose digests are not those with which a run was last started; none if it stored none."""
     path = workdir / "files.json"
     try:
-        before = dict(json.loads(path.read_bytes())) if path.is_file() else digests
-    except (ValueError, TypeError, RecursionError):  # damaged, so that nothing is known about the files
+        before = read_json(path) if path.exists() else digests
+        if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
+            raise ValueError
+    except (OSError, ValueError):  # damaged, so that nothing is known about the files
         before = {}
     return sorted({name for name, _ in before.items() ^ digests.items()})
 
@@ -218,16 +223,27 @@ def read_config(workdir: Path) -> "ConfigDict":
     from ml_collections import ConfigDict
 
     try:
-        values = json.loads((Path(workdir) / "config.json").read_text(), object_hook=with_tuples)
+        values = read_json(Path(workdir) / "config.json", object_hook=with_tuples)
         if not isinstance(values, dict) or "job" not in values:
             raise ValueError(f"config.json holds {str(values)[:40]!r} instead of the config of a run")
-    except (OSError, ValueError) as error:
+        check_types(values)
+        return ConfigDict(values)
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: a name that a ConfigDict cannot have
         found = "found none" if isinstance(error, FileNotFoundError) else error
         raise UserError(
             f"{workdir} must be the workdir of a training run, with a config.json: {found}. Pass another --workdir, or "
             "start a run there with --config=FILE.py."
         ) from None
-    return ConfigDict(values)
+
+
+def check_types(values: dict[str, Any]) -> None:
+    """Raises a ValueError if a key of a run's config, which may be of another version, is not of its type."""
+    specs = key_specs(PretrainConfig if values["job"] == "pretrain" else Config)
+    sections = {name.rpartition(".")[0] for name in specs}
+    for name, value in flatten(values).items():
+        kind = dict if name in sections else type(specs[name].default) if name in specs else None
+        if kind and type(value if kind is dict else with_floats(value, specs[name].default)) is not kind:
+            raise ValueError(f"{name} is of type {type(value).__name__} instead of {kind.__name__}")
 
 
 def with_tuples(section: dict[str, Any]) -> dict[str, Any]:
