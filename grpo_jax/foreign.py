@@ -4,13 +4,14 @@ Only regular files are opened: a device or a pipe may never end. SECURITY.md say
 """
 
 import errno
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_BYTES = 1 << 26  # of a file that is read whole; the tokenizer.json of 262,144 tokens has 33 MB
 MAX_LINE = 1 << 24  # bytes of a line that is read whole
@@ -21,7 +22,7 @@ MAX_VALUES = 2_000_000  # a parsed value takes up to about 120 bytes
 _STRING_OR_VALUE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{,:]', re.DOTALL)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes.
 
     Raises:
@@ -106,7 +107,7 @@ def is_deep(value: Any) -> bool:
     return False
 
 
-def read_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: io.BufferedReader) -> Iterator[bytes]:
     """Yields the lines of a file, each with its line end.
 
     Raises:

@@ -93,6 +93,7 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
         require(type(value) is kind, f"{name} must be of type {kind.__name__}{ending}")
         because = f", because {spec.because}" if spec.because else ""
         require(spec.accepts(value), f"{name} must be {spec.allowed}{because}{ending}")
+        require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite{ending}")
         values[name] = path = os.path.expanduser(value) if spec.path else value
         problem = name_problem(path) if spec.path else ""
         require(not problem, f"{name} must be a path{ending.replace('.', f' ({problem}).', 1)}")
@@ -103,7 +104,7 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
 
 
 def check_size(name: str, value: Any, *, bounded: bool) -> None:
-    """Raises a UserError if a number in a value is not finite, or is too large to be printed or counted with.
+    """Raises a UserError if an integer in a value is too large to be printed or counted with.
 
     Args:
         name: The key.
@@ -111,13 +112,10 @@ def check_size(name: str, value: Any, *, bounded: bool) -> None:
         bounded: Whether the key has an upper bound of its own.
     """
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, float):
-            require(math.isfinite(number), f"{name} must be finite; found {number}. Set --config.{name}=VALUE.")
-        elif isinstance(number, int):
-            require(
-                abs(number) < 2**31 or (bounded and abs(number) < 2**63),
-                f"{name} must be less than 2**31; found a number of {number.bit_length()} bits. Set a smaller one.",
-            )
+        require(
+            not isinstance(number, int) or abs(number) < 2**31 or (bounded and abs(number) < 2**63),
+            f"{name} must be less than 2**31; found a larger number. Set --config.{name}=VALUE.",
+        )
 
 
 def with_floats(value: Any, default: Any) -> Any:
