@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import read_config
-from grpo_jax.run.metrics import read_json_lines, read_metrics
+from grpo_jax.errors import UserError
+from grpo_jax.run.metrics import has_step, read_json_lines, read_metrics
+
+MAX_LOG_BYTES = 1 << 27  # of metrics.jsonl and of warnings.jsonl, which are read whole; a line has about 1,500
 
 
 class RunFiles(NamedTuple):
@@ -38,6 +41,16 @@ def short_names(workdirs: Sequence[Path]) -> list[str]:
     return list(map(str, workdirs))
 
 
+def check_log_sizes(workdir: Path) -> None:
+    """Raises a UserError if a log of a run is too large for a report."""
+    for path in (workdir / "metrics.jsonl", workdir / "warnings.jsonl"):
+        if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
+            raise UserError(
+                f"{path} must have at most {MAX_LOG_BYTES:,} bytes for a report; found {path.stat().st_size:,}. "
+                "Copy the workdir with a shorter one."
+            )
+
+
 def read_runs(workdirs: Sequence[str]) -> list[RunFiles]:
     """Reads the files of runs; a workdir that is named twice is read once.
 
@@ -48,10 +61,16 @@ def read_runs(workdirs: Sequence[str]) -> list[RunFiles]:
     runs = []
     for name, folder in zip(short_names(folders), folders, strict=True):
         config = flatten(read_config(folder).to_dict())
+        check_log_sizes(folder)
         lines = read_metrics(folder)
         updates = [line for line in lines if line["step"] > 0]
         evaluations = [line for line in lines if any(metric.startswith("eval/") for metric in line)]
-        warnings = [found for found in read_json_lines(folder / "warnings.jsonl") if {"step", "text"} <= found.keys()]
+        found = filter(has_step, read_json_lines(folder / "warnings.jsonl"))
+        warnings = [
+            {"step": warning["step"], "name": str(warning.get("name")), "text": warning["text"]}
+            for warning in found
+            if isinstance(warning.get("text"), str)
+        ]
         samples = (sample_files(folder, kind) for kind in ("train", "eval"))
         runs.append(RunFiles(name, folder, config, updates, evaluations, warnings, *samples))
     return runs

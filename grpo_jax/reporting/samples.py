@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.reporting.runs import RunFiles
-from grpo_jax.run.metrics import describe_unlike, read_json_lines
+from grpo_jax.run.metrics import describe_unlike, is_record, read_json_lines
 
 MAX_BYTES = 24_000_000  # of the sample files that a page embeds, for all runs together; the page is smaller
 MIN_STEPS = 20  # steps of a run between which its share is divided; a larger file is embedded in part
 MAX_TEXT = 4000  # characters of a completion in the comparison of evaluations
+MAX_ANSWERS = 1 << 26  # characters of all answers of an evaluation, of which each counts as at least 1,000
 MAX_COMPARISON = 1_000_000  # characters of all completions in the comparison
 COMPARED = ("completion", "length", "truncated", "parsed", "why", "reward")  # of a completion
 MAX_BINS = 16
@@ -126,7 +127,8 @@ def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dic
     `is_cut` of a step's last group says whether the file holds more answers than the page.
     """
     files, limit = choose_files(run.train_samples, max_bytes)
-    records = {step: of_step for step, path in files.items() if (of_step := list(read_json_lines(path, limit)))}
+    read = {step: list(filter(is_record, read_json_lines(path, limit))) for step, path in files.items()}
+    records = {step: of_step for step, of_step in read.items() if of_step}
     steps = {step: embed_step(of_step) for step, of_step in records.items()}
     for step, groups in steps.items():
         groups[-1]["is_cut"] = files[step].stat().st_size > limit
@@ -134,13 +136,21 @@ def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dic
 
 
 def read_answers(path: Path) -> dict[tuple, dict[str, Any]]:
-    """Returns what is compared of the completions of an evaluation, by prompt id and question."""
-    answers = {}
-    for record in read_json_lines(path):  # one at a time: with all tokens, they may not fit in memory
+    """Returns what is compared of the completions of an evaluation, by prompt id and question.
+
+    Of a file whose answers have more than `MAX_ANSWERS` characters, the first ones are returned.
+    """
+    answers, characters = {}, 0
+    for record in filter(
+        is_record, read_json_lines(path)
+    ):  # one at a time: with all tokens, they may not fit in memory
         answer = {name: record.get(name) for name in (*COMPARED, "prompt_id", "expected", "rewards")}
         answer |= {"question": question_text(record.get("question"))}
         answer |= {"completion": str(record.get("completion"))[:MAX_TEXT]}
         answers[answer["prompt_id"], answer["question"], record.get("prompt"), answer["expected"]] = answer
+        characters += 1000 + len(answer["question"]) + len(str(record.get("prompt"))) + len(answer["completion"])
+        if characters > MAX_ANSWERS:
+            break
     return answers
 
 

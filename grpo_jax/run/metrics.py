@@ -8,13 +8,42 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config.workdir import replace_file
+from grpo_jax.errors import UserError
+from grpo_jax.foreign import open_regular, parse_json, read_lines
 
 NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and eval/ that are not reward parts
+
+NUMBER = (int, float, type(None))  # in JSON; null stands for a number that is not finite
+
+# In a line without this, a number has at most 18 digits and an exponent of two.
+HUGE_NUMBER = re.compile(rb"[0-9]{19}|[eE]\+?[0-9]{3}")
+NO_CONSTANTS = {"parse_constant": lambda name: None}  # NaN and infinity
+NO_HUGE_NUMBERS = NO_CONSTANTS | {
+    "parse_int": lambda text: int(text) if len(text) < 19 else None,
+    "parse_float": lambda text: float(text) if abs(float(text)) < 1e100 else None,
+}
+
+
+def is_list_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
+    """Returns a predicate that accepts a list of the given types."""
+    return lambda value: isinstance(value, list) and all(isinstance(element, kind) for element in value)
+
+
+RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("prompt_id", "sample_id", "length"), lambda value: type(value) is int and 0 <= value < 2**31),
+    **dict.fromkeys(("prompt", "completion", "expected", "parsed", "why"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("reward", "advantage"), lambda value: isinstance(value, NUMBER)),
+    **dict.fromkeys(("tokens", "update_steps"), is_list_of(int)),
+    **dict.fromkeys(("logps", "policy_logps", "ref_logps"), is_list_of(NUMBER)),
+    "pieces": is_list_of(str),
+    "question": lambda value: isinstance(value, str | list),
+    "rewards": lambda value: isinstance(value, dict) and is_list_of(NUMBER)(list(value.values())),
+}
 
 
 class LogFile:
@@ -81,27 +110,37 @@ def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dic
     if not path.is_file():
         return
     size = 0
-    with path.open("rb") as lines:  # bytes, because a text file would also split lines at characters of a completion
-        for line in lines:
-            if size and size + len(line) > max_bytes:
-                break
-            size += len(line)
-            try:
-                value = json.loads(line, parse_constant=lambda name: None)  # the report's JSON has no NaN
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                yield value
+    with open_regular(path) as file:  # bytes, because a text file would also split lines at characters of a completion
+        try:
+            for line in read_lines(file):
+                if size and size + len(line) > max_bytes:
+                    break
+                size += len(line)
+                value = parse_line(line)
+                if isinstance(value, dict):
+                    yield value
+        except ValueError as error:
+            raise UserError(f"{path} must hold the JSON lines of a run, but {error}. Restore it.") from None
+
+
+def parse_line(line: bytes) -> Any:
+    """Returns the value of a line of JSON, or None if it has none; numbers that are not finite or are huge are None."""
+    options = NO_HUGE_NUMBERS if HUGE_NUMBER.search(line) else NO_CONSTANTS
+    try:
+        return parse_json(line.decode("utf-8", "surrogatepass"), **options)
+    except ValueError:
+        return None
 
 
 def has_step(line: dict[str, Any]) -> bool:
     """Returns whether a line of a log says which step it belongs to."""
-    return isinstance(line.get("step"), int)
+    return type(line.get("step")) is int and 0 <= line["step"] < 2**31
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl that can be read."""
-    return [line for line in read_json_lines(workdir / "metrics.jsonl") if has_step(line)]
+    """Returns the lines of metrics.jsonl that can be read, without values that are neither numbers nor null."""
+    lines = filter(has_step, read_json_lines(workdir / "metrics.jsonl"))
+    return [{name: value for name, value in line.items() if isinstance(value, NUMBER)} for line in lines]
 
 
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -144,7 +183,12 @@ def write_samples(workdir: Path, kind: str, step: int, records: list[dict]) -> N
 
 def read_samples(workdir: Path, kind: str, step: int) -> list[dict]:
     """Returns the records of samples/KIND-STEP.jsonl that can be read; none if there is no such file."""
-    return list(read_json_lines(samples_path(workdir, kind, step)))
+    return list(filter(is_record, read_json_lines(samples_path(workdir, kind, step))))
+
+
+def is_record(value: dict[str, Any]) -> bool:
+    """Returns whether the fields of a sample that are there and not null are of their types."""
+    return all(fits(value[name]) for name, fits in RECORD_FIELDS.items() if value.get(name) is not None)
 
 
 def console_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
@@ -227,7 +271,10 @@ def describe_unlike(first: dict, last: dict, before: dict[Any, dict], after: dic
         after: The records of the other.
     """
     settings = [
-        name for name in first if name.startswith("eval/sampling/") and first[name] != last.get(name, first[name])
+        name
+        for name in first
+        if name.startswith("eval/sampling/") and first[name] != last.get(name, first[name])
+        if None not in (first[name], last.get(name))
     ]
     unlike = [f"eval.{name.rpartition('/')[2]} ({first[name]:g} and {last[name]:g})" for name in settings]
     if before and after and before.keys() != after.keys():

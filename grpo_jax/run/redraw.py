@@ -92,11 +92,15 @@ def read_record(workdir: Path, name: SampleName) -> dict:
         UserError: There is no such record, or its file cannot be read.
     """
     file = f"samples/{name.kind}-{name.step:06d}.jsonl"
+    needed = ("prompt_id", "sample_id", "question", "prompt", "expected", "tokens", "logps")
     records = [
-        found for found in read_samples(workdir, name.kind, name.step) if {"prompt_id", "sample_id"} <= found.keys()
+        found
+        for found in read_samples(workdir, name.kind, name.step)
+        if all(found.get(field) is not None for field in needed)
     ]
     if not records:
-        steps = sorted(int(path.stem.rsplit("-")[-1]) for path in (workdir / "samples").glob(f"{name.kind}-*.jsonl"))
+        files = (workdir / "samples").glob(f"{name.kind}-*.jsonl")
+        steps = sorted(int(match[0]) for file in files if (match := re.search(r"(?<=-)\d+$", file.stem)))
         raise UserError(
             f"--sample must name a recorded sample, but {workdir} has no {file} with records; found files of the steps "
             f"{shorten(steps)}. Choose one of these; log.samples and log.every_steps say what a run records."
@@ -255,6 +259,12 @@ def redraw_sample(cfg: Config, workdir: Path, name: SampleName) -> tuple[Redrawn
     record = read_record(workdir, name)
     cfg = config_of_sample(cfg, workdir, name)
     base = read_base_model(cfg)
+    tokens, ids = record["tokens"], range(base.model_cfg.vocab_size)
+    if len(tokens) > cfg.rollout.max_tokens or not all(token in ids for token in tokens):
+        raise UserError(
+            f"The record must have at most rollout.max_tokens={cfg.rollout.max_tokens} tokens of the model's "
+            f"vocabulary; found {len(tokens)} tokens {str(tokens[:20])[:80]}. Choose another --sample."
+        )
     cfg, problem, note = find_problem(cfg, base, name, record)
     context = build_context(cfg, base)
     with jax.set_mesh(context.mesh):
