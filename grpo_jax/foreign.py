@@ -54,7 +54,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | Path, **options: Callable[..., Any]) -> Any:
+def read_json_file(path: str | Path, **options: Callable[..., Any]) -> Any:
     """Returns the value that a JSON file holds.
 
     Args:

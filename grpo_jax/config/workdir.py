@@ -14,7 +14,7 @@ from grpo_jax.config.pretrain_schema import PretrainConfig
 from grpo_jax.config.rules import with_floats
 from grpo_jax.config.schema import Config, default
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import read_json
+from grpo_jax.foreign import read_json_file
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -153,7 +153,7 @@ def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:
     """Returns the files whose digests are not those with which a run was last started; none if it stored none."""
     path = workdir / "files.json"
     try:
-        before = read_json(path) if path.exists() else digests
+        before = read_json_file(path) if path.exists() else digests
         if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
             raise ValueError
     except (OSError, ValueError):  # damaged, so that nothing is known about the files
@@ -223,7 +223,7 @@ def read_config(workdir: Path) -> "ConfigDict":
     from ml_collections import ConfigDict
 
     try:
-        values = read_json(Path(workdir) / "config.json", object_hook=with_tuples)
+        values = read_json_file(Path(workdir) / "config.json", object_hook=with_tuples)
         if not isinstance(values, dict) or "job" not in values:
             raise ValueError(f"config.json holds {str(values)[:40]!r} instead of the config of a run")
         check_types(values)

@@ -34,6 +34,8 @@ from grpo_jax.text.decoding import decode_pieces
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
+NEEDED_FIELDS = ("question", "prompt", "expected", "tokens", "logps")  # of a record
+
 # The largest difference between two log-probs of the same policy, in nats, that rounding explains, by dtype.
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.2}
 
@@ -92,21 +94,23 @@ def read_record(workdir: Path, name: SampleName) -> dict:
         UserError: There is no such record, or its file cannot be read.
     """
     file = f"samples/{name.kind}-{name.step:06d}.jsonl"
-    needed = ("prompt_id", "sample_id", "question", "prompt", "expected", "tokens", "logps")
-    records = [
-        found
-        for found in read_samples(workdir, name.kind, name.step)
-        if all(found.get(field) is not None for field in needed)
-    ]
+    found = read_samples(workdir, name.kind, name.step)
+    records = [record for record in found if None not in (record.get("prompt_id"), record.get("sample_id"))]
     if not records:
         files = (workdir / "samples").glob(f"{name.kind}-*.jsonl")
         steps = sorted(int(match[0]) for file in files if (match := re.search(r"(?<=-)\d+$", file.stem)))
         raise UserError(
-            f"--sample must name a recorded sample, but {workdir} has no {file} with records; found files of the steps "
+            f"--sample must name a recorded sample, but {workdir} has no {file}; found files of the steps "
             f"{shorten(steps)}. Choose one of these; log.samples and log.every_steps say what a run records."
         )
     for record in records:
         if (record["prompt_id"], record["sample_id"]) == (name.prompt_id, name.sample_id):
+            missing = [field for field in NEEDED_FIELDS if record.get(field) is None]
+            if missing:
+                raise UserError(
+                    f"The record of --sample must be as the run wrote it; {file} lacks its {', '.join(missing)}. "
+                    "Choose another."
+                )
             return record
     samples = shorten(sorted({record["sample_id"] for record in records}))
     raise UserError(

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import MAX_BYTES, name_problem, read_json
+from grpo_jax.foreign import MAX_BYTES, name_problem, read_json_file
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import model_config_from_hf
 
@@ -163,7 +163,7 @@ def read_json_object(path: Path) -> dict:
         UserError: The file cannot be read, is not JSON, or holds something else.
     """
     try:
-        value = read_json(path)
+        value = read_json_file(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path.name} in {path.parent} must be a readable JSON file; found: {error}. Download it again."

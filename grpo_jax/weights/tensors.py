@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import MAX_BYTES, open_regular, parse_json, read_json
+from grpo_jax.foreign import MAX_BYTES, open_regular, parse_json, read_json_file
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -126,7 +126,7 @@ def check_shard_index(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        names = {str(name) for name in read_json(path)["weight_map"].values()}
+        names = {str(name) for name in read_json_file(path)["weight_map"].values()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} must hold a weight_map; found: {error}. Download it again.") from None
     outside = sorted(name for name in names if Path(name).name != name)
