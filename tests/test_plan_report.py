@@ -21,6 +21,7 @@ from grpo_jax.planning.report import (
     FITS,
     LONG_ROW,
     MIXTURE_NOTE,
+    TRAINER_BYTES,
     USABLE,
     exit_code,
     format_report,
@@ -241,11 +242,11 @@ def test_notes_say_what_takes_longer_or_more_memory_than_needed():
     assert report_of(dense)["notes"] == report_of(long, kind="h100")["notes"] == []
 
 
-def test_a_process_of_cpu_devices_holds_what_each_of_them_holds_and_its_compilers():
-    """While a checkpoint is saved, each device holds its state twice."""
+def test_a_process_of_cpu_devices_holds_what_each_of_them_holds_the_trainer_and_its_compilers():
+    """While a checkpoint is saved, each device holds its state twice. What any compiler takes is counted once."""
     run = run_of(fsdp=2)
     memory = needs.run_memory(run)
-    compilers = {"prefill": (7, 100), "update": (5, 1000)}
+    compilers = {"placement": (6, 30), "prefill": (7, 100), "update": (5, 1000)}
     results = {
         name: compiled(name) | {"started_bytes": started, "compiler_bytes": more}
         for name, (started, more) in compilers.items()
@@ -253,9 +254,10 @@ def test_a_process_of_cpu_devices_holds_what_each_of_them_holds_and_its_compiler
     report = plan_report(run, "cpu:2", "cpu", GIB, results)
     saving = 2 * memory.state + memory.reference
     assert saving > max(report["peaks"].values())
-    assert report["process_bytes"] == 7 + 1100 + 2 * saving
+    grown = TRAINER_BYTES + 7 + 30 + 70 + 970
+    assert report["process_bytes"] == grown + 2 * saving
     large = results | {"update": results["update"] | {"temp_bytes": MIB}}
-    assert plan_report(run, "cpu:2", "cpu", GIB, large)["process_bytes"] == 7 + 1100 + 2 * (MIB + memory.reference)
+    assert plan_report(run, "cpu:2", "cpu", GIB, large)["process_bytes"] == grown + 2 * (MIB + memory.reference)
 
 
 def suggestions(memory_bytes: int, count=3, **limits):

@@ -141,9 +141,10 @@ def apply_gradients(
     schedule: optax.Schedule,
     has_signal: Bool[Array, ""] | bool = True,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Applies one update, unless the gradient norm is not finite (a skipped update) or there is no signal.
+    """Applies one update, unless its result would not be finite (a skipped update) or there is no signal.
 
-    In both cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates
+    An update is skipped if the gradient norm is not finite, or if a new parameter is not, as after a moment of the
+    optimizer has been damaged. In both cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates
     without a signal, but not skipped ones. `optax.apply_if_finite` is not used: after too many skips in a row it
     applies the bad update, and it does not notice a finite gradient whose norm overflows.
 
@@ -160,11 +161,11 @@ def apply_gradients(
     """
     grads = to_float32(grads)
     norm, lr = optax.tree.norm(grads), schedule(state.step - state.skipped)
-    finite = jnp.isfinite(norm)
-    is_applied = finite & has_signal
-    metrics = {"optim/skipped": 1.0 - finite, "optim/no_signal": 1.0 * (finite ^ is_applied)}
     updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.params))
     params = optax.apply_updates(state.params, jax.tree.map(lambda x: -lr * x, updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(to_float32(params)))
+    is_applied = finite & has_signal
+    metrics = {"optim/skipped": 1.0 - finite, "optim/no_signal": 1.0 * (finite ^ is_applied)}
 
     def keep_if_applied(new_tree, old_tree):
         # One select per leaf rather than a single lax.cond: XLA fuses it into the update, which then reuses the memory

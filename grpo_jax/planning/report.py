@@ -15,6 +15,7 @@ from grpo_jax.planning.topology import CHIPS, GIB
 
 FITS, DOES_NOT_FIT = 0, 3  # exit codes
 USABLE = 0.95  # of a chip's memory
+TRAINER_BYTES = 10**8  # of Orbax, the tokenizer, the data and the logs, which a process that only compiles lacks
 GPU_DEFAULT = 0.75  # of its memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 MIXTURE_NOTE = (
     "The update of a mixture multiplies every local expert with every token, so it takes far longer than needed."
@@ -131,14 +132,16 @@ def plan_report(
 def process_bytes(memory: needs.Memory, devices: int, peaks: Mapping[str, int], results: Mapping[str, Mapping]) -> int:
     """Returns the peak resident memory of a training process whose CPU devices share it.
 
-    It consists of what the process needs before it compiles, what compiling each program by itself adds, and what the
-    devices hold. While a checkpoint is being saved, there is a second copy of the policy and the optimizer's state.
+    It consists of what the process needs before it compiles, what compiling adds, and what the devices hold. The
+    programs were compiled in a process each, so the least growth is what any compiler takes once. While a checkpoint is
+    being saved, there is a second copy of the policy and the optimizer's state.
     """
     compiled = [result for result in results.values() if "compiler_bytes" in result]
     started = max((result["started_bytes"] for result in compiled), default=0)
-    compiler = sum(result["compiler_bytes"] for result in compiled)
+    grown = [result["compiler_bytes"] for result in compiled]
+    compiler = sum(grown) - (len(grown) - 1) * min(grown) if grown else 0
     saving = 2 * memory.state + memory.reference
-    return started + compiler + devices * max(saving, *peaks.values())
+    return TRAINER_BYTES + started + compiler + devices * max(saving, *peaks.values())
 
 
 def plan_notes(run: RunShapes, report: Mapping) -> list[str]:
