@@ -170,3 +170,48 @@ def test_process_0_grades_for_all(tmp_path, most, codes):
         line = metrics(tmp_path / "run")[1]
         assert line["reward/timeout"] > 0 == line["reward/error"] and line["reward/unreliable"] > 0
         assert "timeout in unreliable" in printed[0] and "timeout in" not in printed[1]
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+import grpo_jax.run.train
+from grpo_jax.config.flags import run_entry_point
+from grpo_jax.main import main
+from grpo_jax.run.rollout_progress import RolloutProgress
+
+def kill(*arguments):
+    if WHERE == "rollout" or arguments[-1].step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish_update(*arguments)
+
+finish_update = grpo_jax.run.train.finish_update
+if WHERE == "rollout":
+    RolloutProgress.report = kill
+else:
+    grpo_jax.run.train.finish_update = kill
+run_entry_point(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rollout", "update"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_in_one_line(tmp_path, lost, where):
+    """The second update is in flight when the process is lost, or the first rollout."""
+    flags = [f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.eval.questions=0"]
+    arguments = [["-m", "grpo_jax.main", *flags]] * 2
+    arguments[lost] = ["-c", KILLS_ITSELF.replace("WHERE", repr(where)), *flags]
+    codes, printed = run_processes(tmp_path, arguments)
+    assert codes[lost] == -9 and codes[1 - lost] == 75, printed[1 - lost][-3000:]
+    (line,) = [line for line in printed[1 - lost].splitlines() if "rror" in line or "Traceback" in line]
+    assert line.startswith(f"error: All processes of a run must stay connected; the connection to process {lost} ended")
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_process_ends_the_others(tmp_path):
+    raises = KILLS_ITSELF.replace("WHERE", "'update'").replace("os.kill(", "raise OSError(")
+    flags = [f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.eval.questions=0"]
+    codes, printed = run_processes(tmp_path, [["-m", "grpo_jax.main", *flags], ["-c", raises, *flags]])
+    assert codes == [75, 1], printed[0][-3000:] + printed[1][-3000:]
+    assert "OSError" in printed[1] and "the connection to process 1 ended" in printed[0]
+    assert "Traceback" not in printed[0]

@@ -1,6 +1,7 @@
 """Phases of a command: what is shown, where, and when."""
 
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from jax import monitoring
 from grpo_jax.run import progress
 from grpo_jax.run.progress import FIRST_SECONDS, QUIET_SECONDS, Progress
 from grpo_jax.run.rollout_progress import RolloutProgress
+from grpo_jax.run.slowness import REMEMBERED, SLOW_FACTOR, SLOW_FIRST_SECONDS, SLOW_SECONDS
 
 
 class Clock:
@@ -61,6 +63,39 @@ def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, caps
         assert lines() == "Training: step 3/20, 12 s\n"
     clock.now += QUIET_SECONDS
     assert lines() == ""  # nothing is going on
+
+
+def test_a_phase_that_takes_far_longer_than_usual_says_where_the_program_is(clock, capsys):
+    """Several processes all say it. The time of an inner phase is not that of the outer one."""
+
+    def report_after(seconds):
+        clock.now += seconds
+        progress.PROGRESS.report_slowness()
+        return capsys.readouterr().err
+
+    usual = 2 * SLOW_SECONDS / SLOW_FACTOR
+    progress.mute(True)
+    with progress.phase("Training"):
+        for update, seconds in enumerate([usual, *[usual / 4] * (REMEMBERED - 1)]):
+            with progress.phase(f"Waiting for update {update}"):
+                assert report_after(seconds) == ""
+        with progress.phase(f"Waiting for update {REMEMBERED}"):
+            progress.PROGRESS.compile_seconds += SLOW_FIRST_SECONDS  # compiling does not count
+            assert report_after(SLOW_FIRST_SECONDS + SLOW_FACTOR * usual - 1) == ""
+            first, *stack = report_after(1).splitlines()
+            words = f"slow: Waiting for update {REMEMBERED} has taken {2 * SLOW_SECONDS:.0f} s, so far at most 24 s"
+            assert first.startswith(f"{words}; process {os.getpid()} on ")
+            assert 1 < len(stack) <= 5 and "/run/progress.py:" in stack[-2] and "in report_slowness" in stack[-2]
+            assert report_after(2 * SLOW_SECONDS - 1) == ""
+            assert "240 s" in report_after(1)  # again, because the time has doubled
+        with progress.phase("Sampling"):  # for the first time, so only a standstill is unusual
+            for _ in range(3):
+                assert report_after(SLOW_FIRST_SECONDS - 1) == ""
+                progress.set_detail(f"{clock.now} sequences")
+            assert "Sampling has shown no progress for 600 s" in report_after(SLOW_FIRST_SECONDS)
+        assert report_after(SLOW_SECONDS - 1) == ""
+    with progress.phase("Sampling"):  # elsewhere, so this one is compared with nothing either
+        assert report_after(SLOW_FIRST_SECONDS - 1) == ""
 
 
 def test_a_thread_shows_a_phase_for_as_long_as_it_lasts(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 Modules, in reading order:
 
+    slowness          notices when a phase takes far longer than usual
     progress          shows what a process is doing
     lock              lets one job at a time use a workdir
     checkpoint        saves and restores a run with Orbax

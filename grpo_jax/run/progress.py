@@ -1,8 +1,9 @@
-"""Shows what a process is doing: every phase of a command has a name, and no phase is silent for long.
+"""Shows what a process is doing: every phase of a command has a name, and no phase is silent or stuck unnoticed.
 
 On a terminal, the phase is shown on a line that is rewritten, or after the bar that counts steps. Elsewhere, such as in
 a log file or a notebook, a plain line is printed whenever nothing has been printed for a few seconds. These lines go to
-stderr, so that the output of a command can be piped. Importing this module does not import JAX.
+stderr, so that the output of a command can be piped. A phase that takes far longer than usual says where the program
+is. Importing this module does not import JAX.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from grpo_jax.run.slowness import PhaseTimer, describe_position
 from grpo_jax.text.terminal import printable
 
 QUIET_SECONDS = 3.5  # after which a plain line is printed
@@ -57,6 +59,8 @@ class Progress:
         self.is_listening = False
         self.last_output = clock()
         self.bar: tqdm | None = None
+        self.timer = PhaseTimer()
+        self.thread = threading.get_ident()  # the thread that entered the outermost phase
 
     def describe(self) -> str:
         """Returns the innermost phase, its detail, the program that is being compiled, and the time taken so far.
@@ -87,11 +91,27 @@ class Progress:
                 print(self.describe(), file=sys.stderr, flush=True)
                 self.last_output = self.clock()
 
+    def time_innermost(self) -> None:
+        """Starts to time the innermost phase, because it has changed."""
+        self.timer.switch(tuple(name for name, *_ in self.phases), self.clock() - self.compile_seconds)
+
+    def report_slowness(self) -> None:
+        """Prints where the program is if its phase takes far longer than usual.
+
+        Each of several processes prints this, because the one that is stuck need not be the first.
+        """
+        with self.lock:
+            words = "" if self.compiling else self.timer.describe_slowness(self.clock() - self.compile_seconds)
+            if words and sys.stderr is not None:
+                tqdm.write(printable(f"slow: {words}; {describe_position(self.thread)}"), file=sys.stderr)
+                sys.stderr.flush()
+
     def keep_ticking(self, stop: threading.Event) -> None:
-        """Calls `tick` until the event is set."""
+        """Calls `tick` and `report_slowness` until the event is set."""
         while not stop.wait(TICK_SECONDS):
             try:
                 self.tick()
+                self.report_slowness()
             except (OSError, ValueError):  # stderr has been closed
                 return
 
@@ -149,7 +169,9 @@ def phase(name: str) -> Iterator[None]:
         with PROGRESS.lock:
             is_outermost = not PROGRESS.phases
             PROGRESS.phases.append(own)
+            PROGRESS.time_innermost()
         if is_outermost:
+            PROGRESS.thread = threading.get_ident()
             PROGRESS.last_output = PROGRESS.clock() + FIRST_SECONDS - QUIET_SECONDS
             thread = threading.Thread(target=PROGRESS.keep_ticking, args=(stop,), name="progress", daemon=True)
             thread.start()
@@ -159,6 +181,7 @@ def phase(name: str) -> Iterator[None]:
         with PROGRESS.lock:
             PROGRESS.phases[:] = [other for other in PROGRESS.phases if other is not own]
             PROGRESS.compiling = None
+            PROGRESS.time_innermost()
         if thread:
             stop.set()
             thread.join()
@@ -167,8 +190,9 @@ def phase(name: str) -> Iterator[None]:
 
 def set_detail(text: str) -> None:
     """Sets the progress of the current phase that is shown, such as "24 of 128 sequences"."""
-    if PROGRESS.phases:
+    if PROGRESS.phases and PROGRESS.phases[-1][1] != text:
         PROGRESS.phases[-1][1] = text
+        PROGRESS.timer.note_progress(PROGRESS.clock() - PROGRESS.compile_seconds)
 
 
 def announce(line: str, file: TextIO | None = None) -> None:
