@@ -294,10 +294,17 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         if len(message) > MAX_MESSAGE:  # its end says what to do
             message = f"{message[: MAX_MESSAGE - 300]} [...] {message[-300:]}"
         print(printable(f"error: {message}"), file=sys.stderr)
+        if error.leaves_threads:
+            leave_at_once(2)
         sys.exit(2)
     except KeyboardInterrupt:
         message = "Interrupted. A training run continues from its last checkpoint, if any, when started again."
         print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)  # an orderly exit would wait for the run's other processes, which may be waiting for this one
+        leave_at_once(130)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends the process. An orderly exit would wait for threads and other processes, which may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

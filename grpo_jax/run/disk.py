@@ -3,10 +3,12 @@
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,6 +24,8 @@ FAILING = (errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno
 
 class DiskError(UserError):
     """Raised when something could not be written to the workdir."""
+
+    leaves_threads = True  # Orbax may still be writing other arrays of the checkpoint
 
     def __init__(self, found: str, advice: str):
         """Keeps the first half of the message, for a run that goes on."""
@@ -57,7 +61,7 @@ def disk_errors(workdir: Path, what: str, size: int = 0) -> Iterator[None]:
     Args:
         workdir: The run.
         what: What the block writes, such as "the checkpoint of step 20".
-        size: The room that this takes, in bytes; 0 if it hardly takes any.
+        size: The bytes of an item of a checkpoint, what is left of which is removed; 0 for small files.
     """
     try:
         yield
@@ -67,6 +71,8 @@ def disk_errors(workdir: Path, what: str, size: int = 0) -> Iterator[None]:
         number = disk_errno(error)
         if not number:
             raise
+        if size:
+            remove_unfinished(workdir)
         reason, fix = os.strerror(number), "Make sure that it can be written"
         if number in FULL:
             free = shutil.disk_usage(workdir).free
@@ -87,7 +93,14 @@ class CheckpointSaver:
         self.manager, self.workdir, self.retry_s = manager, workdir, retry_s
         self.step, self.size = 0, 0  # of the last save
         self.retry_at: float | None = None  # when to try again, by `time.monotonic`; None if no save has failed
+        self.has_failed, self.excepthook = False, sys.excepthook
+        sys.excepthook = self.ignore_closed_loop
         remove_unfinished(workdir)
+
+    def ignore_closed_loop(self, kind: type, error: BaseException, trace: Any) -> None:
+        """Reports an exception of a thread, except that of an array that was still being written when a save failed."""
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self.excepthook(kind, error, trace)
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
@@ -97,7 +110,7 @@ class CheckpointSaver:
                 try:
                     yield
                 except Exception:
-                    remove_unfinished(self.workdir)
+                    self.has_failed = True
                     raise
         except DiskError as error:
             if not self.retry_s:
@@ -140,6 +153,8 @@ class CheckpointSaver:
         except DiskError as error:
             announce(f"warning: {error.found}")
         self.manager.close()
+        if not self.has_failed:
+            sys.excepthook = self.excepthook
 
 
 def remove_unfinished(workdir: Path) -> None:
