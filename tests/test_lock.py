@@ -1,0 +1,117 @@
+"""The lock of a workdir: one job at a time, on one machine or several, and a lock that nobody holds any more."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_jax.run.lock
+from grpo_jax.errors import UserError
+from grpo_jax.run.lock import WorkdirLock
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Waits as little as possible; the tests give signs of life themselves."""
+    for name in ("BEAT_S", "PATIENCE_S", "SETTLE_S"):
+        monkeypatch.setattr(grpo_jax.run.lock, name, 0.01)
+
+
+def on_another_machine(path, **names):
+    """Changes the names in run.lock as if a job on another machine had written them."""
+    path.write_text(json.dumps(json.loads(path.read_text() or "{}") | {"host": "elsewhere", "machine": "x"} | names))
+
+
+def test_a_second_job_is_refused_in_one_line_that_names_the_first(tmp_path):
+    first, second = WorkdirLock(tmp_path / "run"), WorkdirLock(tmp_path / "run")
+    first.take()
+    owner = json.loads((tmp_path / "run" / "run.lock").read_text())
+    with pytest.raises(UserError, match=rf"but process {owner['pid']} on {owner['host']} has used it since .* Wait"):
+        second.take()
+    first.check()
+    first.close()
+    assert (tmp_path / "run" / "run.lock").read_bytes() == b""
+    second.take()
+    second.close()
+
+
+def test_a_killed_process_leaves_a_lock_that_is_taken_over_with_a_word(tmp_path, capsys):
+    program = "import os, sys, pathlib; from grpo_jax.run.lock import WorkdirLock\n"
+    program += "WorkdirLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPO, check=False, capture_output=True)
+    owner = json.loads((tmp_path / "run.lock").read_text())
+    lock = WorkdirLock(tmp_path)
+    lock.take()
+    assert f"Process {owner['pid']} has ended without releasing {tmp_path}" in capsys.readouterr().out
+    lock.close()
+
+
+def leave(tmp_path):
+    """Leaves run.lock as a job on another machine does, to whose locks `flock` does not reach."""
+    lock = WorkdirLock(tmp_path)
+    lock.take()
+    on_another_machine(lock.path, pid=7)
+    lock.close()
+    assert json.loads(lock.path.read_text())["pid"] == 7  # only its own name is removed
+
+
+@pytest.mark.parametrize("sign", ["beat", "name"])
+def test_a_job_on_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path, monkeypatch, sign):
+    leave(tmp_path)
+    lock, path = WorkdirLock(tmp_path), tmp_path / "run.lock"
+
+    def live(seconds):
+        path.touch() if sign == "beat" else on_another_machine(path, pid=8)
+
+    monkeypatch.setattr(grpo_jax.run.lock.time, "sleep", live)
+    with pytest.raises(UserError, match=f"process {7 if sign == 'beat' else 8} on elsewhere has used it since"):
+        lock.take()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", "\x00\ud800", "{}"])
+def test_a_lock_of_another_machine_without_signs_of_life_is_taken_over_with_a_word(tmp_path, capsys, text):
+    leave(tmp_path)
+    if text is not None:
+        (tmp_path / "run.lock").write_text(text, errors="surrogatepass")
+    lock = WorkdirLock(tmp_path)
+    lock.take()
+    assert "shows no sign of life; this run takes over" in capsys.readouterr().out
+    lock.check()
+    lock.close()
+
+
+def test_a_job_that_finds_the_name_of_another_stops_and_leaves_it_there(tmp_path):
+    """Two machines start at the same time, and the one that writes its name last has the workdir."""
+    lock = WorkdirLock(tmp_path)
+    lock.take()
+    on_another_machine(lock.path)
+    with pytest.raises(UserError, match="on elsewhere has used it since"):
+        lock.check()
+    lock.close()
+    assert json.loads(lock.path.read_text())["host"] == "elsewhere"
+
+
+def test_without_flock_the_time_of_the_file_decides(tmp_path, monkeypatch, capsys):
+    def unsupported(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(grpo_jax.run.lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(grpo_jax.run.lock, "PATIENCE_S", 2.0)
+    first, second = WorkdirLock(tmp_path), WorkdirLock(tmp_path)
+    first.take()  # beats every 10 ms
+    with pytest.raises(UserError, match="Only one job at a time"):
+        second.take()
+    first.check()
+    first.close()
+    second.take()
+    second.close()
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir must be a writable folder, but .*Not a directory"):
+        WorkdirLock(tmp_path / "file" / "run").take()
