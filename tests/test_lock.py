@@ -113,5 +113,5 @@ def test_without_flock_the_time_of_the_file_decides(tmp_path, monkeypatch, capsy
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--workdir must be a writable folder, but .*Not a directory"):
+    with pytest.raises(UserError, match=r"--workdir must be a writable folder, but .*Not a directory"):
         WorkdirLock(tmp_path / "file" / "run").take()

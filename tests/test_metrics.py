@@ -50,11 +50,16 @@ def test_numbers_of_numpy_and_jax_are_written_as_floats(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "a/numpy": 0.5, "a/jax": 0.25, "a/int": 3.0}]
 
 
-def test_a_line_is_in_the_file_before_the_log_is_closed(tmp_path):
-    log = JsonLines(tmp_path, -1)
-    log.write(1, {"a/b": 1.0})
-    assert logged_steps(tmp_path) == [1]  # so a run that is killed leaves its lines
-    log.close()
+def test_metrics_are_in_their_files_before_the_log_is_closed(tmp_path):
+    """So a run that is killed leaves all of them."""
+    logs = JsonLines(tmp_path, -1), TensorBoard(tmp_path, -1)
+    for log in logs:
+        log.write(1, {"a/b": 1.0})
+    assert logged_steps(tmp_path) == [1]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert [event.step for event in read_events(path)] == [0, 0, 1]
+    for log in logs:
+        log.close()
 
 
 def test_a_resumed_run_logs_each_step_once(tmp_path):
@@ -104,6 +109,33 @@ def test_a_last_line_that_a_crash_cut_off_is_dropped(tmp_path, fragment):
     assert logged_steps(tmp_path) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [b'{"step": 2, "a/', b"\xff\xfe", b"[2]", b"null", b'{"a/b": 9}', b'{"step": "2"}', b"[" * 9999, b"", b"\x00" * 99],
+    ids=repr,
+)
+def test_a_broken_line_costs_that_line_and_none_after_it(tmp_path, broken):
+    write_log(tmp_path, [(step, {"a/b": 1.0}) for step in range(5)])
+    for name in ("metrics.jsonl", "warnings.jsonl"):
+        lines = [b'{"step": %d, "a/b": 1.0}' % step for step in range(5)]
+        (tmp_path / name).write_bytes(b"\n".join([*lines[:2], broken, *lines[3:]]) + b"\n")
+    assert logged_steps(tmp_path) == [0, 1, 3, 4]
+    truncate_logs(tmp_path, 3)
+    for name in ("metrics.jsonl", "warnings.jsonl"):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1, 3]
+
+
+def test_a_cut_last_line_is_made_again_from_the_checkpoint_of_its_step(tmp_path):
+    write_log(tmp_path, [(0, {"a/b": 1.0}), (1, {"a/b": 1.0})])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "a/b')
+    line = {"step": 2, "a/b": 0.5}
+    truncate_logs(tmp_path, 2, line)
+    truncate_logs(tmp_path, 2, {"step": 2, "a/b": 9.0})  # which is not needed any more
+    assert read_metrics(tmp_path) == [{"step": 0, "a/b": 1.0}, {"step": 1, "a/b": 1.0}, line]
+
+
 def test_truncating_removes_only_the_samples_after_the_step(tmp_path):
     for kind in ("train", "eval"):
         for step in (0, 19, 20, 21, 100, 1_000_000):
@@ -116,7 +148,7 @@ def test_truncating_removes_only_the_samples_after_the_step(tmp_path):
 
 def test_truncating_keeps_files_of_the_user_among_the_samples(tmp_path):
     (tmp_path / "samples").mkdir()
-    for name in ("notes.jsonl", "train-000009.jsonl"):
+    for name in ("notes.jsonl", "train-000009.jsonl", "eval-000003.jsonl.partial"):
         (tmp_path / "samples" / name).write_text("{}\n")
     truncate_logs(tmp_path, 5)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["notes.jsonl"]
@@ -215,6 +247,18 @@ def test_a_run_ends_with_a_comparison_of_its_first_and_last_evaluation(tmp_path)
     assert rows[start + 1 : start + 3] == [["short", "0.062", "0.375"], ["length", "(tokens)", "12.500", "75.000"]]
     assert "What is 1 + 1?" in text and "first guess" in text and "last answer" in text and "middle" not in text
     assert "not comparable" not in text
+
+
+def test_a_comparison_leaves_out_what_is_broken(tmp_path):
+    """A record whose completion is gone, one that is not UTF-8, and a score that was not finite."""
+    write_log(tmp_path, [(0, {"eval/short": 0.5, "eval/length_mean": 9.0}), (1, {"eval/length_mean": 8.0})])
+    for step in (0, 1):
+        write_samples(tmp_path, "eval", step, [{"question": "Q?"}, {"question": "W?", "completion": f"at {step}"}])
+    with open(tmp_path / "samples" / "eval-000001.jsonl", "ab") as file:
+        file.write(b'{"question": "\xff", "completion": "x"}\n5\n')
+    text = before_and_after(tmp_path)
+    assert [line.split() for line in text.splitlines() if "short" in line] == [["short", "0.500", "-"]]
+    assert "question  W?" in text and "at 0" in text and "at 1" in text
 
 
 @pytest.mark.parametrize("change", ["temperature", "questions", "other questions"])

@@ -54,7 +54,7 @@ class History(NamedTuple):
 
     def later_updates(self) -> list[dict]:
         """Returns the lines of updates with a signal whose policy is no longer the one that sampled the rollout."""
-        return [line for line in self.updates if not line["time/rollout_s"] and not line["optim/no_signal"]]
+        return [line for line in self.updates if not line.get("time/rollout_s") and not line.get("optim/no_signal")]
 
     def is_solved(self, row: "Symptom") -> bool:
         """Returns whether the last updates had nearly the highest reward, so that nothing is left to learn."""
@@ -149,7 +149,7 @@ def largest_gradient(history: History, row: Symptom) -> float | None:
 def changed_parameters(history: History, row: Symptom) -> float | None:
     """Returns the largest fraction of parameters that an update changed, of those that had a finite gradient."""
     idle = ("optim/no_signal", "optim/skipped")
-    lines = [line for line in history.updates if line["optim/grad_norm"] and not any(line[name] for name in idle)]
+    lines = [line for line in history.updates if line.get("optim/grad_norm") and not any(map(line.get, idle))]
     return max(history.last("optim/changed_frac", row.span, lines), default=None)
 
 
@@ -167,7 +167,7 @@ def relative_speed(history: History, row: Symptom) -> float | None:
 
     The highest, because other programs may slow down most rollouts of a small model for a while.
     """
-    speeds = [line["rollout/tokens_per_s"] for line in history.rollouts]
+    speeds = [speed for line in history.rollouts if (speed := line.get("rollout/tokens_per_s"))]
     if len(speeds) < 2 * row.span:
         return None
     return max(speeds[-row.span :]) / median(speeds[: -row.span])
@@ -311,7 +311,7 @@ class Diagnosis:
         if "optim/lr" not in metrics:
             return
         self.history.updates.append(metrics)
-        if metrics["time/rollout_s"]:
+        if metrics.get("time/rollout_s"):
             self.history.rollouts.append(metrics)
 
     def observe(self, step: int, metrics: dict[str, float]) -> list[dict[str, Any]]:

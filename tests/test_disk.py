@@ -1,0 +1,194 @@
+"""A disk that is full, read-only or failing: one line, nothing lost that was written, and no process that hangs."""
+
+import errno
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from grpo_jax import config
+from grpo_jax.config.workdir import replace_file
+from grpo_jax.run.checkpoint import open_checkpoint_manager, saved_steps
+from grpo_jax.run.console import RunLog
+from grpo_jax.run.disk import CheckpointSaver, DiskError, disk_errors
+from grpo_jax.run.metrics import LogFile
+
+# As TensorStore reports it.
+FULL = f"RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: {os.strerror(errno.ENOSPC)} [os_error_code='28']"
+
+
+class FullDisk:
+    """Makes every write to a file descriptor write a few bytes and then fail, until `is_full` is False."""
+
+    def __init__(self, monkeypatch):
+        self.write, self.is_full = os.write, False
+        monkeypatch.setattr(os, "write", self)
+        monkeypatch.setattr(os, "fsync", self.sync)
+
+    def __call__(self, descriptor, content):
+        if not self.is_full:
+            return self.write(descriptor, content)
+        if len(content) <= 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.write(descriptor, content[: min(5, len(content) - 5)])
+
+    def sync(self, descriptor):
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    return FullDisk(monkeypatch)
+
+
+def test_a_log_that_cannot_be_written_gets_all_of_a_line_or_nothing(tmp_path, full_disk):
+    log = LogFile(tmp_path / "log.jsonl")
+    log.append_json({"step": 1})
+    full_disk.is_full = True
+    with pytest.raises(OSError, match="No space left"):
+        log.append_json({"step": 2})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+    full_disk.is_full = False
+    log.append_json({"step": 2})
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_file_that_cannot_be_replaced_keeps_its_content_and_leaves_nothing_behind(tmp_path, full_disk):
+    replace_file(tmp_path / "a.json", b"old")
+    full_disk.is_full = True
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def open_log(workdir, retry_s):
+    raw = config.default()
+    raw.checkpoint.retry_s = retry_s
+    return RunLog(config.check(raw), SimpleNamespace(model_cfg=SimpleNamespace(experts=None)), workdir, 0)
+
+
+LINE = {"rollout/truncated_frac": 0.9, "optim/lr": 1.0, "time/rollout_s": 1.0}  # which the run warns of
+LINE |= {"reward/mean": 0.5, "rollout/length_mean": 2.0, "rollout/tokens_per_s": 1.0, "time/step_s": 1.0}
+LINE |= {"groups/zero_variance_frac": 0.0, "optim/no_signal": 0.0}
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path, full_disk):
+    log = open_log(tmp_path, 0)
+    log.write(1, LINE)
+    full_disk.is_full = True
+    says = (
+        r"in .*, but metrics and samples could not be written: No space left on device \(.* are free\)\. Free some room"
+    )
+    with pytest.raises(DiskError, match=says + ", and start the run again: it starts over") as raised:
+        log.write(2, LINE)
+    assert raised.value.leaves_threads  # so the process ends without waiting for Orbax
+    log.close()  # raises nothing more
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1]
+
+
+def test_with_a_time_to_try_again_metrics_and_samples_are_kept_until_there_is_room(tmp_path, full_disk, capsys):
+    """All of it arrives in order, and one line says that something is wrong."""
+    log, expected = open_log(tmp_path / "late", 60), open_log(tmp_path / "at once", 60)
+    full_disk.is_full = True
+    for step in (1, 2, 3):
+        log.write_samples("train", step, [{"completion": "x", "rewards": {}}])
+        log.write(step, LINE)
+    full_disk.is_full = False
+    log.attempt()
+    shown = capsys.readouterr().out
+    assert shown.count("could not be written") == 1 and "writes them as soon as it can" in shown
+    for step in (1, 2, 3):
+        expected.write_samples("train", step, [{"completion": "x", "rewards": {}}])
+        expected.write(step, LINE)
+    for name in ("metrics.jsonl", "warnings.jsonl", *(f"samples/train-00000{step}.jsonl" for step in (1, 2, 3))):
+        assert (tmp_path / "late" / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+    events = [next((tmp_path / run / "tensorboard").iterdir()).stat().st_size for run in ("late", "at once")]
+    assert events[0] == events[1]
+
+
+@pytest.mark.parametrize("error", [ValueError(FULL), OSError(errno.EROFS, "Read-only"), OSError(errno.EIO, "I/O")])
+def test_the_error_of_a_disk_says_what_to_do(tmp_path, error):
+    is_full = isinstance(error, ValueError)
+    room = r"No space left on device \(it takes 1,000,000.0 GB, and .* are free\)\. Free 1.* GB"
+    fix = room if is_full else r"(Read-only file system|Input/output error)\. Make sure that it can be written"
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    size = 10**15 if is_full else 5
+    with pytest.raises(
+        DiskError, match=rf"the checkpoint could not be written: {fix}, and start the run again: it resu"
+    ):
+        with disk_errors(tmp_path, "the checkpoint", size):
+            raise RuntimeError("at the end of a chain") from error
+    assert os.listdir(tmp_path / "checkpoints") == ["4"]  # which leaves as much room as there can be
+
+
+def test_other_errors_are_not_taken_for_a_failing_disk(tmp_path):
+    with pytest.raises(ZeroDivisionError), disk_errors(tmp_path, "x"):
+        print(1 / 0)
+    with pytest.raises(ValueError, match="shapes"), disk_errors(tmp_path, "x"):
+        raise ValueError("shapes (3, 1) and (4,) differ")
+
+
+def save(saver, step):
+    with saver.saving(step, 80):
+        saver.manager.save(step, args=ocp.args.Composite(policy=ocp.args.StandardSave({"w": jnp.full(20, step)})))
+
+
+@pytest.fixture
+def broken_writes(monkeypatch):
+    """Returns a dict; while "is_broken" is True in it, the arrays of a checkpoint cannot be written."""
+    from orbax.checkpoint._src.serialization import serialization
+
+    write, broken = serialization.async_serialize_from_host, {"is_broken": True}
+
+    async def fail(*args, **kwargs):
+        if broken["is_broken"]:
+            raise ValueError(FULL)
+        await write(*args, **kwargs)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", fail)
+    return broken
+
+
+def wait_for_background(saver):
+    while saver.manager.is_saving_in_progress():
+        time.sleep(0.01)
+
+
+def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(tmp_path, broken_writes, capfd):
+    broken_writes["is_broken"] = False
+    saver = CheckpointSaver(open_checkpoint_manager(tmp_path, 2), tmp_path, 0)
+    save(saver, 1)
+    saver.check()
+    assert saver.finish()
+    broken_writes["is_broken"] = True
+    save(saver, 2)
+    wait_for_background(saver)
+    with pytest.raises(DiskError, match=r"checkpoint of step 2 could not .*it resumes after step 1, its newest check"):
+        saver.check()
+    saver.close()
+    assert saved_steps(tmp_path) == [1] and os.listdir(tmp_path / "checkpoints") == ["1"]
+    assert capfd.readouterr() == ("", "")  # no tracebacks of Orbax
+
+
+def test_a_save_that_failed_is_tried_again_and_old_checkpoints_are_forgotten_only_then(tmp_path, broken_writes, capsys):
+    broken_writes["is_broken"] = False
+    saver = CheckpointSaver(open_checkpoint_manager(tmp_path, 1), tmp_path, 1)
+    save(saver, 1)
+    assert saver.finish() and not saver.is_due()
+    broken_writes["is_broken"] = True
+    save(saver, 2)
+    wait_for_background(saver)
+    saver.check()
+    assert "The run goes on, and tries again in 1 s." in capsys.readouterr().out
+    assert not saver.finish() and saver.is_due() and saved_steps(tmp_path) == [1]
+    broken_writes["is_broken"] = False
+    save(saver, 3)
+    assert saver.finish() and not saver.is_due() and saved_steps(tmp_path) == [3]
+    saver.close()
