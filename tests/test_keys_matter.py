@@ -7,9 +7,11 @@ not count.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +29,7 @@ from grpo_jax.config.keys import key_specs
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
+from grpo_jax.run import checkpoint
 from grpo_jax.weights.source import find_model
 
 pytestmark = pytest.mark.slow
@@ -173,6 +176,7 @@ CASES = {
     "mesh.tensor": Case(1, 2, tuple(PROGRAMS)),
     "checkpoint.every_steps": Case(1, 2, ("checkpoints",)),
     "checkpoint.keep": Case(2, 1, ("checkpoints",)),
+    "checkpoint.retry_s": Case(0, 1, ("error", "checkpoints")),
     "eval.every_steps": Case(0, 1, ("eval prompt", "metrics")),
     "eval.questions": Case(4, 5, ("eval prompt",)),
     "eval.temperature": Case(1.0, 2.0, ("eval completion",)),
@@ -286,6 +290,19 @@ def read_run(workdir: Path) -> dict[str, Any]:
     return seen
 
 
+def fill_disk(patch) -> None:
+    """Makes the second of a run's saves fail."""
+    save, saves = checkpoint.save_checkpoint, []
+
+    def save_or_fail(*args):
+        saves.append(args)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*args)
+
+    patch.setattr(checkpoint, "save_checkpoint", save_or_fail)
+
+
 def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
     """Runs `main` with the given values of keys and returns what is wanted, among other things that can be seen."""
     recorder = ProgramRecorder(wanted & PROGRAMS.keys(), wanted <= PROGRAMS.keys())
@@ -295,6 +312,8 @@ def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, An
     console, error = io.StringIO(), ""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(console):
         recorder.install(patch)
+        if "checkpoint.retry_s" in values:
+            fill_disk(patch)
         try:
             main([f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *flags])
         except EndOfRecording:

@@ -298,7 +298,9 @@ class CheckpointSection(Resumable):
     every_steps: int = key(20, "updates between checkpoints; the last update is always saved", at_least=1)
     keep: int = key(2, "number of checkpoints to keep, the newest ones", at_least=1)
     retry_s: int = key(
-        0, "seconds after which a save that failed, as on a full disk, is tried again; 0 ends the run", at_least=0
+        0,
+        "seconds after which a run of one process tries again to save if that failed, as on a full disk; 0 ends it",
+        at_least=0,
     )
 
 

@@ -90,7 +90,8 @@ class CheckpointSaver:
 
     def __init__(self, manager: ocp.CheckpointManager, workdir: Path, retry_s: int):
         """Takes the manager of a run's checkpoints, and removes what a killed save has left."""
-        self.manager, self.workdir, self.retry_s = manager, workdir, retry_s
+        # If one of several processes cannot save, the others wait for it, so that they cannot try again together.
+        self.manager, self.workdir, self.retry_s = manager, workdir, retry_s * (jax.process_count() == 1)
         self.step, self.size = 0, 0  # of the last save
         self.retry_at: float | None = None  # when to try again, by `time.monotonic`; None if no save has failed
         self.has_failed, self.excepthook = False, sys.excepthook
