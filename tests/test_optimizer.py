@@ -287,6 +287,23 @@ def test_update_with_a_non_finite_gradient_is_skipped(name, bad):
         np.testing.assert_array_equal(have, want)
 
 
+@pytest.mark.parametrize("name", ADAMW_FIRST)
+def test_update_with_a_damaged_moment_is_skipped(name):
+    """The gradient is finite, but a parameter would become NaN."""
+    optim = OptimSection(name=name, lr=0.01)
+    _, update = compiled(optim)
+    state = run_updates(optim, small(), small(1))[0][1]
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    moment = next(n for n, leaf in enumerate(leaves) if leaf.ndim and leaf.size > 1)
+    leaves[moment] = leaves[moment].at[(0,) * leaves[moment].ndim].set(jnp.nan)
+    damaged = state.replace(opt_state=jax.tree.unflatten(tree, leaves))
+    after, metrics = update(damaged, small(2), has_signal=jnp.bool_(True))
+    assert (metrics["optim/skipped"], metrics["optim/no_signal"], after.skipped) == (1, 0, 1)
+    assert np.isfinite(metrics["optim/grad_norm"]) and metrics["optim/changed_frac"] == 0
+    for have, want in zip(trace(after), trace(damaged), strict=True):
+        np.testing.assert_array_equal(have, want)
+
+
 def trace(state):
     """Returns all arrays that an update without a signal must not change."""
     return jax.tree.leaves((state.params, state.opt_state))

@@ -246,15 +246,15 @@ def test_a_process_of_cpu_devices_holds_what_each_of_them_holds_the_trainer_and_
     """While a checkpoint is saved, each device holds its state twice. What any compiler takes is counted once."""
     run = run_of(fsdp=2)
     memory = needs.run_memory(run)
-    compilers = {"placement": (6, 30), "prefill": (7, 100), "update": (5, 1000)}
+    compilers = {"placement": (6, 30, 10), "prefill": (7, 100, 40), "update": (5, 1000, 200)}
     results = {
-        name: compiled(name) | {"started_bytes": started, "compiler_bytes": more}
-        for name, (started, more) in compilers.items()
+        name: compiled(name) | {"started_bytes": started, "compiler_bytes": more, "kept_bytes": kept}
+        for name, (started, more, kept) in compilers.items()
     }
     report = plan_report(run, "cpu:2", "cpu", GIB, results)
     saving = 2 * memory.state + memory.reference
     assert saving > max(report["peaks"].values())
-    grown = TRAINER_BYTES + 7 + 30 + 70 + 970
+    grown = TRAINER_BYTES + 7 + 10 + 30 + 190 + 800
     assert report["process_bytes"] == grown + 2 * saving
     large = results | {"update": results["update"] | {"temp_bytes": MIB}}
     assert plan_report(run, "cpu:2", "cpu", GIB, large)["process_bytes"] == grown + 2 * (MIB + memory.reference)

@@ -141,12 +141,12 @@ def apply_gradients(
     schedule: optax.Schedule,
     has_signal: Bool[Array, ""] | bool = True,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Applies one update, unless its result would not be finite (a skipped update) or there is no signal.
+    """Applies one update, unless it would not be finite (a skipped update) or there is no signal.
 
-    An update is skipped if the gradient norm is not finite, or if a new parameter is not, as after a moment of the
-    optimizer has been damaged. In both cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates
-    without a signal, but not skipped ones. `optax.apply_if_finite` is not used: after too many skips in a row it
-    applies the bad update, and it does not notice a finite gradient whose norm overflows.
+    An update is not finite if the gradient norm is not, or if a new parameter is not, as with a damaged moment. In both
+    cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates without a
+    signal, but not skipped ones. `optax.apply_if_finite` is not used: after too many skips in a row it applies the bad
+    update, and it does not notice a finite gradient whose norm overflows.
 
     Args:
         state: The state before the update.

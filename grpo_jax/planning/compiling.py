@@ -3,6 +3,7 @@
 The processes run `python -m grpo_jax.plan` again with the same arguments and `--program=NAME`, and print a JSON object.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -59,6 +60,12 @@ def resident_bytes_of_process() -> int:
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
+def trim_heap() -> None:
+    """Gives freed memory back to the system, where the C library can (glibc)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def read_earlier(path: str | None) -> dict[str, dict]:
     """Returns the programs of an earlier plan by their digests; none if there is no such plan.
 
@@ -87,7 +94,8 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
     Returns:
         A dict of plain values: the digest of the lowered program, the seconds of compilation, the bytes per device that
         the compiler states, the fields of `ProgramCounts`, and the memory of this process: `started_bytes` before it
-        lowered the program, and by how much it grew until it was compiled (`compiler_bytes`).
+        lowered the program, by how much it grew until it was compiled (`compiler_bytes`), and how much of that is
+        still in use afterwards (`kept_bytes`).
     """
     if jax.devices()[0].platform != run.mesh.devices.flat[0].platform == "gpu":
         assume_cudnn()
@@ -99,6 +107,8 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
     start = time.monotonic()
     compiled = lowered.compile()
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
+    compiler_bytes = max(0, resident_bytes_of_process() - started_bytes)
+    trim_heap()
     return {
         "name": name,
         "digest": digest,
@@ -108,7 +118,8 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "started_bytes": started_bytes,
-        "compiler_bytes": max(0, resident_bytes_of_process() - started_bytes),
+        "compiler_bytes": compiler_bytes,
+        "kept_bytes": min(compiler_bytes, max(0, resident_bytes_of_process() - started_bytes)),
         "counts": asdict(program_counts(run, name, compiled.as_text())),
     }
 

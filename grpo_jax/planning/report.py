@@ -15,7 +15,8 @@ from grpo_jax.planning.topology import CHIPS, GIB
 
 FITS, DOES_NOT_FIT = 0, 3  # exit codes
 USABLE = 0.95  # of a chip's memory
-TRAINER_BYTES = 10**8  # of Orbax, the tokenizer, the data and the logs, which a process that only compiles lacks
+# Of Orbax, the tokenizer, the data, the logs and many small programs, which a process that only compiles lacks.
+TRAINER_BYTES = 2 * 10**8
 GPU_DEFAULT = 0.75  # of its memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 MIXTURE_NOTE = (
     "The update of a mixture multiplies every local expert with every token, so it takes far longer than needed."
@@ -132,14 +133,17 @@ def plan_report(
 def process_bytes(memory: needs.Memory, devices: int, peaks: Mapping[str, int], results: Mapping[str, Mapping]) -> int:
     """Returns the peak resident memory of a training process whose CPU devices share it.
 
-    It consists of what the process needs before it compiles, what compiling adds, and what the devices hold. The
-    programs were compiled in a process each, so the least growth is what any compiler takes once. While a checkpoint is
-    being saved, there is a second copy of the policy and the optimizer's state.
+    It consists of what the process needs before it compiles, what compiling adds, and what the devices hold. Of each
+    program some memory is kept, of which the least is what any compiler takes once. What a compiler has freed serves
+    the next one, so only the most counts. While a checkpoint is being saved, there is a second copy of the policy and
+    the optimizer's state.
     """
-    compiled = [result for result in results.values() if "compiler_bytes" in result]
+    compiled = [result for result in results.values() if "kept_bytes" in result]
     started = max((result["started_bytes"] for result in compiled), default=0)
-    grown = [result["compiler_bytes"] for result in compiled]
-    compiler = sum(grown) - (len(grown) - 1) * min(grown) if grown else 0
+    kept = [result["kept_bytes"] for result in compiled]
+    once = min(kept, default=0)
+    compiler = once + sum(size - once for size in kept)
+    compiler += max((result["compiler_bytes"] - result["kept_bytes"] for result in compiled), default=0)
     saving = 2 * memory.state + memory.reference
     return TRAINER_BYTES + started + compiler + devices * max(saving, *peaks.values())
 

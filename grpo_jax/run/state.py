@@ -60,8 +60,8 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
         return ""
     last_change = step - skipped_in_a_row
     return (
-        f"Gradients were not finite for {skipped_in_a_row} updates in a row (steps {last_change + 1} to {step}), so "
-        f"they did not change the policy of step {last_change}. Look at metrics.jsonl and samples/, then start again "
+        f"Updates were not finite {skipped_in_a_row} times in a row (steps {last_change + 1} to {step}), so they did "
+        f"not change the policy of step {last_change}. Look at metrics.jsonl and samples/, then start again "
         "in a new --workdir with a lower optim.lr."
     )
 

@@ -118,8 +118,8 @@ def train(
         The metrics of the last update, as on the last line of metrics.jsonl.
 
     Raises:
-        UserError: The config, the model, a problem or a reward cannot be used, or gradients were not finite for
-            `optim.max_skips` updates in a row.
+        UserError: The config, the model, a problem or a reward cannot be used, or updates were not finite
+            `optim.max_skips` times in a row.
     """
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
@@ -287,7 +287,7 @@ def run_updates(
     do not wait for the host.
 
     Raises:
-        UserError: Gradients were not finite for `optim.max_skips` updates in a row.
+        UserError: Updates were not finite `optim.max_skips` times in a row.
     """
     mesh, updates_per_rollout = context.mesh, cfg.train.minibatches * cfg.train.epochs
     completions = cfg.rollout.prompts * cfg.rollout.samples
