@@ -184,3 +184,14 @@ def test_a_page_of_10_000_steps_opens(open_page, runs, tmp_path, capsys):
     # Each point of a curve stands for ten steps.
     mean = values[-10:, names.index("reward/mean")].mean()
     assert float(re.search(r"long (\S+)", readout)[1].replace(",", "")) == pytest.approx(mean, rel=6e-3)
+
+
+def test_a_run_of_a_single_update_is_a_dot(open_page, runs, tmp_path):
+    """A line without length is visible because its ends are round."""
+    workdir = tmp_path / "short"
+    shutil.copytree(runs[0], workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "metrics.jsonl"))
+    write_jsonl(workdir / "metrics.jsonl", read_jsonl(runs[0] / "metrics.jsonl")[:2])
+    page = open_page(write_page(tmp_path / "short.html", workdir))
+    curve = page.locator('figure[data-metric="reward/mean"] path.curve')
+    assert curve.get_attribute("d").endswith("h0")
+    assert curve.evaluate("path => getComputedStyle(path).strokeLinecap") == "round"
