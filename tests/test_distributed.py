@@ -136,6 +136,26 @@ def test_two_processes_match_one_and_resume(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh_and_another_number_of_processes(tmp_path):
+    """It stops between the two updates of a rollout each time, so it resumes with its experience too."""
+    elastic, one = tmp_path / "elastic", tmp_path / "one"
+    meshes = ["data=2 fsdp=2 tensor=1", "data=1 fsdp=2 tensor=2", "data=4 fsdp=1 tensor=1", "data=1 fsdp=4 tensor=1"]
+    for steps, (mesh, processes) in enumerate(zip(meshes, (2, 1, 4, 2), strict=True), start=1):
+        axes = [f"--config.mesh.{size}" for size in mesh.split()]
+        codes, printed = run(tmp_path, [elastic] * processes, f"--config.total_steps={steps}", *axes)
+        assert codes == [0] * processes, "\n".join(text[-3000:] for text in printed)
+    codes, printed = run(tmp_path, [one], f"--config.total_steps={len(meshes)}")
+    assert codes == [0], printed[0][-3000:]
+    lines, expected = ([line for line in metrics(workdir) if line["step"]] for workdir in (elastic, one))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line, expected_line in zip(lines, expected, strict=True):
+        names = [name for name in expected_line if not name.startswith("eval/")]  # each start evaluates its last step
+        assert [line[name] for name in names] == pytest.approx(
+            [expected_line[name] for name in names], rel=1e-3, abs=1e-5
+        )
+
+
+@pytest.mark.slow
 def test_processes_must_share_the_workdir(tmp_path):
     codes, printed = run(tmp_path, [tmp_path / "a", tmp_path / "b"], "--config.total_steps=1")
     assert codes == [2, 2]
