@@ -4,6 +4,7 @@ Checks everything that a user can get wrong, joins the processes of a multi-host
 the tiny base model.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -48,11 +49,14 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled_programs(os.environ)
     if is_pretraining:
+        from grpo_jax.run.lock import WorkdirLock
         from grpo_jax.tiny.pretrain import pretrain
 
         if is_multiprocess(os.environ):
             raise UserError("Pretraining runs in one process; found the variables of several. Start it on its own.")
-        pretrain(cfg, workdir)
+        with contextlib.closing(WorkdirLock(workdir)) as lock:
+            lock.take()
+            pretrain(cfg, workdir)
         return
     if options.dry_run:
         from grpo_jax.run.dry_run import dry_run
