@@ -13,6 +13,7 @@ import os
 import re
 import textwrap
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +31,11 @@ class RepeatedKey(NamedTuple):
     """Stands in for a JSON object with a repeated key until the row is known."""
 
     key: str
+
+
+def most_common(names: list[str]) -> str:
+    """Returns the name that is in a list most often."""
+    return Counter(names).most_common(1)[0][0]
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,7 +177,7 @@ def parse_row(text: str) -> Any:
 
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
         names = [name for name, _ in pairs]
-        return dict(pairs) if len(set(names)) == len(names) else RepeatedKey(max(names, key=names.count))
+        return dict(pairs) if len(set(names)) == len(names) else RepeatedKey(most_common(names))
 
     try:
         return parse_json(text, object_pairs_hook=as_dict)
@@ -194,7 +200,7 @@ def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
             if not names:
                 names = values
                 if len(set(names)) < len(names):
-                    raise ValueError(f"the header has the column {max(names, key=names.count)!a} twice")
+                    raise ValueError(f"the header has the column {most_common(names)!a:.60} twice")
             elif values:
                 if len(values) != len(names):
                     raise ValueError(f"{place} has {len(values)} columns, but the header has {len(names)}")

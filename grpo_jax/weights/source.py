@@ -13,6 +13,8 @@ from grpo_jax.weights.families import model_config_from_hf
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
 REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
 
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")  # that a config.json may state
+
 # Files of a model folder that are copied to an export, besides config.json.
 CARRIED_FILES = (
     "generation_config.json",
@@ -193,13 +195,18 @@ def read_model_config(source: str | Path) -> ModelConfig:
     fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
     text_config = hf_config.get("text_config")
     decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
+    dtype = str(decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "float32")
+    if dtype not in DTYPES:
+        raise UserError(
+            f"dtype in {source} must be one of {', '.join(DTYPES)}; found {dtype!r:.80}. Download the model again."
+        )
     return model_config_from_hf(
         hf_config,
         str(source),
         tokenizer_vocab_size=count_tokenizer_ids(source),
         eos_ids=read_eos_ids(source, hf_config),
         source=str(source),
-        dtype=str(decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "float32"),
+        dtype=dtype,
     )
 
 
