@@ -124,7 +124,7 @@ def load_config(spec: str) -> ConfigDict:
         raw = module.get_config(preset) if preset else module.get_config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{file} line {lines[-1]}" if lines else file
         raise UserError(
