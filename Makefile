@@ -5,6 +5,7 @@
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
 # make test-page    opens the report of two runs in a headless browser; needs Chromium or Chrome
+# make torture      kills, stops and damages runs for about an hour, and writes docs/reliability.md; ARGS="--kills=5" ...
 # make test-plan    compiles small programs for TPUs and NVIDIA GPUs, and checks them; needs neither
 # make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
@@ -31,7 +32,7 @@ PAGE_INSTALLED := $(VENV)/page-installed
 PLAN_VENV := .venv-plan
 PLAN_INSTALLED := $(PLAN_VENV)/installed
 
-.PHONY: install r1zero smollm2 lint test test-all test-page test-plan plans test-newest wheels
+.PHONY: install r1zero smollm2 lint test test-all test-page torture test-plan plans test-newest wheels
 
 install: $(INSTALLED)
 
@@ -75,6 +76,9 @@ $(PAGE_INSTALLED): $(INSTALLED)
 
 test-page: $(PAGE_INSTALLED)
 	$(BIN)/python -m pytest -n 0 tests/page
+
+torture: $(INSTALLED)
+	$(BIN)/python -m tests.torture $(ARGS)
 
 $(PLAN_INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -x $(PLAN_VENV)/bin/python || "$(PYTHON)" -m venv $(PLAN_VENV)
