@@ -162,5 +162,8 @@ def connect_processes(address: str | None, count: int | None, index: int | None)
     else:
         relay = Relay(("127.0.0.1", 0), (host.strip("[]"), int(port)), index)
         inner = f"127.0.0.1:{relay.port}"
+    if any(name in os.environ for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+        os.environ["no_grpc_proxy"] = f"127.0.0.1,{exempt}"  # gRPC would ask the proxy for our own port
     jax.distributed.initialize(inner, count, index, coordinator_bind_address=inner, initialization_timeout=JOIN_SECONDS)
     relay.watch()
