@@ -26,6 +26,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.main import main
 from grpo_jax.run.context import refit_mesh
+from grpo_jax.run.lock import WorkdirLock
 from grpo_jax.run.state import RunState, UpdateInFlight
 from grpo_jax.run.train import finish_update
 from grpo_jax.text.problem import Problem
@@ -97,12 +98,13 @@ def finished_run(tmp_path_factory):
 def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tmp_path):
     """The run is killed in step 5, after a checkpoint in step 3: in the middle of the first rollout.
 
-    It resumes with its own config; total_steps may be raised.
+    The line of step 3 is cut. The run resumes with its own config; total_steps may be raised.
     """
     workdir = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "5")
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (workdir / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 4, "reward/mean": 9}\n{"step": 5, "rew')
+    cut = [*lines[:3], lines[3][:90], '\n{"step": 4, "reward/mean": 9}\n{"step": 5, "rew']
+    (workdir / "metrics.jsonl").write_text("".join(cut))
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"total_steps": 3}))
     main([f"--workdir={workdir}", "--config.total_steps=5"])
@@ -150,6 +152,26 @@ def test_running_a_finished_run_again_changes_nothing(finished_run, capsys):
     assert "is finished: it has done all 5 updates" in shown and f"grpo_jax.report --workdir={finished_run}" in shown
 
 
+def test_a_finished_run_makes_a_cut_last_line_again(finished_run, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    metrics = (workdir / "metrics.jsonl").read_text()
+    (workdir / "metrics.jsonl").write_text(metrics[:-9])
+    main([f"--workdir={workdir}"])
+    assert (workdir / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_workdir_that_another_job_uses_is_left_as_it_is(finished_run, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    with contextlib.closing(WorkdirLock(workdir)) as lock:
+        lock.take()
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        with pytest.raises(
+            UserError, match=rf"the workdir {workdir}, but process {os.getpid()} on .* Wait until it ends"
+        ):
+            main([f"--workdir={workdir}", "--config.total_steps=6"])
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
 def edit_config(workdir, section, key, value):
     values = json.loads((workdir / "config.json").read_text())
     values[section][key] = value
@@ -160,7 +182,7 @@ def test_a_run_is_not_resumed_with_a_config_that_was_edited(finished_run, tmp_pa
     workdir = shutil.copytree(finished_run, tmp_path / "run")
     edit_config(workdir, "log", "every_steps", 2)  # which may change
     edit_config(workdir, "optim", "lr", 0.5)
-    says = r"config.json must hold the config of .* step 5, which was trained with optim.lr=0.00015; found 0.5. Undo"
+    says = r"config.json must hold the config of .* step 5, which was trained with optim.lr=0.00015; found optim.lr=0.5. Undo"
     with pytest.raises(UserError, match=says):
         main([f"--workdir={workdir}", "--config.total_steps=6"])
 
@@ -437,7 +459,7 @@ def test_the_loop_runs_from_python_with_a_list_of_problems_and_a_closure(tmp_pat
     again = grpo_jax.train(cfg, workdir=tmp_path / "run", **given, accept_changed_files=True)
     assert again == metrics  # nothing is left to do
     with pytest.raises(
-        UserError, match=r"reward\.parts=\('brevity',\) and cannot .*, or the same problems and rewards if"
+        UserError, match=r"reward\.parts=\('brevity',\), .* and cannot .*, or the same problems and rewards if"
     ):
         grpo_jax.train(cfg, workdir=tmp_path / "run", problems=PROBLEMS)
     with pytest.raises(

@@ -103,7 +103,7 @@ class WorkdirLock:
         before, end = self.last_beat(), time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             time.sleep(min(1.0, PATIENCE_S))
-            if self.last_beat() != before or self.read_owner() != owner:
+            if self.last_beat() != before:
                 raise self.in_use(self.read_owner())
         announce(f"Process {owner['pid']} on {owner['host']} shows no sign of life; this run takes over")
 
