@@ -16,7 +16,8 @@ from grpo_jax import export, load, save
 from grpo_jax.config import check, default, write_config
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.run import checkpoint
+from grpo_jax.run.saving import CheckpointStore
+from grpo_jax.types import TrainState
 from grpo_jax.weights import model_io
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tensors import open_safetensors_folder
@@ -188,10 +189,10 @@ def run(tmp_path):
     _, params = load("tiny")
     for step in (3, 7):
         marked = params | {"embed": {"embedding": jnp.full_like(params["embed"]["embedding"], step)}}
-        state = checkpoint.TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0), jnp.bool_(False))
-        manager = checkpoint.open_checkpoint_manager(tmp_path / "run", 2)
-        checkpoint.save_checkpoint(manager, state, {"step": step}, None, None)
-        manager.close()
+        state = TrainState(jnp.int32(step), marked, {"count": jnp.int32(0)}, jnp.int32(0), jnp.bool_(False))
+        store = CheckpointStore(tmp_path / "run", 2, "", 0)
+        store.save(state, {"step": step}, None, None, is_replaced=False)
+        store.close()
     return tmp_path / "run"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "grpo_jax"
-ENTRY_POINTS = {"main", "evaluate", "generate", "export", "plan", "report", "cli"}
+ENTRY_POINTS = {"main", "evaluate", "generate", "export", "check", "plan", "report", "cli"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 

@@ -22,8 +22,9 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout
-from grpo_jax.run.checkpoint import restore_reference
+from grpo_jax.run.checkpoint import read_meta
 from grpo_jax.run.policy import restore_policy
+from grpo_jax.run.arrays import restore_arrays
 from grpo_jax.weights.source import find_model, read_model_config
 from tests.tiny import CONFIG, packed, params
 
@@ -109,7 +110,8 @@ def test_parameters_and_reference_keep_their_dtypes(tmp_path):
     assert read_config(tmp_path).model.param_dtype == "bfloat16"
     shapes = param_shapes(read_model_config(find_model("tiny")), "bfloat16")
     shardings = tree_shardings(make_mesh(8), shapes)
-    reference = restore_reference(tmp_path, 0, shapes, shardings)
+    digests = read_meta(tmp_path, 1)["digests"]["reference"]
+    reference = restore_arrays(tmp_path / "checkpoints" / "reference", digests, shapes, shardings)
     _, policy = restore_policy(tmp_path, shapes, shardings)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((policy, reference))} == {"bfloat16"}
     changed = jax.tree.map(lambda new, old: (new != old).any(), policy, reference)

@@ -16,6 +16,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.main import main
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter, choose_tokens, draw_margin
 from grpo_jax.rollout.sampler import place_for_rollout
+from grpo_jax.run.checkpoint import hash_meta
 from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.metrics import read_samples, write_samples
 from grpo_jax.run.policy import load_policy
@@ -57,8 +58,16 @@ def workdir(tmp_path):
     for step in (1, 5, 6):
         write_samples(tmp_path, "train", step, [{"prompt_id": 3, "sample_id": n} for n in range(2)])
     for step in (5, 8):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        write_meta(tmp_path, step, {})
     return tmp_path
+
+
+def write_meta(workdir, step, trained):
+    """Writes the metadata of a checkpoint of a run that was trained with some values of keys."""
+    folder = workdir / "checkpoints" / str(step) / "meta"
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"step": step, "config": trained}
+    (folder / "metadata").write_text(json.dumps(meta | {"sha256": hash_meta(meta)}))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +93,10 @@ def test_a_sample_whose_policy_is_not_kept_is_refused_with_the_steps_that_are(wo
 
 
 def test_a_sample_is_drawn_with_the_config_of_its_checkpoint(workdir):
-    cfg, meta = config.check(config.default()), workdir / "checkpoints" / "8" / "meta"
-    meta.mkdir()
-    (meta / "metadata").write_text(json.dumps({"config": {"eval.temperature": 0.5, "rollout.samples": 8}}))
+    cfg = config.check(config.default())
+    write_meta(workdir, 8, {"eval.temperature": 0.5, "rollout.samples": 8})
     assert config_of_sample(cfg, workdir, parse_sample_name("eval-8/3/0")).eval.temperature == 0.5
-    (meta / "metadata").write_text(json.dumps({"config": {"rollout.samples": 4}}))
+    write_meta(workdir, 8, {"rollout.samples": 4})
     with pytest.raises(UserError, match=r"which was trained with rollout\.samples=4; found 8"):
         config_of_sample(cfg, workdir, parse_sample_name("eval-8/3/0"))
 

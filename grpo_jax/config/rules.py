@@ -52,6 +52,7 @@ NO_EFFECT: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("optim.name", ("adafactor",), ("optim.b1", "optim.b2", "optim.eps", "optim.mu_dtype")),
     ("optim.name", ("lion",), ("optim.eps",)),
     ("eval.questions", (0,), ("eval.every_steps",)),
+    ("eval.every_steps", (0,), ("checkpoint.best",)),
     ("eval.temperature", (0,), ("eval.top_k", "eval.top_p", "eval.min_p")),
     ("advantage.std", ("none",), ("advantage.ddof", "advantage.eps")),
     ("loss.ratio", ("token", "sequence", "sequence_token"), ("loss.clip_difference",)),
@@ -217,6 +218,16 @@ def check_reward(cfg: Config) -> None:
         and all(label.isidentifier() for label in functions),
         "reward.parts must have names that metrics can use: distinct Python identifiers other than "
         f"{', '.join(RESERVED_LABELS)}; found {', '.join(map(repr, labels))}. Rename the function.",
+    )
+    scores, best = [f"eval/{label}" for label in labels], cfg.checkpoint.best
+    require(
+        best in ("", *scores),
+        f"checkpoint.best must be one of {', '.join(scores)}, or '' for none; found {best!r}. Set one of them.",
+    )
+    require(
+        not best or cfg.eval.every_steps % cfg.checkpoint.every_steps == 0,
+        "eval.every_steps must be a multiple of checkpoint.every_steps with checkpoint.best, so that every policy that "
+        f"is evaluated is saved; found {cfg.eval.every_steps} and {cfg.checkpoint.every_steps}. Change one of them.",
     )
 
     reads_cache = cfg.rollout.overlong == "soft" or "length" in parts

@@ -5,7 +5,10 @@ Modules, in reading order:
     slowness          notices when a phase takes far longer than usual
     progress          shows what a process is doing
     lock              lets one job at a time use a workdir
-    checkpoint        saves and restores a run with Orbax
+    digests           digests of arrays, which tell whether a single bit has changed
+    arrays            reads the arrays of a checkpoint and compares them with their digests
+    checkpoint        restores checkpoints, and passes over those that are not sound
+    saving            saves checkpoints, reads them back, and deletes old ones
     disk              notices that the disk is full, read-only or failing
     context           builds what a run needs from its config: model, tokenizer, mesh, rollout plan
     prompt_limit      the longest prompt of a run, and the problems that exceed it

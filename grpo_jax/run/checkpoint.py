@@ -1,26 +1,45 @@
-"""Saves and restores a run with Orbax.
+"""Restores a run from its newest sound checkpoint. Whatever is restored is known to be what was saved.
 
-    WORKDIR/checkpoints/reference      the reference at the start of the run, written once
+    WORKDIR/checkpoints/reference      the reference at the start of the run, written with the first checkpoint
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
                             /optimizer
                             /meta      step (which also fixes the position in the problem stream), random key, number
-                                       of skipped updates, metrics of the current rollout, the run's config
+                                       of skipped updates, metrics of the current rollout and of the step, the run's
+                                       config, and the digests of all arrays
                             /experience  the current rollout, if some of its updates are still to come
                             /reference   the reference, if the policy has replaced it
+    WORKDIR/checkpoints/damaged-STEP   a checkpoint that was found damaged and set aside
 
-Saving is asynchronous, and every process must call it. A checkpoint can be restored onto any mesh.
+A checkpoint is sound if its metadata and all of its arrays, those of its reference too, have the digests that were
+computed before it was saved. It can be restored onto any mesh.
 """
 
+import contextlib
+import hashlib
 import json
-import logging
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from grpo_jax.errors import UserError
+from grpo_jax.run.digests import digest_arrays
+from grpo_jax.run.progress import announce
+from grpo_jax.run.arrays import (
+    Damaged,
+    error_line,
+    find_damage,
+    raise_if_damaged,
+    restore_arrays,
+    restore_on_host,
+)
 from grpo_jax.types import Experience, TrainState
+
+MAX_META_BYTES = 1 << 26
 
 
 class RestoredRun(NamedTuple):
@@ -36,105 +55,217 @@ def checkpoints_folder(workdir: Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
 
 
-def open_checkpoint_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """Opens the manager of a run's checkpoints, which keeps the newest `keep`.
-
-    Closing the manager waits for the last save to finish.
-    """
-    # Orbax logs every save at INFO, and a failed one as several tracebacks besides the exception.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    newest = ocp.checkpoint_managers.LatestN(keep)
-    # If folders were created in the background and the disk failed, Orbax's other threads would wait for minutes.
-    no_waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=newest, enable_async_checkpointing=True, async_options=no_waiting
-    )
-    items = ("policy", "optimizer", "meta", "experience", "reference")
-    return ocp.CheckpointManager(checkpoints_folder(workdir), options=options, item_names=items)
-
-
-def save_checkpoint(
-    manager: ocp.CheckpointManager, state: TrainState, meta: dict, experience: Experience | None, reference: Any
-) -> None:
-    """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call.
-
-    Pass None for `experience` or `reference` if there is nothing to save.
-    """
-    items = {
-        "policy": ocp.args.StandardSave(state.params),
-        "optimizer": ocp.args.StandardSave(state.opt_state),
-        "meta": ocp.args.JsonSave(meta | {"skipped": int(state.skipped), "is_reference": bool(state.is_reference)}),
-    }
-    if experience is not None:
-        items["experience"] = ocp.args.StandardSave(vars(experience))
-    if reference is not None:
-        items["reference"] = ocp.args.StandardSave(reference)
-    manager.save(meta["step"], args=ocp.args.Composite(**items))
-
-
-def abstract_arrays(shapes, shardings):
-    """Returns a tree of jax.ShapeDtypeStruct with shardings, as Orbax needs to restore into."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def restore_checkpoint(manager: ocp.CheckpointManager, shapes: TrainState, shardings: TrainState) -> RestoredRun | None:
-    """Restores the newest checkpoint onto the mesh, or returns None if the run has none.
-
-    Args:
-        manager: The manager of the run's checkpoints.
-        shapes: The train state as a tree of jax.ShapeDtypeStruct.
-        shardings: Its shardings.
-    """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    items = {
-        "policy": ocp.args.StandardRestore(abstract_arrays(shapes.params, shardings.params)),
-        "optimizer": ocp.args.StandardRestore(abstract_arrays(shapes.opt_state, shardings.opt_state)),
-        "meta": ocp.args.JsonRestore(),
-    }
-    has_experience = (manager.directory / str(step) / "experience").exists()
-    if has_experience:
-        items["experience"] = ocp.args.StandardRestore()
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
-    state = TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
-        params=restored["policy"],
-        opt_state=restored["optimizer"],
-        skipped=jax.device_put(np.int32(restored["meta"]["skipped"]), shardings.skipped),
-        is_reference=jax.device_put(np.bool_(restored["meta"]["is_reference"]), shardings.is_reference),
-    )
-    experience = Experience(**jax.tree.map(np.asarray, dict(restored["experience"]))) if has_experience else None
-    return RestoredRun(state, restored["meta"], experience)
-
-
 def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of a run's checkpoints in ascending order."""
+    """Returns the steps of a run's checkpoints in ascending order, sound or not, except those that are set aside."""
     folder = checkpoints_folder(workdir)
-    return sorted(ocp.path.step.checkpoint_steps(folder)) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
-def newest_step(workdir: Path) -> int:
-    """Returns the step of a run's newest checkpoint, or 0 if it has none."""
-    return max(saved_steps(workdir), default=0)
+def hash_meta(meta: dict[str, Any]) -> str:
+    """Returns the SHA-256 of the metadata of a checkpoint, apart from the hash that it holds itself."""
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_meta(workdir: Path, step: int) -> dict[str, Any]:
-    """Returns the metadata of a run's checkpoint, empty if there is none, without restoring the checkpoint."""
+    """Returns the metadata of a checkpoint without restoring it.
+
+    Raises:
+        Damaged: It cannot be read, or is not what was saved.
+    """
     path = checkpoints_folder(workdir) / str(step) / "meta" / "metadata"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_META_BYTES:
+            raise ValueError("found no such file")
+        meta = json.loads(path.read_text())
+        is_sound = meta["sha256"] == hash_meta(meta) and meta["step"] == step
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(f"its meta cannot be read ({error_line(error)})") from None
+    if not is_sound:
+        raise Damaged("its meta is not what was saved")
+    return meta
 
 
-def save_reference(workdir: Path, params) -> None:
-    """Saves the reference of a new run."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(checkpoints_folder(workdir) / "reference", params, force=True)
+def newest_step(workdir: Path) -> int:
+    """Returns the step of a run's newest checkpoint whose metadata is sound; 0 if there is none."""
+    for step in reversed(saved_steps(workdir)):
+        with contextlib.suppress(Damaged):
+            return read_meta(workdir, step)["step"]
+    return 0
 
 
-def restore_reference(workdir: Path, step: int, shapes, shardings):
-    """Restores the reference of a checkpoint onto the mesh: the one saved in it, or else the run's first reference."""
+def newest_meta(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the step of a run's newest checkpoint whose metadata is sound, and its metadata; (0, {}) for a new run.
+
+    Raises:
+        UserError: There are checkpoints, but the metadata of none is sound.
+    """
+    damaged = {}
+    for step in reversed(saved_steps(workdir)):
+        try:
+            return step, read_meta(workdir, step)
+        except Damaged as error:
+            damaged[step] = str(error)
+    refuse_without_sound(workdir, damaged)
+    return 0, {}
+
+
+def refuse_without_sound(workdir: Path, damaged: dict[int, str]) -> None:
+    """Raises a UserError if checkpoints were found damaged, given what is wrong with each; no other has been found."""
+    if damaged:
+        step, damage = next(iter(damaged.items()))
+        raise UserError(
+            f"A run continues from a sound checkpoint, but none of the {len(damaged)} in {checkpoints_folder(workdir)} "
+            f"is sound; that of step {step} is damaged: {damage}. Restore one from a backup, or choose another "
+            "--workdir."
+        )
+
+
+def set_aside(workdir: Path, name: str) -> str:
+    """Renames a damaged folder in checkpoints/, on process 0, and returns its new name."""
     folder = checkpoints_folder(workdir)
-    replaced = folder / str(step) / "reference"
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = replaced if replaced.exists() else folder / "reference"
-        return checkpointer.restore(path, abstract_arrays(shapes, shardings))
+    taken = {path.name for path in folder.iterdir()}
+    names = (f"damaged-{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+    new = next(new for new in names if new not in taken)
+    if jax.process_index() == 0:
+        (folder / name).rename(folder / new)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{name} is set aside")
+    return new
+
+
+def restore_step(workdir: Path, step: int, shapes: TrainState, shardings: TrainState) -> RestoredRun:
+    """Restores a checkpoint, apart from its reference, onto the mesh.
+
+    Args:
+        workdir: The run.
+        step: The step of the checkpoint.
+        shapes: The train state as a tree of jax.ShapeDtypeStruct.
+        shardings: Its shardings.
+
+    Raises:
+        Damaged: It is not sound. Every process raises.
+    """
+    folder, meta, damage = checkpoints_folder(workdir) / str(step), {}, ""
+    try:
+        meta = read_meta(workdir, step)
+    except Damaged as error:
+        damage = str(error)
+    raise_if_damaged(damage)
+    digests, experience = meta["digests"], None
+    if "experience" in digests:
+        experience = Experience(**restore_on_host(folder / "experience", digests["experience"]))
+    state = TrainState(
+        step=jax.device_put(np.int32(step), shardings.step),
+        params=restore_arrays(folder / "policy", digests["policy"], shapes.params, shardings.params),
+        opt_state=restore_arrays(folder / "optimizer", digests["optimizer"], shapes.opt_state, shardings.opt_state),
+        skipped=jax.device_put(np.int32(meta["skipped"]), shardings.skipped),
+        is_reference=jax.device_put(np.bool_(meta["is_reference"]), shardings.is_reference),
+    )
+    return RestoredRun(state, meta, experience)
+
+
+def restore_newest(workdir: Path, restore: Callable[[int], Any]) -> Any:
+    """Restores the newest sound checkpoint of a run, and sets the damaged ones that are newer aside.
+
+    Args:
+        workdir: The run.
+        restore: Restores the checkpoint of a step, or raises Damaged on every process.
+
+    Returns:
+        What `restore` returns, or None if the run has no checkpoint.
+
+    Raises:
+        UserError: There are checkpoints, but none is sound.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(saved_steps(workdir)):
+        try:
+            restored = restore(step)
+        except Damaged as error:
+            damaged[step] = str(error)
+            continue
+        for bad, damage in damaged.items():
+            announce(
+                f"The checkpoint of step {bad} is damaged: {damage}. It is kept as "
+                f"{checkpoints_folder(workdir) / set_aside(workdir, str(bad))}, and the run continues from step {step}."
+            )
+        return restored
+    refuse_without_sound(workdir, damaged)
+    return None
+
+
+def restore_reference(
+    workdir: Path, step: int, digests: dict[str, str], shapes: Any, shardings: Any, load_base: Callable[[], Any]
+) -> Any:
+    """Restores the reference of a checkpoint onto the mesh, from any copy that has its digests.
+
+    Args:
+        workdir: The run.
+        step: The step of the checkpoint.
+        digests: The digest of each array of the reference by name.
+        shapes: The reference as a tree of jax.ShapeDtypeStruct.
+        shardings: Its shardings.
+        load_base: Loads the base model as a reference.
+
+    Raises:
+        Damaged: There is no sound copy, and the base model is not this reference. Every process raises.
+    """
+    folder = checkpoints_folder(workdir)
+    own, first = folder / str(step) / "reference", folder / "reference"
+    home = own if own.exists() else first
+    others = [folder / str(other) / "reference" for other in reversed(saved_steps(workdir)) if other != step]
+    damage = ""
+    for item in [home, *(item for item in (first, *others) if item != home)]:
+        try:
+            reference, source = restore_arrays(item, digests, shapes, shardings), f"a copy in {item}"
+            break
+        except Damaged as error:
+            damage = damage or str(error)
+    else:
+        reference, source = load_base(), "the base model"
+        if digest_arrays(reference) != digests:
+            raise Damaged(f"{damage}, there is no sound copy, and model.path has other weights")
+    if source != f"a copy in {home}":
+        announce(f"The reference in {home} is damaged: {damage}. The run continues with {source}.")
+        if home == first and first.exists():
+            set_aside(workdir, "reference")
+    return reference
+
+
+def read_back(workdir: Path, step: int, share: slice = slice(None)) -> Iterator[str]:
+    """Reads a checkpoint on the host, and yields for each of its parts what is wrong with it, "" if nothing is.
+
+    Args:
+        workdir: The run.
+        step: The step of the checkpoint.
+        share: Which of its arrays to read; all by default. The initial reference is not among them.
+    """
+    folder = checkpoints_folder(workdir) / str(step)
+    try:
+        digests = read_meta(workdir, step)["digests"]
+    except Damaged as error:
+        yield str(error)
+        return
+    if not (folder / "reference").exists():
+        digests.pop("reference", None)
+    arrays = [(item, name) for item, names in digests.items() for name in names]
+    for item, name in arrays[share]:
+        yield find_damage(folder / item, name, digests[item][name])
+
+
+def damage_of(workdir: Path, step: int) -> str:
+    """Returns what is wrong with a checkpoint, apart from the initial reference; "" if nothing is."""
+    return next(filter(None, read_back(workdir, step)), "")
+
+
+def initial_reference_damage(workdir: Path) -> str | None:
+    """Returns what is wrong with the initial reference, "" if nothing is, and None if no sound checkpoint needs it."""
+    folder = checkpoints_folder(workdir)
+    for step in saved_steps(workdir):
+        with contextlib.suppress(Damaged):
+            digests = read_meta(workdir, step)["digests"].get("reference", {})
+            if digests and not (folder / str(step) / "reference").exists():
+                return next(filter(None, (find_damage(folder / "reference", *pair) for pair in digests.items())), "")
+    return None

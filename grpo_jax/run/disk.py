@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from grpo_jax.errors import UserError
 from grpo_jax.run.checkpoint import checkpoints_folder, newest_step
 from grpo_jax.run.progress import announce
+from grpo_jax.run.saving import CheckpointStore
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Other errors of disks, as TensorStore's messages contain them.
@@ -88,10 +88,10 @@ def disk_errors(workdir: Path, what: str, size: int = 0) -> Iterator[None]:
 class CheckpointSaver:
     """Notices saves that fail. They end the run, or the run tries again, as `checkpoint.retry_s` says."""
 
-    def __init__(self, manager: ocp.CheckpointManager, workdir: Path, retry_s: int):
-        """Takes the manager of a run's checkpoints, and removes what a killed save has left."""
+    def __init__(self, store: CheckpointStore, workdir: Path, retry_s: int):
+        """Takes the checkpoints of a run, and removes what a killed save has left."""
         # If one of several processes cannot save, the others wait for it, so that they cannot try again together.
-        self.manager, self.workdir, self.retry_s = manager, workdir, retry_s * (jax.process_count() == 1)
+        self.store, self.workdir, self.retry_s = store, workdir, retry_s * (jax.process_count() == 1)
         self.step, self.size = 0, 0  # of the last save
         self.retry_at: float | None = None  # when to try again, by `time.monotonic`; None if no save has failed
         self.has_failed, self.excepthook = False, sys.excepthook
@@ -116,7 +116,6 @@ class CheckpointSaver:
         except DiskError as error:
             if not self.retry_s:
                 raise
-            self.manager.reload()  # it has forgotten the checkpoints that it would have deleted after this save
             self.retry_at = time.monotonic() + self.retry_s
             announce(f"warning: {error.found} The run goes on, and tries again in {self.retry_s} s.")
 
@@ -130,30 +129,30 @@ class CheckpointSaver:
 
     def check(self) -> None:
         """Notices that a save in the background has failed; does not wait for one that is under way."""
-        if not self.manager.is_saving_in_progress():
+        if not self.store.is_saving_in_progress():
             with self.noticing():
-                self.manager.wait_until_finished()
+                self.store.wait_until_finished()
 
     def is_due(self) -> bool:
         """Returns whether it is time to try again to save."""
         return self.retry_at is not None and time.monotonic() >= self.retry_at
 
     def finish(self) -> bool:
-        """Waits for the last save. Returns False if it failed and must be tried again, after the time for that."""
+        """Waits for the last save, and until it is read back; returns False if it failed and must be tried again now."""
         with self.noticing():
-            self.manager.wait_until_finished()
+            self.store.finish()
         if self.retry_at is not None:
             time.sleep(max(0.0, self.retry_at - time.monotonic()))
         return self.retry_at is None
 
     def close(self) -> None:
-        """Waits for a save that is under way, reports in one line if it fails, and closes the manager."""
+        """Waits for a save that is under way, reports in one line if it fails, and closes the checkpoints."""
         try:
             with disk_errors(self.workdir, f"the checkpoint of step {self.step}", self.size):
-                self.manager.wait_until_finished()
+                self.store.wait_until_finished()
         except DiskError as error:
             announce(f"warning: {error.found}")
-        self.manager.close()
+        self.store.close()
         if not self.has_failed:
             sys.excepthook = self.excepthook
 

@@ -14,7 +14,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.parallel.processes import from_first_process
 from grpo_jax.rewards.parts import accuracy_part
 from grpo_jax.rollout.memory import mebibytes
-from grpo_jax.run.checkpoint import newest_step
+from grpo_jax.run.checkpoint import saved_steps
 from grpo_jax.run.context import SAMPLING_KEY, RunContext, resident_bytes
 from grpo_jax.run.policy import load_policy
 from grpo_jax.run.preparation import PreparedRun, check_run, prepare_run
@@ -94,7 +94,7 @@ def describe_expected(problem: Problem, *, is_graded: bool) -> str:
 
 def sample_group(cfg: Config, context: RunContext, problem: Problem, workdir: Path) -> list[dict]:
     """Draws and grades the completions of one problem, and returns their records."""
-    has_policy = newest_step(workdir) > 0
+    has_policy = bool(saved_steps(workdir))
     with phase("Loading the weights"):
         _, params = load_policy(cfg, context, workdir, base=not has_policy)
     prompts = encode_prompts(context.prompt_format, [problem], [0], cfg.rollout.max_prompt_tokens)

@@ -1,17 +1,18 @@
 """Loads the policy of a run for the entry points that read it: evaluation, generation and export."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import orbax.checkpoint as ocp
 
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
-from grpo_jax.run.checkpoint import abstract_arrays, checkpoints_folder, saved_steps
+from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.progress import phase
+from grpo_jax.run.arrays import Damaged, restore_arrays
 from grpo_jax.weights.model_io import load
 
 
@@ -35,6 +36,18 @@ def choose_step(workdir: Path, step: int | None = None) -> int:
     return steps[-1] if step is None else step
 
 
+@contextmanager
+def refusing_damage(workdir: Path, step: int) -> Iterator[None]:
+    """Turns `Damaged`, raised while the checkpoint of a step is read, into a UserError."""
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(
+            f"The checkpoint of step {step} must be what was saved, but {error}. Choose another with --step=N; python "
+            f"-m grpo_jax.check --workdir={workdir} says which are sound."
+        ) from None
+
+
 def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) -> tuple[int, Any]:
     """Restores the policy of a run onto the mesh.
 
@@ -48,12 +61,12 @@ def restore_policy(workdir: Path, shapes, shardings, step: int | None = None) ->
         (step, params): The step of the checkpoint and the parameters.
 
     Raises:
-        UserError: The run has no checkpoint yet, or none of that step.
+        UserError: The run has no checkpoint yet, or none of that step, or it is damaged.
     """
     step = choose_step(workdir, step)
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = checkpoints_folder(workdir) / str(step) / "policy"
-        return step, checkpointer.restore(path, abstract_arrays(shapes, shardings))
+    item = checkpoints_folder(workdir) / str(step) / "policy"
+    with refusing_damage(workdir, step):
+        return step, restore_arrays(item, read_meta(workdir, step)["digests"]["policy"], shapes, shardings)
 
 
 @phase("Loading the policy")
@@ -73,7 +86,7 @@ def load_policy(
         (step, params): The number of updates behind the policy (0 for the base model), and its parameters.
 
     Raises:
-        UserError: The run has no checkpoint yet, or none of that step.
+        UserError: The run has no checkpoint yet, or none of that step, or it is damaged.
     """
     if base:
         return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]

@@ -20,7 +20,7 @@ from grpo_jax.config.workdir import (
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.processes import join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
-from grpo_jax.run.checkpoint import newest_step, read_meta
+from grpo_jax.run.checkpoint import newest_meta
 from grpo_jax.run.context import RunContext, build_context, make_prompt_format, read_base_model, refit_mesh
 from grpo_jax.run.derivation import find_machine
 from grpo_jax.run.derive import derive
@@ -78,8 +78,8 @@ def check_run(
     cfg = configs.check(raw)
     configs.check_workdir(workdir, cfg)
     check_sinks(cfg.log.sinks)
-    done = newest_step(workdir)
-    check_trained_config(workdir, cfg, done, read_meta(workdir, done).get("config", {}))
+    done, meta = newest_meta(workdir)
+    check_trained_config(workdir, cfg, done, meta.get("config", {}))
     if done > cfg.total_steps:
         raise UserError(
             f"total_steps must be at least {done}, the number of updates that the run in {workdir} has done; found "

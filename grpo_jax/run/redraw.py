@@ -24,7 +24,7 @@ from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
 from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, BaseModel, RunContext, build_context, read_base_model
 from grpo_jax.run.metrics import read_samples
-from grpo_jax.run.policy import load_policy
+from grpo_jax.run.policy import load_policy, refusing_damage
 from grpo_jax.run.progress import phase
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.stages import fold_in_all, rehome_key
@@ -129,7 +129,7 @@ def config_of_sample(cfg: Config, workdir: Path, name: SampleName) -> Config:
     """Returns the config with which a sample was drawn, after checking that its policy is still there.
 
     Raises:
-        UserError: No checkpoint of the policy is kept, or the config differs from that of the checkpoint.
+        UserError: No checkpoint of the policy is kept, it is damaged, or its config differs.
     """
     step, saved = name.policy_step, saved_steps(workdir)
     if step == 0:
@@ -144,7 +144,8 @@ def config_of_sample(cfg: Config, workdir: Path, name: SampleName) -> Config:
             f"be drawn again; checkpoint.every_steps={cfg.checkpoint.every_steps} and checkpoint.keep="
             f"{cfg.checkpoint.keep} say what a run keeps."
         )
-    trained = read_meta(workdir, step).get("config", {})
+    with refusing_damage(workdir, step):
+        trained = read_meta(workdir, step)["config"]
     check_trained_config(workdir, cfg, step, trained)
     of_eval = {key.removeprefix("eval."): value for key, value in trained.items() if key.startswith("eval.")}
     return replace(cfg, eval=EvalSection(**with_tuples(of_eval)))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from grpo_jax.config.schema import Config
 from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_state_shapes, train_state_shardings
@@ -15,8 +14,8 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run import checkpoint
 from grpo_jax.run.context import RunContext
-from grpo_jax.run.disk import disk_errors
 from grpo_jax.run.progress import phase
+from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.types import Experience, TrainState
 from grpo_jax.weights.model_io import load
 
@@ -67,35 +66,52 @@ def describe_failure(cfg: Config, skipped_in_a_row: int, step: int) -> str:
 
 
 @phase("Loading the weights")
-def start_or_resume(
-    cfg: Config, context: RunContext, manager: ocp.CheckpointManager, workdir: Path
-) -> tuple[RunState, jax.Array]:
-    """Restores the newest checkpoint of a run, or starts a new run from the base model.
+def start_or_resume(cfg: Config, context: RunContext, workdir: Path) -> tuple[RunState, jax.Array]:
+    """Restores the newest sound checkpoint of a run, or starts a new run from the base model.
 
     Returns:
         (run, root_key): The state, and the key that every random key of the run is folded from.
+
+    Raises:
+        UserError: The run has checkpoints, but none is sound.
+    """
+    run = checkpoint.restore_newest(workdir, partial(resume, cfg, context, workdir))
+    if run:
+        return run
+    optimizer = make_optimizer(cfg.optim)
+    _, params = load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)
+    reference = as_reference(cfg, params) if cfg.loss.kl_coef else None
+    run = RunState(0, init_train_state(context.mesh, params, optimizer), reference, None, {}, 0, "")
+    return run, jax.random.key(cfg.seed)
+
+
+def as_reference(cfg: Config, params: Any) -> Any:
+    """Returns a copy of the base model's parameters in the dtype of the reference."""
+    return jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
+
+
+def resume(cfg: Config, context: RunContext, workdir: Path, step: int) -> tuple[RunState, jax.Array]:
+    """Restores the checkpoint of a step as `start_or_resume` does.
+
+    Raises:
+        Damaged: It is not sound.
     """
     mesh, optimizer = context.mesh, make_optimizer(cfg.optim)
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
-    restored = checkpoint.restore_checkpoint(
-        manager, train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer)
-    )
+    state_shapes = train_state_shapes(shapes, optimizer), train_state_shardings(mesh, shapes, optimizer)
+    state, meta, experience = checkpoint.restore_step(workdir, step, *state_shapes)
     reference = None
-    if restored:
-        step, rollout_metrics, skipped = (restored.meta[name] for name in ("step", "rollout", "skipped_in_a_row"))
-        if cfg.loss.kl_coef:
-            shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
-            reference = checkpoint.restore_reference(workdir, step, shapes, tree_shardings(mesh, shapes))
-        failure = describe_failure(cfg, skipped, step)
-        run = RunState(step, restored.state, reference, restored.experience, rollout_metrics, skipped, failure)
-        return run, jax.random.wrap_key_data(jnp.asarray(restored.meta["key"], jnp.uint32))
-    _, params = load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)
     if cfg.loss.kl_coef:
-        reference = jax.tree.map(lambda x: jnp.array(x, cfg.model.reference_dtype), params)
-        with disk_errors(workdir, "the reference", sum(leaf.nbytes for leaf in jax.tree.leaves(reference))):
-            checkpoint.save_reference(workdir, reference)
-    run = RunState(0, init_train_state(mesh, params, optimizer), reference, None, {}, 0, "")
-    return run, jax.random.key(cfg.seed)
+        shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
+
+        def load_base():
+            return as_reference(cfg, load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)[1])
+
+        digests, shardings = meta["digests"]["reference"], tree_shardings(mesh, shapes)
+        reference = checkpoint.restore_reference(workdir, step, digests, shapes, shardings, load_base)
+    failure = describe_failure(cfg, meta["skipped_in_a_row"], step)
+    run = RunState(step, state, reference, experience, meta["rollout"], meta["skipped_in_a_row"], failure)
+    return run, jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
 
 
 @partial(jax.jit, donate_argnums=0, keep_unused=True)
@@ -117,22 +133,23 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 
 
-def saved_reference(cfg: Config, run: RunState) -> Any:
-    """Returns the reference if a checkpoint must hold it, because the policy has replaced the first one; else None."""
-    return run.reference if 0 < cfg.reference.every_updates <= run.step else None
+def is_reference_replaced(cfg: Config, run: RunState) -> bool:
+    """Returns whether the policy has replaced the initial reference, so that each checkpoint must hold the reference."""
+    return 0 < cfg.reference.every_updates <= run.step
 
 
-def checkpoint_bytes(cfg: Config, run: RunState) -> int:
-    """Returns about how much room a checkpoint of a run takes."""
+def checkpoint_bytes(cfg: Config, run: RunState, store: CheckpointStore) -> int:
+    """Returns about how much room the next checkpoint of a run takes."""
     experience = vars(run.experience) if run.experience else None
-    arrays = (run.train.params, run.train.opt_state, experience, saved_reference(cfg, run))
+    reference = run.reference if is_reference_replaced(cfg, run) or not store.has_reference else None
+    arrays = (run.train.params, run.train.opt_state, experience, reference)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
 @phase("Saving a checkpoint")
 def save_run(
     cfg: Config,
-    manager: ocp.CheckpointManager,
+    store: CheckpointStore,
     run: RunState,
     root_key: jax.Array,
     started_with: dict[str, Any],
@@ -142,7 +159,7 @@ def save_run(
 
     Args:
         cfg: The run's config.
-        manager: The manager of the run's checkpoints.
+        store: The run's checkpoints.
         run: The state.
         root_key: The key that every random key of the run is folded from.
         started_with: The values of config.json by dotted name, which a resume compares (see `check_trained_config`).
@@ -156,5 +173,4 @@ def save_run(
         "skipped_in_a_row": run.skipped_in_a_row,
         "line": line,
     }
-    reference = saved_reference(cfg, run)
-    checkpoint.save_checkpoint(manager, run.train, meta, run.experience, reference)
+    store.save(run.train, meta, run.experience, run.reference, is_reference_replaced(cfg, run))

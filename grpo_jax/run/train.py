@@ -24,7 +24,7 @@ from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, from_first_process
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import newest_step, open_checkpoint_manager, read_meta
+from grpo_jax.run.checkpoint import damage_of, newest_step, read_meta
 from grpo_jax.run.console import RunLog, describe_run, num_records
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
 from grpo_jax.run.diagnosis import initial_facts, sample_surprise
@@ -40,6 +40,7 @@ from grpo_jax.run.metrics import (
 )
 from grpo_jax.run.preparation import check_run, prepare_run
 from grpo_jax.run.progress import announce, phase, set_detail
+from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.run.stages import (
     add_advantages,
     draw_completions,
@@ -123,7 +124,7 @@ def train(
     """
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
-    if checked.done == checked.cfg.total_steps:
+    if checked.done == checked.cfg.total_steps and is_sound(workdir, checked.done):
         return describe_outcome(checked.cfg, workdir)
     with closing(WorkdirLock(workdir)) as lock:
         from_first_process(lambda: take_workdir(lock, checked.done), np.zeros(()))
@@ -143,6 +144,12 @@ def train(
         )
         announce(f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, {folders} to {workdir}")
     return metrics
+
+
+@phase("Reading the last checkpoint")
+def is_sound(workdir: Path, step: int) -> bool:
+    """Returns whether the checkpoint of a step is sound."""
+    return bool(from_first_process(lambda: np.bool_(not damage_of(workdir, step)), np.bool_(False)))
 
 
 def take_workdir(lock: WorkdirLock, done: int) -> None:
@@ -240,8 +247,8 @@ def start_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
     """Starts to save a checkpoint, whose step must be the last one in metrics.jsonl."""
     setup.lock.check()
     setup.log.attempt()
-    with setup.saver.saving(run.step, checkpoint_bytes(cfg, run)):
-        save_run(cfg, setup.saver.manager, run, setup.root_key, setup.started_with, setup.log.last_line)
+    with setup.saver.saving(run.step, checkpoint_bytes(cfg, run, setup.saver.store)):
+        save_run(cfg, setup.saver.store, run, setup.root_key, setup.started_with, setup.log.last_line)
 
 
 def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> RunState:
@@ -266,13 +273,14 @@ def open_run(
     cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, started_with: dict
 ) -> Iterator[tuple[RunSetup, RunState]]:
     """Restores or starts a run and opens its log, which is cut back to the restored step; closes both in the end."""
-    workdir, keep = lock.workdir, cfg.checkpoint.keep
+    workdir = lock.workdir
     lock.check()
     with disk_errors(workdir, "the folder of checkpoints"):
-        saver = CheckpointSaver(open_checkpoint_manager(workdir, keep), workdir, cfg.checkpoint.retry_s)
+        run, root_key = start_or_resume(cfg, context, workdir)
+        store = CheckpointStore(workdir, cfg.checkpoint.keep, cfg.checkpoint.best, run.step)
+        saver = CheckpointSaver(store, workdir, cfg.checkpoint.retry_s)
+    line = read_meta(workdir, run.step)["line"] if run.step else None
     with closing(saver):
-        run, root_key = start_or_resume(cfg, context, saver.manager, workdir)
-        line = read_meta(workdir, run.step).get("line")
         with closing(RunLog(cfg, context, workdir, run.step, line)) as log:
             yield RunSetup(root_key, held_out_problems(task, cfg.eval.questions), saver, lock, log, started_with), run
 

@@ -1,0 +1,123 @@
+"""Digests of arrays, computed where an array is, on devices or on a host, by a few integer operations per element.
+
+The bits of each element are mixed with its position in the whole array, and the results are summed modulo 2**32. Their
+order does not matter to the sum, so it does not depend on how an array is split over devices, blocks or processes. The
+mix is a bijection for each position, so any change of a single element changes the digest. A digest has two such sums;
+the chance that a larger change leaves both as they were is about one in 2**64.
+
+Digests tell whether storage or memory has changed an array. They do not protect against somebody who computes new ones.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Odd, so that a multiplication by one of them modulo 2**32 is a bijection.
+POSITION_FACTOR, FACTORS, LAST_FACTOR = 0x9E3779B1, (0x85EBCA6B, 0xC2B2AE35), 0x27D4EB2F
+HOST_WORDS = 1 << 16  # words that the host mixes at a time, so that they stay in its cache
+DEVICE_WORDS, DEVICE_BLOCKS = 1 << 18, 64  # blocks of an array on a device have at least so many words, or are so many
+SMALL = 1 << 20  # elements of an array for which it is not worthwhile to compile a program
+
+
+def mix_words(words, positions):
+    """Mixes uint32 words with their positions, in two ways; all are arrays of NumPy or of JAX."""
+    mixed = words + positions * np.uint32(POSITION_FACTOR)
+    for factor in FACTORS:
+        mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
+    return mixed, (mixed ^ (mixed >> np.uint32(15))) * np.uint32(LAST_FACTOR)
+
+
+def strides_of(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns by how many elements two neighbors along each axis are apart in row-major order, modulo 2**32."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size % 2**32)
+    return np.array(strides[::-1], np.uint32)
+
+
+def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the digest of an array of which this device holds the part `x`; runs in `jax.shard_map`.
+
+    Args:
+        x: The part.
+        spec: How the array is partitioned.
+        shape: The shape of the array.
+    """
+    strides, first = strides_of(shape), jnp.uint32(0)
+    for axis, names in enumerate(spec):
+        if names:
+            first += lax.axis_index(names).astype(jnp.uint32) * np.uint32(x.shape[axis]) * strides[axis]
+    bits = x.astype(jnp.uint8) if x.dtype == bool else lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+    def mix_rows(start, count):
+        rows = lax.dynamic_slice_in_dim(bits, start, count).astype(jnp.uint32)
+        positions = first + jnp.asarray(start).astype(jnp.uint32) * strides[0]
+        for axis in range(rows.ndim):
+            positions += lax.broadcasted_iota(jnp.uint32, rows.shape, axis) * strides[axis]
+        return mix_words(rows, positions)
+
+    # Few large blocks, whose sums are elementwise: XLA adds up a whole array slowly on a CPU.
+    rows = len(x) // max(1, min(len(x), DEVICE_BLOCKS, x.size // DEVICE_WORDS))
+    blocks, rest = divmod(len(x), rows)
+    totals = lax.fori_loop(
+        0,
+        blocks,
+        lambda block, totals: jax.tree.map(jnp.add, totals, mix_rows(block * rows, rows)),
+        (jnp.zeros((rows, *x.shape[1:]), jnp.uint32),) * 2,
+    )
+    parts = (totals, mix_rows(blocks * rows, rest)) if rest else (totals,)
+    sums = sum(jnp.stack([lane.sum(dtype=jnp.uint32) for lane in part]) for part in parts)
+    names = [name for names in spec if names for name in (names if isinstance(names, tuple) else (names,))]
+    return lax.psum(sums, names) if names else sums
+
+
+@partial(jax.jit, static_argnames="sharding")
+def sum_on_devices(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns the digest of an array with this sharding as uint32 [2]."""
+    x = x if x.ndim else x[None]
+    part = partial(sum_part, spec=sharding.spec, shape=x.shape)
+    return jax.shard_map(part, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=P(), check_vma=False)(x)
+
+
+def sum_on_host(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the digest of an array as uint32 [2], from consecutive blocks of its elements in row-major order."""
+    total, position = np.zeros(2, np.uint32), 0
+    for block in blocks:
+        flat = np.ascontiguousarray(block).reshape(-1)
+        words = flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}")
+        for start in range(0, len(words), HOST_WORDS):
+            part = words[start : start + HOST_WORDS].astype(np.uint32, copy=False)
+            positions = np.arange(position + start, position + start + len(part)).astype(np.uint32)
+            total += [lane.sum(dtype=np.uint32) for lane in mix_words(part, positions)]
+        position += len(words)
+    return total
+
+
+def digest_text(sums: np.ndarray) -> str:
+    """Returns a digest as 16 hexadecimal digits."""
+    return "".join(f"{int(value):08x}" for value in sums)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by the names that Orbax gives them, such as `layers.0.attention.k.kernel`."""
+    return ocp.tree.to_flat_dict(tree, sep=".")
+
+
+def digest_arrays(tree: Any) -> dict[str, str]:
+    """Returns the digest of each array of a tree by name. Every process must call it if arrays span processes."""
+
+    def sums_of(x) -> np.ndarray | jax.Array:
+        if not isinstance(x, jax.Array) or (x.size <= SMALL and x.is_fully_addressable):
+            return sum_on_host([np.asarray(x)])
+        return sum_on_devices(x, x.sharding)
+
+    sums = jax.device_get({name: sums_of(x) for name, x in named_leaves(tree).items()})
+    return {name: digest_text(digest) for name, digest in sums.items()}
