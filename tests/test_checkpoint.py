@@ -1,7 +1,9 @@
 """Checkpoints are what was saved, or are passed over: flipped bits, other damage, copies of the reference, rotation."""
 
+import json
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,9 +12,16 @@ import jax
 import numpy as np
 import pytest
 
+import grpo_jax.run.saving
 import grpo_jax.run.state
+from grpo_jax import check as check_command
 from grpo_jax.config import check, default, write_config
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.run.checkpoint import saved_steps
+from grpo_jax.run.policy import restore_policy
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.run.state import save_run, start_or_resume
 from tests import tiny
@@ -69,6 +78,7 @@ def made(tmp_path_factory):
     raw.loss.kl_coef, raw.reference.every_updates = 0.1, 3
     cfg, params = check(raw), tiny.params()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_jax.run.state, "param_shapes", cache(param_shapes))  # slow, and the same for each resume
         patch.setattr(grpo_jax.run.state, "load", lambda *args, **kwargs: (tiny.CONFIG, scaled(params, 1)))
         context = SimpleNamespace(mesh=make_mesh(**MESH), model_cfg=tiny.CONFIG, source=None)
         saved = Saved(tmp_path_factory.mktemp("made") / "run", cfg, context, {})
@@ -164,3 +174,137 @@ def test_a_damaged_file_is_never_restored(made, tmp_path, damage, share):
         workdir = Path(shutil.copytree(made.workdir, tmp_path / str(index)))
         damage(workdir / path.relative_to(made.workdir))
         resume(made._replace(workdir=workdir))
+
+
+def test_without_a_sound_checkpoint_nothing_is_restored_or_renamed(saved):
+    for step in STEPS:
+        flip(saved.workdir / "checkpoints" / str(step) / "meta" / "metadata", 100)
+    before = files_in(saved.workdir)
+    with pytest.raises(UserError, match=r"none of the 2 in .* is sound; that of step 4 is damaged: its meta "):
+        resume(saved)
+    assert files_in(saved.workdir) == before
+
+
+def test_a_checkpoint_of_another_step_is_passed_over(saved):
+    shutil.copytree(saved.workdir / "checkpoints" / "2", saved.workdir / "checkpoints" / "6")
+    assert resume(saved) == 4
+    assert (saved.workdir / "checkpoints" / "damaged-6").is_dir()
+
+
+def damage_largest(folder):
+    """Flips a bit in the middle of the largest file of arrays in a folder."""
+    path = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip(path, 4 * path.stat().st_size)
+
+
+def test_a_damaged_initial_reference_is_made_again_from_the_base_model(saved, capsys):
+    folder = saved.workdir / "checkpoints"
+    shutil.rmtree(folder / "4")
+    damage_largest(folder / "reference")
+    assert resume(saved) == 2
+    assert "checkpoints/reference is damaged: " in (line := capsys.readouterr().out) and "the base model." in line
+    assert saved_steps(saved.workdir) == [2] and (folder / "damaged-reference").is_dir()
+
+    store = make_store(saved, 2)  # the next checkpoint writes the reference again
+    run, key = run_at(saved, 3)
+    save_run(saved.cfg, store, run._replace(step=1), key, {}, {})
+    store.finish()
+    store.close()
+    assert resume(saved) == 2 and not capsys.readouterr().out
+
+
+def test_a_checkpoint_without_its_reference_is_not_sound(saved, monkeypatch):
+    folder = saved.workdir / "checkpoints"
+    damage_largest(folder / "4" / "reference")
+    assert resume(saved) == 2
+    shutil.rmtree(folder / "reference")
+    other = scaled(tiny.params(), 2)
+    monkeypatch.setattr(grpo_jax.run.state, "load", lambda *args, **kwargs: (tiny.CONFIG, other))
+    with pytest.raises(UserError, match=r"none of the 1 .* no sound copy, and model.path has other weights"):
+        resume(saved)
+
+
+def test_a_reference_is_taken_from_the_copy_of_another_checkpoint(saved, capsys):
+    """The damaged copy belongs to step 4; step 6 has the same reference."""
+    store = make_store(saved, 4)
+    run, key = run_at(saved, 4)
+    run = run._replace(step=6)
+    save_run(saved.cfg, store, run, key, {}, {})
+    store.close()
+    saved.states[6] = contents(run, key)
+    damage_largest(saved.workdir / "checkpoints" / "6" / "reference")
+    assert resume(saved) == 6
+    assert f"continues with a copy in {saved.workdir / 'checkpoints' / '4' / 'reference'}." in capsys.readouterr().out
+
+
+def save_steps(saved, store, scores):
+    """Saves a checkpoint for each step of `scores`, whose values are the metric eval/accuracy."""
+    run, key = run_at(saved, 2)
+    for step, score in scores.items():
+        save_run(saved.cfg, store, run._replace(step=step), key, {}, {"eval/accuracy": score})
+    store.finish()
+    store.close()
+
+
+def test_old_checkpoints_are_deleted_once_enough_newer_ones_have_been_read_back(saved, monkeypatch, capsys):
+    """The checkpoints of the steps 6 and 7 are damaged between their commit and being read back."""
+    read_back, deleted = grpo_jax.run.saving.read_back, []
+
+    def damage_and_read_back(workdir, step, share):
+        if step in (6, 7):
+            damage_largest(workdir / "checkpoints" / str(step) / "optimizer")
+        deleted.append((step, saved_steps(workdir)))
+        yield from read_back(workdir, step, share)
+
+    monkeypatch.setattr(grpo_jax.run.saving, "read_back", damage_and_read_back)
+    save_steps(saved, make_store(saved, 4), dict.fromkeys((5, 6, 7, 8)))
+    assert deleted == [(5, [2, 4, 5]), (6, [4, 5, 6]), (7, [4, 5, 7]), (8, [4, 5, 8])]
+    assert sorted(path.name for path in (saved.workdir / "checkpoints").iterdir()) == [
+        "5",
+        "8",
+        "damaged-6",
+        "damaged-7",
+        "reference",
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "warning: The checkpoint of step 6 is not what was saved: " in lines[0]
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(saved):
+    save_steps(saved, make_store(saved, 4, keep=2, best="eval/accuracy"), {5: 0.5, 6: 0.75, 7: 0.75, 8: 0.25, 9: None})
+    assert saved_steps(saved.workdir) == [6, 8, 9]
+    save_steps(saved, make_store(saved, 9, keep=1, best="eval/accuracy"), {10: 0.8, 11: 0.7})
+    assert saved_steps(saved.workdir) == [10, 11]
+
+
+def test_a_damaged_policy_is_refused_by_those_who_read_it(saved):
+    shapes = jax.eval_shape(lambda: tiny.params())
+    shardings = tree_shardings(saved.context.mesh, shapes)
+    assert are_equal(jax.device_get(restore_policy(saved.workdir, shapes, shardings)[1]), saved.states[4][0][0])
+    damage_largest(saved.workdir / "checkpoints" / "4" / "policy")
+    with pytest.raises(UserError, match=r"of step 4 must be what was saved, but .* of its policy .* grpo_jax\.check"):
+        restore_policy(saved.workdir, shapes, shardings)
+    assert restore_policy(saved.workdir, shapes, shardings, 2)[0] == 2
+    assert (saved.workdir / "checkpoints" / "4").is_dir()
+
+
+def test_check_says_what_is_sound(saved, capsys):
+    def run_check(*flags):
+        with pytest.raises(SystemExit) as raised:
+            check_command.main([f"--workdir={saved.workdir}", *flags])
+        return raised.value.code, capsys.readouterr().out
+
+    code, shown = run_check()
+    assert code == 0 and shown.splitlines() == [
+        "The checkpoint of step 2 is sound.",
+        "The checkpoint of step 4 is sound.",
+        "The initial reference is sound.",
+    ]
+    damage_largest(saved.workdir / "checkpoints" / "4" / "experience")
+    damage_largest(saved.workdir / "checkpoints" / "reference")
+    (saved.workdir / "checkpoints" / "damaged-1").mkdir()
+    code, shown = run_check("--json")
+    found = json.loads(shown)
+    assert code == 3 and not found["sound"] and found["aside"] == ["damaged-1"]
+    assert found["damage"]["2"] == "" and "experience" in found["damage"]["4"] and found["damage"]["reference"]
+    assert run_check()[0] == 3

@@ -19,6 +19,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.parallel import processes
 from grpo_jax.weights.source import find_model
 from tests.test_layout import ENTRY_POINTS
+from tests.tiny import write_meta
 
 ROOT = Path(__file__).parent.parent
 R1ZERO = f"--config={ROOT}/configs/r1zero.py"
@@ -637,7 +638,7 @@ def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
 def test_fewer_steps_than_the_run_has_done_are_refused(tmp_path):
     run = tmp_path / "run"
     write_config(run, Config())
-    (run / "checkpoints" / "40").mkdir(parents=True)
+    write_meta(run, 40, {})
     refused(
         main.main, run, R1ZERO, "--config.total_steps=20", says="total_steps must be at least 40, .* has done; found 20"
     )

@@ -461,6 +461,7 @@ IDLE = [
         for off in ("file", "my.module:primes", "python")
     ),
     ("eval.every_steps", "5", {"eval.questions": "8"}, "eval.questions=0"),
+    ("checkpoint.best", "eval/accuracy", {"eval.every_steps": "20"}, "eval.every_steps=0"),
     ("optim.decay_steps", "90", {"optim.schedule": "linear"}, "optim.schedule='constant'"),
     (
         "optim.end_lr_fraction",
@@ -544,6 +545,22 @@ def test_every_pair_of_the_table_has_a_case():
     cases = ((key, *switch.replace("'", "").split("=")) for key, _, _, switch in IDLE)
     named = {(key, switch, USERS_FUNCTION if ":" in off else off.removesuffix(".0")) for key, switch, off in cases}
     assert named == {(key, switch, str(off)) for switch, offs, keys in NO_EFFECT for off in offs for key in keys}
+
+
+@pytest.mark.parametrize(
+    "best, every_steps, says",
+    [
+        ("accuracy", 20, "checkpoint.best must be one of eval/accuracy, eval/format, or '' for none; found 'accuracy'"),
+        ("eval/format", 30, r"eval.every_steps must be a multiple of checkpoint.every_steps .* found 30 and 20"),
+    ],
+)
+def test_the_best_checkpoint_is_of_a_reward_part_and_of_an_evaluation(best, every_steps, says):
+    config = default()
+    config.checkpoint.best, config.eval.every_steps = best, every_steps
+    with pytest.raises(UserError, match=says):
+        check(config)
+    config.checkpoint.best, config.eval.every_steps = "eval/format", 40
+    check(config)
 
 
 # Values of keys that choose between methods, each of which has effects of its own elsewhere.
@@ -773,6 +790,7 @@ MAY_CHANGE = {
     "total_steps",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.best",
     "checkpoint.retry_s",
     "eval.every_steps",
     "eval.questions",

@@ -177,6 +177,9 @@ CASES = {
     "checkpoint.every_steps": Case(1, 2, ("checkpoints",)),
     "checkpoint.keep": Case(2, 1, ("checkpoints",)),
     "checkpoint.retry_s": Case(0, 1, ("error", "checkpoints")),
+    "checkpoint.best": Case(
+        "", "eval/accuracy", ("checkpoints",), {"total_steps": 3, "checkpoint.keep": 1, "eval.every_steps": 1}
+    ),
     "eval.every_steps": Case(0, 1, ("eval prompt", "metrics")),
     "eval.questions": Case(4, 5, ("eval prompt",)),
     "eval.temperature": Case(1.0, 2.0, ("eval completion",)),

@@ -22,9 +22,9 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import pad_prompts, place_for_rollout
+from grpo_jax.run.arrays import restore_arrays
 from grpo_jax.run.checkpoint import read_meta
 from grpo_jax.run.policy import restore_policy
-from grpo_jax.run.arrays import restore_arrays
 from grpo_jax.weights.source import find_model, read_model_config
 from tests.tiny import CONFIG, packed, params
 

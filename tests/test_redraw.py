@@ -16,7 +16,6 @@ from grpo_jax.errors import UserError
 from grpo_jax.main import main
 from grpo_jax.rollout.draws import NO_FILTER, TokenFilter, choose_tokens, draw_margin
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import hash_meta
 from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.metrics import read_samples, write_samples
 from grpo_jax.run.policy import load_policy
@@ -32,6 +31,7 @@ from grpo_jax.run.redraw import (
     read_record,
 )
 from grpo_jax.tasks.streams import draw_problems, make_task
+from tests.tiny import write_meta
 
 REPO = Path(__file__).parent.parent
 
@@ -60,14 +60,6 @@ def workdir(tmp_path):
     for step in (5, 8):
         write_meta(tmp_path, step, {})
     return tmp_path
-
-
-def write_meta(workdir, step, trained):
-    """Writes the metadata of a checkpoint of a run that was trained with some values of keys."""
-    folder = workdir / "checkpoints" / str(step) / "meta"
-    folder.mkdir(parents=True, exist_ok=True)
-    meta = {"step": step, "config": trained}
-    (folder / "metadata").write_text(json.dumps(meta | {"sha256": hash_meta(meta)}))
 
 
 @pytest.mark.parametrize(

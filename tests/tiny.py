@@ -1,5 +1,6 @@
-"""A random model of a few thousand parameters, random experience for it, and a look into compiled programs."""
+"""A random model of a few thousand parameters, its experience, compiled programs, and the metadata of a checkpoint."""
 
+import json
 import re
 from functools import partial
 
@@ -12,6 +13,7 @@ from grpo_jax.learn.packing import PackedShape, packed_shape
 from grpo_jax.learn.update import pack_minibatch
 from grpo_jax.model.architecture import LayerConfig, ModelConfig
 from grpo_jax.model.decoder import init_params
+from grpo_jax.run.checkpoint import hash_meta
 from grpo_jax.types import Experience, PackedBatch
 
 CONFIG = ModelConfig(
@@ -85,3 +87,11 @@ def all_gather_shapes(hlo: str) -> list[tuple[int, ...]]:
     """Returns the output shapes of all all-gathers in the text of a compiled program."""
     outputs = re.findall(r"= \(?(.*?)\)? all-gather(?:-start)?\(", hlo)
     return [tuple(map(int, dims.split(","))) for output in outputs for dims in re.findall(r"\[([\d,]+)\]", output)]
+
+
+def write_meta(workdir, step, trained):
+    """Writes the metadata of a checkpoint of a run that was trained with some values of keys."""
+    folder = workdir / "checkpoints" / str(step) / "meta"
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"step": step, "config": trained}
+    (folder / "metadata").write_text(json.dumps(meta | {"sha256": hash_meta(meta)}))

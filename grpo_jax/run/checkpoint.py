@@ -27,8 +27,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grpo_jax.errors import UserError
-from grpo_jax.run.digests import digest_arrays
-from grpo_jax.run.progress import announce
 from grpo_jax.run.arrays import (
     Damaged,
     error_line,
@@ -37,6 +35,8 @@ from grpo_jax.run.arrays import (
     restore_arrays,
     restore_on_host,
 )
+from grpo_jax.run.digests import digest_arrays
+from grpo_jax.run.progress import announce
 from grpo_jax.types import Experience, TrainState
 
 MAX_META_BYTES = 1 << 26

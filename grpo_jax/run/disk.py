@@ -138,7 +138,7 @@ class CheckpointSaver:
         return self.retry_at is not None and time.monotonic() >= self.retry_at
 
     def finish(self) -> bool:
-        """Waits for the last save, and until it is read back; returns False if it failed and must be tried again now."""
+        """Waits for the last save. Returns False if it failed and must be tried again, after the time for that."""
         with self.noticing():
             self.store.finish()
         if self.retry_at is not None:

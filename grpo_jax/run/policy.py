@@ -9,10 +9,10 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
+from grpo_jax.run.arrays import Damaged, restore_arrays
 from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.progress import phase
-from grpo_jax.run.arrays import Damaged, restore_arrays
 from grpo_jax.weights.model_io import load
 
 

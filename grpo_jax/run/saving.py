@@ -2,14 +2,12 @@
 
 import contextlib
 import logging
-import math
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.errors import UserError
@@ -47,7 +45,7 @@ class CheckpointStore:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, async_options=no_waiting)
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         self.step, self.damage = 0, ""  # of the last checkpoint that was saved, and what is wrong with it
-        self.is_read = False  # whether it has been read back
+        self.is_read = False  # whether it has been read back, at least up to the first damage
         self.reader: threading.Thread | None = None  # reads it back
         self.is_closing = threading.Event()
 
@@ -75,7 +73,7 @@ class CheckpointStore:
         meta = meta | {"skipped": int(state.skipped), "is_reference": bool(state.is_reference), "digests": digests}
         items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(meta | {"sha256": hash_meta(meta)})
-        self.manager.save(meta["step"], args=ocp.args.Composite(**items))
+        self.manager.save(meta["step"], args=ocp.args.Composite(**items), force=True)
         self.step, self.damage, self.is_read = meta["step"], "", False
         self.reader = threading.Thread(target=self.read_saved, daemon=True)
         self.reader.start()
@@ -106,7 +104,7 @@ class CheckpointStore:
             for damage in read_back(self.workdir, self.step, slice(jax.process_index(), None, jax.process_count())):
                 self.damage = damage
                 if damage or self.is_closing.is_set():
-                    return
+                    break
             self.is_read = True
 
     def is_saving_in_progress(self) -> bool:
@@ -124,6 +122,8 @@ class CheckpointStore:
             return
         self.reader.join()
         self.reader = None
+        if not self.is_read:  # it could not be saved
+            return
         try:
             raise_if_damaged(self.damage)
         except Damaged as error:
@@ -146,13 +146,13 @@ class CheckpointStore:
                 shutil.rmtree(deleted, ignore_errors=True)
 
     def best_step(self) -> int | None:
-        """Returns the step of the checkpoint with the highest value of the metric `best`, the newest of several."""
+        """Returns the step of the checkpoint with the highest value of the metric `best`, the first of several."""
         scores = {}
         for step in saved_steps(self.workdir) if self.best else ():
             with contextlib.suppress(Damaged):
                 score = read_meta(self.workdir, step)["line"].get(self.best)
                 scores |= {step: score} if score is not None else {}
-        return max(scores, key=lambda step: (scores[step], step), default=None)
+        return max(scores, key=lambda step: (scores[step], -step), default=None)
 
     def close(self) -> None:
         """Waits until the last checkpoint is complete, and closes the checkpoints."""

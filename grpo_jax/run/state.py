@@ -134,7 +134,7 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
 
 
 def is_reference_replaced(cfg: Config, run: RunState) -> bool:
-    """Returns whether the policy has replaced the initial reference, so that each checkpoint must hold the reference."""
+    """Returns whether the policy has replaced the initial reference, so that checkpoints must hold the new one."""
     return 0 < cfg.reference.every_updates <= run.step
 
 
