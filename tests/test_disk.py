@@ -7,15 +7,17 @@ import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import pytest
 
 from grpo_jax import config
 from grpo_jax.config.workdir import replace_file
-from grpo_jax.run.checkpoint import open_checkpoint_manager, saved_steps
+from grpo_jax.run.checkpoint import saved_steps
 from grpo_jax.run.console import RunLog
 from grpo_jax.run.disk import CheckpointSaver, DiskError, disk_errors
 from grpo_jax.run.metrics import LogFile
+from grpo_jax.run.saving import CheckpointStore
+from grpo_jax.types import TrainState
+from tests.tiny import write_meta
 
 # As TensorStore reports it.
 FULL = f"RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: {os.strerror(errno.ENOSPC)} [os_error_code='28']"
@@ -117,7 +119,7 @@ def test_the_error_of_a_disk_says_what_to_do(tmp_path, error):
     is_full = isinstance(error, ValueError)
     room = r"No space left on device \(it takes 1,000,000.0 GB, and .* are free\)\. Free 1.* GB"
     fix = room if is_full else r"(Read-only file system|Input/output error)\. Make sure that it can be written"
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    write_meta(tmp_path, 4, {})
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
     size = 10**15 if is_full else 5
     with pytest.raises(
@@ -137,7 +139,8 @@ def test_other_errors_are_not_taken_for_a_failing_disk(tmp_path):
 
 def save(saver, step):
     with saver.saving(step, 80):
-        saver.manager.save(step, args=ocp.args.Composite(policy=ocp.args.StandardSave({"w": jnp.full(20, step)})))
+        state = TrainState(jnp.int32(step), {"w": jnp.full(20, step)}, {"n": jnp.int32(1)}, jnp.int32(0), jnp.bool_(False))
+        saver.store.save(state, {"step": step, "line": {}}, None, None, is_replaced=False)
 
 
 @pytest.fixture
@@ -157,13 +160,13 @@ def broken_writes(monkeypatch):
 
 
 def wait_for_background(saver):
-    while saver.manager.is_saving_in_progress():
+    while saver.store.is_saving_in_progress():
         time.sleep(0.01)
 
 
 def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(tmp_path, broken_writes, capfd):
     broken_writes["is_broken"] = False
-    saver = CheckpointSaver(open_checkpoint_manager(tmp_path, 2), tmp_path, 0)
+    saver = CheckpointSaver(CheckpointStore(tmp_path, 2, "", 0), tmp_path, 0)
     save(saver, 1)
     saver.check()
     assert saver.finish()
@@ -179,7 +182,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(tmp_pat
 
 def test_a_save_that_failed_is_tried_again_and_old_checkpoints_are_forgotten_only_then(tmp_path, broken_writes, capsys):
     broken_writes["is_broken"] = False
-    saver = CheckpointSaver(open_checkpoint_manager(tmp_path, 1), tmp_path, 1)
+    saver = CheckpointSaver(CheckpointStore(tmp_path, 1, "", 0), tmp_path, 1)
     save(saver, 1)
     assert saver.finish() and not saver.is_due()
     broken_writes["is_broken"] = True
