@@ -139,7 +139,9 @@ def test_other_errors_are_not_taken_for_a_failing_disk(tmp_path):
 
 def save(saver, step):
     with saver.saving(step, 80):
-        state = TrainState(jnp.int32(step), {"w": jnp.full(20, step)}, {"n": jnp.int32(1)}, jnp.int32(0), jnp.bool_(False))
+        state = TrainState(
+            jnp.int32(step), {"w": jnp.full(20, step)}, {"n": jnp.int32(1)}, jnp.int32(0), jnp.bool_(False)
+        )
         saver.store.save(state, {"step": step, "line": {}}, None, None, is_replaced=False)
 
 

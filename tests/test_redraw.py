@@ -89,7 +89,7 @@ def test_a_sample_is_drawn_with_the_config_of_its_checkpoint(workdir):
     write_meta(workdir, 8, {"eval.temperature": 0.5, "rollout.samples": 8})
     assert config_of_sample(cfg, workdir, parse_sample_name("eval-8/3/0")).eval.temperature == 0.5
     write_meta(workdir, 8, {"rollout.samples": 4})
-    with pytest.raises(UserError, match=r"which was trained with rollout\.samples=4; found 8"):
+    with pytest.raises(UserError, match=r"which was trained with rollout\.samples=4; found rollout\.samples=8"):
         config_of_sample(cfg, workdir, parse_sample_name("eval-8/3/0"))
 
 
