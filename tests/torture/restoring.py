@@ -1,17 +1,15 @@
 """Restores runs as training does, in this process, and compares what it gets with what was saved."""
 
-from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from grpo_jax.config.workdir import read_config
-from grpo_jax.run.checkpoint import open_checkpoint_manager
 from grpo_jax.run.preparation import check_run, prepare_run
 from grpo_jax.run.progress import mute
 from grpo_jax.run.state import RunState, start_or_resume
-from tests.torture.runs import KEPT, NEWEST, half_run
+from tests.torture.runs import NEWEST, half_run
 
 
 class Restorer:
@@ -30,8 +28,8 @@ class Restorer:
 
     def restore(self) -> tuple[RunState, jax.Array]:
         """Returns what a run would continue with."""
-        with jax.set_mesh(self.context.mesh), closing(open_checkpoint_manager(self.workdir, KEPT)) as manager:
-            return start_or_resume(self.cfg, self.context, manager, self.workdir)
+        with jax.set_mesh(self.context.mesh):
+            return start_or_resume(self.cfg, self.context, self.workdir)
 
     def complaint(self) -> str:
         """Restores the run, and returns what is wrong with the result: it must be equal to a checkpoint as saved."""
