@@ -5,9 +5,13 @@ would reach.
 """
 
 import contextlib
+import json
 import os
+import re
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,16 @@ from grpo_jax.weights.tokenizer import load_tokenizer
 from tests import hostile
 
 ROOM, SECONDS = 1 << 29, 300
+
+
+ALWAYS = ("NaN weight", "pickled weights", "shard above the folder", "10**12 questions")
+
+
+def some_slow(*tables):
+    """Returns the names of cases, of which all but every fourth and those in `ALWAYS` are slow."""
+    names = [name for table in tables for name in table]
+    fast = {*names[::4], *ALWAYS}
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @contextlib.contextmanager
@@ -69,33 +83,32 @@ def make(tmp_path, cases, name):
     return cases[name][0](tmp_path / "made")
 
 
-@pytest.mark.parametrize("name", hostile.MODELS)
+@pytest.mark.parametrize("name", some_slow(hostile.MODELS))
 def test_a_hostile_model_is_refused(tmp_path, name):
     path = make(tmp_path, hostile.MODELS, name)
     assert_refused(tmp_path, hostile.MODELS[name][1], lambda: (load(path), load_tokenizer(find_model(path))))
 
 
-@pytest.mark.parametrize("name", hostile.GGUFS)
+@pytest.mark.parametrize("name", some_slow(hostile.GGUFS))
 def test_a_hostile_gguf_file_is_refused(tmp_path, name):
     path = make(tmp_path, hostile.GGUFS, name)
     assert_refused(tmp_path, hostile.GGUFS[name][1], lambda: load(path))
 
 
-@pytest.mark.parametrize("name", hostile.PROBLEMS)
+@pytest.mark.parametrize("name", some_slow(hostile.PROBLEMS))
 def test_a_hostile_file_of_problems_is_refused(tmp_path, name):
     path = make(tmp_path, hostile.PROBLEMS, name)
     assert_refused(tmp_path, hostile.PROBLEMS[name][1], lambda: read_problems(path))
 
 
-@pytest.mark.parametrize("name", hostile.CONFIGS)
+@pytest.mark.parametrize("name", some_slow(hostile.CONFIGS))
 def test_a_config_that_no_run_can_have_is_refused(tmp_path, name):
     line, says = hostile.CONFIGS[name]
-    lines = ["from grpo_jax import config", "def get_config():", "    cfg = config.default()", f"    {line}"]
-    (tmp_path / "c.py").write_text("\n".join([*lines, "    return cfg"]))
+    (tmp_path / "c.py").write_text(hostile.config_file(line))
     assert_refused(tmp_path, says, lambda: check(flags.load_config(str(tmp_path / "c.py"))))
 
 
-@pytest.mark.parametrize("name", [*hostile.RUN_CONFIGS, *hostile.LOGS])
+@pytest.mark.parametrize("name", some_slow(hostile.RUN_CONFIGS, hostile.LOGS))
 def test_a_hostile_workdir_is_refused_or_what_can_be_read_is_shown(tmp_path, name):
     cases = hostile.RUN_CONFIGS | hostile.LOGS
     workdir = make(tmp_path, cases, name)
@@ -106,3 +119,18 @@ def test_a_hostile_workdir_is_refused_or_what_can_be_read_is_shown(tmp_path, nam
 
     if name != "key is a section":
         assert_refused(tmp_path, cases[name][1], write_report)
+
+
+@pytest.mark.slow
+def test_every_entry_point_refuses_them_with_exit_code_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "tests.hostile_runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    start, *runs = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 0 and len(runs) > 150, done.stderr
+    for run in runs:
+        errors = [line for line in run["output"].splitlines() if line.startswith("error: ")]
+        assert run["code"] == (2 if run["says"] else 0), run
+        assert not run["says"] or (len(errors) == 1 and re.search(run["says"], errors[0])), run
+        assert "Traceback" not in run["output"], run
+        assert run["peak"] < start["peak"] + ROOM, run
+    assert not list(tmp_path.rglob("ran"))

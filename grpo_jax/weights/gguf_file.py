@@ -163,6 +163,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         version, tensor_count, field_count = unpack(file, "IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version}")
+        if max(tensor_count, field_count) > MAX_ELEMENTS:
+            raise ValueError(f"{field_count:,} fields and {tensor_count:,} tensors")
         fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
         entries = []
         for _ in range(tensor_count):
