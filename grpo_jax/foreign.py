@@ -48,10 +48,9 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         ValueError: It has more than `max_bytes` bytes.
     """
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"{path} has more than {max_bytes:,} bytes")
-    return content
+        if os.fstat(file.fileno()).st_size <= max_bytes and len(content := file.read(max_bytes + 1)) <= max_bytes:
+            return content
+    raise ValueError(f"{path} has more than {max_bytes:,} bytes")
 
 
 def read_json_file(path: str | Path, **options: Callable[..., Any]) -> Any:

@@ -4,6 +4,7 @@ Prints a line of JSON for each run: its name, exit code, output, and the peak me
 """
 
 import contextlib
+import gc
 import io
 import json
 import resource
@@ -85,6 +86,7 @@ def run_all(folder: Path) -> None:
                     code = error.code
                 except BaseException as error:
                     code = repr(error)
+            gc.collect()  # an exception keeps what its frames hold
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             line = {"name": name, "code": code, "output": output.getvalue(), "says": says, "peak": peak}
             print(json.dumps(line), file=show, flush=True)
