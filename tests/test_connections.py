@@ -1,14 +1,24 @@
-"""Relays between processes: what they carry, and what they do when a connection ends."""
+"""The connections between processes: what happens when one of them ends."""
 
 import contextlib
-import os
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from grpo_jax.parallel import connections
-from grpo_jax.parallel.connections import Relay, free_port
+from grpo_jax.parallel.connections import PORT_KEY, watch_processes
+
+
+class Store(dict):
+    """The part of JAX's client that the processes use to tell each other the port."""
+
+    def key_value_set(self, key, value):
+        self[key] = value
+
+    def blocking_key_value_get(self, key, timeout_ms):
+        return self[key]
 
 
 @pytest.fixture
@@ -26,57 +36,68 @@ def ended(monkeypatch):
 
 
 @pytest.fixture
-def relays():
-    """Yields a server, the relay before it as in process 0, and the relay of process 3, which is connected to that."""
+def start(monkeypatch):
+    """Returns a function that calls `watch_processes` as a process of a given index, and returns its `Watch`."""
+    store, watches, make = Store(), [], connections.Watch
+
+    def make_watch():
+        watches.append(make())
+        return watches[-1]
+
+    def start(index):
+        state = SimpleNamespace(process_id=index, client=store, coordinator_address="127.0.0.1:1")
+        monkeypatch.setattr(connections.distributed, "global_state", state)
+        monkeypatch.setattr(connections, "Watch", make_watch)
+        watch_processes()
+        return watches[-1]
+
+    start.store = store
+    yield start
+    for watch in watches:
+        watch.stop()
+
+
+def connect(start, greeting: bytes) -> socket.socket:
+    """Connects to process 0."""
+    client = socket.create_connection(("127.0.0.1", int(start.store[PORT_KEY])))
+    client.sendall(greeting)
+    return client
+
+
+def test_process_0_ends_when_another_process_is_lost(start, ended):
+    start(0)
+    connect(start, b"3       ").close()  # as the system does when a process ends
+    assert ended(10) == [3]
+
+
+def test_the_others_end_when_process_0_is_lost(start, ended):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        first = Relay(("127.0.0.1", free_port()), server.getsockname(), process=0)
-        third = Relay(("127.0.0.1", 0), ("127.0.0.1", first.port), process=3)
-        yield server, first, third
-        for relay in (first, third):
-            relay.stop_watching()
-
-
-@pytest.fixture
-def connection(relays):
-    """Yields the two ends of a connection: that of JAX in process 3, and that of the coordinator in process 0."""
-    server, _, third = relays
-    with socket.create_connection(("127.0.0.1", third.port)) as client, server.accept()[0] as coordinator:
-        yield client, coordinator
-
-
-def test_a_relayed_connection_carries_what_is_sent(connection):
-    for sender, receiver in (connection, connection[::-1]):
-        sent = os.urandom(2**20)
-        threading.Thread(target=sender.sendall, args=(sent,)).start()
-        received = b""
-        while len(received) < len(sent):
-            received += receiver.recv(2**16)
-        assert received == sent
-
-
-@pytest.mark.parametrize("side, lost", [(0, 3), (1, 0)], ids=["process 3", "process 0"])
-def test_a_lost_connection_ends_the_process_on_the_other_side(relays, connection, ended, side, lost):
-    _, first, third = relays
-    (first, third)[side].watch()
-    connection[side].close()  # as the system does when a process ends
-    assert ended(10) == [lost] * len(ended(10))
-
-
-def test_a_connection_that_ends_in_an_orderly_exit_is_not_lost(relays, connection, ended):
-    _, first, third = relays
-    for relay in (first, third):
-        relay.watch()
-        relay.stop_watching()
-    client, coordinator = connection
-    client.close()
-    assert coordinator.recv(1) == b"" and not ended(0.1)
-
-
-def test_strangers_are_turned_away(relays, ended):
-    _, first, _ = relays
-    first.watch()
-    with socket.create_connection(("127.0.0.1", first.port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        with contextlib.suppress(ConnectionResetError):
-            assert stranger.recv(1) == b""
+        start.store[PORT_KEY] = str(server.getsockname()[1])
+        start(2)
+        first = server.accept()[0]
+        assert first.recv(8, socket.MSG_WAITALL) == b"2       "
         assert not ended(0.1)
+        first.close()
+        assert ended(10) == [0]
+
+
+def test_a_connection_that_ends_in_an_orderly_exit_is_not_lost(start, ended):
+    watch = start(0)
+    client = connect(start, b"3       ")
+    watch.stop()
+    client.close()
+    assert not ended(0.1)
+
+
+def test_strangers_are_turned_away(start, ended):
+    start(0)
+    with connect(start, b"GET / HTTP/1.1\r\n\r\n") as stranger, contextlib.suppress(ConnectionResetError):
+        assert stranger.recv(1) == b""
+    assert not ended(0.1)
+
+
+def test_a_process_that_cannot_connect_says_so_and_goes_on(start, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        start.store[PORT_KEY] = str(server.getsockname()[1])
+    start(1)
+    assert "cannot connect to port" in capsys.readouterr().err

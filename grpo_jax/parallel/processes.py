@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.connections import connect_processes
+from grpo_jax.parallel.connections import watch_processes
 
 
 def is_multiprocess(environ: Mapping[str, str]) -> bool:
@@ -40,13 +40,13 @@ def join_processes(environ: Mapping[str, str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     numbers = {name: environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
-        count, index = (None if value is None else int(value) for value in numbers.values())
-        connect_processes(environ.get("JAX_COORDINATOR_ADDRESS"), count, index)
-    except (OSError, TypeError, ValueError) as error:
+        jax.distributed.initialize(**{name: int(value) for name, value in numbers.items() if value is not None})
+    except (TypeError, ValueError) as error:
         raise UserError(
             "A multi-process run needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster "
             f"that JAX detects; initialization failed with: {error}. Set all three variables."
         ) from None
+    watch_processes()
 
 
 def from_first_process(function: Callable[[], np.ndarray | None], default: np.ndarray) -> np.ndarray:
