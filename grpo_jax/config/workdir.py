@@ -26,7 +26,7 @@ FIRST_FILES = {"run.lock", "files.json", "files.json.partial", "config.json.part
 
 def has_checkpoint(workdir: Path) -> bool:
     """Returns whether a run has saved a checkpoint, even a damaged one; before that, nothing binds its next start."""
-    return any(re.fullmatch(r"(damaged-)?\d+", path.name) for path in (workdir / "checkpoints").glob("*"))
+    return any(re.fullmatch(r"(damaged-)?\d+(-\d+)?", path.name) for path in (workdir / "checkpoints").glob("*"))
 
 
 def check_workdir(workdir: Path, cfg: Config) -> None:

@@ -275,8 +275,8 @@ def open_run(
     """Restores or starts a run and opens its log, which is cut back to the restored step; closes both in the end."""
     workdir = lock.workdir
     lock.check()
+    run, root_key = start_or_resume(cfg, context, workdir)
     with disk_errors(workdir, "the folder of checkpoints"):
-        run, root_key = start_or_resume(cfg, context, workdir)
         store = CheckpointStore(workdir, cfg.checkpoint.keep, cfg.checkpoint.best, run.step)
         saver = CheckpointSaver(store, workdir, cfg.checkpoint.retry_s)
     line = read_meta(workdir, run.step)["line"] if run.step else None
