@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,3 +135,16 @@ def test_every_entry_point_refuses_them_with_exit_code_2_and_one_line(tmp_path):
         assert "Traceback" not in run["output"], run
         assert run["peak"] < start["peak"] + ROOM, run
     assert not list(tmp_path.rglob("ran"))
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    shutil.copytree(find_model("tiny"), blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    assert find_model(snapshot) == snapshot
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(find_model("tiny") / "config.json")
+    with pytest.raises(UserError, match="must lie in the model's folder"):
+        find_model(snapshot)
