@@ -19,20 +19,21 @@ def newest_step(workdir: Path) -> int:
     return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def flip_bit(path: Path, draw: Random) -> str:
-    """Flips one random bit of a file that is not empty, and returns a description."""
-    data = bytearray(path.read_bytes())
-    bit = draw.randrange(8 * len(data))
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-    return f"bit {bit} of {path}"
-
-
 def restored_files(workdir: Path) -> list[Path]:
     """Returns all files that are not empty of the newest checkpoint of a run, and of the run's first reference."""
     folders = [workdir / "checkpoints" / name for name in (str(newest_step(workdir)), "reference")]
     files = [path for folder in folders for path in sorted(folder.rglob("*"))]
     return [path for path in files if path.is_file() and path.stat().st_size]
+
+
+def flip_bit(workdir: Path, draw: Random) -> str:
+    """Flips one random bit of a random file among those that a run restores, and returns a description."""
+    path = draw.choice(restored_files(workdir))
+    data = bytearray(path.read_bytes())
+    bit = draw.randrange(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return f"bit {bit} of {path.relative_to(workdir)}"
 
 
 def flip_bits(tally: Tally, undisturbed: Path, folder: Path, draw: Random, flips: int) -> None:
@@ -41,7 +42,7 @@ def flip_bits(tally: Tally, undisturbed: Path, folder: Path, draw: Random, flips
     restorer = Restorer(undisturbed, workdir)
     for _ in range(flips):
         half_run(undisturbed, workdir, draw.choice(NEWEST))
-        what = flip_bit(draw.choice(restored_files(workdir)), draw)
+        what = flip_bit(workdir, draw)
         try:
             complaint = restorer.complaint()
         except Exception as error:  # whatever it is, a user would see its traceback
@@ -74,7 +75,7 @@ def flip_and_resume(tally: Tally, undisturbed: Path, folder: Path, draw: Random,
     for _ in range(flips):
         newest = draw.choice(NEWEST)
         workdir = half_run(undisturbed, folder / "flipped", newest)
-        what = flip_bit(draw.choice(restored_files(workdir)), draw)
+        what = flip_bit(workdir, draw)
         resume(tally, workdir, newest, expected, what)
         tally.count("bit flips, resumed")
 
