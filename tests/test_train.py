@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import jax
@@ -32,6 +34,8 @@ from grpo_jax.run.train import finish_update
 from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
+from tests.torture.damage import flip_bit
+from tests.torture.runs import WITH_BORDERS
 
 REPO = Path(__file__).parent.parent
 # All runs of this module share these shapes, so that the sampler compiles once.
@@ -112,6 +116,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tmp_path):
     for item in ("policy", "optimizer"):
         assert_trees_equal(restore(finished_run, "5", item), restore(workdir, "5", item))
     assert largest_difference(restore(workdir, "5", "policy"), restore(workdir, "3", "policy")) > 1e-5
+    assert read_rows(workdir) == read_rows(finished_run)
+    samples = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
+    assert samples == {path.name: path.read_text() for path in (finished_run / "samples").iterdir()}
+
+
+def test_a_run_that_is_killed_and_then_damaged_equals_an_uninterrupted_one(finished_run, tmp_path):
+    """A short form of `make torture`: the newest checkpoint that a SIGKILL has left behind gets a bit flipped."""
+    workdir, flags = tmp_path / "run", [*FINISHED_RUN, "--config.checkpoint.every_steps=1"]
+    command = [sys.executable, "-c", WITH_BORDERS, f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *flags]
+    environ = {"TORTURE_BORDERS": os.devnull, "TORTURE_KILL_AT": "Training | Training > Sampling | step 5/5"}
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    flip_bit(workdir, Random(0))
+    train(workdir, FINISHED_RUN)
+
+    for item in ("policy", "optimizer"):
+        assert_trees_equal(restore(finished_run, "5", item), restore(workdir, "5", item))
     assert read_rows(workdir) == read_rows(finished_run)
     samples = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
     assert samples == {path.name: path.read_text() for path in (finished_run / "samples").iterdir()}
