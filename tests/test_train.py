@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_and_then_damaged_equals_an_uninterrupted_one(finis
     """A short form of `make torture`: the newest checkpoint that a SIGKILL has left behind gets a bit flipped."""
     workdir, flags = tmp_path / "run", [*FINISHED_RUN, "--config.checkpoint.every_steps=1"]
     command = [sys.executable, "-c", WITH_BORDERS, f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *flags]
-    environ = {"TORTURE_BORDERS": os.devnull, "TORTURE_KILL_AT": "Training | Training > Sampling | step 5/5"}
+    environ = {"TORTURE_BORDERS": os.devnull, "TORTURE_KILL_AT": "Training | Sampling | step 5/5"}
     done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     flip_bit(workdir, Random(0))

@@ -50,7 +50,7 @@ from grpo_jax.run.progress import Progress
 time_innermost, path = Progress.time_innermost, ["outside"]
 
 def at_border(self):
-    path.append(" > ".join(name for name, *_ in self.phases) or "outside")
+    path.append(self.phases[-1][0] if self.phases else "outside")
     step = next((detail for name, detail, _ in self.phases if name == "Training"), "")
     border = f"{path[-2]} | {path[-1]} | {step}"
     with open(os.environ["TORTURE_BORDERS"], "a") as file:
