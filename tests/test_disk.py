@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.types import TrainState
 from tests.tiny import write_meta
 
+REPO = Path(__file__).parent.parent
 # As TensorStore reports it.
 FULL = f"RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: {os.strerror(errno.ENOSPC)} [os_error_code='28']"
 
@@ -197,3 +201,40 @@ def test_a_save_that_failed_is_tried_again_and_old_checkpoints_are_forgotten_onl
     save(saver, 3)
     assert saver.finish() and not saver.is_due() and saved_steps(tmp_path) == [3]
     saver.close()
+
+
+FAILING_SAVE = """
+import resource, sys, time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config.flags import run_entry_point
+from grpo_jax.run.disk import CheckpointSaver
+from grpo_jax.run.saving import CheckpointStore
+from grpo_jax.types import TrainState
+
+def main(argv):
+    workdir = Path(argv[0])
+    saver = CheckpointSaver(CheckpointStore(workdir, 2, "", 0), workdir, 0)
+    arrays = {f"w{n}": jnp.asarray(np.random.default_rng(n).normal(size=(64, 1024))) for n in range(40)}
+    zero = jnp.int32(0)
+    state = TrainState(step=zero, params=arrays, opt_state=arrays, skipped=zero, is_reference=jnp.bool_(False))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with saver.saving(1, 10**7):
+        saver.store.save(state, {"step": 1}, None, None, False)
+    saver.finish()
+
+run_entry_point(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_save_prints_one_line_and_the_process_ends(tmp_path):
+    """Orbax stops waiting when the first of many arrays cannot be written, while TensorStore still writes the others."""
+    program = [sys.executable, "-c", FAILING_SAVE, str(tmp_path)]
+    done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: The disk must hold all of the run in ") and ": File too large." in line

@@ -203,7 +203,7 @@ def test_a_run_is_not_resumed_with_a_config_that_was_edited(finished_run, tmp_pa
     workdir = shutil.copytree(finished_run, tmp_path / "run")
     edit_config(workdir, "log", "every_steps", 2)  # which may change
     edit_config(workdir, "optim", "lr", 0.5)
-    says = r"config.json must hold the config of .* step 5, which was trained with optim.lr=0.00015; found optim.lr=0.5. Undo"
+    says = r"must hold the config of .* step 5, which was trained with optim.lr=0.00015; found optim.lr=0.5. Undo"
     with pytest.raises(UserError, match=says):
         main([f"--workdir={workdir}", "--config.total_steps=6"])
 

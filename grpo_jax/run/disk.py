@@ -94,14 +94,14 @@ class CheckpointSaver:
         self.store, self.workdir, self.retry_s = store, workdir, retry_s * (jax.process_count() == 1)
         self.step, self.size = 0, 0  # of the last save
         self.retry_at: float | None = None  # when to try again, by `time.monotonic`; None if no save has failed
-        self.has_failed, self.excepthook = False, sys.excepthook
-        sys.excepthook = self.ignore_closed_loop
+        self.has_failed, self.unraisablehook = False, sys.unraisablehook
+        sys.unraisablehook = self.ignore_closed_loop
         remove_unfinished(workdir)
 
-    def ignore_closed_loop(self, kind: type, error: BaseException, trace: Any) -> None:
+    def ignore_closed_loop(self, unraisable: Any) -> None:
         """Reports an exception of a thread, except that of an array that was still being written when a save failed."""
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            self.excepthook(kind, error, trace)
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.unraisablehook(unraisable)
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
@@ -154,7 +154,7 @@ class CheckpointSaver:
             announce(f"warning: {error.found}")
         self.store.close()
         if not self.has_failed:
-            sys.excepthook = self.excepthook
+            sys.unraisablehook = self.unraisablehook
 
 
 def remove_unfinished(workdir: Path) -> None:
