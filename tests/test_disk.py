@@ -232,7 +232,7 @@ run_entry_point(main)
 
 @pytest.mark.slow
 def test_a_failed_save_prints_one_line_and_the_process_ends(tmp_path):
-    """Orbax stops waiting when the first of many arrays cannot be written, while TensorStore still writes the others."""
+    """Orbax stops waiting when the first array cannot be written, while TensorStore still writes the others."""
     program = [sys.executable, "-c", FAILING_SAVE, str(tmp_path)]
     done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stdout == ""
