@@ -1,4 +1,4 @@
-"""The exception that reports a user's mistake."""
+"""The exceptions that end a program with a message in place of a traceback."""
 
 
 class UserError(Exception):
@@ -12,3 +12,15 @@ class UserError(Exception):
     """
 
     leaves_threads = False
+
+
+class RunStopped(Exception):
+    """Raised when a run stops in an orderly way before its end, because of a signal or its time limit.
+
+    The message says what the workdir holds and how to resume. Entry points print it and exit with `exit_code`.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        """Keeps the message and the exit code."""
+        super().__init__(message)
+        self.exit_code = exit_code

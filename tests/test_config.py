@@ -792,6 +792,7 @@ MAY_CHANGE = {
     "checkpoint.keep",
     "checkpoint.best",
     "checkpoint.retry_s",
+    "run.time_limit",
     "eval.every_steps",
     "eval.questions",
     "eval.temperature",

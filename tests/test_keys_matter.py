@@ -27,7 +27,7 @@ import grpo_jax.run.stages
 import grpo_jax.run.train
 from grpo_jax.config.keys import key_specs
 from grpo_jax.config.schema import Config
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunStopped, UserError
 from grpo_jax.main import main
 from grpo_jax.run import checkpoint
 from grpo_jax.weights.source import find_model
@@ -186,6 +186,7 @@ CASES = {
     "eval.top_k": Case(0, 1, ("eval completion",)),
     "eval.top_p": Case(1.0, 0.1, ("eval completion",)),
     "eval.min_p": Case(0.0, 1.0, ("eval completion",)),
+    "run.time_limit": Case(0.0, 30.0, ("error",)),
     "log.every_steps": Case(1, 3, ("console", "train prompt"), {"total_steps": 3, "checkpoint.every_steps": 3}),
     "log.samples": Case(16, 3, ("train prompt",)),
     "log.sinks": Case(("jsonl", "tensorboard"), ("jsonl",), ("files",)),
@@ -321,7 +322,7 @@ def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, An
             main([f"--config={REPO}/configs/r1zero.py", f"--workdir={workdir}", *flags])
         except EndOfRecording:
             return dict(recorder.texts)
-        except UserError as user_error:
+        except (UserError, RunStopped) as user_error:
             error = str(user_error)
     lines = re.sub(r"[\d,]+ tokens/s +[\d.]+ s|Wrote .*", "", console.getvalue())
     written = read_run(workdir) if workdir.exists() else {}  # not if the run was refused

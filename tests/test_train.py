@@ -1,7 +1,9 @@
 """The training loop: resuming, the files of a workdir, non-finite gradients, and learning from rewards alone."""
 
 import contextlib
+import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -25,13 +27,16 @@ import grpo_jax.run.train
 from grpo_jax.config import check, default, write_config
 from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.schema import Config
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunStopped, UserError
 from grpo_jax.main import main
 from grpo_jax.run.context import refit_mesh
+from grpo_jax.run.drawn import DrawnCompletions
 from grpo_jax.run.lock import WorkdirLock
+from grpo_jax.run.preemption import SafePoints
 from grpo_jax.run.state import RunState, UpdateInFlight
 from grpo_jax.run.train import finish_update
-from grpo_jax.text.problem import Problem
+from grpo_jax.text.problem import Problem, Prompts
+from grpo_jax.types import Rollout
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 from tests.torture.damage import flip_bit
@@ -197,6 +202,89 @@ def edit_config(workdir, section, key, value):
     values = json.loads((workdir / "config.json").read_text())
     values[section][key] = value
     (workdir / "config.json").write_text(json.dumps(values))
+
+
+def stop_at(workdir, flags, safe_point, number=signal.SIGTERM):
+    """Trains, sends a signal to the run at one of its safe points (counted from 0), and returns what the run raises."""
+    must_stop, count = SafePoints.must_stop, itertools.count()
+
+    def send(safe_points):
+        if next(count) == safe_point:
+            os.kill(os.getpid(), number)
+        return must_stop(safe_points)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafePoints, "must_stop", send)
+        with pytest.raises(RunStopped) as stopped:
+            train(workdir, flags)
+    return stopped.value
+
+
+def assert_same_run(workdir, other):
+    """Compares everything that two runs have written, except for times."""
+    assert read_rows(workdir) == read_rows(other)
+    for item in (("5", "policy"), ("5", "optimizer"), ("reference",)):
+        assert_trees_equal(restore(workdir, *item), restore(other, *item))
+    samples = [{path.name: path.read_bytes() for path in (run / "samples").iterdir()} for run in (workdir, other)]
+    assert samples[0] == samples[1]
+    assert not (workdir / "checkpoints" / "rollout").exists()
+
+
+def test_a_run_that_stops_at_safe_points_equals_an_undisturbed_one(finished_run, tmp_path, capsys):
+    workdir = tmp_path / "a run"
+    stopped = stop_at(workdir, FINISHED_RUN, 4)  # in the first rollout
+    assert stopped.exit_code == 75
+    assert re.fullmatch(
+        r"Stopped by SIGTERM: there is no checkpoint yet, and [1-9]\d* completions? of the next rollout (are|is) kept"
+        rf"\. To start again: python -m grpo_jax\.main --workdir='{workdir}'",
+        str(stopped),
+    )
+    assert "SIGTERM: the run stops at its next safe point (now: step 1/5  Sampling" in capsys.readouterr().err
+    stopped = stop_at(workdir, FINISHED_RUN, 10, signal.SIGINT)  # in the evaluation after update 4
+    assert stopped.exit_code == 130
+    assert str(stopped).startswith("Stopped by SIGINT: the newest checkpoint is of step 4. To resume: python")
+    assert [row["step"] for row in read_rows(workdir)] == [0, 1, 2, 3]
+    train(workdir, FINISHED_RUN)
+    assert " of 16 completions had been drawn before" in capsys.readouterr().out
+    assert_same_run(workdir, finished_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", [1, 2, 3])
+def test_a_run_may_stop_again_and_again(finished_run, tmp_path, distance):
+    """It stops at every safe point, every second one or every third one after its start, if that makes progress."""
+    for _ in range(20):
+        must_stop = 4 + distance if not list((tmp_path / "run").glob("checkpoints/[1-9]*")) else distance
+        try:
+            stop_at(tmp_path / "run", FINISHED_RUN, must_stop)
+        except pytest.fail.Exception:
+            break
+    assert_same_run(tmp_path / "run", finished_run)
+
+
+@pytest.mark.parametrize("damage", ["flip", "policy", "cut"])
+def test_kept_completions_are_used_only_if_they_are_those_of_the_policy(tmp_path, damage):
+    context = SimpleNamespace(stop_table=np.zeros((1, 4), np.int8))
+    cfg = check(default())
+    prompts = Prompts(np.zeros((2, 3), np.int32), np.full(2, 3, np.int32), np.arange(2, dtype=np.int32))
+    cfg = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, samples=2, max_tokens=3))
+    lengths = np.array([[3, 0], [1, 2]], np.int32)
+    tokens = np.where(np.arange(3) < lengths[..., None], 7, 0).astype(np.int32)
+    rollout = Rollout(tokens, -tokens.astype(np.float32) / 3, lengths, lengths == 3, prompts.ids)
+    kept = DrawnCompletions(cfg, context, tmp_path, prompts, jax.random.key(0), {"weight": np.ones(3)})
+    kept.path.parent.mkdir()
+    assert kept.load() is None
+    assert kept.save(rollout) == 3
+    assert_trees_equal(vars(kept.load()), vars(rollout))
+    content = bytearray(kept.path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "cut":
+        del content[-1]
+    else:
+        kept = DrawnCompletions(cfg, context, tmp_path, prompts, jax.random.key(0), {"weight": np.zeros(3)})
+    kept.path.write_bytes(content)
+    assert kept.load() is None and not kept.path.exists()
 
 
 def test_a_run_is_not_resumed_with_a_config_that_was_edited(finished_run, tmp_path):

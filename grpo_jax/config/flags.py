@@ -28,8 +28,9 @@ from grpo_jax.config.presets import find_config, shipped_configs
 from grpo_jax.config.rules import REFUSED
 from grpo_jax.config.schema import default
 from grpo_jax.config.workdir import continue_derived, has_checkpoint, read_config
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunStopped, UserError
 from grpo_jax.foreign import name_problem
+from grpo_jax.signals import receive_signals
 from grpo_jax.text.terminal import printable
 
 MAX_MESSAGE = 3000  # characters of an error, which may quote what a file holds
@@ -283,12 +284,16 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes `error: ...` on stderr and exit code 2."""
+    """Runs `main` on the command line, receives signals, and turns exceptions about its end into exit codes.
+
+    A UserError becomes `error: ...` on stderr and exit code 2.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
-        main(sys.argv[1:])
+        with receive_signals():
+            main(sys.argv[1:])
     except UserError as error:
         message = " ".join(str(error).split())
         if len(message) > MAX_MESSAGE:  # its end says what to do
@@ -297,10 +302,10 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         if error.leaves_threads:
             leave_at_once(2)
         sys.exit(2)
-    except KeyboardInterrupt:
-        message = "Interrupted. A training run continues from its last checkpoint, if any, when started again."
-        print(message, file=sys.stderr)
-        leave_at_once(130)
+    except RunStopped as stopped:
+        if str(stopped):
+            print(printable(str(stopped)), file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -306,6 +306,17 @@ class CheckpointSection(Resumable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunSection(Resumable):
+    """When a run stops before its last update."""
+
+    time_limit: float = key(
+        0.0,
+        "seconds after which a run saves and stops at its next safe point, with exit code 75; 0 for no limit",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSection(Resumable):
     """The evaluation on held-out problems."""
 
@@ -359,6 +370,7 @@ class Config:
     optim: OptimSection = OptimSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection = RunSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import merge_projections, param_shapes, unstack_layers
@@ -44,6 +44,14 @@ def needed_room(count: int, samples: int, shards: int) -> QueueRoom:
     first_prompt, last_prompt = (np.minimum(x // samples, count - 1) for x in (first, first + sequences - 1))
     prompts = int((last_prompt - first_prompt).max()) + 1
     return QueueRoom(prompts, sequences, prefill=prompts)
+
+
+def finished_lengths(state: DecodeState) -> Int[Array, " N"]:
+    """Returns the lengths of the completions of a decode state, 0 for those that are still in a slot."""
+    shards, rows, slots = len(state.num_started), len(state.lengths), len(state.sequence)
+    first = np.repeat(np.arange(shards) * (rows // shards), slots // shards)  # first sequence of a slot's shard
+    unfinished = jnp.where(state.sequence >= 0, first + state.sequence, rows)
+    return state.lengths.at[unfinished].set(0, mode="drop")
 
 
 def to_rollout(state: DecodeState, prompts: Prompts, samples: int) -> Rollout:
@@ -169,7 +177,8 @@ def generate_rollout(
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
         on_progress: Called with the state before the first decode step and then whenever the compiled loop returns.
-            Returns the most decode steps until the next call, which must be the same on all hosts.
+            Returns the most decode steps until the next call, which must be the same on all hosts; 0 ends the rollout,
+            and completions that are still being sampled then have the length 0.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits
@@ -184,6 +193,8 @@ def generate_rollout(
         smaller = sizes[level - 1] if level else 0
         shrink_at = np.int32(max(0, smaller - (sizes[level] - smaller) // 4))
         max_steps = np.int32(on_progress(state)) if on_progress else UNLIMITED_STEPS
+        if not max_steps:
+            return to_rollout(state.replace(lengths=finished_lengths(state)), prompts, samples)
         state = decode_tokens(
             model_cfg, params, state, queue, stop_table, scale, shrink_at, max_steps, greedy=greedy, filter=filter
         )

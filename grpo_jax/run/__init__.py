@@ -20,6 +20,8 @@ Modules, in reading order:
     sinks             writes metrics and completions to files, TensorBoard and trackers
     preparation       checks a run's config and inputs, and builds its context
     rollout_progress  reports the progress of a rollout
+    drawn             keeps the completions that a stopped run had drawn of its next rollout
+    preemption        decides at the safe points of a run whether it stops there
     stages            the stages of a rollout, from prompts to experience
     diagnosis         detects when something is wrong with a run, and says what to try
     console           reports on a run while it trains

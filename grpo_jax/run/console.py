@@ -13,9 +13,11 @@ from grpo_jax.run.disk import DiskError, disk_errors
 from grpo_jax.run.metrics import LogFile, console_line, finite_or_none
 from grpo_jax.run.progress import announce, close_bar, step_bar
 from grpo_jax.run.sinks import open_sinks
-from grpo_jax.run.state import RunState
+from grpo_jax.run.state import RunState, describe_failure, wait_for_update
 
 METRICS_AND_SAMPLES = "metrics and samples"
+
+SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 
 
 def describe_run(cfg: Config, context: RunContext, run: RunState) -> str:
@@ -125,3 +127,45 @@ class RunLog:
         close_bar()
         for sink in (*self.sinks, self.warnings):
             sink.close()
+
+
+def fetch_update(cfg: Config, log: RunLog, run: RunState) -> RunState:
+    """Fetches the metrics of the update in flight, if there is one; they are not logged yet."""
+    if run.flight is None:
+        return run
+    flight = wait_for_update(run).flight
+    # Every process has them all, so they need no collective, which the devices would run after the next update.
+    metrics = {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
+    rollout_metrics = run.rollout_metrics
+    if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
+        rollout_metrics = flight.rollout_metrics | {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
+    metrics |= rollout_metrics | flight.times
+    # What the host did while the previous update was still running took no time of this step.
+    start, packed = max(flight.start, log.step_end), max(flight.packed, log.step_end)
+    metrics["time/pack_s"] = packed - start
+    metrics["time/update_s"] = flight.end - packed - flight.times.get("time/record_s", 0.0)
+    metrics["time/save_s"], log.save_seconds = log.save_seconds, 0.0
+    metrics["time/step_s"] = flight.end - log.step_end
+    log.step_end = flight.end
+    skipped = run.skipped_in_a_row + 1 if metrics["optim/skipped"] else 0
+    failure = run.failure or describe_failure(cfg, skipped, run.step)
+    run = run._replace(flight=None, rollout_metrics=rollout_metrics, skipped_in_a_row=skipped, failure=failure)
+    return run._replace(unlogged=metrics)
+
+
+def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[str, float] | None = None) -> RunState:
+    """Fetches and logs the metrics of the last update, unless they have been logged.
+
+    Args:
+        cfg: The run's config.
+        log: Where the metrics go.
+        run: The state of the run.
+        eval_metrics: Metrics of an evaluation after this update.
+
+    Returns:
+        The state without an update in flight.
+    """
+    run = fetch_update(cfg, log, run)
+    if run.unlogged:
+        log.write(run.step, run.unlogged | (eval_metrics or {}))
+    return run._replace(unlogged=None)

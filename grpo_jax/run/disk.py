@@ -133,6 +133,11 @@ class CheckpointSaver:
             with self.noticing():
                 self.store.wait_until_finished()
 
+    def has(self, step: int) -> bool:
+        """Returns whether there is a sound checkpoint of a step, or it is being saved."""
+        is_last = step == self.step and self.retry_at is None and not self.store.damage
+        return is_last or step in self.store.sound
+
     def is_due(self) -> bool:
         """Returns whether it is time to try again to save."""
         return self.retry_at is not None and time.monotonic() >= self.retry_at

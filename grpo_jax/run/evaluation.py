@@ -1,6 +1,6 @@
 """Evaluates a policy on held-out problems with the sampler and the rewards of training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from grpo_jax.parallel.mesh import gather_to_host, num_data_shards
 from grpo_jax.rewards.pool import FAILURES
 from grpo_jax.rollout.draws import TokenFilter
 from grpo_jax.rollout.sampler import generate_rollout, needed_room
+from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.progress import phase
 from grpo_jax.run.rollout_progress import RolloutProgress
@@ -18,9 +19,18 @@ from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
 
+class EvaluationStopped(Exception):
+    """Raised at a safe point of an evaluation if the run must stop."""
+
+
 @phase("Evaluating")
 def evaluate(
-    cfg: Config, context: RunContext, params, problems: Sequence[Problem], key
+    cfg: Config,
+    context: RunContext,
+    params,
+    problems: Sequence[Problem],
+    key,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[dict]]:
     """Draws one completion per problem and grades it.
 
@@ -30,10 +40,14 @@ def evaluate(
         params: The policy, placed by `place_for_rollout`.
         problems: The held-out problems.
         key: The random key. A completion depends on it and on the index of its problem only.
+        must_stop: Called at the safe points, and returns whether to stop there.
 
     Returns:
         (metrics, records): The mean of each reward part (`eval/accuracy`, ...) and of the length (`eval/length_mean`),
         how the completions were sampled (`eval/sampling/temperature`, ...), and one record per problem.
+
+    Raises:
+        EvaluationStopped: `must_stop` has returned True.
     """
     shards = num_data_shards(context.rollout_mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
@@ -42,7 +56,13 @@ def evaluate(
     filter = TokenFilter(cfg.eval.top_k, cfg.eval.top_p, cfg.eval.min_p)
     records, failures = [], np.zeros(len(FAILURES))
     progress = RolloutProgress(len(problems), cfg.rollout.max_tokens, "questions")
-    sampling["on_progress"] = progress.report
+
+    def report(state: DecodeState) -> int:
+        if must_stop():
+            raise EvaluationStopped
+        return progress.report(state)
+
+    sampling["on_progress"] = report
     for start in range(0, len(problems), batch_size):
         progress.start_batch(start)
         batch = list(problems[start : start + batch_size])

@@ -143,6 +143,11 @@ def read_metrics(workdir: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if isinstance(value, NUMBER)} for line in lines]
 
 
+def is_logged(workdir: Path, step: int) -> bool:
+    """Returns whether metrics.jsonl has the line of a step."""
+    return any(line["step"] == step for line in read_metrics(workdir))
+
+
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
     """Returns metrics as floats, sorted by name. Non-finite values become None: JSON has no NaN or infinity."""
     return {name: float(value) if math.isfinite(value) else None for name, value in sorted(metrics.items())}

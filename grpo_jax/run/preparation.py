@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from grpo_jax import config as configs
 from grpo_jax.config.rules import PYTHON_TASK
@@ -18,15 +20,18 @@ from grpo_jax.config.workdir import (
     run_digests,
 )
 from grpo_jax.errors import UserError
-from grpo_jax.parallel.processes import join_processes
+from grpo_jax.parallel.processes import from_first_process, join_processes
 from grpo_jax.rewards.parts import RewardPart, accuracy_part, resolve_parts
-from grpo_jax.run.checkpoint import newest_meta
+from grpo_jax.run.checkpoint import damage_of, newest_meta, newest_step, read_meta
 from grpo_jax.run.context import RunContext, build_context, make_prompt_format, read_base_model, refit_mesh
 from grpo_jax.run.derivation import find_machine
 from grpo_jax.run.derive import derive
-from grpo_jax.run.progress import mute, phase
+from grpo_jax.run.lock import WorkdirLock
+from grpo_jax.run.metrics import before_and_after, describe_finished_run, read_metrics, truncate_logs
+from grpo_jax.run.progress import announce, mute, phase
 from grpo_jax.run.prompt_limit import fit_prompts
 from grpo_jax.run.sinks import check_sinks
+from grpo_jax.run.state import describe_failure
 from grpo_jax.tasks.problem_list import ProblemList, leave_out_examples
 from grpo_jax.tasks.streams import make_task
 from grpo_jax.tasks.task import Task
@@ -148,3 +153,46 @@ def name_python_inputs(raw, problems, rewards: dict[str, RewardPart] | None):
         if raw.reward.weights == default.reward.weights:
             raw.reward.weights = (1.0,) * len(rewards)
     return raw
+
+
+@phase("Reading the last checkpoint")
+def is_complete(workdir: Path, step: int) -> bool:
+    """Returns whether the checkpoint of the last step is sound, and the step has been evaluated."""
+
+    def read() -> np.bool_:
+        return np.bool_(not damage_of(workdir, step) and not read_meta(workdir, step)["unlogged"])
+
+    return bool(from_first_process(read, np.bool_(False)))
+
+
+def take_workdir(lock: WorkdirLock, done: int) -> None:
+    """Takes the lock of a run's workdir, and checks that the run still has done the same number of updates.
+
+    Raises:
+        UserError: Another job uses the workdir, or has just used it.
+    """
+    lock.take()
+    newest = newest_step(lock.workdir)
+    if newest != done:
+        raise UserError(
+            f"The run in {lock.workdir} must not change while it is started again, but its newest checkpoint is of "
+            f"step {newest} now, after {done}. Start it again."
+        )
+
+
+def describe_outcome(cfg: Config, workdir: Path) -> dict[str, float]:
+    """Prints the outcome of a run that has done all its updates, and returns the metrics of the last one.
+
+    Raises:
+        UserError: The run ended because of gradients that were not finite.
+    """
+    done = cfg.total_steps
+    meta = read_meta(workdir, done)
+    if failure := describe_failure(cfg, meta["skipped_in_a_row"], done):
+        raise UserError(failure)
+    if meta.get("line") not in (None, *read_metrics(workdir)):
+        with closing(WorkdirLock(workdir)) as lock:
+            lock.take()
+            truncate_logs(workdir, done, meta["line"])
+    announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
+    return meta.get("line") or read_metrics(workdir)[-1]

@@ -195,6 +195,12 @@ def set_detail(text: str) -> None:
         PROGRESS.timer.note_progress(PROGRESS.clock() - PROGRESS.compile_seconds)
 
 
+def current_phase() -> str:
+    """Returns what the process is doing, such as "Grading, 3 s"; empty if it is between two phases."""
+    with PROGRESS.lock:
+        return PROGRESS.describe() if PROGRESS.phases else ""
+
+
 def announce(line: str, file: TextIO | None = None) -> None:
     """Prints a line above a progress bar, to stdout if no file is given, with its control characters made visible."""
     if PROGRESS.is_muted:

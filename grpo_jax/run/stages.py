@@ -19,9 +19,10 @@ from grpo_jax.parallel.mesh import gather_to_host, num_data_shards, shard_rows
 from grpo_jax.parallel.processes import from_first_process
 from grpo_jax.rewards.parts import Rewards, shape_overlong, weigh_parts
 from grpo_jax.rewards.pool import FAILURES, Grades
-from grpo_jax.rollout.sampler import generate_rollout, place_for_rollout
+from grpo_jax.rollout.sampler import finished_lengths, generate_rollout, place_for_rollout
 from grpo_jax.rollout.slots import DecodeState
 from grpo_jax.run.context import SHUFFLING_KEY, RunContext
+from grpo_jax.run.drawn import merge_completions, remaining_limits
 from grpo_jax.run.progress import announce, phase
 from grpo_jax.run.rollout_progress import RolloutProgress
 from grpo_jax.text.decoding import decode_pieces
@@ -54,10 +55,7 @@ def rehome_key(key):
 
 def submit_finished(context: RunContext, problems: Sequence[Problem], samples: int, state: DecodeState) -> None:
     """Queues completions that have ended for the workers, which grade them while others are being sampled."""
-    slots, lengths = (np.array(x) for x in jax.device_get((state.sequence, state.lengths)))
-    shards, (count, width) = num_data_shards(context.rollout_mesh), state.tokens.shape
-    first = np.repeat(np.arange(shards) * (count // shards), len(slots) // shards)  # first sequence of a slot's shard
-    lengths[(first + slots)[slots >= 0]] = 0
+    lengths, (count, width) = jax.device_get(finished_lengths(state)), state.tokens.shape
     ended = [n for n in np.flatnonzero(lengths[: len(problems) * samples]) if n not in context.grader.payloads]
     # The number of rows is always the same, so that taking them compiles once. The rest is taken later.
     rows = np.resize(ended or [0], min(count, max(1, SUBMITTED_TOKENS // width)))
@@ -74,17 +72,34 @@ def draw_completions(
     key,
     problems: Sequence[Problem] = (),
     times: dict[str, float] | None = None,
+    drawn: Rollout | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Draws `rollout.samples` completions for each prompt and gathers them to the host.
 
     If the problems are given and workers are running, they grade completions that end early while others are sampled.
-    `times` receives the seconds of the placement and of the sampling.
+
+    Args:
+        cfg: The run's config.
+        context: The run's context.
+        params: The policy.
+        prompts: B prompts.
+        key: The random key of the rollout.
+        problems: Their problems.
+        times: Receives the seconds of the placement and of the sampling.
+        drawn: Completions that have been drawn already, on the host; the length of the others is 0.
+        must_stop: Called at the safe points. Once it returns True, the completions that are not finished get the length
+            0.
     """
-    times, samples = {} if times is None else times, cfg.rollout.samples
-    overlaps = problems and context.grader.workers and jax.process_count() == 1
-    progress = RolloutProgress(len(prompts.ids) * samples, cfg.rollout.max_tokens)
+    times, samples, limit = {} if times is None else times, cfg.rollout.samples, cfg.rollout.max_tokens
+    if drawn is not None and drawn.lengths.all():
+        return drawn
+    overlaps = problems and context.grader.workers and jax.process_count() == 1 and drawn is None
+    progress = RolloutProgress(len(prompts.ids) * samples, limit)
 
     def report(state: DecodeState) -> int:
+        if must_stop():
+            return 0
         steps = progress.report(state)
         if overlaps and progress.finished:
             submit_finished(context, problems, samples, state)
@@ -99,14 +114,15 @@ def draw_completions(
             prompts,
             rehome_key(key),
             samples=samples,
-            max_tokens=cfg.rollout.max_tokens,
+            max_tokens=limit,
             temperature=cfg.rollout.temperature,
             stop_table=context.stop_table,
             slots=context.rollout_plan.slots,
             room=context.room,
+            limits=None if drawn is None else remaining_limits(context, prompts, drawn),
             on_progress=report,
         )
-        return gather_to_host(rollout)
+        return merge_completions(gather_to_host(rollout), drawn)
 
 
 def batch_shape(cfg: Config, shards: int, completions: int) -> PackedShape:

@@ -42,6 +42,7 @@ class RunState(NamedTuple):
     skipped_in_a_row: int  # skipped updates in a row, up to the last update whose metrics were fetched
     failure: str  # why the run must stop; empty if it may continue
     flight: UpdateInFlight | None = None  # the last update, until its metrics are fetched; None in a checkpoint
+    unlogged: dict[str, float] | None = None  # metrics of the last update, if they are fetched but not logged yet
 
 
 def wait_for_update(run: RunState) -> RunState:
@@ -111,6 +112,7 @@ def resume(cfg: Config, context: RunContext, workdir: Path, step: int) -> tuple[
         reference = checkpoint.restore_reference(workdir, step, digests, shapes, shardings, load_base)
     failure = describe_failure(cfg, meta["skipped_in_a_row"], step)
     run = RunState(step, state, reference, experience, meta["rollout"], meta["skipped_in_a_row"], failure)
+    run = run._replace(unlogged=meta["unlogged"])
     return run, jax.random.wrap_key_data(jnp.asarray(meta["key"], jnp.uint32))
 
 
@@ -163,7 +165,7 @@ def save_run(
         run: The state.
         root_key: The key that every random key of the run is folded from.
         started_with: The values of config.json by dotted name, which a resume compares (see `check_trained_config`).
-        line: The line of the step in metrics.jsonl.
+        line: The line of the step in metrics.jsonl; empty if it waits for an evaluation.
     """
     meta = {
         "step": run.step,
@@ -172,5 +174,6 @@ def save_run(
         "rollout": run.rollout_metrics,
         "skipped_in_a_row": run.skipped_in_a_row,
         "line": line,
+        "unlogged": run.unlogged,
     }
     store.save(run.train, meta, run.experience, run.reference, is_reference_replaced(cfg, run))

@@ -6,10 +6,11 @@ from (seed, purpose, counters), so a resumed run continues exactly as if it had 
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -24,21 +25,21 @@ from grpo_jax.parallel.mesh import shard_rows
 from grpo_jax.parallel.processes import check_shared_workdir, from_first_process
 from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rollout.sampler import place_for_rollout
-from grpo_jax.run.checkpoint import damage_of, newest_step, read_meta
-from grpo_jax.run.console import RunLog, describe_run, num_records
+from grpo_jax.run.checkpoint import read_meta
+from grpo_jax.run.console import RunLog, describe_run, fetch_update, finish_update, num_records
 from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
 from grpo_jax.run.diagnosis import initial_facts, sample_surprise
 from grpo_jax.run.disk import CheckpointSaver, disk_errors
-from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.drawn import DrawnCompletions, remove_drawn
+from grpo_jax.run.evaluation import EvaluationStopped, evaluate
 from grpo_jax.run.lock import WorkdirLock
 from grpo_jax.run.metrics import (
     before_and_after,
-    describe_finished_run,
     evaluation_line,
-    read_metrics,
-    truncate_logs,
+    is_logged,
 )
-from grpo_jax.run.preparation import check_run, prepare_run
+from grpo_jax.run.preemption import SafePoints, resume_command
+from grpo_jax.run.preparation import check_run, describe_outcome, is_complete, prepare_run, take_workdir
 from grpo_jax.run.progress import announce, phase, set_detail
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.run.stages import (
@@ -58,18 +59,17 @@ from grpo_jax.run.state import (
     RunState,
     UpdateInFlight,
     checkpoint_bytes,
-    describe_failure,
     replace_reference,
     save_run,
     start_or_resume,
-    wait_for_update,
 )
+from grpo_jax.signals import defer_signals, receive_deferred_signals
 from grpo_jax.tasks.streams import draw_problems, held_out_problems
 from grpo_jax.tasks.task import Task
-from grpo_jax.text.problem import Problem
+from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.text.prompt import encode_prompts
+from grpo_jax.types import Rollout
 
-SAMPLER_DRIFT_METRICS = ("policy/kl_sampler", "policy/logp_gap/mean", "policy/logp_gap/max")
 # 0 for updates that do not start a rollout
 ROLLOUT_TIMES = ("time/placement_s", "time/rollout_s", "time/reward_s", "time/score_s", "time/record_s")
 LOSS_NOTE = (
@@ -86,9 +86,11 @@ class RunSetup(NamedTuple):
     saver: CheckpointSaver
     lock: WorkdirLock
     log: RunLog
+    safe_points: SafePoints
     started_with: dict  # the values of config.json by dotted name, for checkpoints
 
 
+@receive_deferred_signals()
 @phase("Starting")
 def train(
     cfg,
@@ -121,10 +123,12 @@ def train(
     Raises:
         UserError: The config, the model, a problem or a reward cannot be used, or updates were not finite
             `optim.max_skips` times in a row.
+        RunStopped: The run was told to stop: by SIGTERM, Ctrl-C or `run.time_limit`.
     """
     workdir = Path(workdir).expanduser()
     checked = check_run(cfg, workdir, problems, rewards, given=given, accept_changed_files=accept_changed_files)
-    if checked.done == checked.cfg.total_steps and is_sound(workdir, checked.done):
+    safe_points = SafePoints(checked.cfg, workdir, resume_command(workdir, problems, rewards))
+    if checked.done == checked.cfg.total_steps and is_complete(workdir, checked.done):
         return describe_outcome(checked.cfg, workdir)
     with closing(WorkdirLock(workdir)) as lock:
         from_first_process(lambda: take_workdir(lock, checked.done), np.zeros(()))
@@ -135,54 +139,16 @@ def train(
             announce("\n".join(run.notes))
         if jax.process_count() > 1:
             check_shared_workdir(workdir)
-        with jax.set_mesh(context.mesh), closing(context.grader):
+        with jax.set_mesh(context.mesh), closing(context.grader), defer_signals(safe_points.may_defer):
             from_first_process(context.grader.start, np.zeros(()))
-            metrics = run_updates(run.fitted, context, run.task, lock, flatten(dataclasses.asdict(cfg)))
+            started_with = flatten(dataclasses.asdict(cfg))
+            metrics = run_updates(run.fitted, context, run.task, lock, safe_points, started_with)
     if jax.process_index() == 0:
         folders = (
             "samples/, checkpoints/ and tensorboard/" if "tensorboard" in cfg.log.sinks else "samples/ and checkpoints/"
         )
         announce(f"{before_and_after(workdir)}\n\nWrote metrics.jsonl, {folders} to {workdir}")
     return metrics
-
-
-@phase("Reading the last checkpoint")
-def is_sound(workdir: Path, step: int) -> bool:
-    """Returns whether the checkpoint of a step is sound."""
-    return bool(from_first_process(lambda: np.bool_(not damage_of(workdir, step)), np.bool_(False)))
-
-
-def take_workdir(lock: WorkdirLock, done: int) -> None:
-    """Takes the lock of a run's workdir, and checks that the run still has done the same number of updates.
-
-    Raises:
-        UserError: Another job uses the workdir, or has just used it.
-    """
-    lock.take()
-    newest = newest_step(lock.workdir)
-    if newest != done:
-        raise UserError(
-            f"The run in {lock.workdir} must not change while it is started again, but its newest checkpoint is of "
-            f"step {newest} now, after {done}. Start it again."
-        )
-
-
-def describe_outcome(cfg: Config, workdir: Path) -> dict[str, float]:
-    """Prints the outcome of a run that has done all its updates, and returns the metrics of the last one.
-
-    Raises:
-        UserError: The run ended because of gradients that were not finite.
-    """
-    done = cfg.total_steps
-    meta = read_meta(workdir, done)
-    if failure := describe_failure(cfg, meta["skipped_in_a_row"], done):
-        raise UserError(failure)
-    if meta.get("line") not in (None, *read_metrics(workdir)):
-        with closing(WorkdirLock(workdir)) as lock:
-            lock.take()
-            truncate_logs(workdir, done, meta["line"])
-    announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
-    return meta.get("line") or read_metrics(workdir)[-1]
 
 
 @phase("Evaluating")
@@ -193,7 +159,10 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     start = time.monotonic()
     placed = place_for_rollout(context.model_cfg, run.train.params, context.rollout_mesh)
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
-    metrics, records = evaluate(cfg, context, placed, setup.held_out, key)
+    try:
+        metrics, records = evaluate(cfg, context, placed, setup.held_out, key, setup.safe_points.must_stop)
+    except EvaluationStopped:
+        stop_run(cfg, setup, run)
     setup.log.write_samples("eval", run.step, records)
     asked = f"{len(setup.held_out)} held-out question{'s' * (len(setup.held_out) > 1)}"
     setup.log.say(f"step {run.step}: {asked}: {evaluation_line(metrics)}")
@@ -209,46 +178,16 @@ def look_at_base_model(cfg: Config, context: RunContext, task: Task, setup: RunS
     setup.log.say(LOSS_NOTE)
 
 
-def finish_update(cfg: Config, log: RunLog, run: RunState, eval_metrics: dict[str, float] | None = None) -> RunState:
-    """Fetches and logs the metrics of the update in flight, if there is one.
-
-    Args:
-        cfg: The run's config.
-        log: Where the metrics go.
-        run: The state of the run.
-        eval_metrics: Metrics of an evaluation after this update.
-
-    Returns:
-        The state without an update in flight.
-    """
-    if run.flight is None:
-        return run
-    flight = wait_for_update(run).flight
-    # Every process has them all, so they need no collective, which the devices would run after the next update.
-    metrics = {name: float(value) for name, value in jax.device_get(flight.metrics).items()}
-    rollout_metrics = run.rollout_metrics
-    if flight.rollout_metrics is not None:  # in later updates the policy is no longer the one that sampled the rollout
-        rollout_metrics = flight.rollout_metrics | {name: metrics[name] for name in SAMPLER_DRIFT_METRICS}
-    metrics |= rollout_metrics | flight.times | (eval_metrics or {})
-    # What the host did while the previous update was still running took no time of this step.
-    start, packed = max(flight.start, log.step_end), max(flight.packed, log.step_end)
-    metrics["time/pack_s"] = packed - start
-    metrics["time/update_s"] = flight.end - packed - flight.times.get("time/record_s", 0.0)
-    metrics["time/save_s"], log.save_seconds = log.save_seconds, 0.0
-    metrics["time/step_s"] = flight.end - log.step_end
-    log.write(run.step, metrics)
-    log.step_end = flight.end
-    skipped = run.skipped_in_a_row + 1 if metrics["optim/skipped"] else 0
-    failure = run.failure or describe_failure(cfg, skipped, run.step)
-    return run._replace(flight=None, rollout_metrics=rollout_metrics, skipped_in_a_row=skipped, failure=failure)
-
-
 def start_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
-    """Starts to save a checkpoint, whose step must be the last one in metrics.jsonl."""
+    """Starts to save a checkpoint, unless there is one of this step; all earlier steps must be logged."""
+    if setup.saver.has(run.step):
+        return
     setup.lock.check()
     setup.log.attempt()
+    line = {} if run.unlogged else setup.log.last_line
     with setup.saver.saving(run.step, checkpoint_bytes(cfg, run, setup.saver.store)):
-        save_run(cfg, setup.saver.store, run, setup.root_key, setup.started_with, setup.log.last_line)
+        save_run(cfg, setup.saver.store, run, setup.root_key, setup.started_with, line)
+    remove_drawn(setup.lock.workdir)
 
 
 def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: RunState) -> RunState:
@@ -256,9 +195,12 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
     setup.saver.check()
     is_last = run.step == cfg.total_steps
     if is_last or (cfg.eval.every_steps and run.step % cfg.eval.every_steps == 0):
-        run = wait_for_update(run)  # so that its time does not include the evaluation
+        run = fetch_update(cfg, setup.log, run)  # so that its time does not include the evaluation
         run = finish_update(cfg, setup.log, run, evaluate_step(cfg, context, setup, run))
-    if is_last or run.step % cfg.checkpoint.every_steps == 0 or run.failure or setup.saver.is_due():
+    is_due = is_last or run.step % cfg.checkpoint.every_steps == 0 or bool(run.failure)
+    if run.experience is None or jax.process_count() == 1:  # processes agree before a rollout only, as they wait there
+        is_due |= setup.safe_points.must_save()
+    if is_due or setup.saver.is_due():
         run = finish_update(cfg, setup.log, run)
         start = time.monotonic()
         start_saving(cfg, setup, run)
@@ -268,9 +210,74 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
     return run
 
 
+def finish_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
+    """Waits until the last checkpoint is written, which is that of `run`."""
+    with phase("Writing the last checkpoint"):
+        while not setup.saver.finish():
+            start_saving(cfg, setup, run)
+        setup.log.attempt()
+
+
+def at_safe_point(cfg: Config, setup: RunSetup, run: RunState) -> bool:
+    """Saves a checkpoint if a signal asks for it, and returns whether the run must stop; no update may be in flight."""
+    if setup.safe_points.must_save() and run.step:
+        start_saving(cfg, setup, run)
+    return setup.safe_points.must_stop()
+
+
+def stop_run(cfg: Config, setup: RunSetup, run: RunState, keep: Callable[[], int] = int) -> NoReturn:
+    """Saves a run that must stop.
+
+    Args:
+        cfg: The run's config.
+        setup: What stays the same.
+        run: The state, without an update in flight.
+        keep: Keeps the completions of the next rollout that are finished, and returns their number.
+
+    Raises:
+        RunStopped: Always.
+    """
+    if run.step:
+        start_saving(cfg, setup, run)
+    kept = keep()
+    finish_saving(cfg, setup, run)
+    raise setup.safe_points.stopped(kept)
+
+
+def sample_policy(
+    cfg: Config,
+    context: RunContext,
+    setup: RunSetup,
+    run: RunState,
+    prompts: Prompts,
+    problems: Sequence[Problem],
+    times: dict[str, float],
+) -> tuple[Rollout, Callable[[], None]]:
+    """Draws the completions of the next rollout, or those that are missing if the run stopped in the middle of it.
+
+    Returns:
+        (rollout, stop_if_asked): The rollout, and a function that keeps it and stops the run if that must stop; to be
+        called at the safe points before the update.
+
+    Raises:
+        RunStopped: The run must stop; the completions that are finished are kept.
+    """
+    key = fold_in_all(setup.root_key, SAMPLING_KEY, run.step // (cfg.train.minibatches * cfg.train.epochs))
+    kept = DrawnCompletions(cfg, context, setup.lock.workdir, prompts, key, run.train.params)
+    must_stop = partial(at_safe_point, cfg, setup, run)
+    rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times, kept.load(), must_stop)
+
+    def stop_if_asked() -> None:
+        if must_stop():
+            stop_run(cfg, setup, run, partial(kept.save, rollout))
+
+    stop_if_asked()
+    return rollout, stop_if_asked
+
+
 @contextmanager
 def open_run(
-    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, started_with: dict
+    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, safe_points: SafePoints, started_with: dict
 ) -> Iterator[tuple[RunSetup, RunState]]:
     """Restores or starts a run and opens its log, which is cut back to the restored step; closes both in the end."""
     workdir = lock.workdir
@@ -280,14 +287,17 @@ def open_run(
         store = CheckpointStore(workdir, cfg.checkpoint.keep, cfg.checkpoint.best, run.step)
         saver = CheckpointSaver(store, workdir, cfg.checkpoint.retry_s)
     line = read_meta(workdir, run.step)["line"] if run.step else None
+    held_out = held_out_problems(task, cfg.eval.questions)
     with closing(saver):
         with closing(RunLog(cfg, context, workdir, run.step, line)) as log:
-            yield RunSetup(root_key, held_out_problems(task, cfg.eval.questions), saver, lock, log, started_with), run
+            if run.unlogged and from_first_process(lambda: np.bool_(is_logged(workdir, run.step)), np.bool_(False)):
+                run = run._replace(unlogged=None)  # since then, the run had been resumed and killed
+            yield RunSetup(root_key, held_out, saver, lock, log, safe_points, started_with), run
 
 
 @phase("Training")
 def run_updates(
-    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, started_with: dict
+    cfg: Config, context: RunContext, task: Task, lock: WorkdirLock, safe_points: SafePoints, started_with: dict
 ) -> dict[str, float]:
     """Runs the updates of `train` and returns the metrics of the last one; the mesh must be set.
 
@@ -299,14 +309,18 @@ def run_updates(
     """
     mesh, updates_per_rollout = context.mesh, cfg.train.minibatches * cfg.train.epochs
     completions = cfg.rollout.prompts * cfg.rollout.samples
-    with open_run(cfg, context, task, lock, started_with) as (setup, run):
+    with open_run(cfg, context, task, lock, safe_points, started_with) as (setup, run):
         log, root_key = setup.log, setup.root_key
         update = make_update(context.model_cfg, cfg, mesh, run.train.params, make_optimizer(cfg.optim))
         log.say(describe_run(cfg, context, run))
         if run.step == 0:
             look_at_base_model(cfg, context, task, setup, run)
-        plan, log.step_end = None, time.monotonic()
+        elif run.unlogged:
+            run = evaluate_and_save(cfg, context, setup, run)
+        safe_points.has_unsaved, plan, log.step_end = True, None, time.monotonic()
         while run.step < cfg.total_steps and not run.failure:
+            if safe_points.must_stop():
+                stop_run(cfg, setup, finish_update(cfg, log, run))
             step, (rollout_index, update_index) = run.step + 1, divmod(run.step, updates_per_rollout)
             set_detail(f"step {step}/{cfg.total_steps}")
             times, rollout_metrics, recording = dict.fromkeys(ROLLOUT_TIMES, 0.0), None, None
@@ -318,8 +332,7 @@ def run_updates(
                 if run.failure:
                     run = evaluate_and_save(cfg, context, setup, run)
                     break
-                key = fold_in_all(root_key, SAMPLING_KEY, rollout_index)
-                rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times)
+                rollout, stop_if_asked = sample_policy(cfg, context, setup, run, prompts, problems, times)
                 with timed(times, "time/score_s", "Scoring with the reference"):
                     experience = make_experience(prompts, rollout)
                     wait_for_ref_logps = start_scoring(cfg, context, run.reference, experience)
@@ -333,6 +346,7 @@ def run_updates(
                     experience = experience.replace(ref_logps=ref_logps)
                     experience = add_advantages(cfg, experience, rollout, rewards)
                 rollout_metrics = measure_rollout(cfg, experience, rollout, grades, rewards, times["time/rollout_s"])
+                stop_if_asked()
                 run = run._replace(experience=experience)
             start = time.monotonic()
             with phase("Packing"):
@@ -357,10 +371,7 @@ def run_updates(
             run = run._replace(step=step, train=train_state, experience=experience, flight=flight)
             run = replace_reference(cfg, run)
             run = evaluate_and_save(cfg, context, setup, run)
-        with phase("Writing the last checkpoint"):
-            while not setup.saver.finish():
-                start_saving(cfg, setup, run)
-            log.attempt()
+        finish_saving(cfg, setup, run)
     if run.failure:
         raise UserError(run.failure)
     return log.last_metrics
