@@ -26,18 +26,21 @@ def is_multiprocess(environ: Mapping[str, str]) -> bool:
     )
 
 
-def join_processes(environ: Mapping[str, str]) -> None:
+def join_processes(environ: Mapping[str, str], *, preemptible: bool = False) -> None:
     """Connects to the other processes of a multi-process run; does nothing if there are none or they are connected.
 
     JAX detects from the cluster what the environment variables leave out.
+
+    Args:
+        environ: The environment variables.
+        preemptible: Whether the program asks JAX's preemption service when to stop, which receives SIGTERM then.
 
     Raises:
         UserError: The environment variables are incomplete or not numbers.
     """
     if not is_multiprocess(environ) or jax.distributed.is_initialized():
         return
-    # The preemption service would keep SIGTERM from ending the processes, and nothing here handles preemption.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", preemptible)
     numbers = {name: environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
         jax.distributed.initialize(**{name: int(value) for name, value in numbers.items() if value is not None})

@@ -96,7 +96,7 @@ def check_run(
         task = make_task(problems, cfg, graded=graded)
     digests = run_digests(task, cfg.prompt.template)
     configs.check_files(workdir, digests, accept=accept_changed_files or not has_checkpoint(workdir))
-    join_processes(os.environ)
+    join_processes(os.environ, preemptible=True)
     mute(jax.process_index() != 0)
     return CheckedRun(raw, frozenset(given), cfg, done, reward_parts, task, digests)
 
