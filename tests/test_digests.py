@@ -60,7 +60,7 @@ def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
 )
 def test_a_digest_on_devices_is_that_on_the_host(monkeypatch, shape, dtype, specs):
     """The blocks of an array on a device are so small here that there are several, and a rest."""
-    monkeypatch.setattr(digests, "DEVICE_WORDS", 16)
+    monkeypatch.setattr(digests, "DEVICE_WORDS", 12)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     x = draw(shape, dtype)
     for spec in specs:

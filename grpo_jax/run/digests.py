@@ -21,26 +21,34 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Odd, so that a multiplication by one of them modulo 2**32 is a bijection.
-POSITION_FACTOR, FACTORS, LAST_FACTOR = 0x9E3779B1, (0x85EBCA6B, 0xC2B2AE35), 0x27D4EB2F
-HOST_WORDS = 1 << 16  # words that the host mixes at a time, so that they stay in its cache
-DEVICE_WORDS, DEVICE_BLOCKS = 1 << 18, 64  # blocks of an array on a device have at least so many words, or are so many
+POSITION_FACTOR, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+HOST_WORDS = DEVICE_WORDS = 1 << 16  # words that are mixed at a time, so that they stay in a cache
+OFFSETS = np.arange(HOST_WORDS, dtype=np.uint32) * np.uint32(POSITION_FACTOR)
 SMALL = 1 << 20  # elements of an array for which it is not worthwhile to compile a program
 
 
-def mix_words(words, positions):
-    """Mixes uint32 words with their positions, in two ways; all are arrays of NumPy or of JAX."""
-    mixed = words + positions * np.uint32(POSITION_FACTOR)
-    for factor in FACTORS:
-        mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(factor)
-    return mixed, (mixed ^ (mixed >> np.uint32(15))) * np.uint32(LAST_FACTOR)
+def mix_words(words, offsets):
+    """Mixes uint32 words with offsets, their positions times POSITION_FACTOR, in two ways; NumPy's arrays or JAX's."""
+    mixed = words + offsets
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(FIRST_FACTOR)
+    first = mixed ^ (mixed >> np.uint32(15))
+    second = first * np.uint32(SECOND_FACTOR)
+    return first, second ^ (second >> np.uint32(16))
 
 
-def strides_of(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns by how many elements two neighbors along each axis are apart in row-major order, modulo 2**32."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size % 2**32)
-    return np.array(strides[::-1], np.uint32)
+def position_offsets(shape: tuple[int, ...], whole: tuple[int, ...], starts: list) -> jax.Array:
+    """Returns the row-major positions in an array of shape `whole` times POSITION_FACTOR, for a part of it.
+
+    Args:
+        shape: The shape of the part.
+        whole: The shape of the array.
+        starts: Where the part starts along each axis, as integers or uint32 scalars.
+    """
+    offsets, stride = jnp.zeros(shape, jnp.uint32), POSITION_FACTOR
+    for axis in reversed(range(len(shape))):
+        along = lax.broadcasted_iota(jnp.uint32, shape, axis) + starts[axis]
+        offsets, stride = offsets + along * np.uint32(stride), stride * whole[axis] % 2**32
+    return offsets
 
 
 def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
@@ -51,31 +59,35 @@ def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
         spec: How the array is partitioned.
         shape: The shape of the array.
     """
-    strides, first = strides_of(shape), jnp.uint32(0)
-    for axis, names in enumerate(spec):
-        if names:
-            first += lax.axis_index(names).astype(jnp.uint32) * np.uint32(x.shape[axis]) * strides[axis]
+    axes = [*spec, *[None] * (x.ndim - len(spec))]
+    starts = [
+        lax.axis_index(names).astype(jnp.uint32) * np.uint32(size) if names else np.uint32(0)
+        for names, size in zip(axes, x.shape, strict=True)
+    ]
+    # The offset of an element is that of its row and that of its column, so that few of them have to be computed.
+    of_rows = position_offsets((*x.shape[:-1], 1), shape, [*starts[:-1], np.uint32(0)]).reshape(-1, 1)
+    of_columns = position_offsets((1,) * (x.ndim - 1) + x.shape[-1:], shape, [*[0] * (x.ndim - 1), starts[-1]]).reshape(
+        1, -1
+    )
     bits = x.astype(jnp.uint8) if x.dtype == bool else lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = bits.reshape(-1, x.shape[-1])
 
     def mix_rows(start, count):
-        rows = lax.dynamic_slice_in_dim(bits, start, count).astype(jnp.uint32)
-        positions = first + jnp.asarray(start).astype(jnp.uint32) * strides[0]
-        for axis in range(rows.ndim):
-            positions += lax.broadcasted_iota(jnp.uint32, rows.shape, axis) * strides[axis]
-        return mix_words(rows, positions)
+        words = lax.dynamic_slice_in_dim(bits, start, count).astype(jnp.uint32)
+        return mix_words(words, lax.dynamic_slice_in_dim(of_rows, start, count) + of_columns)
 
-    # Few large blocks, whose sums are elementwise: XLA adds up a whole array slowly on a CPU.
-    rows = len(x) // max(1, min(len(x), DEVICE_BLOCKS, x.size // DEVICE_WORDS))
-    blocks, rest = divmod(len(x), rows)
+    # Elementwise sums of small blocks: XLA adds up a whole array slowly on a CPU.
+    rows = min(len(bits), max(1, DEVICE_WORDS // bits.shape[1]))
+    blocks, rest = divmod(len(bits), rows)
     totals = lax.fori_loop(
         0,
         blocks,
         lambda block, totals: jax.tree.map(jnp.add, totals, mix_rows(block * rows, rows)),
-        (jnp.zeros((rows, *x.shape[1:]), jnp.uint32),) * 2,
+        (jnp.zeros((rows, bits.shape[1]), jnp.uint32),) * 2,
     )
     parts = (totals, mix_rows(blocks * rows, rest)) if rest else (totals,)
     sums = sum(jnp.stack([lane.sum(dtype=jnp.uint32) for lane in part]) for part in parts)
-    names = [name for names in spec if names for name in (names if isinstance(names, tuple) else (names,))]
+    names = [name for names in axes if names for name in (names if isinstance(names, tuple) else (names,))]
     return lax.psum(sums, names) if names else sums
 
 
@@ -95,8 +107,8 @@ def sum_on_host(blocks: Iterable[np.ndarray]) -> np.ndarray:
         words = flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}")
         for start in range(0, len(words), HOST_WORDS):
             part = words[start : start + HOST_WORDS].astype(np.uint32, copy=False)
-            positions = np.arange(position + start, position + start + len(part)).astype(np.uint32)
-            total += [lane.sum(dtype=np.uint32) for lane in mix_words(part, positions)]
+            offsets = OFFSETS[: len(part)] + np.uint32((position + start) * POSITION_FACTOR % 2**32)
+            total += [lane.sum(dtype=np.uint32) for lane in mix_words(part, offsets)]
         position += len(words)
     return total
 
