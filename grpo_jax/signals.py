@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 RECEIVED = (*EXIT_CODES, signal.SIGUSR1)
@@ -55,6 +56,15 @@ class SignalReceiver:
 SIGNALS = SignalReceiver()
 
 
+def install_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Installs a handler for all signals that are not ignored, and returns the former ones.
+
+    A shell script ignores SIGINT for the programs that it starts in the background.
+    """
+    numbers = [number for number in RECEIVED if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 @contextlib.contextmanager
 def receive_signals() -> Iterator[None]:
     """Receives signals as this module describes, for an entry point."""
@@ -62,7 +72,7 @@ def receive_signals() -> Iterator[None]:
     os.set_blocking(writable, False)
     SIGNALS.thread = threading.Thread(target=SIGNALS.listen, args=(readable,), name="signals", daemon=True)
     SIGNALS.thread.start()
-    handlers = {number: signal.signal(number, lambda *_: None) for number in RECEIVED}
+    handlers = install_handler(lambda *_: None)
     descriptor = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     try:
         yield
@@ -94,7 +104,7 @@ def receive_deferred_signals() -> Iterator[None]:
             signal.signal(number, handlers[number])
             signal.raise_signal(number)
 
-    handlers = {number: signal.signal(number, handle) for number in RECEIVED}
+    handlers = install_handler(handle)
     try:
         yield
     finally:
