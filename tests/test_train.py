@@ -1,7 +1,6 @@
 """The training loop: resuming, the files of a workdir, non-finite gradients, and learning from rewards alone."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -30,13 +29,11 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import RunStopped, UserError
 from grpo_jax.main import main
 from grpo_jax.run.context import refit_mesh
-from grpo_jax.run.drawn import DrawnCompletions
 from grpo_jax.run.lock import WorkdirLock
 from grpo_jax.run.preemption import SafePoints
 from grpo_jax.run.state import RunState, UpdateInFlight
 from grpo_jax.run.train import finish_update
-from grpo_jax.text.problem import Problem, Prompts
-from grpo_jax.types import Rollout
+from grpo_jax.text.problem import Problem
 from grpo_jax.weights.model_io import load
 from grpo_jax.weights.source import find_model
 from tests.torture.damage import flip_bit
@@ -260,31 +257,6 @@ def test_a_run_may_stop_again_and_again(finished_run, tmp_path, distance):
         except pytest.fail.Exception:
             break
     assert_same_run(tmp_path / "run", finished_run)
-
-
-@pytest.mark.parametrize("damage", ["flip", "policy", "cut"])
-def test_kept_completions_are_used_only_if_they_are_those_of_the_policy(tmp_path, damage):
-    context = SimpleNamespace(stop_table=np.zeros((1, 4), np.int8))
-    cfg = check(default())
-    prompts = Prompts(np.zeros((2, 3), np.int32), np.full(2, 3, np.int32), np.arange(2, dtype=np.int32))
-    cfg = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, samples=2, max_tokens=3))
-    lengths = np.array([[3, 0], [1, 2]], np.int32)
-    tokens = np.where(np.arange(3) < lengths[..., None], 7, 0).astype(np.int32)
-    rollout = Rollout(tokens, -tokens.astype(np.float32) / 3, lengths, lengths == 3, prompts.ids)
-    kept = DrawnCompletions(cfg, context, tmp_path, prompts, jax.random.key(0), {"weight": np.ones(3)})
-    kept.path.parent.mkdir()
-    assert kept.load() is None
-    assert kept.save(rollout) == 3
-    assert_trees_equal(vars(kept.load()), vars(rollout))
-    content = bytearray(kept.path.read_bytes())
-    if damage == "flip":
-        content[len(content) // 2] ^= 1
-    elif damage == "cut":
-        del content[-1]
-    else:
-        kept = DrawnCompletions(cfg, context, tmp_path, prompts, jax.random.key(0), {"weight": np.zeros(3)})
-    kept.path.write_bytes(content)
-    assert kept.load() is None and not kept.path.exists()
 
 
 def test_a_run_is_not_resumed_with_a_config_that_was_edited(finished_run, tmp_path):
