@@ -9,17 +9,23 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import grpo_jax.run.saving
 from grpo_jax import config
 from grpo_jax.config.workdir import replace_file
+from grpo_jax.errors import UserError
 from grpo_jax.run.checkpoint import saved_steps
 from grpo_jax.run.console import RunLog
 from grpo_jax.run.disk import CheckpointSaver, DiskError, disk_errors
+from grpo_jax.run.drawn import DrawnCompletions
 from grpo_jax.run.metrics import LogFile
 from grpo_jax.run.saving import CheckpointStore
-from grpo_jax.types import TrainState
+from grpo_jax.text.problem import Prompts
+from grpo_jax.types import Rollout, TrainState
 from tests.tiny import write_meta
 
 REPO = Path(__file__).parent.parent
@@ -201,6 +207,38 @@ def test_a_save_that_failed_is_tried_again_and_old_checkpoints_are_forgotten_onl
     save(saver, 3)
     assert saver.finish() and not saver.is_due() and saved_steps(tmp_path) == [3]
     saver.close()
+
+
+@pytest.mark.parametrize("often", [1, 2])
+def test_a_checkpoint_that_is_not_what_was_saved_can_be_saved_again_at_the_same_step(
+    tmp_path, monkeypatch, capsys, often
+):
+    damage = iter(["its policy is damaged"] * often)
+    monkeypatch.setattr(grpo_jax.run.saving, "read_back", lambda *args: iter([next(damage, "")]))
+    saver = CheckpointSaver(CheckpointStore(tmp_path, 1, "", 0), tmp_path, 0)
+    save(saver, 1)
+    assert saver.finish() and not saver.has(1)  # the end of a run then saves again
+    assert "warning: The checkpoint of step 1 is not what was saved: its policy" in capsys.readouterr().out
+    save(saver, 1)
+    if often == 1:
+        assert saver.finish() and saver.has(1) and set(os.listdir(tmp_path / "checkpoints")) == {"1", "damaged-1"}
+    else:
+        with pytest.raises(UserError, match=r"damaged-1-2, as is another one of this step\. Replace the disk"):
+            saver.finish()
+    saver.close()
+
+
+def test_completions_that_cannot_be_kept_leave_the_save_under_way_alone(tmp_path, full_disk, capsys):
+    prompts = Prompts(np.zeros((1, 3), np.int32), np.full(1, 3, np.int32), np.zeros(1, np.int32))
+    cfg, shape = config.check(config.default()), (1, 8, 64)
+    context = SimpleNamespace(stop_table=np.zeros((1, 4), np.int8))
+    kept = DrawnCompletions(cfg, context, tmp_path, prompts, jax.random.key(0), {"weight": np.ones(3)})
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    full_disk.is_full = True
+    lengths, tokens = np.ones(shape[:2], np.int32), np.ones(shape, np.int32)
+    assert kept.save(Rollout(tokens, tokens.astype(np.float32), lengths, lengths == 1, prompts.ids)) == 0
+    assert os.listdir(tmp_path / "checkpoints") == ["5.orbax-checkpoint-tmp"]
+    assert "warning: The completions of the next rollout could not be written: " in capsys.readouterr().out
 
 
 FAILING_SAVE = """

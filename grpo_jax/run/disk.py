@@ -135,8 +135,7 @@ class CheckpointSaver:
 
     def has(self, step: int) -> bool:
         """Returns whether there is a sound checkpoint of a step, or it is being saved."""
-        is_last = step == self.step and self.retry_at is None and not self.store.damage
-        return is_last or step in self.store.sound
+        return step in self.store.sound or (step == self.store.step and self.retry_at is None)
 
     def is_due(self) -> bool:
         """Returns whether it is time to try again to save."""
@@ -158,7 +157,9 @@ class CheckpointSaver:
         except DiskError as error:
             announce(f"warning: {error.found}")
         self.store.close()
-        if not self.has_failed:
+        if self.has_failed:
+            remove_unfinished(self.workdir)  # some arrays may still have been written when the failure was noticed
+        else:
             sys.unraisablehook = self.unraisablehook
 
 

@@ -24,7 +24,6 @@ from grpo_jax.rollout.sampler import cache_sizes
 from grpo_jax.run.checkpoint import checkpoints_folder
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.digests import digest_arrays
-from grpo_jax.run.disk import disk_errors
 from grpo_jax.run.progress import announce
 from grpo_jax.text.problem import Prompts
 from grpo_jax.types import Rollout
@@ -65,7 +64,7 @@ class DrawnCompletions:
         return b"".join(hashlib.sha256(part).digest() for part in parts)
 
     def save(self, rollout: Rollout) -> int:
-        """Writes the completions that are finished, on process 0, and returns their number."""
+        """Writes the completions that are finished, on process 0, and returns their number; 0 if the disk fails."""
         tokens, logps, lengths, truncated = (
             np.asarray(x).reshape(self.shape[0] * self.shape[1], -1)
             for x in (rollout.tokens, rollout.logps, rollout.lengths, rollout.truncated)
@@ -74,8 +73,11 @@ class DrawnCompletions:
         columns = np.arange(len(lengths))[:, None], lengths, truncated, tokens, logps.view(np.int32)
         rows, inputs = np.concatenate(columns, axis=1, dtype=np.int32)[finished].tobytes(), self.hash_inputs()
         if jax.process_index() == 0:
-            with disk_errors(self.workdir, "the completions of the next rollout", len(rows)):
+            try:
                 replace_file(self.path, hashlib.sha256(inputs + rows).digest() + rows)
+            except OSError as error:  # they can be drawn again, so the checkpoint matters more
+                announce(f"warning: The completions of the next rollout could not be written: {error}")
+                return 0
         return len(finished)
 
     def load(self) -> Rollout | None:

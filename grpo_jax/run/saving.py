@@ -44,7 +44,9 @@ class CheckpointStore:
         no_waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, async_options=no_waiting)
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-        self.step, self.damage = 0, ""  # of the last checkpoint that was saved, and what is wrong with it
+        self.damaged = 0  # the step of the last checkpoint that was not what had been saved
+        # The step of the last checkpoint that was saved, 0 if it was set aside, and what is wrong with its share here.
+        self.step, self.damage = 0, ""
         self.is_read = False  # whether it has been read back, at least up to the first damage
         self.reader: threading.Thread | None = None  # reads it back
         self.is_closing = threading.Event()
@@ -127,10 +129,16 @@ class CheckpointStore:
         try:
             raise_if_damaged(self.damage)
         except Damaged as error:
-            announce(
-                f"warning: The checkpoint of step {self.step} is not what was saved: {error}. It is kept as "
-                f"{self.folder / set_aside(self.workdir, str(self.step))}, and the run goes on. Look at the disk."
+            step, self.step = self.step, 0
+            found = (
+                f"The checkpoint of step {step} is not what was saved: {error}. It is kept as "
+                f"{self.folder / set_aside(self.workdir, str(step))}"
             )
+            self.manager.reload()  # so that the step can be saved again
+            if self.damaged == step:
+                raise UserError(f"{found}, as is another one of this step. Replace the disk.") from None
+            announce(f"warning: {found}, and the run goes on. Look at the disk.")
+            self.damaged = step
             return
         self.sound.add(self.step)
         if jax.process_index() == 0:

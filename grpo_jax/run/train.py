@@ -182,7 +182,7 @@ def start_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
     """Starts to save a checkpoint, unless there is one of this step; all earlier steps must be logged."""
     if setup.saver.has(run.step):
         return
-    setup.lock.check()
+    from_first_process(setup.lock.check, np.zeros(()))
     setup.log.attempt()
     line = {} if run.unlogged else setup.log.last_line
     with setup.saver.saving(run.step, checkpoint_bytes(cfg, run, setup.saver.store)):
@@ -213,7 +213,7 @@ def evaluate_and_save(cfg: Config, context: RunContext, setup: RunSetup, run: Ru
 def finish_saving(cfg: Config, setup: RunSetup, run: RunState) -> None:
     """Waits until the last checkpoint is written, which is that of `run`."""
     with phase("Writing the last checkpoint"):
-        while not setup.saver.finish():
+        while not setup.saver.finish() or (run.step and not setup.saver.has(run.step)):
             start_saving(cfg, setup, run)
         setup.log.attempt()
 
@@ -265,7 +265,9 @@ def sample_policy(
     key = fold_in_all(setup.root_key, SAMPLING_KEY, run.step // (cfg.train.minibatches * cfg.train.epochs))
     kept = DrawnCompletions(cfg, context, setup.lock.workdir, prompts, key, run.train.params)
     must_stop = partial(at_safe_point, cfg, setup, run)
-    rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times, kept.load(), must_stop)
+    with timed(times, "time/rollout_s", "Reading completions drawn before"):
+        drawn = kept.load()
+    rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times, drawn, must_stop)
 
     def stop_if_asked() -> None:
         if must_stop():
@@ -281,7 +283,7 @@ def open_run(
 ) -> Iterator[tuple[RunSetup, RunState]]:
     """Restores or starts a run and opens its log, which is cut back to the restored step; closes both in the end."""
     workdir = lock.workdir
-    lock.check()
+    from_first_process(lock.check, np.zeros(()))
     run, root_key = start_or_resume(cfg, context, workdir)
     with disk_errors(workdir, "the folder of checkpoints"):
         store = CheckpointStore(workdir, cfg.checkpoint.keep, cfg.checkpoint.best, run.step)
