@@ -37,6 +37,14 @@ def clock(monkeypatch):
     return clock
 
 
+def test_a_line_that_cannot_be_printed_ends_nothing(monkeypatch):
+    """Such as one in a log on a full disk; the thread that receives signals prints lines, too."""
+    log = io.StringIO()
+    monkeypatch.setattr(log, "flush", lambda: os.write(-1, b""))
+    progress.announce("a line", log)
+    assert log.getvalue() == "a line\n"
+
+
 def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, capsys):
     def lines():
         progress.PROGRESS.tick()

@@ -190,9 +190,9 @@ def describe_outcome(cfg: Config, workdir: Path) -> dict[str, float]:
     meta = read_meta(workdir, done)
     if failure := describe_failure(cfg, meta["skipped_in_a_row"], done):
         raise UserError(failure)
-    if meta.get("line") not in (None, *read_metrics(workdir)):
+    if jax.process_index() == 0 and meta["line"] not in read_metrics(workdir):
         with closing(WorkdirLock(workdir)) as lock:
             lock.take()
             truncate_logs(workdir, done, meta["line"])
     announce(f"{before_and_after(workdir)}\n\n{describe_finished_run(workdir, done)}")
-    return meta.get("line") or read_metrics(workdir)[-1]
+    return meta["line"]

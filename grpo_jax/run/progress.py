@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tqdm import tqdm
@@ -202,10 +202,13 @@ def current_phase() -> str:
 
 
 def announce(line: str, file: TextIO | None = None) -> None:
-    """Prints a line above a progress bar, to stdout if no file is given, with its control characters made visible."""
+    """Prints a line above a progress bar, to stdout if no file is given, with its control characters made visible.
+
+    A file that cannot be written, such as a log on a full disk, ends nothing.
+    """
     if PROGRESS.is_muted:
         return
-    with PROGRESS.lock:
+    with PROGRESS.lock, suppress(OSError):
         tqdm.write(printable(line), file=file or sys.stdout)
         (file or sys.stdout).flush()  # a pipe would hold it back
         PROGRESS.last_output = PROGRESS.clock()
