@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 
+import grpo_jax.run.arrays
 import grpo_jax.run.saving
 import grpo_jax.run.state
 from grpo_jax import check as check_command
@@ -20,6 +22,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.run.arrays import read_blocks
 from grpo_jax.run.checkpoint import saved_steps
 from grpo_jax.run.policy import restore_policy
 from grpo_jax.run.saving import CheckpointStore
@@ -174,6 +177,17 @@ def test_a_damaged_file_is_never_restored(made, tmp_path, damage, share):
         workdir = Path(shutil.copytree(made.workdir, tmp_path / str(index)))
         damage(workdir / path.relative_to(made.workdir))
         resume(made._replace(workdir=workdir))
+
+
+def test_a_large_array_is_read_back_in_blocks(monkeypatch):
+    spec = {"driver": "zarr", "kvstore": "memory://", "metadata": {"shape": [7, 3], "chunks": [2, 3], "dtype": "<f4"}}
+    array, values = ts.open(spec, create=True).result(), np.arange(21, dtype=np.float32).reshape(7, 3)
+    array.write(values).result()
+    for block_bytes, rows in ((1 << 20, [7]), (50, [4, 3]), (1, [2, 2, 2, 1])):
+        monkeypatch.setattr(grpo_jax.run.arrays, "BLOCK_BYTES", block_bytes)
+        blocks = list(read_blocks(array))
+        assert [len(block) for block in blocks] == rows
+        np.testing.assert_array_equal(np.concatenate(blocks), values)
 
 
 def test_without_a_sound_checkpoint_nothing_is_restored_or_renamed(saved):

@@ -39,6 +39,11 @@ def test_every_flipped_bit_and_every_exchange_changes_a_digest(dtype):
     assert host_digest(exchanged.reshape(x.shape)) not in seen
 
 
+def test_a_digest_is_what_older_checkpoints_have():
+    assert host_digest(np.arange(5, dtype=np.float32)) == "f39493ddb3ec87be"
+    assert digest_text(np.array([1, 2**32 - 1], np.uint32)) == "00000001ffffffff"
+
+
 def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
     x = draw((300, 11), "float32")
     monkeypatch.setattr(digests, "HOST_WORDS", 1000)
@@ -60,7 +65,7 @@ def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
 )
 def test_a_digest_on_devices_is_that_on_the_host(monkeypatch, shape, dtype, specs):
     """The blocks of an array on a device are so small here that there are several, and a rest."""
-    monkeypatch.setattr(digests, "DEVICE_WORDS", 12)
+    monkeypatch.setattr(digests, "DEVICE_WORDS", 20)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     x = draw(shape, dtype)
     for spec in specs:

@@ -241,6 +241,40 @@ def test_completions_that_cannot_be_kept_leave_the_save_under_way_alone(tmp_path
     assert "warning: The completions of the next rollout could not be written: " in capsys.readouterr().out
 
 
+@pytest.fixture
+def idle_saver(tmp_path, monkeypatch):
+    """Returns the saver of a run whose checkpoint of step 2 is sound, which has not saved any."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the saver replaces
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    idle = SimpleNamespace(step=0, sound={2}, is_saving_in_progress=lambda: False, wait_until_finished=lambda: None)
+    return CheckpointSaver(idle, tmp_path, 60)
+
+
+def test_what_a_killed_save_has_left_is_removed(idle_saver, tmp_path):
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_step_has_a_checkpoint_unless_its_save_failed(idle_saver):
+    assert idle_saver.has(2) and not idle_saver.has(3)
+    with idle_saver.saving(3, 80):
+        idle_saver.store.step = 3
+    assert idle_saver.has(3)
+    with idle_saver.saving(3, 80):
+        raise ValueError(FULL)
+    assert not idle_saver.has(3) and idle_saver.has(2)
+
+
+def test_a_save_that_fails_while_the_run_ends_hides_no_other_error(idle_saver, capsys):
+    def fail():
+        raise ValueError(FULL)
+
+    closed = []
+    idle_saver.store.wait_until_finished, idle_saver.store.close = fail, lambda: closed.append(True)
+    idle_saver.close()
+    assert closed and "warning: The disk must hold all" in capsys.readouterr().out
+    assert sys.unraisablehook == idle_saver.ignore_closed_loop  # other arrays may still be written
+
+
 FAILING_SAVE = """
 import resource, sys, time
 from pathlib import Path

@@ -1,6 +1,8 @@
 """The lock of a workdir: one job at a time, on one machine or several, and a lock that nobody holds any more."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,8 @@ def test_a_second_job_is_refused_in_one_line_that_names_the_first(tmp_path):
     first.close()
     assert (tmp_path / "run" / "run.lock").read_bytes() == b""
     second.take()
+    second.path.unlink()
+    second.check()  # nobody else has it
     second.close()
 
 
@@ -70,9 +74,11 @@ def test_a_job_on_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_pa
     monkeypatch.setattr(grpo_jax.run.lock.time, "sleep", live)
     with pytest.raises(UserError, match=f"process {7 if sign == 'beat' else 8} on elsewhere has used it since"):
         lock.take()
+    with open(path) as file:  # raises if the refused start holds the lock
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]", "\x00\ud800", "{}"])
+@pytest.mark.parametrize("text", [None, "{" * 999, "[1]", "\x00\ud800", "{}"])
 def test_a_lock_of_another_machine_without_signs_of_life_is_taken_over_with_a_word(tmp_path, capsys, text):
     leave(tmp_path)
     if text is not None:
@@ -81,14 +87,16 @@ def test_a_lock_of_another_machine_without_signs_of_life_is_taken_over_with_a_wo
     lock.take()
     assert "shows no sign of life; this run takes over" in capsys.readouterr().out
     lock.check()
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     lock.close()
 
 
-def test_a_job_that_finds_the_name_of_another_stops_and_leaves_it_there(tmp_path):
+def test_a_job_that_finds_the_name_of_another_stops_and_leaves_it_there(tmp_path, monkeypatch):
     """Two machines start at the same time, and the one that writes its name last has the workdir."""
     lock = WorkdirLock(tmp_path)
     lock.take()
-    on_another_machine(lock.path)
+    monkeypatch.setattr(grpo_jax.run.lock, "SETTLE_S", 60.0)
+    monkeypatch.setattr(grpo_jax.run.lock.time, "sleep", lambda seconds: on_another_machine(lock.path))
     with pytest.raises(UserError, match="on elsewhere has used it since"):
         lock.check()
     lock.close()

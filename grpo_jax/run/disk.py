@@ -155,6 +155,7 @@ class CheckpointSaver:
             with disk_errors(self.workdir, f"the checkpoint of step {self.step}", self.size):
                 self.store.wait_until_finished()
         except DiskError as error:
+            self.has_failed = True
             announce(f"warning: {error.found}")
         self.store.close()
         if self.has_failed:
