@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
 
 import grpo_jax.run.arrays
+import grpo_jax.run.checkpoint
 import grpo_jax.run.saving
 import grpo_jax.run.state
 from grpo_jax import check as check_command
@@ -22,8 +24,15 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.run.arrays import read_blocks
-from grpo_jax.run.checkpoint import saved_steps
+from grpo_jax.run.arrays import Damaged, describe_difference, read_blocks, read_onto_devices, read_sound
+from grpo_jax.run.checkpoint import (
+    damage_of,
+    initial_reference_damage,
+    newest_meta,
+    newest_step,
+    read_meta,
+    saved_steps,
+)
 from grpo_jax.run.policy import restore_policy
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.run.state import save_run, start_or_resume
@@ -69,6 +78,7 @@ def run_at(saved, step):
     run, key = start_or_resume(saved.cfg, saved.context, saved.workdir.parent / "new")
     reference = scaled(run.reference, 5) if step > 3 else run.reference
     state = run.train.replace(params=scaled(run.train.params, 1 + step), opt_state=scaled(run.train.opt_state, step))
+    state = state.replace(skipped=state.skipped + step, is_reference=state.is_reference & (step > 3))
     experience = tiny.experience(seed=step) if step != 2 else None
     run = run._replace(step=step, train=state, reference=reference)
     return run._replace(experience=experience, rollout_metrics={"a/b": step / 3}), key
@@ -120,7 +130,7 @@ def flip(path, bit):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_never_restored(saved, count, capsys):
     """Every file is flipped in turn. All that is set aside stays what it was."""
     folder, draw = saved.workdir / "checkpoints", random.Random(count)
@@ -190,6 +200,62 @@ def test_a_large_array_is_read_back_in_blocks(monkeypatch):
         np.testing.assert_array_equal(np.concatenate(blocks), values)
 
 
+def test_metadata_that_is_not_what_was_saved_is_not_read(tmp_path, monkeypatch):
+    tiny.write_meta(tmp_path, 3, {"seed": 0})
+    path = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+    text, deep = path.read_text(), '{"step": ' + "[" * 100_000
+    for changed, says in (
+        (text.replace('"seed": 0', '"seed": 1'), "is not what was saved"),
+        (text.replace("sha256", "sha"), "cannot be read"),
+        ("[1]", "cannot be read"),
+        (deep, "cannot be read"),
+    ):
+        path.write_text(changed)
+        with pytest.raises(Damaged, match=f"^its meta {says}"):
+            read_meta(tmp_path, 3)
+        assert newest_step(tmp_path) == 0
+        with pytest.raises(UserError, match="none of the 1 in"):
+            newest_meta(tmp_path)
+    path.write_text(text)
+    monkeypatch.setattr(grpo_jax.run.checkpoint, "MAX_META_BYTES", len(text))
+    assert newest_meta(tmp_path) == (3, read_meta(tmp_path, 3))
+    monkeypatch.setattr(grpo_jax.run.checkpoint, "MAX_META_BYTES", len(text) - 1)
+    assert newest_step(tmp_path) == 0
+
+
+def test_every_array_is_read_back(made, monkeypatch):
+    read, folder = [], made.workdir / "checkpoints"
+    monkeypatch.setattr(grpo_jax.run.checkpoint, "find_damage", lambda item, *pair: read.append((item, *pair)) or "")
+    digests = read_meta(made.workdir, 4)["digests"]
+    assert digests.keys() == {"policy", "optimizer", "experience", "reference"}
+    arrays = [(folder / "4" / item, *pair) for item, names in digests.items() for pair in names.items()]
+    assert damage_of(made.workdir, 4) == "" and read == arrays
+    read.clear()
+    assert initial_reference_damage(made.workdir) == ""
+    assert read == [
+        (folder / "reference", *pair) for pair in read_meta(made.workdir, 2)["digests"]["reference"].items()
+    ]
+
+
+def test_an_item_must_have_the_arrays_that_were_saved_and_no_others(made):
+    item, saved = made.workdir / "checkpoints" / "4" / "policy", read_meta(made.workdir, 4)["digests"]["policy"]
+    name = min(saved)
+    without = {other: digest for other, digest in saved.items() if other != name}
+    assert describe_difference(item, saved, saved) == ""
+    for found, expected in ((saved, without), (without, saved)):
+        assert describe_difference(item, found, expected) == f"{name} of its policy is not what was saved"
+    with pytest.raises(ValueError, match=r"has the shape .* instead of \(1, 2\)"):
+        read_onto_devices(item, name, (1, 2), None)
+
+
+def test_devices_without_room_for_a_checkpoint_do_not_make_it_unsound(made):
+    def read():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        read_sound(made.workdir / "checkpoints" / "4" / "policy", {}, read)
+
+
 def test_without_a_sound_checkpoint_nothing_is_restored_or_renamed(saved):
     for step in STEPS:
         flip(saved.workdir / "checkpoints" / str(step) / "meta" / "metadata", 100)
@@ -230,6 +296,7 @@ def test_a_damaged_initial_reference_is_made_again_from_the_base_model(saved, ca
 def test_a_checkpoint_without_its_reference_is_not_sound(saved, monkeypatch):
     folder = saved.workdir / "checkpoints"
     damage_arrays(folder / "4" / "reference")
+    assert "reference" in damage_of(saved.workdir, 4)
     assert resume(saved) == 2
     shutil.rmtree(folder / "reference")
     other = scaled(tiny.params(), 2)
@@ -249,6 +316,17 @@ def test_a_reference_is_taken_from_the_copy_of_another_checkpoint(saved, capsys)
     damage_arrays(saved.workdir / "checkpoints" / "6" / "reference")
     assert resume(saved) == 6
     assert f"continues with a copy in {saved.workdir / 'checkpoints' / '4' / 'reference'}." in capsys.readouterr().out
+    assert (saved.workdir / "checkpoints" / "reference").is_dir()  # which is sound, and that of step 2
+
+
+def test_the_initial_reference_is_read_back_before_it_counts(tmp_path):
+    (tmp_path / "checkpoints" / "reference").mkdir(parents=True)  # of a start that was killed
+    store = make_store(SimpleNamespace(workdir=tmp_path), 0)
+    assert not store.has_reference
+    with pytest.raises(UserError, match=r"A disk must hold what was written to it, but .* reference is not what was"):
+        store.save_reference({"w": np.ones(3)}, {"w": "0" * 16})
+    assert not store.has_reference
+    store.close()
 
 
 def save_steps(saved, store, scores):
@@ -266,7 +344,7 @@ def test_old_checkpoints_are_deleted_once_enough_newer_ones_have_been_read_back(
 
     def damage_and_read_back(workdir, step, share):
         if step in (6, 7):
-            damage_arrays(workdir / "checkpoints" / str(step) / "optimizer")
+            damage_arrays(workdir / "checkpoints" / str(step) / "policy")
         deleted.append((step, saved_steps(workdir)))
         yield from read_back(workdir, step, share)
 
@@ -284,11 +362,27 @@ def test_old_checkpoints_are_deleted_once_enough_newer_ones_have_been_read_back(
     assert len(lines) == 2 and "warning: The checkpoint of step 6 is not what was saved: " in lines[0]
 
 
-def test_the_best_checkpoint_is_kept_besides_the_newest(saved):
-    save_steps(saved, make_store(saved, 4, keep=2, best="eval/accuracy"), {5: 0.5, 6: 0.75, 7: 0.75, 8: 0.25, 9: None})
-    assert saved_steps(saved.workdir) == [6, 8, 9]
-    save_steps(saved, make_store(saved, 9, keep=1, best="eval/accuracy"), {10: 0.8, 11: 0.7})
-    assert saved_steps(saved.workdir) == [10, 11]
+@pytest.mark.parametrize(
+    "sound, keep, best, left",
+    [
+        ({4, 5}, 2, "", [4, 5, 6]),  # nobody knows yet whether that of step 6 is sound
+        ({4, 5}, 3, "", [1, 2, 3, 4, 5, 6]),
+        ({6}, 1, "", [6]),
+        ({5, 6}, 2, "eval/accuracy", [2, 5, 6]),  # the first of two with the best score
+        ({2, 6}, 1, "eval/accuracy", [2, 6]),
+        ({5, 6}, 2, "eval/none", [5, 6]),
+    ],
+)
+def test_sound_checkpoints_are_kept_and_the_best_one_besides(tmp_path, monkeypatch, sound, keep, best, left):
+    """What is being deleted is no checkpoint any more before its first file is gone."""
+    for step, score in {1: 0.5, 2: 0.75, 3: 0.75, 4: 0.25, 5: None, 6: 0.5}.items():
+        tiny.write_meta(tmp_path, step, {}, {"eval/accuracy": score})
+    monkeypatch.setattr(grpo_jax.run.saving.shutil, "rmtree", lambda *args, **kwargs: None)
+    store = make_store(SimpleNamespace(workdir=tmp_path), 0, keep, best)
+    store.sound = sound
+    store.delete_old()
+    store.close()
+    assert saved_steps(tmp_path) == left
 
 
 def test_a_damaged_policy_is_refused_by_those_who_read_it(saved):
@@ -298,7 +392,9 @@ def test_a_damaged_policy_is_refused_by_those_who_read_it(saved):
     damage_arrays(saved.workdir / "checkpoints" / "4" / "policy")
     with pytest.raises(UserError, match=r"of step 4 must be what was saved, but its policy .* grpo_jax\.check"):
         restore_policy(saved.workdir, shapes, shardings)
-    assert restore_policy(saved.workdir, shapes, shardings, 2)[0] == 2
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    step, params = restore_policy(saved.workdir, half, shardings, 2)
+    assert step == 2 and {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     assert (saved.workdir / "checkpoints" / "4").is_dir()
 
 
@@ -322,3 +418,5 @@ def test_check_says_what_is_sound(saved, capsys):
     assert code == 3 and not found["sound"] and found["aside"] == ["damaged-1"]
     assert found["damage"]["2"] == "" and "experience" in found["damage"]["4"] and found["damage"]["reference"]
     assert run_check()[0] == 3
+    with pytest.raises(UserError, match="must be the workdir of a training run"):
+        check_command.main([f"--workdir={saved.workdir / 'samples'}"])

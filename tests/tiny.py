@@ -89,9 +89,9 @@ def all_gather_shapes(hlo: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, dims.split(","))) for output in outputs for dims in re.findall(r"\[([\d,]+)\]", output)]
 
 
-def write_meta(workdir, step, trained):
-    """Writes the metadata of a checkpoint of a run that was trained with some values of keys."""
+def write_meta(workdir, step, trained, line=None):
+    """Writes the metadata of a checkpoint of a run that was trained with some values of keys; `line` is its metrics."""
     folder = workdir / "checkpoints" / str(step) / "meta"
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"step": step, "config": trained}
+    meta = {"step": step, "config": trained, "line": line}
     (folder / "metadata").write_text(json.dumps(meta | {"sha256": hash_meta(meta)}))
