@@ -324,7 +324,7 @@ def run(workdir: Path, values: dict[str, Any], wanted: set[str]) -> dict[str, An
             return dict(recorder.texts)
         except (UserError, RunStopped) as user_error:
             error = str(user_error)
-    lines = re.sub(r"[\d,]+ tokens/s +[\d.]+ s|Wrote .*", "", console.getvalue())
+    lines = re.sub(r"[\d,]+ tokens/s +[\d.]+ s|(Wrote|Training in) .*", "", console.getvalue())
     written = read_run(workdir) if workdir.exists() else {}  # not if the run was refused
     return {**recorder.texts, **written, "console": lines, "error": error}
 

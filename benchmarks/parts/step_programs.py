@@ -12,14 +12,22 @@ from common import Learner
 
 from grpo_jax.config import Config
 from grpo_jax.learn.update import make_experience, score_completions, take_rows
-from grpo_jax.parallel.mesh import make_rollout_mesh, shard_rows
+from grpo_jax.parallel.mesh import make_rollout_mesh, num_data_shards, shard_rows
 from grpo_jax.rewards.parts import resolve_parts
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.draws import NO_FILTER
 from grpo_jax.rollout.memory import device_memory_bytes, plan_rollout
-from grpo_jax.rollout.sampler import cache_sizes, decode_tokens, pad_prompts, resize_cache, start_rollout
+from grpo_jax.rollout.sampler import QueueRoom, cache_sizes, needed_room, pad_prompts, place_queue
+from grpo_jax.rollout.slots import decode_tokens, init_decode, resize_cache
 from grpo_jax.run.context import RunContext, resident_bytes
-from grpo_jax.run.stages import add_advantages, grade_completions, measure_rollout, pack_rows, plan_minibatches
+from grpo_jax.run.stages import (
+    add_advantages,
+    grade_completions,
+    measure_rollout,
+    pack_rows,
+    plan_minibatches,
+    rehome_key,
+)
 from grpo_jax.text.problem import Problem, Prompts
 from grpo_jax.text.prompt import PromptFormat
 from grpo_jax.text.stops import build_stop_table
@@ -41,6 +49,9 @@ class Work(NamedTuple):
     learner: Learner
     problems: list[Problem]
     prompts: Prompts
+    room: QueueRoom
+    rows: tuple  # the sequences of the rollout on the devices, which cannot be placed while a program is traced
+    slots: int  # decode slots of all data shards
 
 
 class FoldedTokenizer:
@@ -89,7 +100,11 @@ def make_work(small: bool) -> Work:
     )
     tokens = np.random.default_rng(SEED).integers(model_cfg.vocab_size, size=(prompts, prompt_tokens))
     problems = [Problem(f"What is {n} + {n}?", str(2 * n)) for n in range(prompts)]
-    return Work(cfg, context, learner, problems, pad_prompts(tokens.tolist()))
+    padded, limits = pad_prompts(tokens.tolist()), np.full((prompts, samples), max_tokens)
+    with jax.set_mesh(mesh):
+        room = needed_room(*limits.shape, num_data_shards())
+        rows, slots = place_queue(padded, limits, plan.slots, room)
+    return Work(cfg, context, learner, problems, padded, room, rows, slots)
 
 
 def grade(work: Work, experience: Experience, rollout: Rollout) -> Experience:
@@ -129,16 +144,9 @@ def all_cache_sizes(work: Work) -> list[int]:
 
 def start(work: Work, placed):
     """Starts the rollout as training does: prefills the prompts and fills the decode slots."""
-    return start_rollout(
-        work.context.model_cfg,
-        placed,
-        work.prompts,
-        jax.random.key(SEED),
-        np.full((len(work.prompts.ids), work.cfg.rollout.samples), work.cfg.rollout.max_tokens),
-        slots=work.context.rollout_plan.slots,
-        columns=all_cache_sizes(work)[0],
-        max_tokens=work.cfg.rollout.max_tokens,
-    )
+    model_cfg, key, max_tokens = work.context.model_cfg, rehome_key(jax.random.key(SEED)), work.cfg.rollout.max_tokens
+    sizes = dict(columns=all_cache_sizes(work)[0], max_tokens=max_tokens, prefill=work.room.prefill)
+    return init_decode(model_cfg, placed, *work.rows, key, slots=work.slots, **sizes)
 
 
 def visit_cache_sizes(work: Work, visit: Callable, placed) -> None:

@@ -98,6 +98,7 @@ def compiler_environment(name: str, environ: Mapping[str, str]) -> dict[str, str
     if kind == "cpu":
         count = f"--xla_force_host_platform_device_count={math.prod(sizes)}"
         changes["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {count}".strip()
+        changes["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program that is read from it takes less memory
     return {**environ, **changes}
 
 

@@ -117,6 +117,19 @@ def split_over_shards(prompts: Prompts, limits: Int[np.ndarray, "B G"], shards: 
     return prompts, *(x.astype(np.int32) for x in rows)
 
 
+def place_queue(prompts: Prompts, limits: Int[np.ndarray, "B G"], slots: int, room: QueueRoom) -> tuple[tuple, int]:
+    """Divides the sequences among the data shards of the current mesh; see `start_rollout`.
+
+    Returns:
+        (rows, slots): The results of `split_over_shards` on the devices, and the number of decode slots of all shards.
+    """
+    shards = num_data_shards()
+    rows = split_over_shards(prompts, limits, shards, room)
+    if not jax.sharding.get_abstract_mesh().empty:
+        rows = shard_rows(jax.sharding.get_mesh(), rows)
+    return rows, shards * min(-(-slots // shards) or room.sequences, room.sequences)
+
+
 def start_rollout(
     model_cfg: ModelConfig,
     params,
@@ -135,13 +148,9 @@ def start_rollout(
     maximum number of tokens of each completion, 0 `slots` means one per sequence, and `room` is by default as much as
     the rollout needs.
     """
-    shards = num_data_shards()
-    room = room or needed_room(*limits.shape, shards)
-    rows = split_over_shards(prompts, limits, shards, room)
-    slots = shards * min(-(-slots // shards) or room.sequences, room.sequences)
+    room = room or needed_room(*limits.shape, num_data_shards())
+    rows, slots = place_queue(prompts, limits, slots, room)
     sizes = dict(slots=slots, columns=columns, max_tokens=max_tokens, prefill=room.prefill)
-    if not jax.sharding.get_abstract_mesh().empty:
-        rows = shard_rows(jax.sharding.get_mesh(), rows)
     return init_decode(model_cfg, params, *rows, key, **sizes)
 
 
