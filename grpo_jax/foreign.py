@@ -11,10 +11,10 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 MAX_BYTES = 1 << 26  # of a file that is read whole; the tokenizer.json of 262,144 tokens has 33 MB
-MAX_LINE = 1 << 24  # bytes of a line that is read whole
+MAX_LINE = 1 << 24  # bytes or characters of a line that is read whole
 MAX_DEPTH = 100  # levels of nesting
 MAX_VALUES = 2_000_000  # a parsed value takes up to about 120 bytes
 
@@ -106,17 +106,17 @@ def is_deep(value: Any) -> bool:
     return False
 
 
-def read_lines(file: io.BufferedReader) -> Iterator[bytes]:
-    """Yields the lines of a file, each with its line end.
+def read_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Yields the lines of a file of bytes or text, each with its line end.
 
     Raises:
-        ValueError: A line has more than `MAX_LINE` bytes.
+        ValueError: A line has more than `MAX_LINE` bytes or characters.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            raise ValueError(f"line {number} has more than {MAX_LINE:,} bytes")
+            raise ValueError(f"line {number} has more than {MAX_LINE:,} bytes or characters")
         yield line
 
 

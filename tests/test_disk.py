@@ -172,7 +172,7 @@ def broken_writes(monkeypatch):
 
 
 def wait_for_background(saver):
-    while saver.store.is_saving_in_progress():
+    while saver.store.manager.is_saving_in_progress():
         time.sleep(0.01)
 
 
@@ -246,8 +246,8 @@ def idle_saver(tmp_path, monkeypatch):
     """Returns the saver of a run whose checkpoint of step 2 is sound, which has not saved any."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the saver replaces
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    idle = SimpleNamespace(step=0, sound={2}, is_saving_in_progress=lambda: False, wait_until_finished=lambda: None)
-    return CheckpointSaver(idle, tmp_path, 60)
+    manager = SimpleNamespace(is_saving_in_progress=lambda: False, wait_until_finished=lambda: None)
+    return CheckpointSaver(SimpleNamespace(step=0, sound={2}, manager=manager), tmp_path, 60)
 
 
 def test_what_a_killed_save_has_left_is_removed(idle_saver, tmp_path):
@@ -269,7 +269,7 @@ def test_a_save_that_fails_while_the_run_ends_hides_no_other_error(idle_saver, c
         raise ValueError(FULL)
 
     closed = []
-    idle_saver.store.wait_until_finished, idle_saver.store.close = fail, lambda: closed.append(True)
+    idle_saver.store.manager.wait_until_finished, idle_saver.store.close = fail, lambda: closed.append(True)
     idle_saver.close()
     assert closed and "warning: The disk must hold all" in capsys.readouterr().out
     assert sys.unraisablehook == idle_saver.ignore_closed_loop  # other arrays may still be written

@@ -332,7 +332,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ),
         (
             GOOD + '{"question": "q", "answer": "1", "m": ' + "[" * 150 + "]" * 150 + "}",
-            "line 2 has more than 100 levels",
+            "line 2 is not valid JSON: more than 100 levels",
         ),
         (GOOD + '{"question": "q", "answer": ' + "9" * 5000 + "}", "line 2 is not valid JSON: Exceeds the limit"),
         ("question,answer\n1 + 1?,2\n2 + 2?,4,5\n", "line 3 has 3 columns, but the header has 2"),

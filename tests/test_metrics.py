@@ -24,7 +24,8 @@ from grpo_jax.run.sinks import JsonLines, TensorBoard
 
 def write_log(workdir, lines, resume_after=-1) -> None:
     """Writes (step, metrics) pairs as a run would that resumes after a step, or starts (-1)."""
-    for sink in (JsonLines(workdir, resume_after), TensorBoard(workdir, resume_after)):
+    truncate_logs(workdir, resume_after)
+    for sink in (JsonLines(workdir), TensorBoard(workdir, resume_after)):
         for step, metrics in lines:
             sink.write(step, finite_or_none(metrics))
         sink.close()
@@ -52,7 +53,7 @@ def test_numbers_of_numpy_and_jax_are_written_as_floats(tmp_path):
 
 def test_metrics_are_in_their_files_before_the_log_is_closed(tmp_path):
     """So a run that is killed leaves all of them."""
-    logs = JsonLines(tmp_path, -1), TensorBoard(tmp_path, -1)
+    logs = JsonLines(tmp_path), TensorBoard(tmp_path, -1)
     for log in logs:
         log.write(1, {"a/b": 1.0})
     assert logged_steps(tmp_path) == [1]

@@ -258,9 +258,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
         raw = load_config(flags.config)
     else:
         raw = read_config(workdir)
-        if (
-            flags.of_a_run and "mesh" in raw and "rollout" in raw
-        ):  # the run may have used more devices than there are here
+        if flags.of_a_run and "mesh" in raw and "rollout" in raw:  # there may be fewer devices here
             raw.mesh = default().mesh
             raw.mesh.data, raw.mesh.fsdp = 1, -1
             raw.rollout.mesh = default().rollout.mesh

@@ -141,9 +141,7 @@ def read_answers(path: Path) -> dict[tuple, dict[str, Any]]:
     Of a file whose answers have more than `MAX_ANSWERS` characters, the first ones are returned.
     """
     answers, characters = {}, 0
-    for record in filter(
-        is_record, read_json_lines(path)
-    ):  # one at a time: with all tokens, they may not fit in memory
+    for record in filter(is_record, read_json_lines(path)):  # one at a time: all may not fit in memory
         answer = {name: record.get(name) for name in (*COMPARED, "prompt_id", "expected", "rewards")}
         answer |= {"question": question_text(record.get("question"))}
         answer |= {"completion": str(record.get("completion"))[:MAX_TEXT]}

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import read_json_file
 from grpo_jax.run.arrays import (
     Damaged,
     error_line,
@@ -38,8 +39,6 @@ from grpo_jax.run.arrays import (
 from grpo_jax.run.digests import digest_arrays
 from grpo_jax.run.progress import announce
 from grpo_jax.types import Experience, TrainState
-
-MAX_META_BYTES = 1 << 26
 
 
 class RestoredRun(NamedTuple):
@@ -76,11 +75,9 @@ def read_meta(workdir: Path, step: int) -> dict[str, Any]:
     """
     path = checkpoints_folder(workdir) / str(step) / "meta" / "metadata"
     try:
-        if not path.is_file() or path.stat().st_size > MAX_META_BYTES:
-            raise ValueError("found no such file")
-        meta = json.loads(path.read_text())
+        meta = read_json_file(path)
         is_sound = meta["sha256"] == hash_meta(meta) and meta["step"] == step
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise Damaged(f"its meta cannot be read ({error_line(error)})") from None
     if not is_sound:
         raise Damaged("its meta is not what was saved")

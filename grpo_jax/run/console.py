@@ -10,7 +10,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.diagnosis import Diagnosis
 from grpo_jax.run.disk import DiskError, disk_errors
-from grpo_jax.run.metrics import LogFile, console_line, finite_or_none
+from grpo_jax.run.metrics import LogFile, console_line, finite_or_none, truncate_logs
 from grpo_jax.run.progress import announce, close_bar, step_bar
 from grpo_jax.run.sinks import open_sinks
 from grpo_jax.run.state import RunState, describe_failure, wait_for_update
@@ -63,8 +63,11 @@ class RunLog:
         """Opens the log of a run that starts (step 0) or resumes after `step`, whose line its checkpoint has."""
         self.cfg, self.workdir = cfg, workdir
         self.unwritten: list[tuple] = []  # calls of the sinks, from the first that failed on
-        with disk_errors(workdir, METRICS_AND_SAMPLES):
-            self.sinks = open_sinks(cfg, workdir, step or -1, line)
+        self.sinks: list = []
+        if jax.process_index() == 0:
+            with disk_errors(workdir, METRICS_AND_SAMPLES):
+                truncate_logs(workdir, step or -1, line)
+                self.sinks = open_sinks(cfg, workdir, step or -1)
         self.warnings = LogFile(workdir / "warnings.jsonl")
         self.diagnosis = Diagnosis(cfg, context, workdir)
         self.last_metrics: dict[str, float] = {}  # of the last update; empty before the first

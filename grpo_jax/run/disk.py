@@ -129,9 +129,9 @@ class CheckpointSaver:
 
     def check(self) -> None:
         """Notices that a save in the background has failed; does not wait for one that is under way."""
-        if not self.store.is_saving_in_progress():
+        if not self.store.manager.is_saving_in_progress():
             with self.noticing():
-                self.store.wait_until_finished()
+                self.store.manager.wait_until_finished()
 
     def has(self, step: int) -> bool:
         """Returns whether there is a sound checkpoint of a step, or it is being saved."""
@@ -153,7 +153,7 @@ class CheckpointSaver:
         """Waits for a save that is under way, reports in one line if it fails, and closes the checkpoints."""
         try:
             with disk_errors(self.workdir, f"the checkpoint of step {self.step}", self.size):
-                self.store.wait_until_finished()
+                self.store.manager.wait_until_finished()
         except DiskError as error:
             self.has_failed = True
             announce(f"warning: {error.found}")

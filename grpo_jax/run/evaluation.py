@@ -19,10 +19,6 @@ from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
 
 
-class EvaluationStopped(Exception):
-    """Raised at a safe point of an evaluation if the run must stop."""
-
-
 @phase("Evaluating")
 def evaluate(
     cfg: Config,
@@ -30,7 +26,7 @@ def evaluate(
     params,
     problems: Sequence[Problem],
     key,
-    must_stop: Callable[[], bool] = lambda: False,
+    at_safe_point: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], list[dict]]:
     """Draws one completion per problem and grades it.
 
@@ -40,14 +36,11 @@ def evaluate(
         params: The policy, placed by `place_for_rollout`.
         problems: The held-out problems.
         key: The random key. A completion depends on it and on the index of its problem only.
-        must_stop: Called at the safe points, and returns whether to stop there.
+        at_safe_point: Called at the safe points; it may raise an exception to end the evaluation.
 
     Returns:
         (metrics, records): The mean of each reward part (`eval/accuracy`, ...) and of the length (`eval/length_mean`),
         how the completions were sampled (`eval/sampling/temperature`, ...), and one record per problem.
-
-    Raises:
-        EvaluationStopped: `must_stop` has returned True.
     """
     shards = num_data_shards(context.rollout_mesh)
     batch_size = min(context.rollout_plan.slots, -(-len(problems) // shards) * shards)
@@ -58,8 +51,7 @@ def evaluate(
     progress = RolloutProgress(len(problems), cfg.rollout.max_tokens, "questions")
 
     def report(state: DecodeState) -> int:
-        if must_stop():
-            raise EvaluationStopped
+        at_safe_point()
         return progress.report(state)
 
     sampling["on_progress"] = report

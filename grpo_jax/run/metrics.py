@@ -116,8 +116,7 @@ def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dic
                 if size and size + len(line) > max_bytes:
                     break
                 size += len(line)
-                value = parse_line(line)
-                if isinstance(value, dict):
+                if isinstance(value := parse_line(line), dict):
                     yield value
         except ValueError as error:
             raise UserError(f"{path} must hold the JSON lines of a run, but {error}. Restore it.") from None

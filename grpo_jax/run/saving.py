@@ -109,17 +109,9 @@ class CheckpointStore:
                     break
             self.is_read = True
 
-    def is_saving_in_progress(self) -> bool:
-        """Returns whether a checkpoint is being saved. Reading it back does not count."""
-        return self.manager.is_saving_in_progress()
-
-    def wait_until_finished(self) -> None:
-        """Waits until the last checkpoint is complete. Raises an exception if it could not be saved."""
-        self.manager.wait_until_finished()
-
     def finish(self) -> None:
         """Waits until the last checkpoint is complete and has been read back, and deletes those not needed any more."""
-        self.wait_until_finished()
+        self.manager.wait_until_finished()
         if self.reader is None:
             return
         self.reader.join()

@@ -21,13 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.schema import TRACKERS, Config
 from grpo_jax.config.workdir import replace_file
 from grpo_jax.errors import UserError
-from grpo_jax.run.metrics import LogFile, as_json, truncate_logs, write_samples
+from grpo_jax.run.metrics import LogFile, as_json, write_samples
 from grpo_jax.run.progress import announce, phase
 from grpo_jax.text.terminal import printable
 
@@ -52,13 +50,9 @@ def check_sinks(names: Sequence[str]) -> None:
 class JsonLines:
     """Writes metrics.jsonl and the files in samples/."""
 
-    def __init__(self, workdir: Path, step: int, line: dict[str, Any] | None = None):
-        """Opens the files of a run that resumes after `step` (-1: a new run) and removes what comes later.
-
-        `line` is the line of `step`; see `truncate_logs`.
-        """
+    def __init__(self, workdir: Path):
+        """Opens the files of a run, which must hold nothing that is to be written again."""
         workdir.mkdir(parents=True, exist_ok=True)
-        truncate_logs(workdir, step, line)
         self.workdir, self.file = workdir, LogFile(workdir / "metrics.jsonl")
 
     def write(self, step: int, metrics: dict[str, float | None]) -> None:
@@ -201,15 +195,8 @@ def completion_table(step: int, records: list[dict]) -> tuple[list[str], list[li
     return [*TABLE_FIELDS, *(f"reward/{part}" for part in parts), *TABLE_NUMBERS], rows
 
 
-def open_sinks(
-    cfg: Config, workdir: Path, step: int, line: dict[str, Any] | None = None
-) -> list[JsonLines | TensorBoard | Tracker]:
-    """Opens the sinks of a run that resumes after `step` (-1: a new run); none on processes other than 0.
-
-    `line` is the line of `step`; see `truncate_logs`.
-    """
-    if jax.process_index() != 0:
-        return []
-    makers = {"jsonl": lambda: JsonLines(workdir, step, line), "tensorboard": lambda: TensorBoard(workdir, step)}
+def open_sinks(cfg: Config, workdir: Path, step: int) -> list[JsonLines | TensorBoard | Tracker]:
+    """Opens the sinks of a run that resumes after `step` (-1: a new run)."""
+    makers = {"jsonl": lambda: JsonLines(workdir), "tensorboard": lambda: TensorBoard(workdir, step)}
     makers |= {name: lambda name=name: Tracker(name, cfg, workdir) for name in TRACKERS}
     return [makers[name]() for name in cfg.log.sinks]

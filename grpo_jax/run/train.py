@@ -31,13 +31,9 @@ from grpo_jax.run.context import EVALUATION_KEY, SAMPLING_KEY, RunContext
 from grpo_jax.run.diagnosis import initial_facts, sample_surprise
 from grpo_jax.run.disk import CheckpointSaver, disk_errors
 from grpo_jax.run.drawn import DrawnCompletions, remove_drawn
-from grpo_jax.run.evaluation import EvaluationStopped, evaluate
+from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.lock import WorkdirLock
-from grpo_jax.run.metrics import (
-    before_and_after,
-    evaluation_line,
-    is_logged,
-)
+from grpo_jax.run.metrics import before_and_after, evaluation_line, is_logged
 from grpo_jax.run.preemption import SafePoints, resume_command
 from grpo_jax.run.preparation import check_run, describe_outcome, is_complete, prepare_run, take_workdir
 from grpo_jax.run.progress import announce, phase, set_detail
@@ -159,10 +155,12 @@ def evaluate_step(cfg: Config, context: RunContext, setup: RunSetup, run: RunSta
     start = time.monotonic()
     placed = place_for_rollout(context.model_cfg, run.train.params, context.rollout_mesh)
     key = fold_in_all(setup.root_key, EVALUATION_KEY, run.step)
-    try:
-        metrics, records = evaluate(cfg, context, placed, setup.held_out, key, setup.safe_points.must_stop)
-    except EvaluationStopped:
-        stop_run(cfg, setup, run)
+
+    def stop_if_asked() -> None:
+        if setup.safe_points.must_stop():
+            stop_run(cfg, setup, run)
+
+    metrics, records = evaluate(cfg, context, placed, setup.held_out, key, stop_if_asked)
     setup.log.write_samples("eval", run.step, records)
     asked = f"{len(setup.held_out)} held-out question{'s' * (len(setup.held_out) > 1)}"
     setup.log.say(f"step {run.step}: {asked}: {evaluation_line(metrics)}")
@@ -237,6 +235,7 @@ def stop_run(cfg: Config, setup: RunSetup, run: RunState, keep: Callable[[], int
     Raises:
         RunStopped: Always.
     """
+    setup.saver.retry_s = 0  # it does not wait until a full disk has room
     if run.step:
         start_saving(cfg, setup, run)
     kept = keep()

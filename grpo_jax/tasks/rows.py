@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import MAX_BYTES, MAX_DEPTH, MAX_LINE, open_regular, parse_json
+from grpo_jax.foreign import MAX_BYTES, MAX_DEPTH, MAX_LINE, open_regular, parse_json, read_lines
 
 MAX_RATIO, MIN_BOMB = 100, 1 << 24  # compressed content that is so many times larger, and has so many bytes, is refused
 BATCH_ROWS = 128  # rows of a parquet file or a dataset that are converted at a time
@@ -143,7 +143,7 @@ def read_json(text: TextIO) -> Iterator[tuple[str, Any]]:
 def parse_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the value of each line that is not empty, or of the whole text if its first line alone is not JSON."""
     is_first = True
-    for number, line in enumerate(bounded_lines(text), start=1):
+    for number, line in enumerate(read_lines(text), start=1):
         if not line.strip():
             continue
         try:
@@ -162,16 +162,6 @@ def parse_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
         is_first = False
 
 
-def bounded_lines(text: TextIO) -> Iterator[str]:
-    """Yields the lines of a text; raises a ValueError if one has more than `MAX_LINE` characters."""
-    number = 0
-    while line := text.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise ValueError(f"line {number} has more than {MAX_LINE:,} characters")
-        yield line
-
-
 def parse_row(text: str) -> Any:
     """Parses JSON; an object that has a key twice becomes a `RepeatedKey`."""
 
@@ -187,7 +177,7 @@ def parse_row(text: str) -> Any:
 
 def read_table(text: TextIO) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a CSV file with a header; the delimiter is a comma, a tab or a semicolon."""
-    lines = bounded_lines(text)
+    lines = read_lines(text)
     header = next((line for line in lines if line.strip()), "")
     csv.field_size_limit(MAX_LINE)
     delimiter = max(",\t;", key=header.count)
