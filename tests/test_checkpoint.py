@@ -130,7 +130,7 @@ def flip(path, bit):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_never_restored(saved, count, capsys):
     """Every file is flipped in turn. All that is set aside stays what it was."""
     folder, draw = saved.workdir / "checkpoints", random.Random(count)
