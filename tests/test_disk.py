@@ -1,6 +1,7 @@
 """A disk that is full, read-only or failing: one line, nothing lost that was written, and no process that hangs."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 import grpo_jax.run.saving
 from grpo_jax import config
+from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.workdir import replace_file
 from grpo_jax.errors import UserError
 from grpo_jax.run.checkpoint import saved_steps
@@ -273,6 +275,19 @@ def test_a_save_that_fails_while_the_run_ends_hides_no_other_error(idle_saver, c
     idle_saver.close()
     assert closed and "warning: The disk must hold all" in capsys.readouterr().out
     assert sys.unraisablehook == idle_saver.ignore_closed_loop  # other arrays may still be written
+
+
+def test_a_process_whose_output_goes_to_the_full_disk_ends_without_waiting_for_threads(monkeypatch):
+    def main(argv):
+        raise DiskError("The disk is full.", "Free some room.")
+
+    full, codes = io.StringIO(), []
+    monkeypatch.setattr(full, "write", lambda text: os.write(-1, b""))
+    monkeypatch.setattr(sys, "stderr", full)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        run_entry_point(main)
+    assert codes == [2]
 
 
 FAILING_SAVE = """

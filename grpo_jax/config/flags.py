@@ -7,6 +7,7 @@ answers a user's mistake with a traceback and ignores stray arguments.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import io
 import json
@@ -296,18 +297,23 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         message = " ".join(str(error).split())
         if len(message) > MAX_MESSAGE:  # its end says what to do
             message = f"{message[: MAX_MESSAGE - 300]} [...] {message[-300:]}"
-        print(printable(f"error: {message}"), file=sys.stderr)
-        if error.leaves_threads:
-            leave_at_once(2)
-        sys.exit(2)
+        leave(f"error: {message}", 2, at_once=error.leaves_threads)
     except RunStopped as stopped:
-        if str(stopped):
-            print(printable(str(stopped)), file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        leave(str(stopped), stopped.exit_code)
 
 
-def leave_at_once(code: int) -> NoReturn:
-    """Ends the process. An orderly exit would wait for threads and other processes, which may wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def leave(message: str, code: int, *, at_once: bool = False) -> NoReturn:
+    """Ends the process with a message, which is lost if stderr is a file on a full disk.
+
+    Args:
+        message: The message; empty for none.
+        code: The exit code.
+        at_once: Whether not to wait for threads and other processes, which may be waiting for this one.
+    """
+    with contextlib.suppress(OSError):
+        if message:
+            print(printable(message), file=sys.stderr)
+        sys.stdout.flush()
+    if at_once:
+        os._exit(code)
+    sys.exit(code)
