@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo_jax.run.disk
 import grpo_jax.run.saving
+import grpo_jax.run.train
 from grpo_jax import config
 from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.workdir import replace_file
@@ -26,6 +28,7 @@ from grpo_jax.run.disk import CheckpointSaver, DiskError, disk_errors
 from grpo_jax.run.drawn import DrawnCompletions
 from grpo_jax.run.metrics import LogFile
 from grpo_jax.run.saving import CheckpointStore
+from grpo_jax.run.train import stop_run
 from grpo_jax.text.problem import Prompts
 from grpo_jax.types import Rollout, TrainState
 from tests.tiny import write_meta
@@ -227,6 +230,15 @@ def test_a_checkpoint_that_is_not_what_was_saved_can_be_saved_again_at_the_same_
     else:
         with pytest.raises(UserError, match=r"damaged-1-2, as is another one of this step\. Replace the disk"):
             saver.finish()
+    saver.close()
+
+
+def test_a_run_that_must_stop_does_not_wait_until_there_is_room(tmp_path, broken_writes, monkeypatch):
+    saver = CheckpointSaver(CheckpointStore(tmp_path, 1, "", 0), tmp_path, 600)
+    monkeypatch.setattr(grpo_jax.run.disk, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pytest.fail))
+    monkeypatch.setattr(grpo_jax.run.train, "start_saving", lambda cfg, setup, run: save(setup.saver, run.step))
+    with pytest.raises(DiskError, match="checkpoint of step 1 could not be written"):
+        stop_run(None, SimpleNamespace(saver=saver), SimpleNamespace(step=1))
     saver.close()
 
 
