@@ -305,7 +305,8 @@ def test_a_checkpoint_without_its_reference_is_not_sound(saved, monkeypatch):
         resume(saved)
 
 
-def test_a_reference_is_taken_from_the_copy_of_another_checkpoint(saved, capsys):
+@pytest.mark.parametrize("damage", [damage_arrays, shutil.rmtree])
+def test_a_reference_is_taken_from_the_copy_of_another_checkpoint(saved, capsys, damage):
     """The damaged copy belongs to step 4; step 6 has the same reference."""
     store = make_store(saved, 4)
     run, key = run_at(saved, 4)
@@ -313,7 +314,7 @@ def test_a_reference_is_taken_from_the_copy_of_another_checkpoint(saved, capsys)
     save_run(saved.cfg, store, run, key, {}, {})
     store.close()
     saved.states[6] = contents(run, key)
-    damage_arrays(saved.workdir / "checkpoints" / "6" / "reference")
+    damage(saved.workdir / "checkpoints" / "6" / "reference")
     assert resume(saved) == 6
     assert f"continues with a copy in {saved.workdir / 'checkpoints' / '4' / 'reference'}." in capsys.readouterr().out
     assert (saved.workdir / "checkpoints" / "reference").is_dir()  # which is sound, and that of step 2

@@ -194,13 +194,20 @@ def restore_newest(workdir: Path, restore: Callable[[int], Any]) -> Any:
 
 
 def restore_reference(
-    workdir: Path, step: int, digests: dict[str, str], shapes: Any, shardings: Any, load_base: Callable[[], Any]
+    workdir: Path,
+    step: int,
+    is_replaced: bool,
+    digests: dict[str, str],
+    shapes: Any,
+    shardings: Any,
+    load_base: Callable[[], Any],
 ) -> Any:
     """Restores the reference of a checkpoint onto the mesh, from any copy that has its digests.
 
     Args:
         workdir: The run.
         step: The step of the checkpoint.
+        is_replaced: Whether the policy has replaced the initial reference, so that the checkpoint has its own.
         digests: The digest of each array of the reference by name.
         shapes: The reference as a tree of jax.ShapeDtypeStruct.
         shardings: Its shardings.
@@ -210,11 +217,10 @@ def restore_reference(
         Damaged: There is no sound copy, and the base model is not this reference. Every process raises.
     """
     folder = checkpoints_folder(workdir)
-    own, first = folder / str(step) / "reference", folder / "reference"
-    home = own if own.exists() else first
-    others = [folder / str(other) / "reference" for other in reversed(saved_steps(workdir)) if other != step]
+    first, *others = [folder / name / "reference" for name in ("", *map(str, reversed(saved_steps(workdir))))]
+    home = folder / str(step) / "reference" if is_replaced else first
     damage = ""
-    for item in [home, *(item for item in (first, *others) if item != home)]:
+    for item in dict.fromkeys((home, first, *others)):
         try:
             reference, source = restore_arrays(item, digests, shapes, shardings), f"a copy in {item}"
             break

@@ -109,7 +109,8 @@ def resume(cfg: Config, context: RunContext, workdir: Path, step: int) -> tuple[
             return as_reference(cfg, load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)[1])
 
         digests, shardings = meta["digests"]["reference"], tree_shardings(mesh, shapes)
-        reference = checkpoint.restore_reference(workdir, step, digests, shapes, shardings, load_base)
+        is_replaced = is_reference_replaced(cfg, step)
+        reference = checkpoint.restore_reference(workdir, step, is_replaced, digests, shapes, shardings, load_base)
     failure = describe_failure(cfg, meta["skipped_in_a_row"], step)
     run = RunState(step, state, reference, experience, meta["rollout"], meta["skipped_in_a_row"], failure)
     run = run._replace(unlogged=meta["unlogged"])
@@ -135,15 +136,15 @@ def replace_reference(cfg: Config, run: RunState) -> RunState:
     return run._replace(reference=reference, train=run.train.replace(is_reference=is_reference))
 
 
-def is_reference_replaced(cfg: Config, run: RunState) -> bool:
-    """Returns whether the policy has replaced the initial reference, so that checkpoints must hold the new one."""
-    return 0 < cfg.reference.every_updates <= run.step
+def is_reference_replaced(cfg: Config, step: int) -> bool:
+    """Returns whether the policy has replaced the initial reference by a step, so that checkpoints hold the new one."""
+    return 0 < cfg.reference.every_updates <= step
 
 
 def checkpoint_bytes(cfg: Config, run: RunState, store: CheckpointStore) -> int:
     """Returns about how much room the next checkpoint of a run takes."""
     experience = vars(run.experience) if run.experience else None
-    reference = run.reference if is_reference_replaced(cfg, run) or not store.has_reference else None
+    reference = run.reference if is_reference_replaced(cfg, run.step) or not store.has_reference else None
     arrays = (run.train.params, run.train.opt_state, experience, reference)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
@@ -176,4 +177,4 @@ def save_run(
         "line": line,
         "unlogged": run.unlogged,
     }
-    store.save(run.train, meta, run.experience, run.reference, is_reference_replaced(cfg, run))
+    store.save(run.train, meta, run.experience, run.reference, is_reference_replaced(cfg, run.step))
