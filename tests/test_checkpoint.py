@@ -130,13 +130,14 @@ def flip(path, bit):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_never_restored(saved, count, capsys):
     """Every file is flipped in turn. All that is set aside stays what it was."""
     folder, draw = saved.workdir / "checkpoints", random.Random(count)
     files = [path for path in files_in(folder) if path.stat().st_size]
     steps, passed_over = [], 0
-    for path in draw.choices(files, k=count):
+    # The names of files of arrays are random, and many of them are not read any more, so the first one is certain to be.
+    for path in [folder / "4" / "meta" / "metadata", *draw.choices(files, k=count - 1)]:
         bit, before = draw.randrange(8 * path.stat().st_size), {path: path.read_bytes() for path in files}
         flip(path, bit)
         steps.append(resume(saved))
