@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_never_restored(saved, count, capsys):
     folder, draw = saved.workdir / "checkpoints", random.Random(count)
     files = [path for path in files_in(folder) if path.stat().st_size]
     steps, passed_over = [], 0
-    # The names of files of arrays are random, and many of them are not read any more, so the first one is certain to be.
+    # Files of arrays have random names, and many are not read any more, so the first file is one that always is.
     for path in [folder / "4" / "meta" / "metadata", *draw.choices(files, k=count - 1)]:
         bit, before = draw.randrange(8 * path.stat().st_size), {path: path.read_bytes() for path in files}
         flip(path, bit)

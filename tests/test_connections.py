@@ -89,6 +89,23 @@ def test_a_connection_that_ends_in_an_orderly_exit_is_not_lost(start, ended):
     assert not ended(0.1)
 
 
+def test_a_connection_may_be_silent_for_as_long_as_it_lasts(start, ended, monkeypatch):
+    """The operating system probes it meanwhile."""
+    probed = threading.Event()
+
+    def probe(connection, level, option, value, set_option=socket.socket.setsockopt):
+        set_option(connection, level, option, value)
+        if (level, option) == (socket.IPPROTO_TCP, socket.TCP_KEEPCNT):
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and connection.gettimeout() is None
+            probed.set()
+
+    monkeypatch.setattr(connections, "LOST_SECONDS", 1)
+    monkeypatch.setattr(socket.socket, "setsockopt", probe, raising=False)
+    start(0)
+    with connect(start, b"3       "):
+        assert probed.wait(10) and not ended(0)
+
+
 def test_strangers_are_turned_away(start, ended):
     start(0)
     with connect(start, b"GET / HTTP/1.1\r\n\r\n") as stranger, contextlib.suppress(ConnectionResetError):

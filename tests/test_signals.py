@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_jax import signals
-from grpo_jax.run import preemption
+from grpo_jax.errors import UserError
+from grpo_jax.run import preemption, train
 from grpo_jax.run.preemption import SafePoints, resume_command
 from grpo_jax.signals import SignalReceiver, defer_signals, receive_deferred_signals
 from tests.tiny import write_meta
@@ -121,3 +122,30 @@ def test_a_stopped_run_says_what_there_is_and_how_to_go_on(received, tmp_path):
     assert stopped.exit_code == 130 and str(stopped) == f"Stopped by SIGINT: {saved}. To resume: COMMAND"
     assert resume_command(tmp_path / "a b", None, None).endswith(f" --workdir='{tmp_path}/a b'")
     assert resume_command(tmp_path, [], None) == "call grpo_jax.train with the same arguments"
+
+
+def test_a_run_that_is_asked_for_a_checkpoint_saves_one_and_goes_on(received, tmp_path, monkeypatch):
+    saved, run = [], SimpleNamespace(step=2, failure="", experience=None, flight=None)
+    monkeypatch.setattr(train, "start_saving", lambda cfg, setup, run: saved.append(run.step))
+    monkeypatch.setattr(train, "finish_update", lambda cfg, log, run: run)
+    cfg = SimpleNamespace(total_steps=9, eval=SimpleNamespace(every_steps=0), checkpoint=SimpleNamespace(every_steps=5))
+    saver = SimpleNamespace(check=lambda: None, is_due=lambda: False)
+    setup = SimpleNamespace(safe_points=safe_points(tmp_path), saver=saver, log=SimpleNamespace())
+    for _ in range(2):  # between two updates
+        received.must_save = not saved
+        train.evaluate_and_save(cfg, None, setup, run)
+        assert saved == [2]
+    received.must_save = True  # in a rollout
+    assert not train.at_safe_point(cfg, setup, run) and saved == [2, 2]
+    received.must_save, received.stop, run.step = True, signal.SIGTERM, 0
+    assert train.at_safe_point(cfg, setup, run) and saved == [2, 2]  # there is nothing to save before the first update
+
+
+def test_nothing_is_saved_once_another_job_has_the_workdir(tmp_path):
+    def refuse():
+        raise UserError("another job")
+
+    setup = SimpleNamespace(saver=SimpleNamespace(has=lambda step: step == 1), lock=SimpleNamespace(check=refuse))
+    train.start_saving(None, setup, SimpleNamespace(step=1))  # which has been saved
+    with pytest.raises(UserError, match="another job"):
+        train.start_saving(None, setup, SimpleNamespace(step=2))
