@@ -122,14 +122,17 @@ class CheckpointStore:
             raise_if_damaged(self.damage)
         except Damaged as error:
             step, self.step = self.step, 0
-            found = (
-                f"The checkpoint of step {step} is not what was saved: {error}. It is kept as "
-                f"{self.folder / set_aside(self.workdir, str(step))}"
-            )
+            aside = f"It is kept as {self.folder / set_aside(self.workdir, str(step))}"
             self.manager.reload()  # so that the step can be saved again
             if self.damaged == step:
-                raise UserError(f"{found}, as is another one of this step. Replace the disk.") from None
-            announce(f"warning: {found}, and the run goes on. Look at the disk.")
+                raise UserError(
+                    f"A disk must hold what was written to it, but the checkpoint of step {step} was damaged twice: "
+                    f"{error}. {aside}. Replace the disk, and start the run again."
+                ) from None
+            announce(
+                f"warning: The checkpoint of step {step} is not what was saved: {error}. {aside}, and the run goes on. "
+                "Look at the disk."
+            )
             self.damaged = step
             return
         self.sound.add(self.step)
