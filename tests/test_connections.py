@@ -106,6 +106,14 @@ def test_a_connection_may_be_silent_for_as_long_as_it_lasts(start, ended, monkey
         assert probed.wait(10) and not ended(0)
 
 
+def test_the_end_after_a_lost_process_is_one_line_and_a_code_that_asks_for_a_new_start(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(connections.os, "_exit", codes.append)
+    connections.end_without(3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert codes == [75] and "the connection to process 3 ended" in line
+
+
 def test_strangers_are_turned_away(start, ended):
     start(0)
     with connect(start, b"GET / HTTP/1.1\r\n\r\n") as stranger, contextlib.suppress(ConnectionResetError):
