@@ -5,7 +5,7 @@
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
 # make test-page    opens the report of two runs in a headless browser; needs Chromium or Chrome
-# make torture      kills, stops and damages runs for about an hour, and writes docs/reliability.md; ARGS="--kills=5" ...
+# make torture      kills and stops runs, damages their files, and writes docs/reliability.md; takes about an hour
 # make test-plan    compiles small programs for TPUs and NVIDIA GPUs, and checks them; needs neither
 # make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer

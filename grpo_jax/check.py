@@ -1,6 +1,6 @@
-"""Says which checkpoints of a run are sound: whether all that a resume reads is still what was saved.
+"""Checks the checkpoints of a run: whether everything that a resumed run reads is still what was saved.
 
-Reads every checkpoint and changes nothing. The exit code is 0 if all of them are sound and 3 if not.
+Reads all checkpoints and changes nothing. The exit code is 0 if all of them are sound and 3 if not.
 """
 
 import json
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if not options.workdir:
         raise UserError("--workdir=DIR must be given; found none. Run with --help for an example.")
     workdir = Path(options.workdir)
-    read_config(workdir)  # raises unless it is the folder of a run
+    read_config(workdir)  # raises a UserError unless it is the folder of a run
     damage = {str(step): damage_of(workdir, step) for step in saved_steps(workdir)}
     reference = initial_reference_damage(workdir)
     if reference is not None:
@@ -37,10 +37,11 @@ def main(argv: Sequence[str]) -> None:
             label = "The initial reference" if name == "reference" else f"The checkpoint of step {name}"
             announce(f"{label} is {f'damaged: {text}' if text else 'sound'}.")
         for name in aside:
-            announce(f"{name} was found damaged earlier and is not used.")
+            announce(f"{name} was found to be damaged earlier and is not used.")
         if not damage:
-            announce(f"The run in {workdir} has no checkpoint yet.")
-    sys.exit(3 if any(damage.values()) else 0)
+            announce(f"The run in {workdir} has not saved a checkpoint yet.")
+    if any(damage.values()):
+        sys.exit(3)
 
 
 if __name__ == "__main__":

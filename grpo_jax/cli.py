@@ -14,7 +14,7 @@ COMMANDS = {  # by name: the module of this package, which is only imported to r
     "evaluate": ("evaluate", "evaluates the policy of a run on held-out problems, or on your own"),
     "generate": ("generate", "samples a completion from the policy of a run"),
     "export": ("export", "writes the policy of a run as a Hugging Face folder"),
-    "check": ("check", "says which checkpoints of a run are sound"),
+    "check": ("check", "checks whether the checkpoints of a run are undamaged"),
     "plan": ("plan", "estimates whether a run fits on hardware that you do not have, and how fast it is"),
     "report": ("report", "writes a report of one or more runs as an HTML page"),
     "help": ("", "shows this help, or the flags of a subcommand (grpo-jax help train)"),

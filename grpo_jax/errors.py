@@ -1,4 +1,4 @@
-"""The exceptions that end a program with a message in place of a traceback."""
+"""The exceptions that end a program with a message instead of a traceback."""
 
 
 class UserError(Exception):
@@ -8,14 +8,14 @@ class UserError(Exception):
     `error: ...` and exit with code 2, without a traceback.
 
     Attributes:
-        leaves_threads: Whether threads may still be at work, or hang, for which an orderly exit would wait.
+        leaves_threads: Whether threads may still be running or hanging, for which a normal exit would wait.
     """
 
     leaves_threads = False
 
 
 class RunStopped(Exception):
-    """Raised when a run stops in an orderly way before its end, because of a signal or its time limit.
+    """Raised if a run stops before its end because of a signal or its time limit, after it has been saved.
 
     The message says what the workdir holds and how to resume. Entry points print it and exit with `exit_code`.
     """

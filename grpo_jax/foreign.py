@@ -1,6 +1,6 @@
-"""Opens and parses files that others wrote, within bounds, so that none can hang a program or fill its memory.
+"""Opens and parses files from other people, within limits, so that none can hang a program or exhaust its memory.
 
-Only regular files are opened: a device or a pipe may never end. SECURITY.md says what is defended.
+Only regular files are opened, because a device or a pipe may never end. SECURITY.md describes what is protected.
 """
 
 import errno
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
-MAX_BYTES = 1 << 26  # of a file that is read whole; the tokenizer.json of 262,144 tokens has 33 MB
-MAX_LINE = 1 << 24  # bytes or characters of a line that is read whole
+MAX_BYTES = 1 << 26  # of a file that is read in one piece; a tokenizer.json with 262,144 tokens has 33 MB
+MAX_LINE = 1 << 24  # bytes or characters of a line
 MAX_DEPTH = 100  # levels of nesting
 MAX_VALUES = 2_000_000  # a parsed value takes up to about 120 bytes
 
-# JSON's strings, or one of the characters that begin a value or follow one.
+# A JSON string, or a character that begins a value or separates values.
 _STRING_OR_VALUE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{,:]', re.DOTALL)
 
 
@@ -27,7 +27,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
 
     Raises:
         OSError: It cannot be opened, or is not a regular file.
-        ValueError: The path holds a zero byte or cannot be encoded.
+        ValueError: The path contains a zero byte or cannot be encoded.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -62,7 +62,7 @@ def read_json_file(path: str | Path, **options: Callable[..., Any]) -> Any:
 
     Raises:
         OSError: The file cannot be read, or is not a regular file.
-        ValueError: It is not JSON in UTF-8, or is out of bounds (see `read_bytes` and `parse_json`).
+        ValueError: It is not JSON in UTF-8, or exceeds a limit (see `read_bytes` and `parse_json`).
     """
     return parse_json(read_bytes(path).decode("utf-8"), **options)
 
@@ -78,7 +78,7 @@ def parse_json(text: str, **options: Callable[..., Any]) -> Any:
         ValueError: It is not JSON, has more than `MAX_DEPTH` levels of nesting, or more than `MAX_VALUES` values.
     """
     opened = text.count("[") + text.count("{")
-    if opened + text.count(",") + text.count(":") > MAX_VALUES:  # usually in strings
+    if opened + text.count(",") + text.count(":") > MAX_VALUES:  # most of them may be in strings
         if sum(match[0][0] != '"' for match in _STRING_OR_VALUE.finditer(text)) > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES:,} values")
     try:
@@ -107,7 +107,7 @@ def is_deep(value: Any) -> bool:
 
 
 def read_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """Yields the lines of a file of bytes or text, each with its line end.
+    """Yields the lines of a file of bytes or text, including their line ends.
 
     Raises:
         ValueError: A line has more than `MAX_LINE` bytes or characters.
@@ -121,7 +121,7 @@ def read_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def name_problem(path: str | Path) -> str:
-    """Returns why no file can have this path, or "" if one can; a part of the path may be too long, for example."""
+    """Returns why no file can have this path, for example because a part is too long; "" if one can."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):

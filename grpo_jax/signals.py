@@ -1,11 +1,11 @@
-"""Receives the signals that ask a program to stop, on a thread of its own.
+"""Handles the signals that ask a program to stop, on a separate thread.
 
-SIGTERM and SIGINT (Ctrl-C) end a program at once and without a traceback. While a run has something to lose it defers
-them: the first one leaves a request, which the run follows at its next safe point, and a second one ends the program at
-once. SIGUSR1 asks a run to save a checkpoint and to go on.
+SIGTERM and SIGINT (Ctrl-C) end a program immediately and without a traceback. A run that has something to lose defers
+them: the first one is a request to stop at the next safe point, and a second one ends the program immediately. SIGUSR1
+asks a run to save a checkpoint and continue.
 
-Python calls signal handlers on the main thread, which may be compiling or waiting for the devices for minutes. Its
-wakeup descriptor passes a signal on immediately.
+Python calls signal handlers on the main thread, which may be compiling or waiting for the devices for minutes. The
+wakeup file descriptor reports a signal without delay.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 RECEIVED = (*EXIT_CODES, signal.SIGUSR1)
-LEAVING = "{}: ended at once. A training run continues from its newest checkpoint, if any, when started again.\n"
+LEAVING = "{}: stopped immediately. A training run that is started again resumes from its newest checkpoint, if any.\n"
 
 
 class SignalReceiver:
-    """The signals that this process has received. The functions below share one instance per process."""
+    """Keeps the signals that this process has received. The functions below share one instance per process."""
 
     def __init__(self):
-        """Starts without having received any."""
-        self.thread: threading.Thread | None = None  # of an entry point
+        """Starts without any signal."""
+        self.thread: threading.Thread | None = None  # that receives signals, in an entry point
         self.may_defer: Callable[[signal.Signals], bool] | None = None  # while a run defers signals
         self.stop: signal.Signals | None = None  # the deferred signal that asks to stop
         self.must_save = False  # whether SIGUSR1 has asked for a checkpoint
 
     def defer(self, received: signal.Signals) -> bool:
-        """Leaves a request, if the signal is one that can be deferred now; returns whether it is."""
+        """Turns a signal into a request if it can be deferred now; returns whether it can."""
         if received == signal.SIGUSR1:
             self.must_save = True
         elif self.stop or not self.may_defer or not self.may_defer(received):
@@ -42,13 +42,13 @@ class SignalReceiver:
         return True
 
     def listen(self, descriptor: int) -> None:
-        """Receives signals, one byte each, until the other end of the descriptor is closed."""
+        """Reads signals, one byte each, until the other end of the pipe is closed."""
         while number := os.read(descriptor, 1):
             received = signal.Signals(number[0])
             if received in RECEIVED and not self.defer(received):
                 with contextlib.suppress(OSError):
                     os.write(2, LEAVING.format(received.name).encode())
-                # An orderly exit would wait for the main thread, and for processes that may be waiting for this one.
+                # A normal exit would wait for the main thread, and for processes that may be waiting for this one.
                 os._exit(EXIT_CODES[received])
         os.close(descriptor)
 
@@ -57,9 +57,9 @@ SIGNALS = SignalReceiver()
 
 
 def install_handler(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Installs a handler for all signals that are not ignored, and returns the former ones.
+    """Installs a handler for each signal that is not ignored, and returns the former handlers.
 
-    A shell script ignores SIGINT for the programs that it starts in the background.
+    A shell script makes the programs that it starts in the background ignore SIGINT.
     """
     numbers = [number for number in RECEIVED if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
@@ -67,7 +67,7 @@ def install_handler(handler: Callable[[int, FrameType | None], None]) -> dict[in
 
 @contextlib.contextmanager
 def receive_signals() -> Iterator[None]:
-    """Receives signals as this module describes, for an entry point."""
+    """Handles signals as this module describes, for an entry point."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     SIGNALS.thread = threading.Thread(target=SIGNALS.listen, args=(readable,), name="signals", daemon=True)
@@ -87,9 +87,9 @@ def receive_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def receive_deferred_signals() -> Iterator[None]:
-    """Receives signals for a run that is started from Python; those that are not deferred keep their former handlers.
+    """Handles signals in a run that is started from Python; those that are not deferred go to their former handlers.
 
-    Does nothing in an entry point, which receives them already, and outside of the main thread.
+    Does nothing in an entry point, which handles them already, or outside the main thread.
     """
     if SIGNALS.thread or threading.current_thread() is not threading.main_thread():
         yield
@@ -114,7 +114,7 @@ def receive_deferred_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals(may_defer: Callable[[signal.Signals], bool]) -> Iterator[None]:
-    """Defers the first signal that asks to stop, if `may_defer` returns True for it when it is received."""
+    """Defers the first signal that asks to stop if `may_defer` returns True when it is received."""
     SIGNALS.may_defer, SIGNALS.stop, SIGNALS.must_save = may_defer, None, False
     try:
         yield

@@ -106,5 +106,5 @@ class TrainState:
     step: Int[Array, ""]  # number of updates so far, including those that changed nothing
     params: Any  # parameters of the policy
     opt_state: Any  # state of the optax optimizer
-    skipped: Int[Array, ""]  # number of updates skipped because they were not finite
+    skipped: Int[Array, ""]  # number of updates that were skipped because they were not finite
     is_reference: Bool[Array, ""]  # whether the parameters are still those of the reference

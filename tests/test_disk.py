@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: one line, nothing lost that was written, and no process that hangs."""
+"""Full, read-only and failing disks: one line, nothing lost that was written before, and no process that hangs."""
 
 import errno
 import io
@@ -99,9 +99,7 @@ def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path, full_d
     log = open_log(tmp_path, 0)
     log.write(1, LINE)
     full_disk.is_full = True
-    says = (
-        r"in .*, but metrics and samples could not be written: No space left on device \(.* are free\)\. Free some room"
-    )
+    says = r"but metrics and samples could not be written: No space left on device \(.* are free\)\. Free some space"
     with pytest.raises(DiskError, match=says + ", and start the run again: it starts over") as raised:
         log.write(2, LINE)
     assert raised.value.leaves_threads  # so the process ends without waiting for Orbax
@@ -110,7 +108,7 @@ def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path, full_d
 
 
 def test_with_a_time_to_try_again_metrics_and_samples_are_kept_until_there_is_room(tmp_path, full_disk, capsys):
-    """All of it arrives in order, and one line says that something is wrong."""
+    """Everything is written in the end, in order, and one line says that something is wrong."""
     log, expected = open_log(tmp_path / "late", 60), open_log(tmp_path / "at once", 60)
     full_disk.is_full = True
     for step in (1, 2, 3):
@@ -132,7 +130,7 @@ def test_with_a_time_to_try_again_metrics_and_samples_are_kept_until_there_is_ro
 @pytest.mark.parametrize("error", [ValueError(FULL), OSError(errno.EROFS, "Read-only"), OSError(errno.EIO, "I/O")])
 def test_the_error_of_a_disk_says_what_to_do(tmp_path, error):
     is_full = isinstance(error, ValueError)
-    room = r"No space left on device \(it takes 1,000,000.0 GB, and .* are free\)\. Free 1.* GB"
+    room = r"No space left on device \(it needs 1,000,000.0 GB, and .* are free\)\. Free 1.* GB"
     fix = room if is_full else r"(Read-only file system|Input/output error)\. Make sure that it can be written"
     write_meta(tmp_path, 4, {})
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
@@ -190,7 +188,7 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(tmp_pat
     broken_writes["is_broken"] = True
     save(saver, 2)
     wait_for_background(saver)
-    with pytest.raises(DiskError, match=r"checkpoint of step 2 could not .*it resumes after step 1, its newest check"):
+    with pytest.raises(DiskError, match=r"checkpoint of step 2 could not .*it resumes from step 1, its newest check"):
         saver.check()
     saver.close()
     assert saved_steps(tmp_path) == [1] and os.listdir(tmp_path / "checkpoints") == ["1"]
@@ -206,7 +204,7 @@ def test_a_save_that_failed_is_tried_again_and_old_checkpoints_are_forgotten_onl
     save(saver, 2)
     wait_for_background(saver)
     saver.check()
-    assert "The run goes on, and tries again in 1 s." in capsys.readouterr().out
+    assert "The run continues, and tries again in 1 s." in capsys.readouterr().out
     assert not saver.finish() and saver.is_due() and saved_steps(tmp_path) == [1]
     broken_writes["is_broken"] = False
     save(saver, 3)
@@ -223,7 +221,7 @@ def test_a_checkpoint_that_is_not_what_was_saved_can_be_saved_again_at_the_same_
     saver = CheckpointSaver(CheckpointStore(tmp_path, 1, "", 0), tmp_path, 0)
     save(saver, 1)
     assert saver.finish() and not saver.has(1)  # the end of a run then saves again
-    assert "warning: The checkpoint of step 1 is not what was saved: its policy" in capsys.readouterr().out
+    assert "warning: The checkpoint of step 1 differs from what was saved: its policy" in capsys.readouterr().out
     save(saver, 1)
     if often == 1:
         assert saver.finish() and saver.has(1) and set(os.listdir(tmp_path / "checkpoints")) == {"1", "damaged-1"}
@@ -285,7 +283,7 @@ def test_a_save_that_fails_while_the_run_ends_hides_no_other_error(idle_saver, c
     closed = []
     idle_saver.store.manager.wait_until_finished, idle_saver.store.close = fail, lambda: closed.append(True)
     idle_saver.close()
-    assert closed and "warning: The disk must hold all" in capsys.readouterr().out
+    assert closed and "warning: The workdir " in capsys.readouterr().out
     assert sys.unraisablehook == idle_saver.ignore_closed_loop  # other arrays may still be written
 
 
@@ -336,4 +334,4 @@ def test_a_failed_save_prints_one_line_and_the_process_ends(tmp_path):
     done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: The disk must hold all of the run in ") and ": File too large." in line
+    assert line.startswith("error: The workdir ") and ": File too large." in line

@@ -224,7 +224,7 @@ def test_a_lost_process_ends_the_others_in_one_line(tmp_path, lost, where):
     codes, printed = run_processes(tmp_path, arguments)
     assert codes[lost] == -9 and codes[1 - lost] == 75, printed[1 - lost][-3000:]
     (line,) = [line for line in printed[1 - lost].splitlines() if line.startswith("error: ")]
-    assert f"All processes of a run must stay connected; the connection to process {lost} ended" in line
+    assert f"All processes of a run must stay connected; the connection to process {lost} was lost" in line
     assert "Traceback" not in printed[1 - lost] and "    @ " not in printed[1 - lost]  # frames of JAX's C++ code
 
 
@@ -234,5 +234,5 @@ def test_an_exception_in_one_process_ends_the_others(tmp_path):
     flags = [f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.eval.questions=0"]
     codes, printed = run_processes(tmp_path, [["-m", "grpo_jax.main", *flags], ["-c", raises, *flags]])
     assert codes == [75, 1], printed[0][-3000:] + printed[1][-3000:]
-    assert "OSError" in printed[1] and "the connection to process 1 ended" in printed[0]
+    assert "OSError" in printed[1] and "the connection to process 1 was lost" in printed[0]
     assert "Traceback" not in printed[0]

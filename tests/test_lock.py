@@ -1,4 +1,4 @@
-"""The lock of a workdir: one job at a time, on one machine or several, and a lock that nobody holds any more."""
+"""The lock of a workdir: one job at a time, on one machine or several, and locks of jobs that have ended."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    """Waits as little as possible; the tests give signs of life themselves."""
+    """Makes all waits short; the tests renew the file themselves."""
     for name in ("BEAT_S", "PATIENCE_S", "SETTLE_S"):
         monkeypatch.setattr(grpo_jax.run.lock, name, 0.01)
 
@@ -43,7 +43,7 @@ def test_a_second_job_is_refused_in_one_line_that_names_the_first(tmp_path):
     second.close()
 
 
-def test_a_killed_process_leaves_a_lock_that_is_taken_over_with_a_word(tmp_path, capsys):
+def test_the_lock_of_a_killed_process_is_taken_over_with_a_message(tmp_path, capsys):
     program = "import os, sys, pathlib; from grpo_jax.run.lock import WorkdirLock\n"
     program += "WorkdirLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPO, check=False, capture_output=True)
@@ -55,7 +55,7 @@ def test_a_killed_process_leaves_a_lock_that_is_taken_over_with_a_word(tmp_path,
 
 
 def leave(tmp_path):
-    """Leaves run.lock as a job on another machine does, to whose locks `flock` does not reach."""
+    """Leaves run.lock as a job does on another machine, which `flock` does not exclude."""
     lock = WorkdirLock(tmp_path)
     lock.take()
     on_another_machine(lock.path, pid=7)
@@ -64,7 +64,7 @@ def leave(tmp_path):
 
 
 @pytest.mark.parametrize("sign", ["beat", "name"])
-def test_a_job_on_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path, monkeypatch, sign):
+def test_a_job_on_another_machine_that_renews_the_file_keeps_the_workdir(tmp_path, monkeypatch, sign):
     leave(tmp_path)
     lock, path = WorkdirLock(tmp_path), tmp_path / "run.lock"
 
@@ -79,7 +79,7 @@ def test_a_job_on_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_pa
 
 
 @pytest.mark.parametrize("text", [None, "{" * 999, "[1]", "\x00\ud800", "{}"])
-def test_a_lock_of_another_machine_without_signs_of_life_is_taken_over_with_a_word(tmp_path, capsys, text):
+def test_a_lock_of_another_machine_that_is_not_renewed_is_taken_over_with_a_message(tmp_path, capsys, text):
     leave(tmp_path)
     if text is not None:
         (tmp_path / "run.lock").write_text(text, errors="surrogatepass")
@@ -91,7 +91,7 @@ def test_a_lock_of_another_machine_without_signs_of_life_is_taken_over_with_a_wo
     lock.close()
 
 
-def test_a_job_that_finds_the_name_of_another_stops_and_leaves_it_there(tmp_path, monkeypatch):
+def test_a_job_that_finds_the_name_of_another_job_stops_and_leaves_it_there(tmp_path, monkeypatch):
     """Two machines start at the same time, and the one that writes its name last has the workdir."""
     lock = WorkdirLock(tmp_path)
     lock.take()
@@ -103,7 +103,7 @@ def test_a_job_that_finds_the_name_of_another_stops_and_leaves_it_there(tmp_path
     assert json.loads(lock.path.read_text())["host"] == "elsewhere"
 
 
-def test_without_flock_the_time_of_the_file_decides(tmp_path, monkeypatch, capsys):
+def test_without_flock_the_modification_time_decides(tmp_path, monkeypatch, capsys):
     def unsupported(*args):
         raise OSError(95, "Operation not supported")
 

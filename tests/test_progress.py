@@ -74,7 +74,7 @@ def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, caps
 
 
 def test_a_phase_that_takes_far_longer_than_usual_says_where_the_program_is(clock, capsys):
-    """Several processes all say it. The time of an inner phase is not that of the outer one."""
+    """Each of several processes reports it. The time of an inner phase does not count towards the outer one."""
 
     def report_after(seconds):
         clock.now += seconds
@@ -91,18 +91,18 @@ def test_a_phase_that_takes_far_longer_than_usual_says_where_the_program_is(cloc
             progress.PROGRESS.compile_seconds += SLOW_FIRST_SECONDS  # compiling does not count
             assert report_after(SLOW_FIRST_SECONDS + SLOW_FACTOR * usual - 1) == ""
             first, *stack = report_after(1).splitlines()
-            words = f"slow: Waiting for update {REMEMBERED} has taken {2 * SLOW_SECONDS:.0f} s, so far at most 24 s"
-            assert first.startswith(f"{words}; process {os.getpid()} on ")
+            taken = f"slow: Waiting for update {REMEMBERED} has taken {2 * SLOW_SECONDS:.0f} s;"
+            assert first.startswith(f"{taken} the longest time until now was 24 s. Process {os.getpid()} on ")
             assert 1 < len(stack) <= 5 and "/run/progress.py:" in stack[-2] and "in report_slowness" in stack[-2]
             assert report_after(2 * SLOW_SECONDS - 1) == ""
-            assert "240 s" in report_after(1)  # again, because the time has doubled
-        with progress.phase("Sampling"):  # for the first time, so only a standstill is unusual
+            assert "240 s" in report_after(1)  # reported again, because the time has doubled
+        with progress.phase("Sampling"):  # runs for the first time, so only a lack of progress is unusual
             for _ in range(3):
                 assert report_after(SLOW_FIRST_SECONDS - 1) == ""
                 progress.set_detail(f"{clock.now} sequences")
             assert "Sampling has shown no progress for 600 s" in report_after(SLOW_FIRST_SECONDS)
         assert report_after(SLOW_SECONDS - 1) == ""
-    with progress.phase("Sampling"):  # elsewhere, so this one is compared with nothing either
+    with progress.phase("Sampling"):  # outside "Training", so there is nothing to compare it with
         assert report_after(SLOW_FIRST_SECONDS - 1) == ""
 
 

@@ -28,9 +28,10 @@ PROBLEMS = (REPO / "docs" / "problems.md").read_text(encoding="utf-8")
 HOW_IT_WORKS = (REPO / "docs" / "how-it-works.md").read_text(encoding="utf-8")
 TROUBLESHOOTING = (REPO / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 DEVICES = (REPO / "docs" / "devices.md").read_text(encoding="utf-8")
+CHECKPOINTS = (REPO / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split(" #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README + DEVICES, flags=re.S)
+    for block in re.findall(r"```bash\n(.*?)```", README + DEVICES + CHECKPOINTS, flags=re.S)
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
@@ -47,7 +48,9 @@ SHORT = {
     "grpo_jax.generate": [],
     "grpo_jax.export": [],
     "grpo_jax.report": [],
+    "grpo_jax.check": [],
 }
+WITH_CONFIG = "--config=configs/r1zero.py --workdir=runs/r1zero"
 # The same for the Python examples.
 SHORT_CONFIG = """
 from grpo_jax import config
@@ -132,6 +135,20 @@ def test_readme_command_runs(command, workplace, monkeypatch):
         assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize(("code", "calls"), [(0, 1), (2, 1), (75, 2)])
+def test_the_slurm_script_requeues_a_run_that_is_not_finished(tmp_path, code, calls):
+    """`srun` and `scontrol` are stubs that write down how they are called."""
+    (script,) = re.findall(r"```sh\n(.*?)```", CHECKPOINTS, flags=re.S)
+    for name, status in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> "{tmp_path}/calls"\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    assert subprocess.run(["bash", "-c", script], env=environ).returncode == code
+    assert "#SBATCH --requeue --open-mode=append --signal=TERM@300\n" in script
+    train = f"srun .venv/bin/python -m grpo_jax.main {WITH_CONFIG}"
+    assert (tmp_path / "calls").read_text().splitlines() == [train, "scontrol requeue 7"][:calls]
+
+
 def notebook_code() -> str:
     """Returns the code of docs/quickstart.ipynb, with a training run of one update."""
     cells = json.loads((REPO / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -206,11 +223,11 @@ def test_the_readme_links_every_page():
 def test_every_key_exists():
     keys = flatten(default().to_dict())
     sections = "|".join(default().to_dict())
-    pages = README + HOW_IT_WORKS + DEVICES + TROUBLESHOOTING
+    pages = README + HOW_IT_WORKS + DEVICES + CHECKPOINTS + TROUBLESHOOTING
     named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+)`", pages))
     named |= set(re.findall(r"--config\.([a-z_.]+[a-z])", pages))
     assert len(named) > 25
-    assert sorted(named - set(keys) - {"model.safetensors"}) == []
+    assert sorted(named - set(keys) - {"model.safetensors", "run.lock"}) == []
 
 
 def test_every_function_in_the_equations_exists():

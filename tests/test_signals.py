@@ -50,7 +50,7 @@ def run_program(*lines):
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_an_entry_point_ends_at_once_and_without_a_traceback(name, code):
     done = run_program("with receive_signals():", f"    os.kill(os.getpid(), signal.{name}); time.sleep(50)")
-    assert done.returncode == code and done.stderr.startswith(f"{name}: ended at once.")
+    assert done.returncode == code and done.stderr.startswith(f"{name}: stopped immediately.")
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
@@ -118,7 +118,7 @@ def test_a_stopped_run_says_what_there_is_and_how_to_go_on(received, tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir()  # which has no metadata
     received.stop = signal.SIGINT
     stopped = points.stopped(1)
-    saved = "the newest checkpoint is of step 3, and 1 completion of the next rollout is kept"
+    saved = "the newest checkpoint is from step 3, and 1 completion of the next rollout is kept"
     assert stopped.exit_code == 130 and str(stopped) == f"Stopped by SIGINT: {saved}. To resume: COMMAND"
     assert resume_command(tmp_path / "a b", None, None).endswith(f" --workdir='{tmp_path}/a b'")
     assert resume_command(tmp_path, [], None) == "call grpo_jax.train with the same arguments"

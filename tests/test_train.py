@@ -28,6 +28,7 @@ from grpo_jax.config.flags import run_entry_point
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import RunStopped, UserError
 from grpo_jax.main import main
+from grpo_jax.run.checkpoint import saved_steps
 from grpo_jax.run.context import refit_mesh
 from grpo_jax.run.lock import WorkdirLock
 from grpo_jax.run.preemption import SafePoints
@@ -201,12 +202,18 @@ def edit_config(workdir, section, key, value):
     (workdir / "config.json").write_text(json.dumps(values))
 
 
-def stop_at(workdir, flags, safe_point, number=signal.SIGTERM):
-    """Trains, sends a signal to the run at one of its safe points (counted from 0), and returns what the run raises."""
+def stop_at(workdir, flags, safe_point, number=signal.SIGTERM, save_at=None):
+    """Trains, sends signals to the run, and returns what it raises.
+
+    A signal that stops the run is sent at one of its safe points (counted from 0), and SIGUSR1 at another one.
+    """
     must_stop, count = SafePoints.must_stop, itertools.count()
 
     def send(safe_points):
-        if next(count) == safe_point:
+        now = next(count)
+        if now == save_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if now == safe_point:
             os.kill(os.getpid(), number)
         return must_stop(safe_points)
 
@@ -237,12 +244,14 @@ def test_a_run_that_stops_at_safe_points_equals_an_undisturbed_one(finished_run,
         str(stopped),
     )
     assert "SIGTERM: the run stops at its next safe point (now: step 1/5  Sampling" in capsys.readouterr().err
-    stopped = stop_at(workdir, FINISHED_RUN, 10, signal.SIGINT)  # in the evaluation after update 4
+    keep = "--config.checkpoint.keep=3"
+    stopped = stop_at(workdir, [*FINISHED_RUN, keep], 10, signal.SIGINT, save_at=7)  # in the evaluation after update 4
     assert stopped.exit_code == 130
-    assert str(stopped).startswith("Stopped by SIGINT: the newest checkpoint is of step 4. To resume: python")
+    assert str(stopped).startswith("Stopped by SIGINT: the newest checkpoint is from step 4. To resume: python")
     assert [row["step"] for row in read_rows(workdir)] == [0, 1, 2, 3]
+    assert saved_steps(workdir) == [2, 3, 4]  # after SIGUSR1, regularly, and to stop
     train(workdir, FINISHED_RUN)
-    assert " of 16 completions had been drawn before" in capsys.readouterr().out
+    assert " of 16 completions had been sampled before" in capsys.readouterr().out
     assert_same_run(workdir, finished_run)
 
 

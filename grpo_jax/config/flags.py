@@ -34,7 +34,7 @@ from grpo_jax.foreign import name_problem
 from grpo_jax.signals import receive_signals
 from grpo_jax.text.terminal import printable
 
-MAX_MESSAGE = 3000  # characters of an error, which may quote what a file holds
+MAX_MESSAGE = 3000  # characters of an error message, which may quote a file
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -283,7 +283,7 @@ def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> CommandLine:
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line, receives signals, and turns exceptions about its end into exit codes.
+    """Runs `main` on the command line, handles signals, and turns exceptions for users into messages and exit codes.
 
     A UserError becomes `error: ...` on stderr and exit code 2.
     """
@@ -295,7 +295,7 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
             main(sys.argv[1:])
     except UserError as error:
         message = " ".join(str(error).split())
-        if len(message) > MAX_MESSAGE:  # its end says what to do
+        if len(message) > MAX_MESSAGE:  # the end is kept, because it says what to do
             message = f"{message[: MAX_MESSAGE - 300]} [...] {message[-300:]}"
         leave(f"error: {message}", 2, at_once=error.leaves_threads)
     except RunStopped as stopped:

@@ -28,7 +28,7 @@ REFUSED = dict.fromkeys(
     "(eval.top_k, eval.top_p and eval.min_p may be set)",
 )
 
-# A rollout with more exists on no hardware. Published ones have up to 8,192 sequences of up to 65,536 tokens.
+# No hardware can hold a larger rollout. Published ones have up to 8,192 sequences of up to 65,536 tokens.
 MAX_SEQUENCES, MAX_ROLLOUT_TOKENS = 2**20, 2**33
 
 # Stands for any function of the user's in NO_EFFECT.
@@ -105,7 +105,7 @@ def check_keys(raw: "ConfigDict", config_class: type[C]) -> C:
 
 
 def check_size(name: str, value: Any, *, bounded: bool) -> None:
-    """Raises a UserError if an integer in a value is too large to be printed or counted with.
+    """Raises a UserError if an integer in a value is too large to print or compute with.
 
     Args:
         name: The key.
@@ -226,8 +226,8 @@ def check_reward(cfg: Config) -> None:
     )
     require(
         not best or cfg.eval.every_steps % cfg.checkpoint.every_steps == 0,
-        "eval.every_steps must be a multiple of checkpoint.every_steps with checkpoint.best, so that every policy that "
-        f"is evaluated is saved; found {cfg.eval.every_steps} and {cfg.checkpoint.every_steps}. Change one of them.",
+        "eval.every_steps must be a multiple of checkpoint.every_steps if checkpoint.best is set, so that every "
+        f"evaluated policy is saved; found {cfg.eval.every_steps} and {cfg.checkpoint.every_steps}. Change one.",
     )
 
     reads_cache = cfg.rollout.overlong == "soft" or "length" in parts

@@ -296,11 +296,13 @@ class CheckpointSection(Resumable):
     """When checkpoints are written and how many are kept."""
 
     every_steps: int = key(20, "updates between checkpoints; the last update is always saved", at_least=1)
-    keep: int = key(2, "number of checkpoints to keep, the newest sound ones", at_least=1)
-    best: str = key("", "metric of evaluations, such as eval/accuracy, whose best checkpoint is kept besides")
+    keep: int = key(2, "number of checkpoints to keep: the newest sound ones", at_least=1)
+    best: str = key(
+        "", "evaluation metric, such as eval/accuracy, whose best checkpoint is kept as well; empty for none"
+    )
     retry_s: int = key(
         0,
-        "seconds after which a run of one process tries again to save if that failed, as on a full disk; 0 ends it",
+        "seconds after which a run of one process retries a failed save, as on a full disk; 0 ends the run instead",
         at_least=0,
     )
 

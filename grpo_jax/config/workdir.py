@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
-# What a start that ended before it wrote config.json may have left.
+# Files that a run may leave if it ends before it writes config.json.
 FIRST_FILES = {"run.lock", "files.json", "files.json.partial", "config.json.partial"}
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Returns whether a run has saved a checkpoint, even a damaged one; before that, nothing binds its next start."""
+    """Returns whether a run has saved a checkpoint, even a damaged one. Until then, its config may still change."""
     return any(re.fullmatch(r"(damaged-)?\d+(-\d+)?", path.name) for path in (workdir / "checkpoints").glob("*"))
 
 
@@ -37,7 +37,7 @@ def check_workdir(workdir: Path, cfg: Config) -> None:
             `resumable`.
     """
     has_config = (workdir / "config.json").is_file()
-    if has_checkpoint(workdir):  # without config.json, the checkpoint's own config is compared when it is restored
+    if has_checkpoint(workdir):  # without config.json, the config in the checkpoint is compared when it is restored
         if has_config:
             compare_configs(workdir, flatten(read_config(workdir).to_dict()), flatten(dataclasses.asdict(cfg)))
     elif not has_config and workdir.exists():
@@ -156,7 +156,7 @@ def changed_files(workdir: Path, digests: dict[str, str]) -> list[str]:
         before = read_json_file(path) if path.exists() else digests
         if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
             raise ValueError
-    except (OSError, ValueError):  # damaged, so that nothing is known about the files
+    except (OSError, ValueError):  # damaged, so nothing is known about the files
         before = {}
     return sorted({name for name, _ in before.items() ^ digests.items()})
 
@@ -197,7 +197,7 @@ def write_config(workdir: Path, cfg: Config, digests: dict[str, str] | None = No
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that, whenever the process or the machine stops, it has either its old content or the new one.
+    """Replaces a file atomically: whenever the process or the machine stops, it has either its old or its new content.
 
     Raises:
         OSError: The file could not be written.
@@ -210,7 +210,7 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)  # it would take up the room that a full disk lacks
+        partial.unlink(missing_ok=True)  # it would take up space on a full disk
         raise
 
 
@@ -237,7 +237,7 @@ def read_config(workdir: Path) -> "ConfigDict":
 
 
 def check_types(values: dict[str, Any]) -> None:
-    """Raises a ValueError if a key of a run's config, which may be of another version, is not of its type."""
+    """Raises a ValueError if a key of a run's config, which another version may have written, has the wrong type."""
     specs = key_specs(PretrainConfig if values["job"] == "pretrain" else Config)
     sections = {name.rpartition(".")[0] for name in specs}
     for name, value in flatten(values).items():

@@ -143,10 +143,10 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Applies one update, unless it would not be finite (a skipped update) or there is no signal.
 
-    An update is not finite if the gradient norm is not, or if a new parameter is not, as with a damaged moment. In both
-    cases, the parameters and the optimizer state stay as they are. The learning-rate schedule counts updates without a
-    signal, but not skipped ones. `optax.apply_if_finite` is not used: after too many skips in a row it applies the bad
-    update, and it does not notice a finite gradient whose norm overflows.
+    An update is not finite if the norm of the gradient is not, or if a new parameter is not, for example because of a
+    damaged moment. A skipped update and one without a signal leave the parameters and the optimizer state as they are;
+    the learning-rate schedule counts only the latter. `optax.apply_if_finite` is not used: after too many skips in a
+    row it applies the bad update, and it does not notice a finite gradient whose norm overflows.
 
     Args:
         state: The state before the update.

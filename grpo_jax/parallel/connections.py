@@ -1,8 +1,8 @@
-"""Ends a process of a multi-process run as soon as another one is lost.
+"""Ends a process of a multi-process run when another one is lost.
 
-By itself, JAX takes 100 seconds to notice that a process is gone, and aborts with the stack of its C++ code. Here, each
-process also holds a connection to process 0. The operating system closes the connections of a process that ends,
-however it ends, and the other side sees that at once. If a whole host disappears, keepalive probes find out within
+JAX alone takes 100 seconds to notice that a process is gone, and then aborts with the stack of its C++ code. Here, each
+process also keeps a connection to process 0. The operating system closes the connections of a process however it ends,
+and the other side notices that immediately. If a whole host disappears, keepalive probes detect it within
 `LOST_SECONDS`.
 """
 
@@ -22,29 +22,29 @@ TCP_OPTIONS = {"TCP_KEEPIDLE": PROBE_SECONDS, "TCP_KEEPINTVL": PROBE_SECONDS, "T
 GRACE_SECONDS = 5.0
 GREETING_BYTES = 8  # each connection begins with the index of a process, padded to this length
 PORT_KEY = "grpo_jax/port"
-EXIT_CODE = 75  # tells launchers that starting the run again continues it
+EXIT_CODE = 75  # tells launchers that the run can be resumed
 
 
 class Watch:
-    """Watches connections, and ends this process when one of them is lost."""
+    """Watches connections and ends this process when one of them is lost."""
 
     def __init__(self):
-        """Starts to watch; an orderly exit of this process ends that."""
+        """Starts watching, until this process exits normally."""
         self.is_on = True
         sys.excepthook = end_after_exception
         atexit.register(self.stop)  # runs before JAX's own functions, which wait for the other processes
 
     def stop(self) -> None:
-        """Lets connections end."""
+        """Stops watching, so that connections may end."""
         self.is_on = False
 
     def accept(self, server: socket.socket) -> None:
-        """Accepts the connections of the other processes, forever."""
+        """Accepts connections of the other processes, forever."""
         while True:
             threading.Thread(target=self.greet, args=(server.accept()[0],), name="watch", daemon=True).start()
 
     def greet(self, connection: socket.socket) -> None:
-        """Watches an accepted connection, if it is that of a process."""
+        """Watches an accepted connection if it comes from a process of the run."""
         connection.settimeout(LOST_SECONDS)
         try:
             peer = int(connection.recv(GREETING_BYTES, socket.MSG_WAITALL))
@@ -54,7 +54,7 @@ class Watch:
         self.watch(connection, peer)
 
     def watch(self, connection: socket.socket, peer: int) -> None:
-        """Waits until a connection to process `peer`, on which nothing is sent, ends."""
+        """Waits until a connection to process `peer` ends; nothing is ever sent on it."""
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in TCP_OPTIONS.items():
@@ -69,9 +69,9 @@ class Watch:
 
 
 def watch_processes() -> None:
-    """Connects the processes of a run, after `jax.distributed.initialize`, and watches the connections from then on.
+    """Connects the processes of a run and watches the connections. Call it after `jax.distributed.initialize`.
 
-    If process 0 cannot be reached on the port that it has chosen, a line says so, and the run goes on unwatched.
+    If process 0 cannot be reached on the port that it has chosen, a process prints a warning and continues unwatched.
     """
     state, watch = distributed.global_state, Watch()
     if state.process_id == 0:
@@ -88,29 +88,30 @@ def watch_processes() -> None:
         connection.sendall(str(state.process_id).encode().ljust(GREETING_BYTES))
     except OSError as error:
         line = (
-            f"warning: process {state.process_id} cannot connect to port {port} of {host} ({error}), so the loss of a"
+            f"warning: process {state.process_id} cannot connect to port {port} of {host} ({error}), so it will notice "
+            "late if another process is lost. Open the ports between the hosts."
         )
-        print(f"{line} process is noticed late. Open the ports between the hosts.", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
         return
     threading.Thread(target=watch.watch, args=(connection, 0), name="watch", daemon=True).start()
 
 
 def end_without(peer: int) -> NoReturn:
-    """Ends this process because process `peer` is lost, without waiting for anything that may wait for that process."""
+    """Ends this process because process `peer` is lost, without waiting for anything that depends on that process."""
     line = (
-        f"error: All processes of a run must stay connected; the connection to process {peer} ended, because it was "
-        "stopped or crashed, or its host did. This process stops too. Start all of them again to resume from the "
-        "newest checkpoint."
+        f"error: All processes of a run must stay connected; the connection to process {peer} was lost, because the "
+        "process or its host stopped or crashed. This process stops as well. Start all of them again to resume from "
+        "the newest checkpoint."
     )
     print(line, file=sys.stderr, flush=True)
     os._exit(EXIT_CODE)
 
 
 def end_after_exception(*error) -> NoReturn:
-    """Prints the traceback of an exception that nothing has caught, and ends this process, so that the others do too.
+    """Prints the traceback of an uncaught exception and ends this process, so that the others end as well.
 
-    A collective operation raises an exception if another process is lost. The thread that watches the connection, which
-    says so in one line, gets the time to do that first.
+    A collective operation raises an exception if another process is lost. The thread that watches the connection gets
+    time to report that in one line first.
     """
     time.sleep(GRACE_SECONDS)
     sys.__excepthook__(*error)

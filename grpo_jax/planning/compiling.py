@@ -61,7 +61,7 @@ def resident_bytes_of_process() -> int:
 
 
 def trim_heap() -> None:
-    """Gives freed memory back to the system, where the C library can (glibc)."""
+    """Returns freed memory to the operating system, if the C library can do that (glibc)."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -94,8 +94,8 @@ def compile_program(run: RunShapes, name: str, earlier: Mapping[str, dict]) -> d
     Returns:
         A dict of plain values: the digest of the lowered program, the seconds of compilation, the bytes per device that
         the compiler states, the fields of `ProgramCounts`, and the memory of this process: `started_bytes` before it
-        lowered the program, by how much it grew until it was compiled (`compiler_bytes`), and how much of that is
-        still in use afterwards (`kept_bytes`).
+        lowered the program, by how much it grew until the program was compiled (`compiler_bytes`), and how much of
+        that is still in use afterwards (`kept_bytes`).
     """
     if jax.devices()[0].platform != run.mesh.devices.flat[0].platform == "gpu":
         assume_cudnn()

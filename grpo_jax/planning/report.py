@@ -15,7 +15,7 @@ from grpo_jax.planning.topology import CHIPS, GIB
 
 FITS, DOES_NOT_FIT = 0, 3  # exit codes
 USABLE = 0.95  # of a chip's memory
-# Of Orbax, the tokenizer, the data, the logs and many small programs, which a process that only compiles lacks.
+# Taken by Orbax, the tokenizer, data, logs and many small programs, which a process that only compiles does not have.
 TRAINER_BYTES = 2 * 10**8
 GPU_DEFAULT = 0.75  # of its memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 MIXTURE_NOTE = (
@@ -133,10 +133,10 @@ def plan_report(
 def process_bytes(memory: needs.Memory, devices: int, peaks: Mapping[str, int], results: Mapping[str, Mapping]) -> int:
     """Returns the peak resident memory of a training process whose CPU devices share it.
 
-    It consists of what the process needs before it compiles, what compiling adds, and what the devices hold. Of each
-    program some memory is kept, of which the least is what any compiler takes once. What a compiler has freed serves
-    the next one, so only the most counts. While a checkpoint is being saved, there is a second copy of the policy and
-    the optimizer's state.
+    It is the sum of what the process needs before it compiles, what compiling adds, and what the devices hold. Some
+    memory stays in use for each compiled program; the smallest of these amounts is needed once by any compiler. Memory
+    that a compiler frees is reused by the next one, so only the largest amount counts. While a checkpoint is saved,
+    there is a second copy of the policy and the optimizer state.
     """
     compiled = [result for result in results.values() if "kept_bytes" in result]
     started = max((result["started_bytes"] for result in compiled), default=0)

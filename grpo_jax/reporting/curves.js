@@ -125,7 +125,7 @@ function drawChart(chart, width) {
   const path = (steps, values) => {
     let out = "", isPen = false;
     steps.forEach((step, n) => {
-      const isLone = !isPen && (values[n + 1] ?? null) === null;  // shown as a dot, the round end of a line without length
+      const isLone = !isPen && (values[n + 1] ?? null) === null;  // a line of length 0, whose round ends show as a dot
       if (values[n] !== null) out += `${isPen ? "L" : "M"}${x(step).toFixed(1)} ${y(values[n]).toFixed(1)}${isLone ? "h0" : ""}`;
       isPen = values[n] !== null;
     });

@@ -10,7 +10,7 @@ from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
 from grpo_jax.run.metrics import has_step, read_json_lines, read_metrics
 
-MAX_LOG_BYTES = 1 << 27  # of metrics.jsonl and of warnings.jsonl, which are read whole; a line has about 1,500
+MAX_LOG_BYTES = 1 << 27  # of metrics.jsonl and of warnings.jsonl; a line has about 1,500
 
 
 class RunFiles(NamedTuple):
@@ -47,7 +47,7 @@ def check_log_sizes(workdir: Path) -> None:
         if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
             raise UserError(
                 f"{path} must have at most {MAX_LOG_BYTES:,} bytes for a report; found {path.stat().st_size:,}. "
-                "Copy the workdir with a shorter one."
+                "Copy the workdir and shorten the file."
             )
 
 

@@ -11,7 +11,7 @@ from grpo_jax.run.metrics import describe_unlike, is_record, read_json_lines
 MAX_BYTES = 24_000_000  # of the sample files that a page embeds, for all runs together; the page is smaller
 MIN_STEPS = 20  # steps of a run between which its share is divided; a larger file is embedded in part
 MAX_TEXT = 4000  # characters of a completion in the comparison of evaluations
-MAX_ANSWERS = 1 << 26  # characters of all answers of an evaluation, of which each counts as at least 1,000
+MAX_ANSWERS = 1 << 26  # characters of all answers of an evaluation, each counted with 1,000 more
 MAX_COMPARISON = 1_000_000  # characters of all completions in the comparison
 COMPARED = ("completion", "length", "truncated", "parsed", "why", "reward")  # of a completion
 MAX_BINS = 16
@@ -136,9 +136,9 @@ def embed_samples(run: RunFiles, max_bytes: float) -> tuple[dict[int, list], dic
 
 
 def read_answers(path: Path) -> dict[tuple, dict[str, Any]]:
-    """Returns what is compared of the completions of an evaluation, by prompt id and question.
+    """Returns the fields of an evaluation's completions that are compared, by prompt id and question.
 
-    Of a file whose answers have more than `MAX_ANSWERS` characters, the first ones are returned.
+    If the answers have more than `MAX_ANSWERS` characters, only the first ones are returned.
     """
     answers, characters = {}, 0
     for record in filter(is_record, read_json_lines(path)):  # one at a time: all may not fit in memory

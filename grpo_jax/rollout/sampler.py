@@ -47,7 +47,7 @@ def needed_room(count: int, samples: int, shards: int) -> QueueRoom:
 
 
 def finished_lengths(state: DecodeState) -> Int[Array, " N"]:
-    """Returns the lengths of the completions of a decode state, 0 for those that are still in a slot."""
+    """Returns the lengths of the completions in a decode state; 0 for those that are still in a slot."""
     shards, rows, slots = len(state.num_started), len(state.lengths), len(state.sequence)
     first = np.repeat(np.arange(shards) * (rows // shards), slots // shards)  # first sequence of a slot's shard
     unfinished = jnp.where(state.sequence >= 0, first + state.sequence, rows)
@@ -186,8 +186,8 @@ def generate_rollout(
         limits: Maximum number of tokens of each completion, at most `max_tokens`, which is the default.
         filter: Restricts sampling; for evaluation.
         on_progress: Called with the state before the first decode step and then whenever the compiled loop returns.
-            Returns the most decode steps until the next call, which must be the same on all hosts; 0 ends the rollout,
-            and completions that are still being sampled then have the length 0.
+            Returns the maximum number of decode steps until the next call, which must be the same on all hosts. 0 ends
+            the rollout, and completions that are still being sampled get length 0.
     """
     width = prompts.tokens.shape[1]
     limits = np.full((len(prompts.ids), samples), max_tokens) if limits is None else limits

@@ -1,7 +1,7 @@
 """Reads the arrays of a checkpoint and compares them with the digests of what was saved.
 
-A process reads its own part of each array with TensorStore. Unlike Orbax, it waits for no other process while it reads,
-so that it can report damage that only it sees.
+Each process reads its own part of every array with TensorStore. Unlike with Orbax, it does not wait for other processes
+while it reads, so it can report damage that only it sees.
 """
 
 import math
@@ -17,12 +17,12 @@ from jax.experimental import multihost_utils
 
 from grpo_jax.run.digests import digest_arrays, digest_text, named_leaves, sum_on_host
 
-BLOCK_BYTES = 1 << 26  # of an array that is read only to be compared
-READERS = 4  # arrays that are read at a time
+BLOCK_BYTES = 1 << 26  # read at a time from an array that is only verified
+READERS = 4  # arrays that are read in parallel
 
 
 class Damaged(Exception):
-    """Raised when a part of a checkpoint cannot be read or is not what was saved. The message says which part."""
+    """Raised if a part of a checkpoint cannot be read or differs from what was saved. The message says which part."""
 
 
 def error_line(error: Exception) -> str:
@@ -31,13 +31,13 @@ def error_line(error: Exception) -> str:
 
 
 def open_array(item: Path, name: str) -> ts.TensorStore:
-    """Opens an array of an item of a checkpoint, which Orbax has written."""
+    """Opens an array in an item of a checkpoint, as written by Orbax."""
     store = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
     return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
 def read_blocks(array: ts.TensorStore) -> Iterator[np.ndarray]:
-    """Yields consecutive blocks of an array in row-major order, so that it need not fit into memory."""
+    """Yields consecutive blocks of an array in row-major order, so that the array does not have to fit in memory."""
     if array.ndim == 0:
         yield array.read().result()
         return
@@ -72,7 +72,7 @@ def raise_if_damaged(damage: str) -> None:
 
 
 def read_sound(item: Path, digests: dict[str, str], read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns, a tree of arrays, after comparing it with its digests.
+    """Calls `read`, compares the tree of arrays that it returns with their digests, and returns the tree.
 
     Args:
         item: The folder of the item that is read.
@@ -80,7 +80,7 @@ def read_sound(item: Path, digests: dict[str, str], read: Callable[[], Any]) -> 
         read: Reads the arrays.
 
     Raises:
-        Damaged: An array cannot be read, or is not what was saved. Every process raises.
+        Damaged: An array cannot be read, or differs from what was saved. Every process raises.
     """
     tree, damage = None, ""
     try:
@@ -95,9 +95,9 @@ def read_sound(item: Path, digests: dict[str, str], read: Callable[[], Any]) -> 
 
 
 def describe_difference(item: Path, found: dict[str, str], saved: dict[str, str]) -> str:
-    """Returns which array of an item does not have the digest that it was saved with, or "" if all have."""
+    """Returns which array of an item differs from what was saved, or "" if none does, given their digests by name."""
     names = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
-    return f"{names[0]} of its {item.name} is not what was saved" if names else ""
+    return f"{names[0]} in its {item.name} differs from what was saved" if names else ""
 
 
 def restore_arrays(item: Path, digests: dict[str, str], shapes: Any, shardings: Any) -> Any:
@@ -106,11 +106,11 @@ def restore_arrays(item: Path, digests: dict[str, str], shapes: Any, shardings: 
     Args:
         item: The folder of the item.
         digests: The digest of each of its arrays by name.
-        shapes: The arrays as a tree of jax.ShapeDtypeStruct. An array that was saved in another dtype is converted.
+        shapes: The arrays as a tree of jax.ShapeDtypeStruct. Arrays saved in another dtype are converted.
         shardings: Their shardings.
 
     Raises:
-        Damaged: An array cannot be read, or is not what was saved. Every process raises.
+        Damaged: An array cannot be read, or differs from what was saved. Every process raises.
     """
     targets = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     arguments = [(item, name, x.shape, s) for name, (x, s) in zip(named_leaves(shapes), targets, strict=True)]
@@ -129,7 +129,7 @@ def restore_on_host(item: Path, digests: dict[str, str]) -> dict[str, np.ndarray
 
 
 def find_damage(item: Path, name: str, digest: str) -> str:
-    """Reads an array of an item of a checkpoint on the host; returns what is wrong with it, "" if nothing is."""
+    """Reads an array in an item of a checkpoint on the host; returns what is wrong with it, or "" if nothing is."""
     try:
         found = digest_text(sum_on_host(read_blocks(open_array(item, name))))
     except Exception as error:  # TensorStore raises exceptions of many kinds

@@ -1,4 +1,4 @@
-"""Restores a run from its newest sound checkpoint. Whatever is restored is known to be what was saved.
+"""Restores a run from its newest sound checkpoint, after verifying that everything in it is what was saved.
 
     WORKDIR/checkpoints/reference      the reference at the start of the run, written with the first checkpoint
     WORKDIR/checkpoints/STEP/policy    parameters, in `model.param_dtype`
@@ -8,10 +8,10 @@
                                        config, and the digests of all arrays
                             /experience  the current rollout, if some of its updates are still to come
                             /reference   the reference, if the policy has replaced it
-    WORKDIR/checkpoints/damaged-STEP   a checkpoint that was found damaged and set aside
+    WORKDIR/checkpoints/damaged-STEP   a checkpoint that was found to be damaged and was set aside
 
-A checkpoint is sound if its metadata and all of its arrays, those of its reference too, have the digests that were
-computed before it was saved. It can be restored onto any mesh.
+A checkpoint is sound if its metadata and all of its arrays, including those of its reference, have the digests that
+were computed before it was saved. It can be restored onto any mesh.
 """
 
 import contextlib
@@ -55,14 +55,14 @@ def checkpoints_folder(workdir: Path) -> Path:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of a run's checkpoints in ascending order, sound or not, except those that are set aside."""
+    """Returns the steps of a run's checkpoints in ascending order, sound or not, except those that were set aside."""
     folder = checkpoints_folder(workdir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def hash_meta(meta: dict[str, Any]) -> str:
-    """Returns the SHA-256 of the metadata of a checkpoint, apart from the hash that it holds itself."""
+    """Returns the SHA-256 of the metadata of a checkpoint, without the field that holds this hash."""
     content = {name: value for name, value in meta.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -71,16 +71,16 @@ def read_meta(workdir: Path, step: int) -> dict[str, Any]:
     """Returns the metadata of a checkpoint without restoring it.
 
     Raises:
-        Damaged: It cannot be read, or is not what was saved.
+        Damaged: It cannot be read, or differs from what was saved.
     """
     path = checkpoints_folder(workdir) / str(step) / "meta" / "metadata"
     try:
         meta = read_json_file(path)
         is_sound = meta["sha256"] == hash_meta(meta) and meta["step"] == step
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"its meta cannot be read ({error_line(error)})") from None
+        raise Damaged(f"its metadata cannot be read ({error_line(error)})") from None
     if not is_sound:
-        raise Damaged("its meta is not what was saved")
+        raise Damaged("its metadata differs from what was saved")
     return meta
 
 
@@ -109,13 +109,12 @@ def newest_meta(workdir: Path) -> tuple[int, dict[str, Any]]:
 
 
 def refuse_without_sound(workdir: Path, damaged: dict[int, str]) -> None:
-    """Raises a UserError if checkpoints were found damaged, given what is wrong with each; no other has been found."""
+    """Raises a UserError if there are damaged checkpoints and no sound ones; `damaged` has the newest one first."""
     if damaged:
         step, damage = next(iter(damaged.items()))
         raise UserError(
-            f"A run continues from a sound checkpoint, but none of the {len(damaged)} in {checkpoints_folder(workdir)} "
-            f"is sound; that of step {step} is damaged: {damage}. Restore one from a backup, or choose another "
-            "--workdir."
+            f"A run can only be resumed from a sound checkpoint, but none in {checkpoints_folder(workdir)} is sound; "
+            f"the newest one (step {step}) is damaged: {damage}. Restore one from a backup, or use another --workdir."
         )
 
 
@@ -164,14 +163,14 @@ def restore_step(workdir: Path, step: int, shapes: TrainState, shardings: TrainS
 
 
 def restore_newest(workdir: Path, restore: Callable[[int], Any]) -> Any:
-    """Restores the newest sound checkpoint of a run, and sets the damaged ones that are newer aside.
+    """Restores the newest sound checkpoint of a run, and sets aside newer ones, which are damaged.
 
     Args:
         workdir: The run.
         restore: Restores the checkpoint of a step, or raises Damaged on every process.
 
     Returns:
-        What `restore` returns, or None if the run has no checkpoint.
+        The value that `restore` returns, or None if the run has no checkpoint.
 
     Raises:
         UserError: There are checkpoints, but none is sound.
@@ -214,7 +213,7 @@ def restore_reference(
         load_base: Loads the base model as a reference.
 
     Raises:
-        Damaged: There is no sound copy, and the base model is not this reference. Every process raises.
+        Damaged: There is no sound copy, and the base model is a different one. Every process raises.
     """
     folder = checkpoints_folder(workdir)
     first, *others = [folder / name / "reference" for name in ("", *map(str, reversed(saved_steps(workdir))))]
@@ -238,12 +237,12 @@ def restore_reference(
 
 
 def read_back(workdir: Path, step: int, share: slice = slice(None)) -> Iterator[str]:
-    """Reads a checkpoint on the host, and yields for each of its parts what is wrong with it, "" if nothing is.
+    """Reads a checkpoint on the host, and yields for each part what is wrong with it, or "" if nothing is.
 
     Args:
         workdir: The run.
         step: The step of the checkpoint.
-        share: Which of its arrays to read; all by default. The initial reference is not among them.
+        share: Which of its arrays to read; all by default. They do not include the initial reference.
     """
     folder = checkpoints_folder(workdir) / str(step)
     try:
@@ -259,12 +258,12 @@ def read_back(workdir: Path, step: int, share: slice = slice(None)) -> Iterator[
 
 
 def damage_of(workdir: Path, step: int) -> str:
-    """Returns what is wrong with a checkpoint, apart from the initial reference; "" if nothing is."""
+    """Returns what is wrong with a checkpoint, or "" if nothing is. Does not read the initial reference."""
     return next(filter(None, read_back(workdir, step)), "")
 
 
 def initial_reference_damage(workdir: Path) -> str | None:
-    """Returns what is wrong with the initial reference, "" if nothing is, and None if no sound checkpoint needs it."""
+    """Returns what is wrong with the initial reference ("" if nothing is), or None if no sound checkpoint needs it."""
     folder = checkpoints_folder(workdir)
     for step in saved_steps(workdir):
         with contextlib.suppress(Damaged):

@@ -123,7 +123,7 @@ class RunLog:
                 self.unwritten = []
                 raise
             if not was_failing:
-                self.say(f"warning: {error.found} The run goes on, and writes them as soon as it can.")
+                self.say(f"warning: {error.found} The run continues, and writes them as soon as it can.")
 
     def close(self) -> None:
         """Closes the progress bar and the sinks."""

@@ -1,11 +1,11 @@
-"""Digests of arrays, computed where an array is, on devices or on a host, by a few integer operations per element.
+"""Digests of arrays, computed with a few integer operations per element on the devices or the host that hold them.
 
-The bits of each element are mixed with its position in the whole array, and the results are summed modulo 2**32. Their
-order does not matter to the sum, so it does not depend on how an array is split over devices, blocks or processes. The
-mix is a bijection for each position, so any change of a single element changes the digest. A digest has two such sums;
-the chance that a larger change leaves both as they were is about one in 2**64.
+The bits of each element are mixed with its position in the array, and the results are summed modulo 2**32. The order of
+a sum does not matter, so a digest does not depend on how an array is split over devices, blocks or processes. The mix
+is a bijection for each position, so changing a single element always changes the digest. A digest has two such sums;
+the probability that a larger change affects neither is about 2**-64.
 
-Digests tell whether storage or memory has changed an array. They do not protect against somebody who computes new ones.
+Digests detect that storage or memory has changed an array. They do not protect against somebody who computes new ones.
 """
 
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 # Odd, so that a multiplication by one of them modulo 2**32 is a bijection.
 POSITION_FACTOR, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
-HOST_WORDS = DEVICE_WORDS = 1 << 16  # words that are mixed at a time, so that they stay in a cache
+HOST_WORDS = DEVICE_WORDS = 1 << 16  # words that are mixed at a time, so that they stay in the cache
 OFFSETS = np.arange(HOST_WORDS, dtype=np.uint32) * np.uint32(POSITION_FACTOR)
-SMALL = 1 << 20  # elements of an array for which it is not worthwhile to compile a program
+SMALL = 1 << 20  # elements up to which an array is digested on the host, because compiling a program takes longer
 
 
 def mix_words(words, offsets):
-    """Mixes uint32 words with offsets, their positions times POSITION_FACTOR, in two ways; NumPy's arrays or JAX's."""
+    """Mixes uint32 words with `offsets`, their positions times POSITION_FACTOR, in two ways. NumPy or JAX arrays."""
     mixed = words + offsets
     mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(FIRST_FACTOR)
     first = mixed ^ (mixed >> np.uint32(15))
@@ -37,11 +37,11 @@ def mix_words(words, offsets):
 
 
 def position_offsets(shape: tuple[int, ...], whole: tuple[int, ...], starts: list) -> jax.Array:
-    """Returns the row-major positions in an array of shape `whole` times POSITION_FACTOR, for a part of it.
+    """Returns the row-major positions of a part of an array, times POSITION_FACTOR.
 
     Args:
         shape: The shape of the part.
-        whole: The shape of the array.
+        whole: The shape of the whole array.
         starts: Where the part starts along each axis, as integers or uint32 scalars.
     """
     offsets, stride = jnp.zeros(shape, jnp.uint32), POSITION_FACTOR
@@ -52,7 +52,7 @@ def position_offsets(shape: tuple[int, ...], whole: tuple[int, ...], starts: lis
 
 
 def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the digest of an array of which this device holds the part `x`; runs in `jax.shard_map`.
+    """Returns the digest of an array; this device holds its part `x`. Runs in `jax.shard_map`.
 
     Args:
         x: The part.
@@ -64,7 +64,7 @@ def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
         lax.axis_index(names).astype(jnp.uint32) * np.uint32(size) if names else np.uint32(0)
         for names, size in zip(axes, x.shape, strict=True)
     ]
-    # The offset of an element is that of its row and that of its column, so that few of them have to be computed.
+    # The offset of an element is the sum of those of its row and its column, so few of them have to be computed.
     of_rows = position_offsets((*x.shape[:-1], 1), shape, [*starts[:-1], np.uint32(0)]).reshape(-1, 1)
     of_columns = position_offsets((1,) * (x.ndim - 1) + x.shape[-1:], shape, [*[0] * (x.ndim - 1), starts[-1]]).reshape(
         1, -1
@@ -76,7 +76,7 @@ def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
         words = lax.dynamic_slice_in_dim(bits, start, count).astype(jnp.uint32)
         return mix_words(words, lax.dynamic_slice_in_dim(of_rows, start, count) + of_columns)
 
-    # Elementwise sums of small blocks: XLA adds up a whole array slowly on a CPU.
+    # Small blocks are summed elementwise, because XLA reduces a whole array slowly on a CPU.
     rows = min(len(bits), max(1, DEVICE_WORDS // bits.shape[1]))
     blocks, rest = divmod(len(bits), rows)
     totals = lax.fori_loop(
@@ -100,7 +100,7 @@ def sum_on_devices(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def sum_on_host(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the digest of an array as uint32 [2], from consecutive blocks of its elements in row-major order."""
+    """Returns the digest of an array as uint32 [2], given consecutive blocks of it in row-major order."""
     total, position = np.zeros(2, np.uint32), 0
     for block in blocks:
         flat = np.ascontiguousarray(block).reshape(-1)

@@ -1,8 +1,8 @@
-"""Keeps the completions that a run had drawn of its next rollout when it stopped: WORKDIR/checkpoints/rollout.
+"""Keeps the finished completions of a rollout in which a run stops, in WORKDIR/checkpoints/rollout.
 
-A completion depends only on the policy, its prompt, the key of the rollout and its ids, so a resumed run draws only the
-others. The file begins with a SHA-256 of its contents and of everything that they depend on: a file that is damaged, or
-belongs to another policy, is not used.
+A completion depends only on the policy, its prompt, the key of the rollout and its ids, so a resumed run needs to draw
+only the others. The file begins with a SHA-256 of its contents and of everything that they depend on, so a file that is
+damaged or belongs to another policy is not used.
 """
 
 import hashlib
@@ -37,21 +37,21 @@ def drawn_path(workdir: Path) -> Path:
 
 
 def remove_drawn(workdir: Path) -> None:
-    """Removes the file, if there is one, on process 0."""
+    """Removes the file if it exists, on process 0."""
     if jax.process_index() == 0:
         with suppress(OSError):
             drawn_path(workdir).unlink()
 
 
 class DrawnCompletions:
-    """The file with the completions of one rollout that are finished, one row of int32 each.
+    """The file with the finished completions of one rollout, one row of int32 each.
 
     A row holds the completion's index in the rollout, its length, whether it is truncated, its tokens, and the bits of
     its log-probs.
     """
 
     def __init__(self, cfg: Config, context: RunContext, workdir: Path, prompts: Prompts, key: jax.Array, params: Any):
-        """Names the file, and everything that the completions depend on; `params` is the policy."""
+        """Takes everything that the completions depend on; `params` is the policy."""
         self.workdir, self.path, self.prompts, self.params = workdir, drawn_path(workdir), prompts, params
         self.shape = len(prompts.ids), cfg.rollout.samples, cfg.rollout.max_tokens
         named = jax.random.key_data(key).tolist(), cfg.rollout.temperature, self.shape
@@ -59,12 +59,12 @@ class DrawnCompletions:
         self.inputs = json.dumps(named).encode(), *(np.ascontiguousarray(x).tobytes() for x in arrays)
 
     def hash_inputs(self) -> bytes:
-        """Returns a hash of what the completions depend on; every process must call it."""
+        """Returns hashes of everything that the completions depend on; every process must call it."""
         parts = json.dumps(digest_arrays(self.params)).encode(), *self.inputs
         return b"".join(hashlib.sha256(part).digest() for part in parts)
 
     def save(self, rollout: Rollout) -> int:
-        """Writes the completions that are finished, on process 0, and returns their number; 0 if the disk fails."""
+        """Writes the finished completions, on process 0, and returns their number; 0 if the disk fails."""
         tokens, logps, lengths, truncated = (
             np.asarray(x).reshape(self.shape[0] * self.shape[1], -1)
             for x in (rollout.tokens, rollout.logps, rollout.lengths, rollout.truncated)
@@ -81,9 +81,9 @@ class DrawnCompletions:
         return len(finished)
 
     def load(self) -> Rollout | None:
-        """Returns the completions with the length 0 for those that are missing; None if there are none.
+        """Returns the completions, missing ones with length 0; None if there are none.
 
-        Removes a file that is of no use.
+        Removes a file that cannot be used.
         """
         count, samples, limit = self.shape
         width = 3 + 2 * limit
@@ -107,16 +107,16 @@ class DrawnCompletions:
         found = from_first_process(read, np.zeros((count * samples, width), np.int32)).reshape(count, samples, width)
         if not found[..., 1].any():
             return None
-        announce(f"{np.count_nonzero(found[..., 1])} of {count * samples} completions had been drawn before")
+        announce(f"{np.count_nonzero(found[..., 1])} of {count * samples} completions had been sampled before")
         tokens, logps = found[..., 3 : 3 + limit], np.ascontiguousarray(found[..., 3 + limit :]).view(np.float32)
         return Rollout(tokens, logps, found[..., 1], found[..., 2] > 0, np.asarray(self.prompts.ids))
 
 
 def remaining_limits(context: RunContext, prompts: Prompts, drawn: Rollout) -> Int[np.ndarray, "B G"]:
-    """Returns the limits with which the sampler draws the rest of a rollout: 1 token for completions that are drawn.
+    """Returns the token limits for drawing the rest of a rollout, which are 1 for completions that are finished.
 
-    All completions are drawn again in full where that takes no longer, because each of them has a slot, and on a CPU,
-    where the last bits of a log-prob may depend on the cache's columns, if their number changes during a rollout.
+    All completions are drawn again in full if that takes no longer because each has a slot of its own; and on a CPU if
+    the number of cache columns changes during a rollout, because the last bits of a log-prob may depend on it.
     """
     (count, samples, limit), width = drawn.tokens.shape, prompts.tokens.shape[1]
     changes = mesh_platform() == "cpu" and len(cache_sizes(width, width + limit)) > 1
@@ -125,7 +125,7 @@ def remaining_limits(context: RunContext, prompts: Prompts, drawn: Rollout) -> I
 
 
 def merge_completions(rollout: Rollout, drawn: Rollout | None) -> Rollout:
-    """Returns a rollout in which the completions that had been drawn before take the place of new ones."""
+    """Returns a rollout in which the completions drawn earlier replace those drawn now."""
     if drawn is None:
         return rollout
     old = drawn.lengths > 0

@@ -1,10 +1,10 @@
-"""The lock of a workdir, which lets one job at a time write to it.
+"""Locks a workdir, so that only one job at a time writes to it.
 
-WORKDIR/run.lock names the process that uses the workdir, and is empty otherwise. `flock` keeps out the other processes
-of a machine, and ends with the process that holds it. On a file system that several machines share, it may not reach
-the others, so a job also renews the time of the file while it runs, and reads the file again and again: a machine that
-finds the name of another one watches the time for a while before it takes over, and a job that finds another's name in
-place of its own stops.
+WORKDIR/run.lock holds the host and PID of the process that uses the workdir, and is empty otherwise. `flock` excludes
+the other processes of a machine, and is released when the process that holds it ends. On a file system that several
+machines share, it may not exclude the others. A job therefore also renews the modification time of the file while it
+runs, and rereads the file before each save. A machine that finds the name of another one in the file watches the time
+for a while before it takes over, and a job that finds another job's name in place of its own stops.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from typing import Any
 from grpo_jax.errors import UserError
 from grpo_jax.run.progress import announce, phase
 
-BEAT_S = 10.0  # between renewals of the time of the file
-PATIENCE_S = 45.0  # how long the time of the file is watched before a job of another machine counts as ended
-SETTLE_S = 1.0  # after which two machines that wrote their names at the same time see the same one
+BEAT_S = 10.0  # between renewals of the file's modification time
+PATIENCE_S = 45.0  # without a renewal, after which a job on another machine counts as ended
+SETTLE_S = 1.0  # after which two machines that wrote their names at the same time read the same one
 
 
 def machine_id() -> str:
-    """Returns what distinguishes this machine, since it was booted, from others of the same name."""
+    """Returns a name of this machine that differs between machines of the same host name, and between reboots."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
@@ -37,9 +37,9 @@ class WorkdirLock:
     """The lock of a workdir."""
 
     def __init__(self, workdir: Path):
-        """Names the workdir; `take` takes its lock."""
+        """Creates a lock that is not held yet; `take` takes it."""
         self.workdir, self.path = workdir, workdir / "run.lock"
-        self.descriptor: int | None = None  # of the file, while the lock is held
+        self.descriptor: int | None = None  # of the open file, while the lock is held
         self.stop, self.taken, self.own = threading.Event(), 0.0, b""
 
     @phase("Locking the workdir")
@@ -59,17 +59,17 @@ class WorkdirLock:
         threading.Thread(target=self.beat, name="lock", daemon=True).start()
 
     def hold(self, descriptor: int) -> None:
-        """Makes sure that no other job uses the workdir, and writes the name of this one."""
+        """Makes sure that no other job uses the workdir, and writes the name of this job."""
         is_exclusive = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise self.in_use(self.read_owner()) from None
-            is_exclusive = False  # the file system has no locks
+            is_exclusive = False  # the file system does not support locks
         owner = self.read_owner()
         if owner and is_exclusive and owner["machine"] == machine_id():
-            announce(f"Process {owner['pid']} has ended without releasing {self.workdir}; this run takes over")
+            announce(f"Process {owner['pid']} has ended without releasing {self.workdir}; this run takes it over")
         elif owner:
             self.watch(owner)
         names = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine_id(), "key": secrets.token_hex(8)}
@@ -78,7 +78,7 @@ class WorkdirLock:
         os.pwrite(descriptor, self.own, 0)
 
     def read_owner(self) -> dict[str, Any]:
-        """Returns the names in the file; empty if it is empty."""
+        """Returns the content of the file; an empty dict if it is empty."""
         text = self.path.read_bytes()[:4096]
         unknown = {"host": "another machine", "pid": "unknown", "machine": "", "since": "an unknown time"}
         try:
@@ -87,15 +87,15 @@ class WorkdirLock:
             return unknown
 
     def in_use(self, owner: dict[str, Any]) -> UserError:
-        """Returns the error that another job uses the workdir."""
-        names = "process {pid} on {host} has used it since {since}".format(**owner) if owner else "another one uses it"
+        """Returns the error which says that another job uses the workdir."""
+        names = "process {pid} on {host} has used it since {since}".format(**owner) if owner else "another job uses it"
         return UserError(
             f"Only one job at a time may use the workdir {self.workdir}, but {names}. Wait until it ends, stop it, or "
             "choose another --workdir."
         )
 
     def watch(self, owner: dict[str, Any]) -> None:
-        """Waits for a sign of life of a job on another machine, and raises a UserError if there is one."""
+        """Watches whether a job on another machine still renews the file, and raises a UserError if it does."""
         announce(
             f"{self.workdir} was used by process {owner['pid']} on {owner['host']}, which did not release it; waiting "
             f"{PATIENCE_S:.0f} s to see whether it is still running"
@@ -105,15 +105,15 @@ class WorkdirLock:
             time.sleep(min(1.0, PATIENCE_S))
             if self.last_beat() != before:
                 raise self.in_use(self.read_owner())
-        announce(f"Process {owner['pid']} on {owner['host']} shows no sign of life; this run takes over")
+        announce(f"Process {owner['pid']} on {owner['host']} shows no sign of life; this run takes over the workdir")
 
     def last_beat(self) -> int:
-        """Returns the time of the file in ns, opening it, because network file systems look at it then."""
+        """Returns the file's modification time in ns. Opens the file, so that network file systems update it."""
         with open(self.path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
     def beat(self) -> None:
-        """Renews the time of the file until the lock is released."""
+        """Renews the file's modification time until the lock is released."""
         while not self.stop.wait(BEAT_S):
             with contextlib.suppress(OSError):  # the disk may fail for a while
                 os.utime(self.path)
@@ -125,7 +125,7 @@ class WorkdirLock:
         time.sleep(max(0.0, self.taken + SETTLE_S - time.monotonic()))
         try:
             owner = self.read_owner()
-        except OSError:  # unreadable for the moment, or removed, which another job could not have written
+        except OSError:  # temporarily unreadable, or removed; neither is the work of another job
             return
         if owner and owner != json.loads(self.own):
             raise self.in_use(owner)

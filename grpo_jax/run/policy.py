@@ -38,13 +38,13 @@ def choose_step(workdir: Path, step: int | None = None) -> int:
 
 @contextmanager
 def refusing_damage(workdir: Path, step: int) -> Iterator[None]:
-    """Turns `Damaged`, raised while the checkpoint of a step is read, into a UserError."""
+    """Turns `Damaged`, if it is raised while a checkpoint is read, into a UserError."""
     try:
         yield
     except Damaged as error:
         raise UserError(
-            f"The checkpoint of step {step} must be what was saved, but {error}. Choose another with --step=N; python "
-            f"-m grpo_jax.check --workdir={workdir} says which are sound."
+            f"The checkpoint of step {step} must be undamaged, but {error}. Choose another with --step=N; python -m "
+            f"grpo_jax.check --workdir={workdir} shows which are sound."
         ) from None
 
 

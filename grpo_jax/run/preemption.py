@@ -1,9 +1,9 @@
-"""Decides at the safe points of a run whether it stops there or saves a checkpoint: on signals and at a time limit.
+"""Decides at the safe points of a run whether it stops or saves a checkpoint, because of a signal or the time limit.
 
 A safe point is a moment at which a checkpoint can hold everything that has been done: between two updates, and in a
 rollout or an evaluation whenever the compiled loop returns, every few seconds. A cloud's preemption notice arrives as
-SIGTERM. All processes of a run stop at the same safe point. JAX's preemption service lets them agree on one; there, it
-receives SIGTERM in place of `grpo_jax.signals`.
+SIGTERM. All processes of a run stop at the same safe point, on which they agree through JAX's preemption service; with
+several processes, that service receives SIGTERM instead of `grpo_jax.signals`.
 """
 
 import shlex
@@ -25,7 +25,7 @@ from grpo_jax.signals import EXIT_CODES, SIGNALS
 
 
 class SafePoints:
-    """What a run is asked to do at its safe points. Every process must call the methods at the same points."""
+    """Knows what a run must do at its safe points. Every process must call the methods at the same points."""
 
     def __init__(self, cfg: Config, workdir: Path, command: str):
         """Starts the clock of a run.
@@ -40,15 +40,15 @@ class SafePoints:
         self.has_unsaved = False  # whether a process that ends at once would lose something
 
     def may_defer(self, received: signal.Signals) -> bool:
-        """Returns whether the run waits for a safe point, and says what it is doing until then."""
+        """Returns whether the run defers a signal to its next safe point; if so, prints what it is doing now."""
         if self.has_unsaved:
             now = current_phase()
             line = f"{received.name}: the run stops at its next safe point" + (f" (now: {now})" if now else "")
-            announce(f"{line}. A second signal ends it at once.", sys.stderr)
+            announce(f"{line}. A second signal ends it immediately.", sys.stderr)
         return self.has_unsaved
 
     def reason(self) -> str:
-        """Returns why this process wants to stop; empty if it does not."""
+        """Returns why this process must stop; empty if it need not."""
         if SIGNALS.stop:
             return SIGNALS.stop.name
         if self.time_limit and time.monotonic() - self.start >= self.time_limit:
@@ -75,13 +75,13 @@ class SafePoints:
         return bool(from_first_process(lambda: np.bool_(asked), np.bool_(False)))
 
     def stopped(self, kept: int) -> RunStopped:
-        """Returns the exception that ends a run, which says what its workdir holds now.
+        """Returns the exception that ends a run; its message says what the workdir holds.
 
         Args:
             kept: Number of completions of the next rollout that have been kept.
         """
         newest = newest_step(self.workdir)
-        saved = f"the newest checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
+        saved = f"the newest checkpoint is from step {newest}" if newest else "there is no checkpoint yet"
         if kept:
             saved += f", and {kept} completion{'s' * (kept > 1)} of the next rollout {'are' if kept > 1 else 'is'} kept"
         code = EXIT_CODES[SIGNALS.stop or signal.SIGTERM]
@@ -91,7 +91,7 @@ class SafePoints:
 
 
 def resume_command(workdir: Path, problems: Any, rewards: Any) -> str:
-    """Returns how to resume a run, given the arguments of `train`."""
+    """Returns how to resume a run, for a message, given the arguments of `train`."""
     if problems is not None or rewards is not None:
         return "call grpo_jax.train with the same arguments"
     return f"python -m grpo_jax.main --workdir={shlex.quote(str(workdir))}"

@@ -92,18 +92,18 @@ class Progress:
                 self.last_output = self.clock()
 
     def time_innermost(self) -> None:
-        """Starts to time the innermost phase, because it has changed."""
+        """Starts timing the innermost phase, because it has changed."""
         self.timer.switch(tuple(name for name, *_ in self.phases), self.clock() - self.compile_seconds)
 
     def report_slowness(self) -> None:
         """Prints where the program is if its phase takes far longer than usual.
 
-        Each of several processes prints this, because the one that is stuck need not be the first.
+        Every process prints this, because the one that is stuck may not be process 0.
         """
         with self.lock:
             words = "" if self.compiling else self.timer.describe_slowness(self.clock() - self.compile_seconds)
             if words and sys.stderr is not None:
-                tqdm.write(printable(f"slow: {words}; {describe_position(self.thread)}"), file=sys.stderr)
+                tqdm.write(printable(f"{words} {describe_position(self.thread)}"), file=sys.stderr)
                 sys.stderr.flush()
 
     def keep_ticking(self, stop: threading.Event) -> None:

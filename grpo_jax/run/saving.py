@@ -21,7 +21,7 @@ ITEMS = ("policy", "optimizer", "meta", "experience", "reference")
 
 
 class CheckpointStore:
-    """The checkpoints of a run that trains. Nothing is deleted before enough newer checkpoints are known to be sound.
+    """The checkpoints of a run in training. None is deleted before enough newer ones have been verified.
 
     Every process must call `save` and `finish`.
     """
@@ -32,33 +32,33 @@ class CheckpointStore:
         Args:
             workdir: The run.
             keep: How many sound checkpoints to keep, the newest ones.
-            best: The metric whose best checkpoint is kept besides; "" for none.
+            best: The metric whose best checkpoint is kept as well; "" for none.
             step: The step of the sound checkpoint from which the run continues; 0 for a new run.
         """
         self.workdir, self.folder, self.keep, self.best = workdir, checkpoints_folder(workdir), keep, best
         self.sound = {step} - {0}  # steps of checkpoints that this process has restored, or saved and read back
         self.has_reference = step > 0 and (self.folder / "reference").is_dir()
-        # Orbax logs every save at INFO, and a failed one as several tracebacks besides the exception.
+        # Orbax logs every save at INFO, and logs several tracebacks when a save fails, in addition to the exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        # If folders were created in the background and the disk failed, Orbax's other threads would wait for minutes.
+        # If folders were created in the background, Orbax's other threads would wait for minutes when a disk fails.
         no_waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, async_options=no_waiting)
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-        self.damaged = 0  # the step of the last checkpoint that was not what had been saved
+        self.damaged = 0  # step of the last checkpoint that differed from what had been saved
         # The step of the last checkpoint that was saved, 0 if it was set aside, and what is wrong with its share here.
         self.step, self.damage = 0, ""
         self.is_read = False  # whether it has been read back, at least up to the first damage
-        self.reader: threading.Thread | None = None  # reads it back
+        self.reader: threading.Thread | None = None  # the thread that reads it back
         self.is_closing = threading.Event()
 
     def save(
         self, state: TrainState, meta: dict[str, Any], experience: Experience | None, reference: Any, is_replaced: bool
     ) -> None:
-        """Starts to save a checkpoint as step `meta["step"]`. The arrays may be donated right after the call.
+        """Starts saving a checkpoint as step `meta["step"]`. The arrays may be donated right after the call.
 
         Args:
             state: The train state.
-            meta: The metadata, which can be represented in JSON.
+            meta: The metadata, which JSON must be able to represent.
             experience: The current rollout, if some of its updates are still to come.
             reference: The parameters of the reference; None if there is none.
             is_replaced: Whether the policy has replaced the initial reference.
@@ -84,7 +84,7 @@ class CheckpointStore:
         """Saves the initial reference and reads it back.
 
         Raises:
-            UserError: It is not what was saved.
+            UserError: It differs from what was saved.
         """
         item = self.folder / "reference"
         with ocp.StandardCheckpointer() as checkpointer:
@@ -94,14 +94,14 @@ class CheckpointStore:
             raise_if_damaged(next(filter(None, (find_damage(item, name, digests[name]) for name in share)), ""))
         except Damaged as error:
             raise UserError(
-                f"A disk must hold what was written to it, but the one of {item} does not: {error}. Choose a --workdir "
-                "on another disk."
+                f"Files must hold what was just written to them, but those in {item} do not: {error}. The disk may be "
+                "failing; choose a --workdir on another one."
             ) from None
         self.has_reference = True
 
     def read_saved(self) -> None:
         """Waits until the last checkpoint is complete, and reads back the share of this process."""
-        with contextlib.suppress(Exception):  # the save has failed, which the thread that trains notices as well
+        with contextlib.suppress(Exception):  # the save has failed, which the main thread notices as well
             self.manager.wait_until_finished()
             for damage in read_back(self.workdir, self.step, slice(jax.process_index(), None, jax.process_count())):
                 self.damage = damage
@@ -110,7 +110,7 @@ class CheckpointStore:
             self.is_read = True
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is complete and has been read back, and deletes those not needed any more."""
+        """Waits until the last checkpoint is complete and has been read back, and deletes those no longer needed."""
         self.manager.wait_until_finished()
         if self.reader is None:
             return
@@ -126,12 +126,12 @@ class CheckpointStore:
             self.manager.reload()  # so that the step can be saved again
             if self.damaged == step:
                 raise UserError(
-                    f"A disk must hold what was written to it, but the checkpoint of step {step} was damaged twice: "
+                    f"Files must hold what was just written to them, but the checkpoint of step {step} was damaged twice: "
                     f"{error}. {aside}. Replace the disk, and start the run again."
                 ) from None
             announce(
-                f"warning: The checkpoint of step {step} is not what was saved: {error}. {aside}, and the run goes on. "
-                "Look at the disk."
+                f"warning: The checkpoint of step {step} differs from what was saved: {error}. {aside}, and the run "
+                "continues. Check the disk."
             )
             self.damaged = step
             return
@@ -140,11 +140,11 @@ class CheckpointStore:
             self.delete_old()
 
     def delete_old(self) -> None:
-        """Deletes the checkpoints before the newest `keep` sound ones, if there are so many, but not the best one."""
+        """Deletes checkpoints older than the newest `keep` sound ones, if there are that many, except the best one."""
         newest, best = sorted(self.sound)[-self.keep :], self.best_step()
         for step in saved_steps(self.workdir):
             if len(newest) == self.keep and step < newest[0] and step != best:
-                # Deletion is not atomic. Under this name, no part of it can be taken for a checkpoint.
+                # Deleting is not atomic. With this name, what is left of it cannot be mistaken for a checkpoint.
                 deleted = (self.folder / str(step)).rename(self.folder / f"{step}.orbax-checkpoint-tmp")
                 shutil.rmtree(deleted, ignore_errors=True)
 

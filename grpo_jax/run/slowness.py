@@ -1,7 +1,7 @@
-"""Notices when a phase takes far longer than usual, and describes where the program is.
+"""Detects that a phase takes far longer than usual, and describes where the program is.
 
-What is usual is known from the last few times that the phase ran. A phase counts only while no phase inside it is
-active, and without the time that is spent on compiling.
+A phase is compared with its last few occurrences. Only the time during which it is the innermost phase counts, without
+the time spent compiling.
 """
 
 import os
@@ -29,7 +29,7 @@ class PhaseTimer:
         self.switch((), 0.0)
 
     def switch(self, names: tuple[str, ...], now: float) -> None:
-        """Ends the time of the former innermost phase, and starts that of the last of `names`, outermost first."""
+        """Stops timing the former innermost phase and starts timing the last of `names`, which go from outermost."""
         if self.names:
             self.earlier[self.names].append(now - self.start)
         self.names = tuple(name.rstrip("0123456789") for name in names)  # some end with the number of an update
@@ -42,19 +42,19 @@ class PhaseTimer:
         self.last_progress = now
 
     def describe_slowness(self, now: float) -> str:
-        """Returns how long the phase has taken, or "" if that is not unusual or has been returned already.
+        """Returns how long the phase has taken, or "" if that is not unusual or has already been returned.
 
-        It is returned again each time that the time has doubled.
+        The result is returned again each time the duration doubles.
         """
         if not self.names:
             return ""
         if earlier := self.earlier.get(self.names):
             longest, seconds = max(earlier), now - self.start
             limit = max(SLOW_SECONDS, SLOW_FACTOR * longest)
-            words = f"{self.name} has taken {seconds:.0f} s, so far at most {longest:.0f} s"
+            words = f"slow: {self.name} has taken {seconds:.0f} s; the longest time until now was {longest:.0f} s."
         else:
             limit, seconds = SLOW_FIRST_SECONDS, now - self.last_progress
-            words = f"{self.name} has shown no progress for {seconds:.0f} s"
+            words = f"slow: {self.name} has shown no progress for {seconds:.0f} s."
         if seconds < limit * 2**self.reports:
             return ""
         self.reports += 1
@@ -62,9 +62,9 @@ class PhaseTimer:
 
 
 def describe_position(thread: int) -> str:
-    """Describes where a thread is, in a few lines: the last two functions of this package and what they have called."""
+    """Describes where a thread is, in a few lines: its innermost two functions of this package and what they called."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
     own = [n for n, frame in enumerate(frames) if frame.filename.startswith(PACKAGE)]
     shown = sorted({*own[-2:], *range(max(len(frames) - 3, own[-1] if own else 0), len(frames))})
     lines = [f"    {frames[n].filename}:{frames[n].lineno} in {frames[n].name}" for n in shown]
-    return "\n".join([f"process {os.getpid()} on {socket.gethostname()} goes on and is here:", *lines])
+    return "\n".join([f"Process {os.getpid()} on {socket.gethostname()} keeps running and is here:", *lines])

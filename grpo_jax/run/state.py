@@ -142,7 +142,7 @@ def is_reference_replaced(cfg: Config, step: int) -> bool:
 
 
 def checkpoint_bytes(cfg: Config, run: RunState, store: CheckpointStore) -> int:
-    """Returns about how much room the next checkpoint of a run takes."""
+    """Returns approximately how many bytes the next checkpoint of a run takes."""
     experience = vars(run.experience) if run.experience else None
     reference = run.reference if is_reference_replaced(cfg, run.step) or not store.has_reference else None
     arrays = (run.train.params, run.train.opt_state, experience, reference)

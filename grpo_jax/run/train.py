@@ -264,7 +264,7 @@ def sample_policy(
     key = fold_in_all(setup.root_key, SAMPLING_KEY, run.step // (cfg.train.minibatches * cfg.train.epochs))
     kept = DrawnCompletions(cfg, context, setup.lock.workdir, prompts, key, run.train.params)
     must_stop = partial(at_safe_point, cfg, setup, run)
-    with timed(times, "time/rollout_s", "Reading completions drawn before"):
+    with timed(times, "time/rollout_s", "Reading the finished completions"):
         drawn = kept.load()
     rollout = draw_completions(cfg, context, run.train.params, prompts, key, problems, times, drawn, must_stop)
 
