@@ -126,8 +126,8 @@ class CheckpointStore:
             self.manager.reload()  # so that the step can be saved again
             if self.damaged == step:
                 raise UserError(
-                    f"Files must hold what was just written to them, but the checkpoint of step {step} was damaged twice: "
-                    f"{error}. {aside}. Replace the disk, and start the run again."
+                    f"Files must hold what was just written to them, but the checkpoint of step {step} was damaged "
+                    f"twice: {error}. {aside}. Replace the disk, and start the run again."
                 ) from None
             announce(
                 f"warning: The checkpoint of step {step} differs from what was saved: {error}. {aside}, and the run "
