@@ -215,7 +215,7 @@ def test_metadata_that_is_not_what_was_saved_is_not_read(tmp_path, monkeypatch):
         with pytest.raises(Damaged, match=f"^its metadata {says}"):
             read_meta(tmp_path, 3)
         assert newest_step(tmp_path) == 0
-        with pytest.raises(UserError, match="none of the 1 in"):
+        with pytest.raises(UserError, match=r"none in .* is sound"):
             newest_meta(tmp_path)
     path.write_text(text)
     monkeypatch.setattr(grpo_jax.run.checkpoint, "MAX_META_BYTES", len(text))
