@@ -207,7 +207,7 @@ def test_metadata_that_is_not_what_was_saved_is_not_read(tmp_path):
     text, deep = path.read_text(), '{"step": ' + "[" * 100_000
     for changed, says in (
         (text.replace('"seed": 0', '"seed": 1'), "differs from what was saved"),
-        (text.replace("sha256", "sha"), "cannot be read"),
+        (text.replace("sha256", "sha"), "has no hash"),
         ("[1]", "cannot be read"),
         (deep, "cannot be read"),
     ):

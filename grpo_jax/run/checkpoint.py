@@ -78,6 +78,8 @@ def read_meta(workdir: Path, step: int) -> dict[str, Any]:
         meta = read_json_file(path)
         is_sound = meta["sha256"] == hash_meta(meta) and meta["step"] == step
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, KeyError):
+            raise Damaged("its metadata has no hash, as in runs of earlier versions of grpo_jax") from None
         raise Damaged(f"its metadata cannot be read ({error_line(error)})") from None
     if not is_sound:
         raise Damaged("its metadata differs from what was saved")
