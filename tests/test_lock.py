@@ -36,7 +36,7 @@ def test_a_second_job_is_refused_in_one_line_that_names_the_first(tmp_path):
         second.take()
     first.check()
     first.close()
-    assert (tmp_path / "run" / "run.lock").read_bytes() == b""
+    assert not (tmp_path / "run").exists()
     second.take()
     second.path.unlink()
     second.check()  # nobody else has it
@@ -123,3 +123,36 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir must be a writable folder, but .*Not a directory"):
         WorkdirLock(tmp_path / "file" / "run").take()
+
+
+def test_a_job_that_writes_nothing_leaves_nothing(tmp_path):
+    """A folder that was there before stays."""
+    for workdir in (tmp_path / "new" / "run", tmp_path / "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        lock = WorkdirLock(workdir)
+        lock.take()
+        lock.close()
+    assert not (tmp_path / "new" / "run").exists() and list((tmp_path / "old").iterdir()) == []
+    lock = WorkdirLock(tmp_path / "old")
+    lock.take()
+    (tmp_path / "old" / "config.json").touch()
+    lock.close()
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["config.json"]
+
+
+def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    """Otherwise a third job could take the lock of the new file at the same time."""
+    first, hold = WorkdirLock(tmp_path / "run"), WorkdirLock.hold
+
+    def hold_after_removal(self, descriptor):
+        if first.path.exists() and not removed:
+            removed.append(first.path.unlink())
+        hold(self, descriptor)
+
+    removed = []
+    monkeypatch.setattr(WorkdirLock, "hold", hold_after_removal)
+    first.take()
+    assert removed and first.path.is_file()
+    with pytest.raises(UserError, match="Only one job"):
+        WorkdirLock(tmp_path / "run").take()
+    first.close()

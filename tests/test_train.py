@@ -409,7 +409,7 @@ def test_a_run_stops_after_too_many_non_finite_gradients_in_a_row(tmp_path, monk
     monkeypatch.setattr(grpo_jax.run.stages, "generate_rollout", record_slots)
     workdir = tmp_path / "run"
     flags = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=1"]
-    message = r"2 updates in a row \(steps 3 to 4\), so they did not change the policy of step 2\. .* lower optim\.lr"
+    message = r"2 times in a row \(steps 3 to 4\), so they did not change the policy of step 2\. .* lower optim\.lr"
     with pytest.raises(UserError, match=message):
         train(workdir, flags)
     assert slots == [8]  # rollout.slots=6 is rounded up to 2 for each of the 4 shards
@@ -443,7 +443,7 @@ def test_the_next_update_is_dispatched_before_the_metrics_of_the_last_one_are_fe
         return recorded
 
     def record_metrics(cfg, log, run, *args):
-        if run.flight:
+        if run.flight or run.unlogged:
             events.append(f"metrics {run.step}")
         return finish_update(cfg, log, run, *args)
 
@@ -488,7 +488,7 @@ def test_a_run_that_must_stop_has_dispatched_one_more_update_of_the_rollout(tmp_
     monkeypatch.setattr(grpo_jax.run.train, "take_rows", take_rows_with_nan)
     keys = [*FINISHED_RUN, "--config.optim.max_skips=2", "--config.checkpoint.every_steps=5", *flags]
     with pytest.raises(
-        UserError, match=r"2 updates in a row \(steps 1 to 2\), so they did not change the policy of step 0"
+        UserError, match=r"2 times in a row \(steps 1 to 2\), so they did not change the policy of step 0"
     ):
         train(tmp_path / "run", keys)
     assert [row["optim/skipped"] for row in read_rows(tmp_path / "run")[1:]] == [1] * updates

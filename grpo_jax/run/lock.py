@@ -1,6 +1,6 @@
 """Locks a workdir, so that only one job at a time writes to it.
 
-WORKDIR/run.lock holds the host and PID of the process that uses the workdir, and is empty otherwise. `flock` excludes
+WORKDIR/run.lock holds the host and PID of the process that uses the workdir, and is removed when it ends. `flock` excludes
 the other processes of a machine, and is released when the process that holds it ends. On a file system that several
 machines share, it may not exclude the others. A job therefore also renews the modification time of the file while it
 runs, and rereads the file before each save. A machine that finds the name of another one in the file watches the time
@@ -41,22 +41,38 @@ class WorkdirLock:
         self.workdir, self.path = workdir, workdir / "run.lock"
         self.descriptor: int | None = None  # of the open file, while the lock is held
         self.stop, self.taken, self.own = threading.Event(), 0.0, b""
+        self.is_new = False  # whether `take` has created the folder
 
     @phase("Locking the workdir")
     def take(self) -> None:
         """Takes the lock, or raises a UserError if another job uses the workdir or it cannot be written."""
+        self.is_new = not self.workdir.exists()
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                self.hold(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
+            while not self.is_held():
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # a job that left nothing has just removed the folder
+                    descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                    try:
+                        self.hold(descriptor)
+                    except BaseException:
+                        os.close(descriptor)
+                        raise
+                    self.descriptor = descriptor
         except OSError as error:
             raise UserError(f"--workdir must be a writable folder, but {error}. Choose another --workdir.") from None
-        self.descriptor, self.taken = descriptor, time.monotonic()
+        self.taken = time.monotonic()
         threading.Thread(target=self.beat, name="lock", daemon=True).start()
+
+    def is_held(self) -> bool:
+        """Returns whether the open file is still that of the workdir, from which another job may have removed it."""
+        if self.descriptor is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
+                return True
+        os.close(self.descriptor)
+        self.descriptor = None
+        return False
 
     def hold(self, descriptor: int) -> None:
         """Makes sure that no other job uses the workdir, and writes the name of this job."""
@@ -103,8 +119,11 @@ class WorkdirLock:
         before, end = self.last_beat(), time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             time.sleep(min(1.0, PATIENCE_S))
-            if self.last_beat() != before:
-                raise self.in_use(self.read_owner())
+            try:
+                if self.last_beat() != before:
+                    raise self.in_use(self.read_owner())
+            except FileNotFoundError:  # the other job has ended
+                return
         announce(f"Process {owner['pid']} on {owner['host']} shows no sign of life; this run takes over the workdir")
 
     def last_beat(self) -> int:
@@ -138,5 +157,7 @@ class WorkdirLock:
         descriptor, self.descriptor = self.descriptor, None
         with contextlib.suppress(OSError):
             if os.pread(descriptor, 4096, 0) == self.own:
-                os.ftruncate(descriptor, 0)
+                self.path.unlink()
+                if self.is_new:
+                    self.workdir.rmdir()  # fails unless the run was refused and has written nothing
         os.close(descriptor)

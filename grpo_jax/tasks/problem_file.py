@@ -157,11 +157,13 @@ def file_task(task_cfg: TaskSection, *, hold_out: bool = True, graded: bool = Tr
         UserError: A file cannot be used, or both files have the same content.
     """
     path, eval_path = task_cfg.path, task_cfg.eval_path
-    # The files are read first, because they are refused before their end if they are not what they should be.
-    problems, note = read_with_notes(path, task_cfg, graded=graded)
-    held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
-    digests, eval_digests = digest_files(path), digest_files(eval_path) if eval_path else {}
-    if path == eval_path or (digests and sorted(digests.values()) == sorted(eval_digests.values())):
+    are_equal = path == eval_path
+    if not are_equal:  # the files are read first, because they are refused early if they are not what they should be
+        problems, note = read_with_notes(path, task_cfg, graded=graded)
+        held_out, eval_note = read_with_notes(eval_path, task_cfg, graded=graded) if eval_path else (None, "")
+        digests, eval_digests = digest_files(path), digest_files(eval_path) if eval_path else {}
+        are_equal = bool(digests) and sorted(digests.values()) == sorted(eval_digests.values())
+    if are_equal:
         raise UserError(
             f"task.eval_path must not hold the same problems as task.path; found equal files {path} and {eval_path}. "
             "Name another file, or leave out task.eval_path to hold out a tenth of task.path."
