@@ -296,7 +296,7 @@ def test_a_run_with_another_config_is_not_resumed(tmp_path):
         main.main,
         tmp_path / "run",
         R1ZERO,
-        says="was started with seed=5 .* with seed=0. Choose another --workdir, or pass --config.seed=5",
+        says=r"was started with seed=5 .* with seed=0\. Choose another --workdir, .* or pass --config.seed=5",
     )
 
 

@@ -1,10 +1,10 @@
 """Locks a workdir, so that only one job at a time writes to it.
 
-WORKDIR/run.lock holds the host and PID of the process that uses the workdir, and is removed when it ends. `flock` excludes
-the other processes of a machine, and is released when the process that holds it ends. On a file system that several
-machines share, it may not exclude the others. A job therefore also renews the modification time of the file while it
-runs, and rereads the file before each save. A machine that finds the name of another one in the file watches the time
-for a while before it takes over, and a job that finds another job's name in place of its own stops.
+WORKDIR/run.lock holds the host and PID of the process that uses the workdir, and is removed when it ends. `flock`
+excludes the other processes of a machine, and is released when the process that holds it ends. On a file system that
+several machines share, it may not exclude the others. A job therefore also renews the modification time of the file
+while it runs, and rereads the file before each save. A machine that finds the name of another one in the file watches
+the time for a while before it takes over, and a job that finds another job's name in place of its own stops.
 """
 
 import contextlib
