@@ -87,8 +87,9 @@ def stop_at_random(
             run = Run(workdir, f"--config.checkpoint.every_steps={STEPS}")  # so that only the signal saves
             run.signal_after(moment, number)
             ended = run.end()
-            early = {-number} if "Training in" not in ended.output else set()  # while Python was still starting
-            if complaint := ended.complaint(0, STOPPED[number], *early):
+            # While Python was still starting, or already exiting.
+            outside = "Training in" not in ended.output or "Wrote metrics.jsonl" in ended.output
+            if complaint := ended.complaint(0, STOPPED[number], *({-number} if outside else ())):
                 tally.fail(f"{name} after {moment:.2f} s", complaint)
             if ended.code == 0:
                 break
