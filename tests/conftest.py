@@ -1,6 +1,7 @@
 """Test environment: eight virtual CPU devices, a persistent compilation cache, and annotations checked at run time."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +17,8 @@ if os.environ.get("GRPO_JAX_TEST_OPTIMIZED") != "1":
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "grpo_jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads the environment when it is imported, which the following imports do.
 from jaxtyping import install_import_hook

@@ -17,7 +17,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from signal import SIGINT, SIGTERM
+from signal import SIGINT, SIGTERM, default_int_handler, signal
 
 from tests.torture import damage, interruptions
 from tests.torture.runs import FLAGS, REPO, STEPS, Run, read_results
@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=count, help=f"{words} (default: {count})")
     options = parser.parse_args(argv)
     counts = {name: getattr(options, name.replace("-", "_")) for name in COUNTS}
+    signal(SIGINT, default_int_handler)  # a shell may ignore it in its background, and the runs would inherit that
     tally, start = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         torture(Path(folder), options.seed, counts, tally)
