@@ -151,6 +151,11 @@ class CheckpointSaver:
             time.sleep(max(0.0, self.retry_at - time.monotonic()))
         return self.retry_at is None
 
+    def wait(self) -> None:
+        """Waits until the last save is complete. A run that stops leaves reading it back to its next start."""
+        with self.noticing():
+            self.store.manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for a save in progress, prints one line if it fails, and closes the checkpoints."""
         try:

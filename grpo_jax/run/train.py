@@ -239,7 +239,9 @@ def stop_run(cfg: Config, setup: RunSetup, run: RunState, keep: Callable[[], int
     if run.step:
         start_saving(cfg, setup, run)
     kept = keep()
-    finish_saving(cfg, setup, run)
+    with phase("Writing the last checkpoint"):
+        setup.saver.wait()
+        setup.log.attempt()
     raise setup.safe_points.stopped(kept)
 
 
