@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
     tally, start = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         torture(Path(folder), options.seed, counts, tally)
-    command = f'make torture ARGS="{shlex.join(argv)}"' if argv else "make torture"
+    flags = shlex.join(flag for flag in argv if not flag.startswith("--out="))
+    command = f'make torture ARGS="{flags}"' if flags else "make torture"
     options.out.write_text(describe(tally, command, (time.monotonic() - start) / 60))
     print(f"\n{json.dumps(tally.counts)}\n{len(tally.failures)} failures; wrote {options.out}")
     return bool(tally.failures)
