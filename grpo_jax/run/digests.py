@@ -69,21 +69,22 @@ def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
     of_columns = position_offsets((1,) * (x.ndim - 1) + x.shape[-1:], shape, [*[0] * (x.ndim - 1), starts[-1]]).reshape(
         1, -1
     )
-    bits = x.astype(jnp.uint8) if x.dtype == bool else lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    bits = bits.reshape(-1, x.shape[-1])
+    matrix = x.reshape(-1, x.shape[-1])
 
     def mix_rows(start, count):
-        words = lax.dynamic_slice_in_dim(bits, start, count).astype(jnp.uint32)
-        return mix_words(words, lax.dynamic_slice_in_dim(of_rows, start, count) + of_columns)
+        # Only a block is reinterpreted at a time, because XLA would copy the whole array for it on a CPU.
+        block = lax.dynamic_slice_in_dim(matrix, start, count)
+        bits = block if x.dtype == bool else lax.bitcast_convert_type(block, f"uint{8 * x.dtype.itemsize}")
+        return mix_words(bits.astype(jnp.uint32), lax.dynamic_slice_in_dim(of_rows, start, count) + of_columns)
 
     # Small blocks are summed elementwise, because XLA reduces a whole array slowly on a CPU.
-    rows = min(len(bits), max(1, DEVICE_WORDS // bits.shape[1]))
-    blocks, rest = divmod(len(bits), rows)
+    rows = min(len(matrix), max(1, DEVICE_WORDS // matrix.shape[1]))
+    blocks, rest = divmod(len(matrix), rows)
     totals = lax.fori_loop(
         0,
         blocks,
         lambda block, totals: jax.tree.map(jnp.add, totals, mix_rows(block * rows, rows)),
-        (jnp.zeros((rows, bits.shape[1]), jnp.uint32),) * 2,
+        (jnp.zeros((rows, matrix.shape[1]), jnp.uint32),) * 2,
     )
     parts = (totals, mix_rows(blocks * rows, rest)) if rest else (totals,)
     sums = sum(jnp.stack([lane.sum(dtype=jnp.uint32) for lane in part]) for part in parts)
