@@ -31,7 +31,7 @@ from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.rollout.sampler import pad_prompts
 from grpo_jax.text.problem import Prompts
 from grpo_jax.types import TrainState
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model, read_model_config
 
 # Integer flags: the default, the minimum and the help text.

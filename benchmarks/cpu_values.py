@@ -46,7 +46,7 @@ from grpo_jax.text.problem import Prompts
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts
 from grpo_jax.text.stops import build_stop_table
 from grpo_jax.types import Experience, PackedBatch, Rollout
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 

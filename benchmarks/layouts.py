@@ -62,7 +62,7 @@ def compare_layouts(flags: argparse.Namespace) -> dict[str, float]:
     from grpo_jax.parallel.mesh import make_mesh
     from grpo_jax.rollout.sampler import generate_rollout, pad_prompts, place_for_rollout
     from grpo_jax.text.stops import build_stop_table
-    from grpo_jax.weights.model_io import load
+    from grpo_jax.weights.reading import load
     from grpo_jax.weights.source import find_model
 
     if max(flags.devices) > jax.device_count():

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from grpo_jax.model.decoder import forward
     from grpo_jax.rollout.sampler import sample
     from grpo_jax.run.train import train
-    from grpo_jax.weights.model_io import load, save
+    from grpo_jax.weights.reading import load
+    from grpo_jax.weights.writing import save
 
 __version__ = "0.2.0"
 __all__ = ["advantages", "forward", "grpo_loss", "load", "sample", "save", "train"]
@@ -27,8 +28,8 @@ PUBLIC_MODULES = {
     "grpo_loss": "grpo_jax.learn.grpo",
     "forward": "grpo_jax.model.decoder",
     "sample": "grpo_jax.rollout.sampler",
-    "load": "grpo_jax.weights.model_io",
-    "save": "grpo_jax.weights.model_io",
+    "load": "grpo_jax.weights.reading",
+    "save": "grpo_jax.weights.writing",
     "train": "grpo_jax.run.train",
 }
 

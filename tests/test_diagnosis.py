@@ -18,9 +18,10 @@ from grpo_jax.config import check, default
 from grpo_jax.main import main
 from grpo_jax.model.decoder import init_params
 from grpo_jax.run.diagnosis import SYMPTOMS, History
-from grpo_jax.weights.model_io import load, save, tensors_from_params, write_safetensors
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.tensor_names import parameter_tensors
+from grpo_jax.weights.writing import save, tensors_from_params, write_safetensors
 from tests.test_recipe_runs import PROBLEMS, SHAPES, constant
 
 REPO = Path(__file__).parent.parent

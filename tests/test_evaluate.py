@@ -9,7 +9,7 @@ from grpo_jax.rollout.sampler import place_for_rollout
 from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.text.problem import Problem
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 
 SAME_QUESTIONS = [Problem("What is 7 + 1?", "8", {})] * 16
 PARAM_BYTES = 4 * 853_120  # of the tiny model in float32

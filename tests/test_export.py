@@ -18,7 +18,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.types import TrainState
-from grpo_jax.weights import model_io
+from grpo_jax.weights import writing
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tensors import open_safetensors_folder
 
@@ -79,7 +79,7 @@ def test_sharded_parameters_are_saved_the_same(tmp_path):
 
 def test_a_large_model_is_saved_in_shards(tmp_path, monkeypatch):
     """The index gives the file of each tensor, and the folder loads again."""
-    monkeypatch.setattr(model_io, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 30_000)
     source = GOLDEN / "qwen3"
     model_cfg, params = load(source)
     save(tmp_path, model_cfg, params)

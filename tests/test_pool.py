@@ -25,7 +25,7 @@ from grpo_jax.run.metrics import read_metrics, read_samples
 from grpo_jax.run.stages import draw_completions, grade_completions
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 

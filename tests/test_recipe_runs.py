@@ -19,7 +19,7 @@ from grpo_jax.run.stages import pack_rows
 from grpo_jax.run.state import RunState, replace_reference
 from grpo_jax.text.problem import Problem
 from grpo_jax.types import Experience, TrainState
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model
 
 PROBLEMS = [Problem(f"What is {a} + 1?", str(a + 1), {"a": a}) for a in range(4)]

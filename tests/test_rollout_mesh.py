@@ -11,7 +11,7 @@ from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.stages import draw_completions
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import encode_prompts
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 
 PROBLEMS = [Problem(f"What is {i} + 1?", str(i + 1), {}) for i in range(4)]
 

@@ -35,7 +35,7 @@ from grpo_jax.run.preemption import SafePoints
 from grpo_jax.run.state import RunState, UpdateInFlight
 from grpo_jax.run.train import finish_update
 from grpo_jax.text.problem import Problem
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from grpo_jax.weights.source import find_model
 from tests.torture.damage import flip_bit
 from tests.torture.runs import WITH_BORDERS

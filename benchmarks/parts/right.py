@@ -45,7 +45,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401  (imported 
 
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.parallel.mesh import make_mesh, path_name
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 from parts.depths import check_depth
 from parts.kernels import check_attention, check_token_attention
 from parts.shapes import QWEN_1_5B, SMOLLM2_135M, device_name  # noqa: F401

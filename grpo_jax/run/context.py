@@ -25,7 +25,7 @@ from grpo_jax.rollout.sampler import QueueRoom
 from grpo_jax.run.progress import announce, phase
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
-from grpo_jax.weights.model_io import open_model_tensors
+from grpo_jax.weights.reading import open_model_tensors
 from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 

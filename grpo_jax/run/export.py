@@ -12,8 +12,9 @@ from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.run.policy import choose_step, restore_policy
 from grpo_jax.run.progress import phase
-from grpo_jax.weights.model_io import load, open_model_tensors, save
+from grpo_jax.weights.reading import load, open_model_tensors
 from grpo_jax.weights.source import find_model, read_model_config
+from grpo_jax.weights.writing import save
 
 
 @phase("Exporting the policy")

@@ -13,7 +13,7 @@ from grpo_jax.run.arrays import Damaged, restore_arrays
 from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
 from grpo_jax.run.context import RunContext
 from grpo_jax.run.progress import phase
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 
 
 def choose_step(workdir: Path, step: int | None = None) -> int:

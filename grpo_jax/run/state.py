@@ -17,7 +17,7 @@ from grpo_jax.run.context import RunContext
 from grpo_jax.run.progress import phase
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.types import Experience, TrainState
-from grpo_jax.weights.model_io import load
+from grpo_jax.weights.reading import load
 
 
 class UpdateInFlight(NamedTuple):

@@ -22,7 +22,7 @@ from grpo_jax.model.decoder import hidden_states, init_params
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.run.progress import announce, close_bar, phase, set_detail, step_bar
 from grpo_jax.tiny.corpus import EOS_TOKEN, corpus_text, train_tokenizer
-from grpo_jax.weights.model_io import save
+from grpo_jax.weights.writing import save
 
 TOKENIZER_TEXTS = 2000  # corpus texts that the tokenizer is trained on
 

@@ -8,5 +8,6 @@ Modules, in reading order:
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
     tokenizer     loads tokenizers
-    model_io      `load` and `save`
+    reading       `load`
+    writing       `save`
 """
