@@ -8,7 +8,7 @@ from pathlib import Path
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.weights.families import model_config_from_hf
+from grpo_jax.weights.hf_config import model_config_from_hf
 from grpo_jax.weights.source import find_model, read_model_config
 
 # For each hub model of a preset, what its config.json says about the decoder, and the number of its tokenizer's ids.

@@ -2,7 +2,8 @@
 
 Modules, in reading order:
 
-    families      translates config.json to `ModelConfig`
+    families      the table of supported model families
+    hf_config     translates config.json to `ModelConfig`
     tensor_names  maps parameters to the tensors of a checkpoint
     gguf_file     reads the config and tensors of GGUF files
     source        finds a model and reads its config

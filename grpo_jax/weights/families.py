@@ -1,308 +1,73 @@
-"""Translates a Hugging Face config.json to a ModelConfig, for every supported model family.
+"""The supported model families: one row each, which says how a family differs from Llama.
 
-One decoder serves all families; they differ in a few fields here and in their tensor names in tensor_names.py.
-The config classes of `transformers`, which do not need PyTorch, fill in defaults and read older forms of config.json.
+One decoder serves all families. `grpo_jax.weights.hf_config` reads a config.json by these rows, and
+`grpo_jax.weights.tensor_names` a checkpoint.
 """
 
-import dataclasses
+import difflib
 import math
-from typing import Any
-
-import jax
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from grpo_jax.errors import UserError
-from grpo_jax.model.architecture import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
-from grpo_jax.model.layers import ACTIVATIONS
-from grpo_jax.model.rope import ROPE_SCALINGS, yarn_attention_factor
+from grpo_jax.model.architecture import ExpertsConfig, LatentConfig
+from grpo_jax.model.rope import yarn_attention_factor
 
-GEMMAS = ("gemma2", "gemma3", "gemma3_text")
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *GEMMAS, "deepseek_v3")
-
-# Sizes of lists and arrays that are built while a config is read. They are bounded so that a broken file cannot
-# exhaust the memory.
-MAX_FIELD_VALUES = {"num_hidden_layers": 1024} | dict.fromkeys(
-    ("num_local_experts", "num_experts", "n_routed_experts", "head_dim", "qk_rope_head_dim"), 65536
-)
-
-POSITIVE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+NOTHING = MappingProxyType({})
 
 
-def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
-    """Builds the ModelConfig that a config.json describes.
+class Family(NamedTuple):
+    """How the config.json and the tensors of a family differ from Llama's.
 
-    Args:
-        hf_config: The contents of config.json.
-        where: The model folder or GGUF file, for error messages.
-        **fields: Further fields of the ModelConfig, such as `eos_ids` and `source`.
-
-    Returns:
-        The config of the decoder.
-
-    Raises:
-        UserError: The family is not supported, or a field is missing or has a value that the decoder does not support.
-    """
-    hf = normalize_hf_config(hf_config, where)
-    try:
-        model_cfg = translate_hf_config(hf, hf_config["model_type"], where, **fields)
-        check_architecture(model_cfg, where)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(
-            f"The config of {where} must describe a decoder; found a value that cannot be used ({error}). "
-            "Download the model again."
-        ) from None
-    return model_cfg
-
-
-def normalize_hf_config(hf_config: dict, where: str):
-    """Reads a config.json with the config class of `transformers`, which fills in every field.
-
-    Args:
-        hf_config: The contents of config.json.
-        where: The model folder or GGUF file, for error messages.
-
-    Returns:
-        The `transformers` config of the decoder (the text config of a vision-language model).
-
-    Raises:
-        UserError: The family is not supported, a size is out of bounds, or `transformers` refuses a field.
-    """
-    family = hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(
-            f"model_type in {where} must be one of {', '.join(FAMILIES)}; found {family!r}. "
-            "Choose a model of a supported family."
-        )
-    for section in (hf_config, hf_config.get("text_config")):
-        for field, most in MAX_FIELD_VALUES.items():
-            value = section.get(field) if isinstance(section, dict) else None
-            if isinstance(value, int) and value > most:
-                raise UserError(f"{field} in {where} must be at most {most}; found {value}. Download the model again.")
-    from transformers import CONFIG_MAPPING
-
-    try:
-        hf = CONFIG_MAPPING[family].from_dict(hf_config)
-        return hf.get_text_config() if family == "gemma3" else hf
-    except Exception as error:  # the validation in transformers raises many kinds
-        message = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"The config of {where} must be one that transformers reads as {family}; found: {message}. "
-            "Download the model again."
-        ) from None
-
-
-def translate_hf_config(hf, family: str, where: str, **fields) -> ModelConfig:
-    """Translates a normalized `transformers` config to a ModelConfig, without checking how its sizes fit together.
-
-    Raises:
-        UserError: A field has a value that the decoder does not support.
+    Functions in `fields` and `layer_fields` get the family's config object from `transformers`.
     """
 
-    def get(name: str, default=None):
-        return getattr(hf, name, default)
+    fields: Mapping[str, Any] = NOTHING  # of ModelConfig: a value, or a function of the config
+    # Of LayerConfig: functions of the config and the index of the layer.
+    layer_fields: Mapping[str, Callable[[Any, int], Any]] = NOTHING
+    windows: str = "none"  # layers with a sliding window: "none", "all", or "layer_types": those that it names
+    read_as: str = ""  # model_type of the config class in `transformers`; "": the family's own
+    text_types: tuple[str, ...] = ()  # model_type of text_config, where the decoder's config is nested; (): it is not
+    tensor_names: Mapping[str, str] = NOTHING  # path in the parameter table -> tensor, if not Llama's
+    skipped_tensors: tuple[str, ...] = ()  # patterns of tensors that the decoder does not use; {n}: number of layers
 
-    gemma = family in GEMMAS
-    activation = hf.hidden_activation if gemma else hf.hidden_act
-    biases = bool(get("attention_bias")) and family not in ("mistral", "mixtral", "qwen2")
-    for ok, field, supported, value in (
-        (activation in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}", activation),
-        (not get("use_bidirectional_attention"), "use_bidirectional_attention", "false", True),
-        (not (family == "llama" and get("layer_types")), "layer_types", "absent for llama", get("layer_types")),
-    ):
-        if not ok:
-            raise UserError(f"{field} in {where} must be {supported}; found {value!r}. Choose another model.")
-    for field in POSITIVE_FIELDS:
-        if type(get(field)) is not int or get(field) < 1:
-            raise UserError(
-                f"{field} in {where} must be an integer of at least 1; found {get(field)!r}. Download the model again."
-            )
-    latent = read_latent_config(hf) if family == "deepseek_v3" else None
-    query_scale = float(get("query_pre_attn_scalar", 0))
-    divisor = math.sqrt(query_scale) if gemma else latent_score_divisor(hf) if latent else 0.0
-    return ModelConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        layers=read_layer_configs(hf, family, where),
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=1 if latent else hf.num_key_value_heads,
-        head_dim=get("head_dim") or hf.hidden_size // hf.num_attention_heads,
-        max_positions=hf.max_position_embeddings,
-        norm_eps=float(hf.rms_norm_eps),
-        unit_offset=gemma,
-        activation=activation,
-        qkv_bias=family == "qwen2" or biases,
-        out_bias=biases,
-        mlp_bias=family == "llama" and bool(get("mlp_bias")),
-        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3", "gemma3_text"),
-        post_norms=gemma,
-        embed_scale=math.sqrt(hf.hidden_size) if gemma else 1.0,
-        score_divisor=divisor,
-        score_softcap=float(get("attn_logit_softcapping") or 0) if family == "gemma2" else 0.0,
-        # transformers' vision-language Gemma 3 does not apply the cap.
-        logit_softcap=float(get("final_logit_softcapping") or 0) if family in ("gemma2", "gemma3_text") else 0.0,
-        tie_embeddings=bool(get("tie_word_embeddings")),
-        latent=latent,
-        experts=read_experts_config(hf, family),
-        family=family,
-        **fields,
+
+def flag(name: str) -> Callable[[Any], bool]:
+    """Returns a function that reads a boolean field of a config; False if the config lacks it."""
+    return lambda hf: bool(getattr(hf, name, False))
+
+
+def number(name: str) -> Callable[[Any], float]:
+    """Returns a function that reads a number of a config; 0 if the config lacks it."""
+    return lambda hf: float(getattr(hf, name, 0) or 0)
+
+
+def read_mixtral_experts(hf) -> ExpertsConfig:
+    """Returns the mixture of experts of a Mixtral config."""
+    return ExpertsConfig(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size)
+
+
+def read_qwen3_experts(hf) -> ExpertsConfig:
+    """Returns the mixture of experts of a Qwen3-MoE config."""
+    normalize = bool(hf.norm_topk_prob)
+    return ExpertsConfig(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, normalize_weights=normalize)
+
+
+def read_deepseek_experts(hf) -> ExpertsConfig:
+    """Returns the mixture of experts of a DeepSeek-V3 config."""
+    return ExpertsConfig(
+        hf.n_routed_experts,
+        hf.num_experts_per_tok,
+        hf.moe_intermediate_size,
+        shared_intermediate_size=hf.moe_intermediate_size * hf.n_shared_experts,
+        sigmoid_gate=True,
+        normalize_weights=bool(hf.norm_topk_prob),
+        routed_scale=float(hf.routed_scaling_factor),
+        num_groups=hf.n_group,
+        num_top_groups=hf.topk_group,
     )
-
-
-def check_architecture(model_cfg: ModelConfig, where: str) -> None:
-    """Checks that the numbers of a config are finite and that its sizes fit together.
-
-    Raises:
-        UserError: A number is out of range, or sizes contradict each other; the message names the requirement.
-    """
-    # A model may have thousands of equal layers.
-    distinct = dataclasses.replace(model_cfg, layers=tuple(dict.fromkeys(model_cfg.layers)))
-    for path, value in jax.tree_util.tree_leaves_with_path(dataclasses.asdict(distinct)):
-        if not isinstance(value, str) and not 0 <= value < 2**31:  # NaN is refused too
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise UserError(
-                f"Numbers in the config of {where} must be at least 0 and less than 2**31; found {value} for {name}. "
-                "Download the model again."
-            )
-
-    def check(ok: bool, requirement: str, value) -> None:
-        if not ok:
-            raise UserError(f"{requirement}; found {value} in {where}. Download the model again.")
-
-    heads, kv_heads, rows, ids = model_cfg.num_heads, model_cfg.num_kv_heads, model_cfg.vocab_size, model_cfg.eos_ids
-    latent, experts, tokens = model_cfg.latent, model_cfg.experts, model_cfg.tokenizer_vocab_size
-    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.head_dim
-    check(heads % kv_heads == 0, "num_attention_heads must be a multiple of num_key_value_heads", (heads, kv_heads))
-    check(rotated_dim > 0 and rotated_dim % 2 == 0, "head_dim (or qk_rope_head_dim) must be even", rotated_dim)
-    check(tokens <= rows, "Each token id needs a row of the embedding (vocab_size)", f"{rows} rows and {tokens} ids")
-    check(all(0 <= token < rows for token in ids), "eos_token_id must be less than vocab_size", ids)
-    for rope in {layer.rope for layer in model_cfg.layers}:
-        check(rope.theta > 1 and rope.factor > 0, "rope_theta must exceed 1 and the rope factor must exceed 0", rope)
-        if rope.scaling in ("llama3", "yarn"):
-            ordered = rope.high_freq_bound > rope.low_freq_bound > 0
-            requirement = "The original length and the frequency bounds of a scaled rope must be positive and ordered"
-            check(ordered and rope.original_max_positions > 0, requirement, rope)
-    if latent:
-        smallest = min(latent.kv_lora_rank, latent.qk_nope_head_dim, latent.v_head_dim)
-        check(smallest > 0, "kv_lora_rank, qk_nope_head_dim and v_head_dim must be at least 1", latent)
-    if experts:
-        count, groups, top_groups = experts.num_experts, experts.num_groups, experts.num_top_groups
-        check(experts.intermediate_size > 0, "moe_intermediate_size must be at least 1", experts)
-        check(0 < top_groups <= groups, "topk_group must be at least 1 and at most n_group", experts)
-        chosen, eligible = experts.num_experts_per_token, count // groups * top_groups
-        requirement = "num_experts_per_tok must be at least 1 and at most the number of eligible experts"
-        check(0 < chosen <= eligible, requirement, (chosen, eligible))
-        equal = (count % groups == 0 and count >= 2 * groups) or not experts.sigmoid_gate
-        check(equal, "n_group must divide the experts into equal groups of at least 2", (count, groups))
-
-
-def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeConfig:
-    """Translates a `rope_parameters` entry of a `transformers` config.
-
-    Raises:
-        UserError: The kind of scaling is not supported, or only a part of each head is rotated.
-    """
-    scaling = rope_parameters.get("rope_type", "default")
-    if scaling not in ROPE_SCALINGS or rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"rope_type in {where} must be one of {', '.join(ROPE_SCALINGS)} and cover whole heads; "
-            f"found {rope_parameters}. Choose another model."
-        )
-    rope = RopeConfig(theta=float(rope_parameters["rope_theta"]))
-    if scaling == "default":
-        return rope
-    names = {"factor": "factor", "original_max_positions": "original_max_position_embeddings"}
-    if scaling == "llama3":
-        names |= {"low_freq_bound": "low_freq_factor", "high_freq_bound": "high_freq_factor"}
-    values = {ours: rope_parameters.get(theirs) for ours, theirs in names.items()}
-    if scaling == "yarn":
-        factor = values["factor"] or hf.max_position_embeddings / values["original_max_positions"]
-        values |= {
-            "factor": factor,
-            "low_freq_bound": rope_parameters.get("beta_slow") or 1,
-            "high_freq_bound": rope_parameters.get("beta_fast") or 32,
-            "truncate": rope_parameters.get("truncate", True),
-            "attention_factor": yarn_rope_factor(rope_parameters, factor),
-        }
-    given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(rope, scaling=scaling, **given)
-
-
-def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:
-    """Returns YaRN's factor on cosines and sines: as given, from DeepSeek's two weights, or as in the paper."""
-    if rope_parameters.get("attention_factor") is not None:
-        return rope_parameters["attention_factor"]
-    mscale, all_dim = rope_parameters.get("mscale"), rope_parameters.get("mscale_all_dim")
-    if mscale and all_dim:
-        return yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
-    return yarn_attention_factor(factor, 1.0)
-
-
-def read_layer_configs(hf, family: str, where: str) -> tuple[LayerConfig, ...]:
-    """Returns the attention window, the rotary embedding and the kind of MLP of each layer.
-
-    Raises:
-        UserError: `layer_types` does not give a known type for each layer, or a rotary embedding is not supported.
-    """
-    count, window = hf.num_hidden_layers, getattr(hf, "sliding_window", None) or 0
-    if family in ("llama", "deepseek_v3"):
-        window = 0
-    # Mixtral and Qwen3-MoE use the window, if there is one, in every layer. So does Mistral without layer_types.
-    types = getattr(hf, "layer_types", None)
-    if not types or family in ("llama", "mixtral", "qwen3_moe", "deepseek_v3"):
-        types = ["sliding_attention" if window else "full_attention"] * count
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != count:
-        raise UserError(
-            f"layer_types in {where} must list sliding_attention or full_attention for each of {count} layers; "
-            f"found {types}. Download the model again."
-        )
-    ropes = {}
-    for layer_type in set(types):
-        nested = hf.rope_parameters.get(layer_type) if getattr(hf, "layer_types", None) else None
-        ropes[layer_type] = read_rope_config(hf, nested or hf.rope_parameters, where)
-
-    def has_experts(layer: int) -> bool:
-        if family == "deepseek_v3":
-            return layer >= hf.first_k_dense_replace
-        if family == "qwen3_moe":
-            return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
-        return family == "mixtral"
-
-    return tuple(
-        LayerConfig(window if layer_type == "sliding_attention" else 0, ropes[layer_type], has_experts(layer))
-        for layer, layer_type in enumerate(types)
-    )
-
-
-def read_experts_config(hf, family: str) -> ExpertsConfig | None:
-    """Returns the mixture of experts, or None for a family without one."""
-    if family == "mixtral":
-        return ExpertsConfig(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size)
-    if family == "qwen3_moe":
-        return ExpertsConfig(
-            hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, normalize_weights=bool(hf.norm_topk_prob)
-        )
-    if family == "deepseek_v3":
-        return ExpertsConfig(
-            hf.n_routed_experts,
-            hf.num_experts_per_tok,
-            hf.moe_intermediate_size,
-            shared_intermediate_size=hf.moe_intermediate_size * hf.n_shared_experts,
-            sigmoid_gate=True,
-            normalize_weights=bool(hf.norm_topk_prob),
-            routed_scale=float(hf.routed_scaling_factor),
-            num_groups=hf.n_group,
-            num_top_groups=hf.topk_group,
-        )
-    return None
 
 
 def read_latent_config(hf) -> LatentConfig:
@@ -318,3 +83,90 @@ def latent_score_divisor(hf) -> float:
     if rope_parameters.get("rope_type", "default") != "default" and rope_parameters.get("mscale_all_dim"):
         growth = yarn_attention_factor(rope_parameters["factor"], rope_parameters["mscale_all_dim"])
     return math.sqrt(hf.qk_nope_head_dim + hf.qk_rope_head_dim) / growth**2
+
+
+def uses_qwen3_experts(hf, layer: int) -> bool:
+    """Tells whether a layer of a Qwen3-MoE config has experts."""
+    return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
+
+
+BIASES = {"qkv_bias": flag("attention_bias"), "out_bias": flag("attention_bias")}
+QWEN3 = BIASES | {"qk_norm": True}
+GEMMA2 = BIASES | {
+    "unit_offset": True,
+    "post_norms": True,
+    "activation": attrgetter("hidden_activation"),
+    "embed_scale": lambda hf: math.sqrt(hf.hidden_size),
+    "score_divisor": lambda hf: math.sqrt(hf.query_pre_attn_scalar),
+}
+GEMMA3 = GEMMA2 | {"qk_norm": True}
+GEMMA_NAMES = {"mlp_norm/scale": "layers.{i}.pre_feedforward_layernorm.weight"}
+MIXTRAL_NAMES = {
+    "moe/router/kernel": "layers.{i}.block_sparse_moe.gate.weight",
+    "moe/experts_gate": "layers.{i}.block_sparse_moe.experts.{x}.w1.weight",
+    "moe/experts_up": "layers.{i}.block_sparse_moe.experts.{x}.w3.weight",
+    "moe/experts_down": "layers.{i}.block_sparse_moe.experts.{x}.w2.weight",
+}
+DEEPSEEK_V3 = BIASES | {
+    "latent": read_latent_config,
+    "experts": read_deepseek_experts,
+    "score_divisor": latent_score_divisor,
+}
+
+FAMILIES = {
+    "llama": Family(BIASES | {"mlp_bias": flag("mlp_bias")}),
+    "mistral": Family(windows="layer_types"),
+    "mixtral": Family(
+        {"experts": read_mixtral_experts},
+        {"use_experts": lambda hf, layer: True},
+        windows="all",
+        tensor_names=MIXTRAL_NAMES,
+    ),
+    "qwen2": Family({"qkv_bias": True}, windows="layer_types"),
+    "qwen3": Family(QWEN3, windows="layer_types"),
+    "qwen3_moe": Family(QWEN3 | {"experts": read_qwen3_experts}, {"use_experts": uses_qwen3_experts}, windows="all"),
+    "gemma2": Family(
+        GEMMA2
+        | {"score_softcap": number("attn_logit_softcapping"), "logit_softcap": number("final_logit_softcapping")},
+        windows="layer_types",
+        tensor_names=GEMMA_NAMES,
+    ),
+    # The vision-language model of transformers does not apply the cap of gemma3_text to the logits.
+    "gemma3": Family(
+        GEMMA3,
+        windows="layer_types",
+        text_types=("gemma3_text",),
+        tensor_names=GEMMA_NAMES,
+        skipped_tensors=(r"vision_tower\.", r"multi_modal_projector\."),
+    ),
+    "gemma3_text": Family(
+        GEMMA3 | {"logit_softcap": number("final_logit_softcapping")},
+        windows="layer_types",
+        tensor_names=GEMMA_NAMES,
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK_V3,
+        {"use_experts": lambda hf, layer: layer >= hf.first_k_dense_replace},
+        skipped_tensors=(r"^model\.layers\.{n}\.",),  # the multi-token prediction layer, stored after the last layer
+    ),
+}
+
+
+def check_family(hf_config: dict, where: str) -> None:
+    """Checks that a config.json is of a supported family.
+
+    Args:
+        hf_config: The contents of config.json.
+        where: The model folder or GGUF file, for error messages.
+
+    Raises:
+        UserError: It is not; the message lists the supported families and names the nearest.
+    """
+    family = hf_config.get("model_type")
+    if isinstance(family, str) and family in FAMILIES:
+        return
+    nearest = difflib.get_close_matches(str(family)[:80], FAMILIES, n=1)
+    raise UserError(
+        f"model_type in {where} must be one of {', '.join(FAMILIES)}; found {family!r:.80}. "
+        f"Choose a model of a supported family{f', such as {nearest[0]}' if nearest else ''}."
+    )

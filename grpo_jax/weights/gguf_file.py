@@ -17,7 +17,7 @@ import numpy as np
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import open_regular
 from grpo_jax.model.parameters import PARAMETERS
-from grpo_jax.weights.tensor_names import FAMILY_NAMES
+from grpo_jax.weights.families import FAMILIES
 
 # general.architecture -> model_type and prefix of the class names in transformers.
 GGUF_ARCHITECTURES = {
@@ -352,7 +352,7 @@ def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTe
     interleaved_heads = {}
     if header.architecture == "llama":
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
-    family_names = FAMILY_NAMES.get(hf_config["model_type"], {})
+    family_names = FAMILIES[hf_config["model_type"]].tensor_names
     tensors, unread = {}, header.tensors.keys() - {"rope_freqs.weight"}
     for row, layer in itertools.product(PARAMETERS, range(layers)):
         prefix = "" if row.path == "head/kernel" else "model."

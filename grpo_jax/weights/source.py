@@ -8,7 +8,8 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import MAX_BYTES, name_problem, read_json_file
 from grpo_jax.model.architecture import ModelConfig
-from grpo_jax.weights.families import model_config_from_hf
+from grpo_jax.weights.families import check_family
+from grpo_jax.weights.hf_config import model_config_from_hf
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
 REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
@@ -192,6 +193,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
     """
     source = Path(source)
     hf_config = read_hf_config(source)
+    check_family(hf_config, str(source))  # first: what else a config says is judged by its family
     fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
     text_config = hf_config.get("text_config")
     decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})

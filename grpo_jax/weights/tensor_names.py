@@ -1,7 +1,7 @@
 """Maps parameters to the tensors of a Hugging Face checkpoint: their names, shapes and transposes.
 
-Loading and saving both follow the table in `grpo_jax.model.parameters`, which uses Llama's names; `FAMILY_NAMES` lists
-where a family differs.
+Loading and saving both follow the table in `grpo_jax.model.parameters`, which uses Llama's names;
+`grpo_jax.weights.families` lists where a family differs.
 """
 
 import re
@@ -15,30 +15,12 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import ParameterRow, row_for
 from grpo_jax.parallel.mesh import path_name
-
-# Tensor names by family, where they differ from those of the table.
-GEMMA_NAMES = {"mlp_norm/scale": "layers.{i}.pre_feedforward_layernorm.weight"}
-FAMILY_NAMES = {
-    "gemma2": GEMMA_NAMES,
-    "gemma3": GEMMA_NAMES,
-    "gemma3_text": GEMMA_NAMES,
-    "mixtral": {
-        "moe/router/kernel": "layers.{i}.block_sparse_moe.gate.weight",
-        "moe/experts_gate": "layers.{i}.block_sparse_moe.experts.{x}.w1.weight",
-        "moe/experts_up": "layers.{i}.block_sparse_moe.experts.{x}.w3.weight",
-        "moe/experts_down": "layers.{i}.block_sparse_moe.experts.{x}.w2.weight",
-    },
-}
+from grpo_jax.weights.families import FAMILIES
 
 # Prefix of the decoder's tensors -> prefix of lm_head. In a vision-language model the decoder is a submodule.
 DECODER_PREFIXES = {"model.": "", "model.language_model.": "", "language_model.model.": "language_model."}
 
-# Patterns of tensors that a checkpoint may hold and the decoder does not use. {n} is the number of layers.
-SKIPPED_TENSORS = {
-    "all": (r"rotary_emb\.inv_freq$",),
-    "deepseek_v3": (r"^model\.layers\.{n}\.",),  # the multi-token prediction layer, stored after the last layer
-    "gemma3": (r"vision_tower\.", r"multi_modal_projector\."),
-}
+SKIPPED_TENSORS = (r"rotary_emb\.inv_freq$",)  # patterns of tensors that no decoder uses
 
 
 class ParameterTensors(NamedTuple):
@@ -88,11 +70,12 @@ def parameter_tensors(model_cfg: ModelConfig, prefix: str) -> dict[str, Paramete
         The parameters by path, in the order of the parameter tree.
     """
     first_layers = np.cumsum([0, *(len(stack) for stack in model_cfg.layer_stacks)])
+    tensor_names = FAMILIES[model_cfg.family].tensor_names
     parameters = {}
     for key, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(model_cfg)):
         path = path_name(key)
         row = row_for(path)
-        tensor = FAMILY_NAMES.get(model_cfg.family, {}).get(row.path, row.tensor)
+        tensor = tensor_names.get(row.path, row.tensor)
         first_layer = first_layers[int(path.split("/")[1])] if path != row.path else 0
         start = DECODER_PREFIXES[prefix] if path == "head/kernel" else prefix
         stacked_axes = leaf.ndim - len(row.inputs + row.outputs)
@@ -106,7 +89,7 @@ def parameter_tensors(model_cfg: ModelConfig, prefix: str) -> dict[str, Paramete
 
 def skipped_tensors(model_cfg: ModelConfig, prefix: str, names: Iterable[str]) -> set[str]:
     """Returns the tensor names that the model's family may ship and the decoder does not use."""
-    patterns = SKIPPED_TENSORS["all"] + SKIPPED_TENSORS.get(model_cfg.family, ())
+    patterns = SKIPPED_TENSORS + FAMILIES[model_cfg.family].skipped_tensors
     patterns = [pattern.replace("{n}", str(model_cfg.num_layers)) for pattern in patterns]
     tied_head = f"{DECODER_PREFIXES[prefix]}lm_head.weight" if model_cfg.tie_embeddings else None
     return {name for name in names if name == tied_head or any(re.search(pattern, name) for pattern in patterns)}
