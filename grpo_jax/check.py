@@ -11,7 +11,6 @@ from pathlib import Path
 from grpo_jax.config import flags
 from grpo_jax.config.workdir import read_config
 from grpo_jax.errors import UserError
-from grpo_jax.run.checkpoint import checkpoints_folder, damage_of, initial_reference_damage, saved_steps
 from grpo_jax.run.progress import announce, phase
 
 
@@ -25,6 +24,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--workdir=DIR must be given; found none. Run with --help for an example.")
     workdir = Path(options.workdir)
     read_config(workdir)  # raises a UserError unless it is the folder of a run
+
+    # Imported here so that a mistake in the flags is reported without waiting for these imports.
+    from grpo_jax.run.checkpoint import checkpoints_folder, damage_of, initial_reference_damage, saved_steps
+
     damage = {str(step): damage_of(workdir, step) for step in saved_steps(workdir)}
     reference = initial_reference_damage(workdir)
     if reference is not None:

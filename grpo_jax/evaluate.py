@@ -12,11 +12,7 @@ from grpo_jax.config import flags
 from grpo_jax.config.keys import flatten
 from grpo_jax.config.workdir import changed_files, read_config, run_digests
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.parts import accuracy_part, resolve_parts
 from grpo_jax.run.progress import announce, mute, phase
-from grpo_jax.tasks.problem_file import read_with_notes
-from grpo_jax.tasks.problem_list import ProblemList
-from grpo_jax.tasks.streams import held_out_problems, make_task
 
 
 @phase("Starting")
@@ -42,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
     from grpo_jax.parallel.compilation import keep_compiled_programs
     from grpo_jax.parallel.processes import join_processes
+    from grpo_jax.rewards.parts import accuracy_part, resolve_parts
     from grpo_jax.rollout.sampler import place_for_rollout
     from grpo_jax.run.context import EVALUATION_KEY, build_context, read_base_model
     from grpo_jax.run.evaluation import evaluate
@@ -49,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     from grpo_jax.run.policy import load_policy
     from grpo_jax.run.prompt_limit import fit_prompts
     from grpo_jax.run.stages import fold_in_all
+    from grpo_jax.tasks.problem_file import read_with_notes
+    from grpo_jax.tasks.problem_list import ProblemList
+    from grpo_jax.tasks.streams import held_out_problems, make_task
 
     keep_compiled_programs(os.environ)
     reward_parts = resolve_parts(cfg)
