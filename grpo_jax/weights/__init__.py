@@ -9,6 +9,7 @@ Modules, in reading order:
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
     tokenizer     loads tokenizers
+    portable      rewrites config files of an export for older releases of `transformers`
     reading       `load`
     writing       `save`
 """

@@ -12,33 +12,32 @@ from grpo_jax.weights.families import check_family
 from grpo_jax.weights.hf_config import model_config_from_hf
 
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
-REPEATED_FILES = ("consolidated*", "*/*")  # the same weights in other formats
+# The same weights in other formats; a folder within the model's holds nothing else that is read but chat templates.
+REPEATED_FILES = ("consolidated*", "*/*.json", "*/*.safetensors", "*/tokenizer.model", "*/merges.txt")
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")  # that a config.json may state
 
-# Files of a model folder that are copied to an export, besides config.json.
+# Patterns of the files of a model folder that are copied to an export, besides config.json.
 CARRIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
 )
 # All files that we or `transformers` read whole.
-SMALL_FILES = (
-    *CARRIED_FILES,
-    "config.json",
-    "model.safetensors.index.json",
-    "vocab.txt",
-    "additional_chat_templates/*",
-)
+SMALL_FILES = (*CARRIED_FILES, "config.json", "model.safetensors.index.json")
 
 
 def find_model(path: str | Path) -> Path:

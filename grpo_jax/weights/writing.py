@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -11,8 +12,9 @@ from safetensors.numpy import save_file
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.parallel.mesh import gather_to_host, path_name
+from grpo_jax.weights.portable import portable_config, portable_tokenizer_config
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
-from grpo_jax.weights.source import CARRIED_FILES, read_hf_config
+from grpo_jax.weights.source import CARRIED_FILES, read_hf_config, read_json_object
 from grpo_jax.weights.tensor_names import ParameterTensors, parameter_tensors
 from grpo_jax.weights.tensors import StoredTensor
 from grpo_jax.weights.tokenizer import read_gguf_tokenizer
@@ -57,19 +59,33 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
 
 
 def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> None:
-    """Writes the tokenizer, config.json (byte for byte as in the source if unchanged) and generation_config.json."""
-    if source and source.suffix == ".gguf":
+    """Writes config.json, generation_config.json and the tokenizer, so that older `transformers` read them as well.
+
+    A file that needs no change is byte for byte as in the source.
+    """
+    if source and source.is_dir():
+        for path in chain.from_iterable(source.glob(name) for name in (*CARRIED_FILES, "config.json")):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    elif source:
         read_gguf_tokenizer(source).save_pretrained(folder)
-    for name in CARRIED_FILES:
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    unchanged = source and source.is_dir() and hf_config == read_hf_config(source)
-    text = (source / "config.json").read_text(encoding="utf-8") if unchanged else json.dumps(hf_config, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", portable_config(hf_config, str(source or folder)))
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file() and (folder / "tokenizer.json").is_file():
+        write_json(tokenizer_config, portable_tokenizer_config(read_json_object(tokenizer_config)))
     if not (folder / "generation_config.json").is_file():
-        ids = {name: hf_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        text_config = hf_config.get("text_config")
+        fields = (text_config if isinstance(text_config, dict) else {}) | hf_config
+        ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         known = {name: value for name, value in ids.items() if value is not None}
-        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+        write_json(folder / "generation_config.json", known)
+
+
+def write_json(path: Path, fields: dict) -> None:
+    """Writes a JSON object, unless the file holds an equal one."""
+    if not path.is_file() or read_json_object(path) != fields:
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def tensors_from_params(
