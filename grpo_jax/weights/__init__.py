@@ -5,11 +5,13 @@ Modules, in reading order:
     families      the table of supported model families
     hf_config     translates config.json to `ModelConfig`
     tensor_names  maps parameters to the tensors of a checkpoint
-    gguf_file     reads the config and tensors of GGUF files
+    gguf_header   reads the header of GGUF files and dequantizes their tensors
+    gguf_file     reads GGUF files as Hugging Face checkpoints
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
     tokenizer     loads tokenizers
     portable      rewrites config files of an export for older releases of `transformers`
+    placing       assembles parameters on their devices
     reading       `load`
     writing       `save`
 """

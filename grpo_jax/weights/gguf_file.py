@@ -1,207 +1,16 @@
-"""Reads GGUF files, the format of llama.cpp, as Hugging Face checkpoints: the config and the tensors.
+"""Reads GGUF files, the format of llama.cpp, as Hugging Face checkpoints: the config and the tensors."""
 
-Only the header is parsed up front (its format is described in ggml's docs/gguf.md); tensors are dequantized one by one.
-The package `gguf` provides the quantization formats and llama.cpp's tensor names. Its reader is not used, because it
-needs seconds to parse the header of a file with a large vocabulary.
-"""
-
-import io
 import itertools
 import math
-import struct
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import open_regular
 from grpo_jax.model.parameters import PARAMETERS
 from grpo_jax.weights.families import FAMILIES
-
-# general.architecture -> model_type and prefix of the class names in transformers.
-GGUF_ARCHITECTURES = {
-    "llama": ("llama", "Llama"),
-    "qwen2": ("qwen2", "Qwen2"),
-    "qwen3": ("qwen3", "Qwen3"),
-    "qwen3moe": ("qwen3_moe", "Qwen3Moe"),
-    "gemma2": ("gemma2", "Gemma2"),
-    "gemma3": ("gemma3_text", "Gemma3"),
-}
-
-# The format's value types as struct codes; strings and arrays have no fixed size.
-SCALAR_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-# Of the header, so that a broken one cannot fill the memory. Gemma 3's has 262,144 tokens and 514,906 merges.
-MAX_HEADER_BYTES = 1 << 25
-MAX_ELEMENTS = 1_000_000
-MAX_TOKEN_BYTES = 4096  # of a string in an array; the conversion of tokens takes time that is quadratic in it
-
-
-class GgufTensor(NamedTuple):
-    """A tensor of a GGUF file, or one expert of it, as a Hugging Face checkpoint would hold it."""
-
-    path: Path
-    name: str  # in the file
-    quantization: Any  # a gguf.GGMLQuantizationType
-    start: int  # byte offset of the data in the file
-    byte_shape: tuple[int, ...]  # `shape` with the last dimension in bytes
-    shape: tuple[int, ...]  # in PyTorch's order: [outputs, inputs]
-    interleaved_heads: int = 0  # heads of a projection whose rotary pairs are adjacent rows in the file
-    added: float = 0.0  # constant that llama.cpp's converter added to the values
-
-    def read(self) -> np.ndarray:
-        """Reads and dequantizes the tensor.
-
-        Returns:
-            The values, float32 of `shape`.
-
-        Raises:
-            UserError: The package `gguf` cannot dequantize this quantization.
-        """
-        from gguf.quants import dequantize
-
-        if 0 in self.shape:
-            return np.zeros(self.shape, np.float32)
-        try:
-            values = dequantize(np.memmap(self.path, np.uint8, "r", self.start, self.byte_shape), self.quantization)
-        except NotImplementedError:
-            raise UserError(
-                f"{self.name} must have a quantization that the package gguf reads; found {self.quantization.name} in "
-                f"{self.path}. Use another file of the model, such as Q8_0."
-            ) from None
-        values = np.asarray(values).reshape(self.shape)
-        if self.interleaved_heads:
-            pairs = values.reshape(self.interleaved_heads, -1, 2, *self.shape[1:])
-            values = pairs.swapaxes(1, 2).reshape(self.shape)
-        return values - np.float32(self.added) if self.added else values
-
-
-class GgufHeader(NamedTuple):
-    """The header of a GGUF file: its metadata and where its tensors are."""
-
-    path: Path
-    fields: dict[str, Any]
-    tensors: dict[str, GgufTensor]  # by their names in the file
-
-    @property
-    def architecture(self) -> str:
-        """Returns llama.cpp's name of the architecture, a key of `GGUF_ARCHITECTURES`."""
-        return self.fields["general.architecture"]
-
-    def get(self, name: str, *default):
-        """Returns a metadata field of the architecture.
-
-        Args:
-            name: The field, without the architecture's prefix.
-            *default: What to return if the field is absent; without it the field must be a positive number. If it is a
-                text, so must be the field, which is a number otherwise.
-
-        Raises:
-            UserError: The field is absent or not positive and has no default, is of another type, or differs between
-                layers.
-        """
-        key = f"{self.architecture}.{name}"
-        value = self.fields.get(key, *default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        is_text = bool(default) and isinstance(default[0], str)
-        is_number = isinstance(value, int | float) and (bool(default) or value > 0)
-        if not (isinstance(value, str) if is_text else is_number or (default and value is default[0])):
-            expected = "a text" if is_text else "one number" if default else "one number above 0"
-            raise UserError(f"{key} in {self.path} must be {expected}; found {value!r:.80}. Use another model file.")
-        return value
-
-
-def unpack(file: BinaryIO, codes: str) -> tuple:
-    """Reads values with the given struct codes at the file's position."""
-    return struct.unpack(f"<{codes}", file.read(struct.calcsize(f"<{codes}")))
-
-
-def read_string(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> str:
-    """Reads a string of a GGUF header."""
-    (length,) = unpack(file, "Q")
-    if length > max_bytes:
-        raise ValueError(f"a string of {length:,} bytes")
-    return str(unpack(file, f"{length}s")[0], "utf-8")
-
-
-def read_value(file: BinaryIO, value_type: int):
-    """Reads a metadata value of the given type."""
-    if value_type == STRING:
-        return read_string(file)
-    if value_type == ARRAY:
-        value_type, count = unpack(file, "IQ")
-        if count > MAX_ELEMENTS:
-            raise ValueError(f"an array of {count:,} elements")
-        if value_type == STRING:
-            return [read_string(file, MAX_TOKEN_BYTES) for _ in range(count)]
-        return list(unpack(file, f"{count}{SCALAR_CODES[value_type]}"))
-    (value,) = unpack(file, SCALAR_CODES[value_type])
-    # The shortest decimal: 1e-5 in the model's config must be 1e-5 again, not the exact value of its float32.
-    return float(str(np.float32(value))) if SCALAR_CODES[value_type] == "f" else value
-
-
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Reads the metadata and the list of tensors of a GGUF file.
-
-    Raises:
-        UserError: The package `gguf` is not installed, the file is truncated or not in GGUF format, its architecture is
-            not supported, or it is one part of several.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f"Reading {path} requires the package gguf, which is missing. Run: pip install gguf") from None
-    try:
-        with open_regular(path) as opened:
-            file, file_size = io.BytesIO(opened.read(MAX_HEADER_BYTES)), path.stat().st_size
-        magic = file.read(4)
-        if magic != b"GGUF":
-            raise ValueError(f"it begins with {magic}")
-        version, tensor_count, field_count = unpack(file, "IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"version {version}")
-        if max(tensor_count, field_count) > MAX_ELEMENTS:
-            raise ValueError(f"{field_count:,} fields and {tensor_count:,} tensors")
-        fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
-        entries = []
-        for _ in range(tensor_count):
-            name, (dimensions,) = read_string(file), unpack(file, "I")
-            entries.append((name, unpack(file, f"{dimensions}Q")[::-1], *unpack(file, "IQ")))
-        header_size, alignment = file.tell(), fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment {alignment!r:.40}")
-        data_start = -(-header_size // alignment) * alignment
-        tensors = {}
-        for name, shape, type_id, offset in entries:
-            quantization = gguf.GGMLQuantizationType(type_id)
-            byte_shape = gguf.quant_shape_to_byte_shape(shape, quantization)
-            end = data_start + offset + math.prod(byte_shape)
-            if end > file_size:
-                raise ValueError(f"{file_size} bytes, while {name} ends at byte {end}")
-            tensors[name] = GgufTensor(path, name, quantization, data_start + offset, byte_shape, shape)
-    except (OSError, struct.error, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        found = str(error) or type(error).__name__
-        if isinstance(error, struct.error):
-            whole = "the file" if file_size <= MAX_HEADER_BYTES else f"{MAX_HEADER_BYTES:,} bytes"
-            found = f"a header that goes beyond the end of {whole}"
-        raise UserError(
-            f"{path} must be a complete GGUF file of version 2 or 3; found: {found}. Download it again."
-        ) from None
-    architecture = fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
-        raise UserError(
-            f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
-            "Choose a model of a supported architecture."
-        )
-    if fields.get("split.count", 1) not in (0, 1):
-        raise UserError(
-            f"{path} must hold the whole model; found one of {fields['split.count']} parts. "
-            "Merge them with llama-gguf-split --merge."
-        )
-    return GgufHeader(path, fields, tensors)
+from grpo_jax.weights.gguf_header import GGUF_ARCHITECTURES, GgufHeader, GgufTensor, read_gguf_header
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
@@ -315,7 +124,7 @@ def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[st
     tensor = header.tensors["rope_freqs.weight"]
     fits = tensor.shape == (head_dim // 2,) and head_dim > 1 and theta > 1
     if fits:
-        divisors = tensor.read()
+        divisors = tensor.read((slice(None),))
         scaling = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         # How often each rotary pair turns within the original context length.
         turns = 8192 / (2 * np.pi) * theta ** (-np.arange(divisors.size) * 2 / head_dim)

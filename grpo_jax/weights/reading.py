@@ -1,20 +1,21 @@
-"""Loads models: `load` reads a model folder or GGUF file, tensor by tensor, into its sharding."""
+"""Loads models: `load` reads a model folder or GGUF file, layer by layer, into its sharding."""
 
+import itertools
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import path_name
+from grpo_jax.weights.placing import Placer, ParameterTarget
 from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
 from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
@@ -89,14 +90,21 @@ def check_tied_head(source: Path, tensors: ModelTensors) -> None:
             )
 
 
-def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "float32") -> tuple[ModelConfig, dict]:
-    """Loads a model, tensor by tensor, directly into its sharding.
+def load(
+    source: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    param_dtype: str = "float32",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[ModelConfig, dict]:
+    """Loads a model, layer by layer, directly into its sharding.
 
     Args:
         source: A model folder, a GGUF file, a Hub id, `tiny` or `smollm2`; see `find_model`.
         mesh: The mesh to shard the parameters over (`grpo_jax.model.parameters`). Each process reads only the parts
             that its devices hold. Without a mesh, the parameters are placed on the first local device.
         param_dtype: The dtype of the parameters.
+        on_progress: Called with the bytes of the parameters that have been read so far and those of all.
 
     Returns:
         The model's config and its parameters.
@@ -116,63 +124,16 @@ def load(source: str | Path, *, mesh: Mesh | None = None, param_dtype: str = "fl
     device = SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: device, shapes) if mesh is None else tree_shardings(mesh, shapes)
 
-    def load_parameter(path, leaf, sharding):
-        parameter = tensors.parameters[path_name(path)]
-        return assemble_array(leaf.shape, sharding, partial(read_part, parameter, tensors.stored, leaf.dtype, source))
-
-    return model_cfg, jax.tree_util.tree_map_with_path(load_parameter, shapes, shardings)
-
-
-def read_part(
-    parameter: ParameterTensors,
-    stored: dict[str, StoredTensor],
-    dtype: np.dtype,
-    source: Path,
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """Reads the part of a parameter that `index` selects, in the given dtype.
-
-    Raises:
-        UserError: A tensor of the model, which is in `source`, holds a number that is not finite in this dtype.
-    """
-    stacked_axes = parameter.names.ndim
-    names, index = parameter.names[index[:stacked_axes]], index[stacked_axes:]
-    names = np.asarray(names, object)  # indexing an array without axes gives its only name
-    shape = tuple(len(range(*cut.indices(size))) for cut, size in zip(index, parameter.shape, strict=True))
-    slices = parameter.stored_slices(index)
-    part = np.empty((*names.shape, *shape), dtype)
-    for position in np.ndindex(*names.shape):
-        value = stored[names[position]].read(slices)
-        with np.errstate(over="ignore"):  # infinity is reported below
-            part[position] = (value.T if parameter.row.transpose else value).reshape(shape)
-        if not is_finite(part[position]):
-            raise UserError(
-                f"{names[position]} in {source} must hold finite numbers; found NaN or infinity in {dtype}. "
-                "Download the model again."
-            )
-    return part
-
-
-def is_finite(values: np.ndarray) -> bool:
-    """Returns whether all values, float32 or bfloat16, are finite."""
-    if values.dtype == np.float32:
-        return bool(np.isfinite(values).all())
-    exponent = np.uint16(0x7F80)  # all ones in NaN and infinity; `isfinite` takes seven times as long for bfloat16
-    return not np.any((values.view(np.uint16) & exponent) == exponent)
-
-
-def assemble_array(
-    shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
-) -> jax.Array:
-    """Assembles a sharded array from parts that `read` returns.
-
-    Each part is read once, however many devices hold it, and only one is in host memory at a time.
-    """
-    devices_by_part = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices_by_part.setdefault(str(index), (index, []))[1].append(device)
-    arrays = []
-    for index, devices in devices_by_part.values():
-        part = read(index)
-        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    targets = [
+        ParameterTarget(tensors.parameters[path_name(path)], shape, sharding)
+        for (path, shape), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    ]
+    placer = Placer(source, tensors.stored, sum(target.nbytes for target in targets), on_progress)
+    try:
+        # In the order of the tree, the embedding and the head come first, while there is most room for them.
+        groups = [list(group) for _, group in itertools.groupby(targets, lambda target: target.parameter.stack)]
+        placed = [array for group in groups for array in placer.assemble_stack(group)]
+    finally:
+        placer.close()
+    return model_cfg, jax.tree.unflatten(structure, placed)

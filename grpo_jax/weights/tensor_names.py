@@ -32,6 +32,16 @@ class ParameterTensors(NamedTuple):
     shape: tuple[int, ...]  # of one layer and expert: the parameter's shape without the axes of `names`
 
     @property
+    def stack(self) -> str:
+        """Returns the path of the layer stack that has the parameter, or its own path if it is outside the layers."""
+        return self.path.removesuffix(f"/{self.row.path}")
+
+    @property
+    def is_stacked(self) -> bool:
+        """Returns whether a layer stack has the parameter."""
+        return self.path != self.row.path
+
+    @property
     def merged_axes(self) -> tuple[tuple[int, ...], ...]:
         """Groups the axes of `shape` by axis of the tensor: a checkpoint merges the heads with the head dimension."""
         axes, first = tuple(range(len(self.shape))), len(self.row.inputs)

@@ -188,6 +188,6 @@ def open_gguf_tensors(path: Path, hf_config: dict) -> dict[str, StoredTensor]:
 
     dtype = np.dtype(SAFETENSORS_DTYPES["F32" if hf_config["dtype"] == "float32" else "BF16"])
     return {
-        name: StoredTensor(tuple(tensor.shape), dtype, lambda index, tensor=tensor: tensor.read()[index])
+        name: StoredTensor(tuple(tensor.shape), dtype, tensor.read)
         for name, tensor in read_gguf_tensors(path, hf_config).items()
     }

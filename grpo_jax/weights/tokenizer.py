@@ -60,7 +60,7 @@ def read_gguf_tokenizer(path: Path):
     """
     from transformers import PreTrainedTokenizerFast
 
-    from grpo_jax.weights.gguf_file import read_gguf_header  # imported here, because only GGUF files need it
+    from grpo_jax.weights.gguf_header import read_gguf_header  # imported here, because only GGUF files need it
 
     header = read_gguf_header(path)
 
