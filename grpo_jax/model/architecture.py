@@ -23,6 +23,7 @@ class RopeConfig:
     high_freq_bound: float = 1.0  # llama3: high_freq_factor; yarn: beta_fast
     truncate: bool = True  # yarn: round the ends of the interpolation ramp to whole pairs
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    query_growth: float = 0.0  # growth of the queries with log(1 + position // original_max_positions)
 
 
 @dataclasses.dataclass(frozen=True)

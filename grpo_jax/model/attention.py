@@ -30,7 +30,7 @@ from grpo_jax.model.kernels import (
 from grpo_jax.model.layers import MergedProjection, Projection, RMSNorm, make_norm
 from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
-from grpo_jax.model.rope import apply_rope, deinterleave, rope_tables
+from grpo_jax.model.rope import apply_rope, deinterleave, query_scale, rope_tables
 from grpo_jax.model.token_attention import token_attention, token_attention_supports
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
 from grpo_jax.types import Segments
@@ -40,6 +40,7 @@ class AttentionInputs(NamedTuple):
     """Rotary tables and mask of a batch, shared by all layers with the same `LayerConfig`."""
 
     cos_sin: Any  # rotary tables of the queries' positions
+    query_scale: Any  # what multiplies the rotated queries [N, L, 1, 1], or None
     queries: Segments
     keys: Segments  # those of the queries, or of the cache's columns
     window: Int[Array, ""]
@@ -103,7 +104,9 @@ def make_attention_inputs(
         mask = constrain(attention_mask(queries, keys, window), ROW_AXES)
         if kernel == "splash":
             mask = shard_map_on_mesh(make_splash_masks, (by_row,), by_row)(mask)
-    return AttentionInputs(rope_tables(layer.rope, rope_dim, queries.position), queries, keys, window, mask)
+    position = queries.position
+    rope = rope_tables(layer.rope, rope_dim, position), query_scale(layer.rope, position)
+    return AttentionInputs(*rope, queries, keys, window, mask)
 
 
 def kv_head_copies(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
@@ -162,6 +165,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
         q = apply_rope(q, inputs.cos_sin)
+        if inputs.query_scale is not None:
+            q = q * inputs.query_scale.astype(q.dtype)
         kv = KV(jnp.moveaxis(apply_rope(k, inputs.cos_sin), 1, -1), jnp.swapaxes(v, 1, 2))
         position = inputs.queries.position
         if cache is not None and token_attention_supports(c, *position.shape, cache.v.shape[2]):

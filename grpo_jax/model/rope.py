@@ -59,6 +59,14 @@ def rope_tables(
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
+def query_scale(rope: RopeConfig, positions: Int[Array, "N L"]) -> Float[Array, "N L 1 1"] | None:
+    """Returns what multiplies the rotated queries at `positions`, as in Ministral 3, or None if nothing does."""
+    if not rope.query_growth:
+        return None
+    periods = (positions // rope.original_max_positions)[..., None, None]
+    return 1 + rope.query_growth * jnp.log1p(periods.astype(jnp.float32))
+
+
 def apply_rope(x: Float[Array, "N L heads E"], tables) -> Float[Array, "N L heads E"]:
     """Rotates the pairs (x[i], x[i + E/2]), the layout of most Hugging Face checkpoints, by `rope_tables`."""
     cos, sin = tables

@@ -99,6 +99,7 @@ GEMMA2 = BIASES | {
     "embed_scale": lambda hf: math.sqrt(hf.hidden_size),
     "score_divisor": lambda hf: math.sqrt(hf.query_pre_attn_scalar),
 }
+DEEPSEEK_V3_LAYERS = {"use_experts": lambda hf, layer: layer >= hf.first_k_dense_replace}
 GEMMA3 = GEMMA2 | {"qk_norm": True}
 GEMMA_NAMES = {"mlp_norm/scale": "layers.{i}.pre_feedforward_layernorm.weight"}
 MIXTRAL_NAMES = {
@@ -113,9 +114,16 @@ DEEPSEEK_V3 = BIASES | {
     "score_divisor": latent_score_divisor,
 }
 
+# Tensors that the decoder does not use.
+VISION_TOWER = (r"vision_tower\.", r"multi_modal_projector\.")
+QWEN_VISION_TOWER = (r"^(model\.)?visual\.",)
+NEXT_TOKENS_LAYER = (r"^model\.layers\.{n}\.",)  # the multi-token prediction layer, stored after the last layer
+
 FAMILIES = {
     "llama": Family(BIASES | {"mlp_bias": flag("mlp_bias")}),
     "mistral": Family(windows="layer_types"),
+    "ministral3": Family(windows="layer_types"),
+    "mistral3": Family(windows="layer_types", text_types=("mistral", "ministral3"), skipped_tensors=VISION_TOWER),
     "mixtral": Family(
         {"experts": read_mixtral_experts},
         {"use_experts": lambda hf, layer: True},
@@ -123,7 +131,11 @@ FAMILIES = {
         tensor_names=MIXTRAL_NAMES,
     ),
     "qwen2": Family({"qkv_bias": True}, windows="layer_types"),
+    "qwen2_5_vl": Family(
+        {"qkv_bias": True}, windows="layer_types", text_types=("qwen2_5_vl_text",), skipped_tensors=QWEN_VISION_TOWER
+    ),
     "qwen3": Family(QWEN3, windows="layer_types"),
+    "qwen3_vl": Family(QWEN3, text_types=("qwen3_vl_text",), skipped_tensors=QWEN_VISION_TOWER),
     "qwen3_moe": Family(QWEN3 | {"experts": read_qwen3_experts}, {"use_experts": uses_qwen3_experts}, windows="all"),
     "gemma2": Family(
         GEMMA2
@@ -137,36 +149,91 @@ FAMILIES = {
         windows="layer_types",
         text_types=("gemma3_text",),
         tensor_names=GEMMA_NAMES,
-        skipped_tensors=(r"vision_tower\.", r"multi_modal_projector\."),
+        skipped_tensors=VISION_TOWER,
     ),
     "gemma3_text": Family(
         GEMMA3 | {"logit_softcap": number("final_logit_softcapping")},
         windows="layer_types",
         tensor_names=GEMMA_NAMES,
     ),
-    "deepseek_v3": Family(
+    "seed_oss": Family(
+        {"qkv_bias": flag("attention_bias"), "out_bias": flag("attention_out_bias"), "mlp_bias": flag("mlp_bias")}
+    ),
+    "cwm": Family(windows="layer_types"),
+    "glm4_moe_lite": Family(
         DEEPSEEK_V3,
-        {"use_experts": lambda hf, layer: layer >= hf.first_k_dense_replace},
-        skipped_tensors=(r"^model\.layers\.{n}\.",),  # the multi-token prediction layer, stored after the last layer
+        {"use_experts": lambda hf, layer: hf.mlp_layer_types[layer] == "sparse"},
+        skipped_tensors=NEXT_TOKENS_LAYER,
+    ),
+    # Kimi K2 is a DeepSeek-V3 in everything but its name, which transformers does not know.
+    "kimi_k2": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, read_as="deepseek_v3", skipped_tensors=NEXT_TOKENS_LAYER),
+    "deepseek_v3": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, skipped_tensors=NEXT_TOKENS_LAYER),
+}
+
+# What the decoders of other families have and no row covers.
+UNSUPPORTED_FEATURES = {
+    "attention sinks": ("gpt_oss",),
+    "an embedding of the tokens for each layer": ("gemma3n", "gemma3n_text"),
+    "heads of two widths": ("gemma4", "gemma4_text"),
+    "layers with linear attention": (
+        *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "kimi_linear", "minimax"),
+        "olmo_hybrid",
+    ),
+    "state-space layers": (
+        *("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h"),
+        "granitemoehybrid",
+    ),
+    "recurrent layers": ("rwkv", "recurrent_gemma", "xlstm"),
+    "convolutional layers": ("lfm2", "lfm2_moe", "lfm2_vl"),
+    "an index that selects the keys to attend to": ("deepseek_v32", "glm_moe_dsa"),
+    "experts chosen by a sigmoid outside latent attention": ("glm4_moe", "glm4v_moe", "minimax_m2"),
+    "experts chosen by group with a softmax": ("deepseek_v2",),
+    "a gate on its shared expert": ("qwen2_moe",),
+    "experts stored in one tensor": ("qwen3_vl_moe",),
+    "experts in INT4": ("kimi_k25",),
+    "attention within chunks": ("llama4", "llama4_text"),
+    "cross-attention to images": ("mllama",),
+    "layer norms instead of RMS norms": (
+        *("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "phi", "stablelm"),
+        *("starcoder2", "cohere", "cohere2", "codegen", "dbrx"),
+    ),
+    "an encoder": (
+        *("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "albert", "electra", "deberta", "deberta-v2"),
+        *("modernbert", "t5", "mt5", "umt5", "t5gemma", "bart", "mbart", "pegasus", "whisper", "clip", "siglip", "vit"),
     ),
 }
 
 
-def check_family(hf_config: dict, where: str) -> None:
+def check_family(hf_config: dict, where: str) -> str:
     """Checks that a config.json is of a supported family.
 
     Args:
         hf_config: The contents of config.json.
         where: The model folder or GGUF file, for error messages.
 
+    Returns:
+        The family, which is `model_type` unless that of the text is stated for a vision-language model.
+
     Raises:
-        UserError: It is not; the message lists the supported families and names the nearest.
+        UserError: It is not; the message lists the supported families, and names the nearest or what the decoder lacks.
     """
-    family = hf_config.get("model_type")
-    if isinstance(family, str) and family in FAMILIES:
-        return
-    nearest = difflib.get_close_matches(str(family)[:80], FAMILIES, n=1)
-    raise UserError(
-        f"model_type in {where} must be one of {', '.join(FAMILIES)}; found {family!r:.80}. "
-        f"Choose a model of a supported family{f', such as {nearest[0]}' if nearest else ''}."
-    )
+    name, text_config = hf_config.get("model_type"), hf_config.get("text_config")
+    if not isinstance(name, str) or name not in FAMILIES:
+        missing = next((feature for feature, names in UNSUPPORTED_FEATURES.items() if name in names), "")
+        nearest = difflib.get_close_matches(str(name)[:80], FAMILIES, n=1)
+        raise UserError(
+            f"model_type in {where} must be one of {', '.join(FAMILIES)}; found {name!r:.80}"
+            f"{f', which has {missing}' if missing else ''}. "
+            f"Choose a model of a supported family{f', such as {nearest[0]}' if nearest else ''}."
+        )
+    if not isinstance(text_config, dict):
+        return name
+    if not FAMILIES[name].text_types:
+        return next((family for family, row in FAMILIES.items() if name in row.text_types), name)
+    text_type = text_config.get("model_type", FAMILIES[name].text_types[0])
+    if text_type not in (*FAMILIES[name].text_types, name):  # early versions of Qwen2.5-VL repeat the model's
+        raise UserError(
+            f"model_type of text_config in {where} must be one of {', '.join(FAMILIES[name].text_types)} in a model of "
+            f"{name}; found {text_type!r:.80}. Choose another model."
+        )
+    return name

@@ -45,9 +45,10 @@ def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
     Raises:
         UserError: The family is not supported, or a field is missing or has a value that the decoder does not support.
     """
-    hf = normalize_hf_config(hf_config, where)
+    name = check_family(hf_config, where)
+    hf = normalize_hf_config(hf_config, name, where)
     try:
-        model_cfg = translate_hf_config(hf, hf_config["model_type"], where, **fields)
+        model_cfg = translate_hf_config(hf, name, where, tie_embeddings=ties_embeddings(hf_config, name, hf), **fields)
         check_architecture(model_cfg, where)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
@@ -57,22 +58,20 @@ def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
     return model_cfg
 
 
-def normalize_hf_config(hf_config: dict, where: str):
+def normalize_hf_config(hf_config: dict, name: str, where: str):
     """Reads a config.json with the config class of `transformers`, which fills in every field.
 
     Args:
         hf_config: The contents of config.json.
+        name: The family.
         where: The model folder or GGUF file, for error messages.
 
     Returns:
         The `transformers` config of the decoder (the text config of a vision-language model).
 
     Raises:
-        UserError: The family is not supported, a size is out of bounds, or `transformers` refuses a field.
+        UserError: A size is out of bounds, or `transformers` refuses a field.
     """
-    check_family(hf_config, where)
-    name = hf_config["model_type"]
-    family = FAMILIES[name]
     for section in (hf_config, hf_config.get("text_config")):
         for field, most in MAX_FIELD_VALUES.items():
             value = section.get(field) if isinstance(section, dict) else None
@@ -80,15 +79,27 @@ def normalize_hf_config(hf_config: dict, where: str):
                 raise UserError(f"{field} in {where} must be at most {most}; found {value}. Download the model again.")
     from transformers import CONFIG_MAPPING
 
+    read_as = FAMILIES[name].read_as or name
     try:
-        hf = CONFIG_MAPPING[family.read_as or name].from_dict(hf_config)
-        return hf.get_text_config() if family.text_types else hf
+        hf = CONFIG_MAPPING[read_as].from_dict(hf_config | {"model_type": read_as})
+        return hf.get_text_config() if FAMILIES[name].text_types else hf
     except Exception as error:  # the validation in transformers raises many kinds
         message = " ".join(str(error).split())[:300]
         raise UserError(
             f"The config of {where} must be one that transformers reads as {name}; found: {message}. "
             "Download the model again."
         ) from None
+
+
+def ties_embeddings(hf_config: dict, name: str, hf) -> bool:
+    """Tells whether the head is the embedding table.
+
+    Versions of `transformers` disagree on the level of a vision-language model's config that says so, and each writes
+    false at the other level, so true at either counts.
+    """
+    sections = (hf_config, hf_config.get("text_config")) if FAMILIES[name].text_types else (hf_config,)
+    stated = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in (section or ())]
+    return any(stated) if stated else bool(getattr(hf, "tie_word_embeddings", False))
 
 
 def translate_hf_config(hf, name: str, where: str, **fields) -> ModelConfig:
@@ -117,17 +128,17 @@ def translate_hf_config(hf, name: str, where: str, **fields) -> ModelConfig:
             raise UserError(
                 f"{field} in {where} must be an integer of at least 1; found {get(field)!r}. Download the model again."
             )
+    layers = read_layer_configs(hf, family, where)
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
-        layers=read_layer_configs(hf, family, where),
+        layers=layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=1 if "latent" in values else hf.num_key_value_heads,
         head_dim=get("head_dim") or hf.hidden_size // hf.num_attention_heads,
-        max_positions=hf.max_position_embeddings,
+        max_positions=max(hf.max_position_embeddings, *(stretched_positions(layer.rope) for layer in layers)),
         norm_eps=float(hf.rms_norm_eps),
-        tie_embeddings=bool(get("tie_word_embeddings")),
         family=name,
         **values,
         **fields,
@@ -163,8 +174,9 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
     check(all(0 <= token < rows for token in ids), "eos_token_id must be less than vocab_size", ids)
     for rope in {layer.rope for layer in model_cfg.layers}:
         check(rope.theta > 1 and rope.factor > 0, "rope_theta must exceed 1 and the rope factor must exceed 0", rope)
-        if rope.scaling in ("llama3", "yarn"):
-            ordered = rope.high_freq_bound > rope.low_freq_bound > 0
+        if rope.scaling in ("llama3", "yarn") or rope.query_growth:
+            low, high = rope.low_freq_bound, rope.high_freq_bound
+            ordered = 0 < low <= high and (low < high or rope.scaling != "llama3")  # equal in Kimi K2, which has YaRN
             requirement = "The original length and the frequency bounds of a scaled rope must be positive and ordered"
             check(ordered and rope.original_max_positions > 0, requirement, rope)
     if latent:
@@ -193,10 +205,11 @@ def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeCon
             f"rope_type in {where} must be one of {', '.join(ROPE_SCALINGS)} and cover whole heads; "
             f"found {rope_parameters}. Choose another model."
         )
-    rope = RopeConfig(theta=float(rope_parameters["rope_theta"]))
-    if scaling == "default":
-        return rope
-    names = {"factor": "factor", "original_max_positions": "original_max_position_embeddings"}
+    names = {"query_growth": "llama_4_scaling_beta"}
+    if scaling != "default" or rope_parameters.get("llama_4_scaling_beta"):
+        names |= {"original_max_positions": "original_max_position_embeddings"}
+    if scaling != "default":
+        names |= {"factor": "factor"}
     if scaling == "llama3":
         names |= {"low_freq_bound": "low_freq_factor", "high_freq_bound": "high_freq_factor"}
     values = {ours: rope_parameters.get(theirs) for ours, theirs in names.items()}
@@ -210,7 +223,15 @@ def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeCon
             "attention_factor": yarn_rope_factor(rope_parameters, factor),
         }
     given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(rope, scaling=scaling, **given)
+    return RopeConfig(theta=float(rope_parameters["rope_theta"]), scaling=scaling, **given)
+
+
+def stretched_positions(rope: RopeConfig) -> int:
+    """Returns the positions that YaRN stretches the original context to; 0 without YaRN.
+
+    Switching YaRN on, as the pages of Qwen's models describe, leaves max_position_embeddings as it was.
+    """
+    return int(rope.factor * rope.original_max_positions) if rope.scaling == "yarn" else 0
 
 
 def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:

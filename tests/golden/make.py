@@ -54,6 +54,17 @@ GEMMA3 = dict(
         "full_attention": LINEAR_ROPE,
     },
 )
+TEXT = SMALL | dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+QWEN_VISION = dict(
+    depth=1, hidden_size=8, intermediate_size=8, num_heads=2, patch_size=2, spatial_merge_size=1, out_hidden_size=32
+)
+QWEN_TOKENS = dict(image_token_id=92, video_token_id=93, vision_start_token_id=94, vision_end_token_id=95)
 DEEPSEEK = dict(
     vocab_size=96,
     hidden_size=32,
@@ -262,6 +273,137 @@ CASES = {
             rope_parameters=SHORT_ROPE,
         ),
     ),
+    "ministral3": (
+        "Ministral3",
+        TEXT
+        | dict(
+            num_hidden_layers=2,
+            head_dim=12,
+            sliding_window=7,
+            # The queries grow with their position at 8, 16 and so on.
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 0.5,
+                "beta_slow": 0.05,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            },
+        ),
+    ),
+    "mistral3": (
+        "Mistral3",
+        dict(
+            text_config=TEXT
+            | dict(
+                model_type="mistral", num_hidden_layers=2, head_dim=10, sliding_window=6, rope_parameters=SHORT_ROPE
+            ),
+            vision_config=dict(
+                model_type="pixtral",
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                head_dim=4,
+                image_size=4,
+                patch_size=2,
+            ),
+            image_token_index=95,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        dict(
+            text_config=TEXT
+            | dict(
+                num_hidden_layers=3,
+                use_sliding_window=True,
+                sliding_window=6,
+                max_window_layers=1,
+                rope_parameters=SHORT_ROPE | {"mrope_section": [1, 1, 2]},
+            ),
+            vision_config=QWEN_VISION | dict(fullatt_block_indexes=[0], window_size=4),
+            tie_word_embeddings=True,
+        )
+        | QWEN_TOKENS,
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        dict(
+            text_config=TEXT
+            | dict(
+                num_hidden_layers=2,
+                head_dim=12,
+                rope_parameters=SHORT_ROPE | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
+            ),
+            vision_config=QWEN_VISION | dict(deepstack_visual_indexes=[0], num_position_embeddings=4),
+            tie_word_embeddings=False,
+        )
+        | QWEN_TOKENS,
+    ),
+    "seed_oss": (
+        "SeedOss",
+        TEXT
+        | dict(
+            num_hidden_layers=2,
+            head_dim=12,
+            attention_bias=True,
+            attention_out_bias=False,
+            rope_parameters=SHORT_ROPE,
+        ),
+    ),
+    "cwm": (
+        "Cwm",
+        TEXT
+        | dict(
+            num_hidden_layers=5,
+            head_dim=12,
+            sliding_window=5,
+            bos_token_id=1,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        DEEPSEEK
+        | dict(
+            num_hidden_layers=3,
+            q_lora_rank=12,
+            num_experts_per_tok=3,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=1.8,
+            mlp_layer_types=["dense", "sparse", "dense"],
+            rope_parameters=SHORT_ROPE,
+        ),
+    ),
+    "kimi_k2": (
+        "DeepseekV3",
+        DEEPSEEK
+        | dict(
+            num_hidden_layers=2,
+            q_lora_rank=12,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.8,
+            rope_parameters=YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale_all_dim": 1.0},
+        ),
+    ),
     "deepseek_v3": (
         "DeepseekV3",
         DEEPSEEK
@@ -320,11 +462,16 @@ def build_model(case: str, seed: int):
 
 
 def save_model(case: str, model, folder: Path) -> None:
-    """Saves a model; the config of `llama_bias` is written as before version 5 of `transformers`."""
+    """Saves a model; the config of `llama_bias` is written as before version 5 of `transformers`.
+
+    `transformers` does not know the name of `kimi_k2`.
+    """
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE.get(case, "1GB"))
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    if case == "kimi_k2":
+        path.write_text(json.dumps(raw | {"model_type": case}, indent=2, sort_keys=True) + "\n")
     if case == "llama_bias":
-        path = folder / "config.json"
-        raw = json.loads(path.read_text())
         rope = raw.pop("rope_parameters")
         raw |= {
             "rope_theta": rope["rope_theta"],
@@ -337,9 +484,13 @@ def save_model(case: str, model, folder: Path) -> None:
 def load_model(case: str, folder: Path):
     """Loads a saved model in float32, with the attention that `transformers` defines in Python."""
     auto = transformers.AutoModelForCausalLM
-    if case == "gemma3_vision":
+    if "text_config" in CASES[case][1]:
         auto = transformers.AutoModelForImageTextToText
-    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {}
+    if case == "kimi_k2":  # a DeepSeek-V3 of a name that `transformers` does not know
+        raw = json.loads((folder / "config.json").read_text())
+        options["config"] = transformers.DeepseekV3Config.from_dict(raw | {"model_type": "deepseek_v3"})
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options).eval()
 
 
 def compute_logits(model, tokens, **inputs):
