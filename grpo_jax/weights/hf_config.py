@@ -3,6 +3,7 @@
 The config classes of `transformers`, which do not need PyTorch, fill in defaults and read older forms of config.json.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -46,7 +47,7 @@ def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
         UserError: The family is not supported, or a field is missing or has a value that the decoder does not support.
     """
     name = check_family(hf_config, where)
-    hf = normalize_hf_config(hf_config, name, where)
+    hf = normalize_hf_config(hf_config, where)
     try:
         model_cfg = translate_hf_config(hf, name, where, tie_embeddings=ties_embeddings(hf_config, name, hf), **fields)
         check_architecture(model_cfg, where)
@@ -58,20 +59,20 @@ def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
     return model_cfg
 
 
-def normalize_hf_config(hf_config: dict, name: str, where: str):
+def normalize_hf_config(hf_config: dict, where: str):
     """Reads a config.json with the config class of `transformers`, which fills in every field.
 
     Args:
         hf_config: The contents of config.json.
-        name: The family.
         where: The model folder or GGUF file, for error messages.
 
     Returns:
         The `transformers` config of the decoder (the text config of a vision-language model).
 
     Raises:
-        UserError: A size is out of bounds, or `transformers` refuses a field.
+        UserError: The family is not supported, a size is out of bounds, or `transformers` refuses a field.
     """
+    name = check_family(hf_config, where)
     for section in (hf_config, hf_config.get("text_config")):
         for field, most in MAX_FIELD_VALUES.items():
             value = section.get(field) if isinstance(section, dict) else None
@@ -81,7 +82,8 @@ def normalize_hf_config(hf_config: dict, name: str, where: str):
 
     read_as = FAMILIES[name].read_as or name
     try:
-        hf = CONFIG_MAPPING[read_as].from_dict(hf_config | {"model_type": read_as})
+        # A copy, because transformers adds to nested dicts.
+        hf = CONFIG_MAPPING[read_as].from_dict(copy.deepcopy(hf_config) | {"model_type": read_as})
         return hf.get_text_config() if FAMILIES[name].text_types else hf
     except Exception as error:  # the validation in transformers raises many kinds
         message = " ".join(str(error).split())[:300]

@@ -4,10 +4,9 @@ Releases before 5 ignore the spellings of release 5 in silence, and no release f
 because exports never hold code.
 """
 
-import copy
 from typing import Any
 
-from grpo_jax.weights.families import FAMILIES
+from grpo_jax.weights.families import FAMILIES, check_family
 from grpo_jax.weights.hf_config import normalize_hf_config
 
 # Families whose config class in transformers 4 refuses the key rope_type.
@@ -33,12 +32,13 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: `transformers` cannot read the config.
     """
     portable = without_code(hf_config)
-    portable["model_type"] = FAMILIES[hf_config["model_type"]].read_as or hf_config["model_type"]
+    family = check_family(hf_config, where)
+    portable["model_type"] = FAMILIES[family].read_as or family
     nested = isinstance(portable.get("text_config"), dict) and "rope_parameters" in portable["text_config"]
     section = dict(portable["text_config"]) if nested else portable
     if not section.get("rope_parameters"):
         return portable
-    hf = normalize_hf_config(copy.deepcopy(hf_config), where)  # transformers adds to nested dicts
+    hf = normalize_hf_config(hf_config, where)
     older = older_rope_fields(hf.rope_parameters, OLDER_TYPE_KEYS.get(hf.model_type, "rope_type"))
     if any(name not in section or section[name] != value for name, value in older.items()):
         section |= {"rope_parameters": hf.rope_parameters} | older
