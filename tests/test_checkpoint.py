@@ -16,6 +16,7 @@ import tensorstore as ts
 
 import grpo_jax.run.arrays
 import grpo_jax.run.checkpoint
+import grpo_jax.run.context
 import grpo_jax.run.saving
 import grpo_jax.run.state
 from grpo_jax import check as check_command
@@ -92,7 +93,7 @@ def made(tmp_path_factory):
     cfg, params = check(raw), tiny.params()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_jax.run.state, "param_shapes", cache(param_shapes))  # slow, and the same for each resume
-        patch.setattr(grpo_jax.run.state, "load", lambda *args, **kwargs: (tiny.CONFIG, scaled(params, 1)))
+        patch.setattr(grpo_jax.run.context, "load", lambda *args, **kwargs: (tiny.CONFIG, scaled(params, 1)))
         context = SimpleNamespace(mesh=make_mesh(**MESH), model_cfg=tiny.CONFIG, source=None)
         saved = Saved(tmp_path_factory.mktemp("made") / "run", cfg, context, {})
         write_config(saved.workdir, cfg)
@@ -298,7 +299,7 @@ def test_a_checkpoint_without_its_reference_is_not_sound(saved, monkeypatch):
     assert resume(saved) == 2
     shutil.rmtree(folder / "reference")
     other = scaled(tiny.params(), 2)
-    monkeypatch.setattr(grpo_jax.run.state, "load", lambda *args, **kwargs: (tiny.CONFIG, other))
+    monkeypatch.setattr(grpo_jax.run.context, "load", lambda *args, **kwargs: (tiny.CONFIG, other))
     with pytest.raises(UserError, match=r"none in .* no sound copy, and model.path has other weights"):
         resume(saved)
 

@@ -62,6 +62,10 @@ def test_a_line_is_printed_when_nothing_has_been_printed_for_a_while(clock, caps
             progress.set_detail("24 of 128 sequences")
             clock.now += QUIET_SECONDS / 2
             assert lines() == "step 3/20  Sampling: 24 of 128 sequences, 4 s\n"
+            progress.set_bytes(1_234_000_000, 3_100_000_000)
+            assert progress.current_phase() == "step 3/20  Sampling: 1.2 of 3.1 GB, 4 s"
+            progress.set_bytes(1_234_000, 310_000_000)
+            assert progress.current_phase() == "step 3/20  Sampling: 1 of 310 MB, 4 s"
             clock.now += QUIET_SECONDS - 0.5
             progress.announce("a line")
             assert capsys.readouterr().out == "a line\n"

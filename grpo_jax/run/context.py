@@ -22,10 +22,10 @@ from grpo_jax.rewards.parts import RewardPart
 from grpo_jax.rewards.pool import Grader
 from grpo_jax.rollout.memory import RolloutPlan, bytes_per_device, device_memory_bytes, plan_rollout, training_room
 from grpo_jax.rollout.sampler import QueueRoom
-from grpo_jax.run.progress import announce, phase
+from grpo_jax.run.progress import announce, phase, set_bytes
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids
 from grpo_jax.text.stops import build_stop_table
-from grpo_jax.weights.reading import open_model_tensors
+from grpo_jax.weights.reading import load, open_model_tensors
 from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 
@@ -169,3 +169,9 @@ def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bo
         reference = param_shapes(model_cfg, cfg.model.reference_dtype)
         total += bytes_per_device(reference, tree_shardings(mesh, reference))
     return total
+
+
+def load_base_model(cfg: Config, context: RunContext) -> dict:
+    """Returns the parameters of the model that a run starts from, on the mesh of its updates."""
+    _, params = load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype, on_progress=set_bytes)
+    return params

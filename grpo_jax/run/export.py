@@ -11,7 +11,7 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.run.policy import choose_step, restore_policy
-from grpo_jax.run.progress import phase
+from grpo_jax.run.progress import phase, set_bytes
 from grpo_jax.weights.reading import load, open_model_tensors
 from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.writing import save
@@ -53,7 +53,8 @@ def export_policy(cfg: Config, workdir: Path, out: Path, *, step: int | None = N
     mesh = make_mesh(fsdp=-1)
     with jax.set_mesh(mesh):
         if base:
-            step, params = 0, load(source, mesh=mesh)[1]
+            with phase("Loading the weights"):
+                step, params = 0, load(source, mesh=mesh, on_progress=set_bytes)[1]
         else:
             shapes = param_shapes(model_cfg, cfg.model.param_dtype)
             step, params = restore_policy(workdir, shapes, tree_shardings(mesh, shapes), step)

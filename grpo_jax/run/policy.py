@@ -11,9 +11,8 @@ from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run.arrays import Damaged, restore_arrays
 from grpo_jax.run.checkpoint import checkpoints_folder, read_meta, saved_steps
-from grpo_jax.run.context import RunContext
+from grpo_jax.run.context import RunContext, load_base_model
 from grpo_jax.run.progress import phase
-from grpo_jax.weights.reading import load
 
 
 def choose_step(workdir: Path, step: int | None = None) -> int:
@@ -89,6 +88,6 @@ def load_policy(
         UserError: The run has no checkpoint yet, or none of that step, or it is damaged.
     """
     if base:
-        return 0, load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)[1]
+        return 0, load_base_model(cfg, context)
     shapes = param_shapes(context.model_cfg, cfg.model.param_dtype)
     return restore_policy(workdir, shapes, tree_shardings(context.mesh, shapes), step)

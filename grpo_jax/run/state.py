@@ -13,11 +13,10 @@ from grpo_jax.learn.optimizer import init_train_state, make_optimizer, train_sta
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.run import checkpoint
-from grpo_jax.run.context import RunContext
+from grpo_jax.run.context import RunContext, load_base_model
 from grpo_jax.run.progress import phase
 from grpo_jax.run.saving import CheckpointStore
 from grpo_jax.types import Experience, TrainState
-from grpo_jax.weights.reading import load
 
 
 class UpdateInFlight(NamedTuple):
@@ -80,7 +79,7 @@ def start_or_resume(cfg: Config, context: RunContext, workdir: Path) -> tuple[Ru
     if run:
         return run
     optimizer = make_optimizer(cfg.optim)
-    _, params = load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype)
+    params = load_base_model(cfg, context)
     reference = as_reference(cfg, params) if cfg.loss.kl_coef else None
     run = RunState(0, init_train_state(context.mesh, params, optimizer), reference, None, {}, 0, "")
     return run, jax.random.key(cfg.seed)
@@ -106,7 +105,7 @@ def resume(cfg: Config, context: RunContext, workdir: Path, step: int) -> tuple[
         shapes = param_shapes(context.model_cfg, cfg.model.reference_dtype)
 
         def load_base():
-            return as_reference(cfg, load(context.source, mesh=mesh, param_dtype=cfg.model.param_dtype)[1])
+            return as_reference(cfg, load_base_model(cfg, context))
 
         digests, shardings = meta["digests"]["reference"], tree_shardings(mesh, shapes)
         is_replaced = is_reference_replaced(cfg, step)

@@ -15,7 +15,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import path_name
-from grpo_jax.weights.placing import Placer, ParameterTarget
+from grpo_jax.weights.placing import ParameterTarget, Placer
 from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
 from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
