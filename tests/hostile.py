@@ -149,7 +149,7 @@ MODELS: dict[str, Case] = {
     "config nested in lists": (folder_with("config.json", written(DEEP_LISTS)), "more than 100 levels"),
     "config nested in objects": (folder_with("config.json", written(DEEP_DICTS)), "more than 100 levels"),
     "config cut": (folder_with("config.json", written('{"model_type": "lla')), "Unterminated string"),
-    "config empty": (folder_with("config.json", written("")), "Expecting value"),
+    "config empty": (folder_with("config.json", written("")), "found an empty file"),
     "config a list": (folder_with("config.json", written("[1]")), "must hold a JSON object"),
     "config not UTF-8": (folder_with("config.json", written(b'{"a": "\xff"}')), "'utf-8' codec"),
     "config of zeros": (folder_with("config.json", sparse), "at most 67,108,864 bytes"),
@@ -158,7 +158,7 @@ MODELS: dict[str, Case] = {
     "config is /dev/zero": (folder_with("config.json", lambda path: link(path, "/dev/zero")), "link to /dev/zero"),
     "config is a pipe": (folder_with("config.json", fifo), "must be a regular file"),
     "config is elsewhere": (folder_with("config.json", lambda path: link(path, "/etc/passwd")), "link to /etc/passwd"),
-    "config links to itself": (folder_with("config.json", lambda path: link(path, "config.json")), "No config.json"),
+    "config links to itself": (folder_with("config.json", lambda path: link(path, "config.json")), "a regular file"),
     "many layers": (config_with(num_hidden_layers=10**9), "num_hidden_layers .* at most 1024"),
     "large vocabulary": (config_with(vocab_size=2**40), r"less than 2\*\*31"),
     "wide layers": (config_with(hidden_size=10**300), r"less than 2\*\*31"),
@@ -191,7 +191,7 @@ MODELS: dict[str, Case] = {
     "added tokens are endless": (folder_with("added_tokens.json", lambda path: link(path, "/dev/zero")), "link to"),
     "chat template elsewhere": (folder_with("chat_template.jinja", lambda path: link(path, "/etc/passwd")), "link to"),
     # The weights
-    "weights empty": (folder_with("model.safetensors", written("")), "complete safetensors file"),
+    "weights empty": (folder_with("model.safetensors", written("")), "found an empty file"),
     "header of 2**63 bytes": (folder_with("model.safetensors", written(struct.pack("<Q", 2**63))), "header of 9,223"),
     "header of 1 TB": (folder_with("model.safetensors", lambda p: sparse(p, struct.pack("<Q", 1 << 39))), "header of"),
     "header of zeros": (folder_with("model.safetensors", lambda p: sparse(p, struct.pack("<Q", 1 << 26))), "Expecting"),
@@ -258,7 +258,7 @@ TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tok
 ARRAY_OF = string(b"a") + struct.pack("<I", 9)
 
 GGUFS: dict[str, Case] = {
-    "empty": (named("model.gguf", written("")), "it begins with b''"),
+    "empty": (named("model.gguf", written("")), "found an empty file"),
     "magic alone": (named("model.gguf", written("GGUF")), "beyond the end of the file"),
     "zeros": (named("model.gguf", sparse), "it begins with b'.x00"),
     "is /dev/zero": (lambda folder: link(folder / "m.gguf", "/dev/zero") or folder, "link to /dev/zero"),

@@ -214,13 +214,15 @@ def test_a_missing_shard_and_a_broken_index_are_refused(tmp_path):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_folder_without_config_or_weights_is_refused(folder, missing):
     (folder / missing).unlink()
-    with pytest.raises(UserError, match="No .*safetensors found" if "model" in missing else "No config.json found"):
+    with pytest.raises(UserError, match=f"found no {'.*safetensors' if 'model' in missing else missing}"):
         find_model(folder)
 
 
 def test_an_adapter_without_its_model_is_refused(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
-    with pytest.raises(UserError, match=r"must hold a whole model; found an adapter"):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"a whole model; found an adapter of owner/base, .*merge_and_unload"):
         find_model(folder)
 
 
@@ -333,7 +335,7 @@ def test_a_config_class_in_the_folder_is_not_run(hostile_folder):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "rope_type.*llama3, yarn"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "whole heads"),
         ({"hidden_size": None}, "hidden size .4096"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*fp8.*gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*fp8.*GPTQ .4 bits"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "quantization_config.*128"),
         ({"vocab_size": "96"}, "vocab_size.*int"),
         ({"vocab_size": 0}, "vocab_size.*at least 1"),

@@ -5,8 +5,12 @@ Modules, in reading order:
     families      the table of supported model families
     hf_config     translates config.json to `ModelConfig`
     tensor_names  maps parameters to the tensors of a checkpoint
+    model_files   checks the files of a model folder, and explains other folders
     gguf_header   reads the header of GGUF files and dequantizes their tensors
     gguf_file     reads GGUF files as Hugging Face checkpoints
+    quantization  recognizes quantized checkpoints
+    mismatches    explains tensors that do not belong to a decoder
+    hub           downloads models from the Hugging Face Hub
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
     tokenizer     loads tokenizers

@@ -15,6 +15,7 @@ import numpy as np
 
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import open_regular
+from grpo_jax.weights.model_files import refuse_gguf_part
 
 # general.architecture -> model_type and prefix of the class names in transformers.
 GGUF_ARCHITECTURES = {
@@ -192,6 +193,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if max(tensor_count, field_count) > MAX_ELEMENTS:
             raise ValueError(f"{field_count:,} fields and {tensor_count:,} tensors")
         fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
+        if fields.get("split.count", 1) not in (0, 1):
+            refuse_gguf_part(path, fields["split.count"])
         entries = []
         for _ in range(tensor_count):
             name, (dimensions,) = read_string(file), unpack(file, "I")
@@ -221,10 +224,5 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise UserError(
             f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
             "Choose a model of a supported architecture."
-        )
-    if fields.get("split.count", 1) not in (0, 1):
-        raise UserError(
-            f"{path} must hold the whole model; found one of {fields['split.count']} parts. "
-            "Merge them with llama-gguf-split --merge."
         )
     return GgufHeader(path, fields, tensors)

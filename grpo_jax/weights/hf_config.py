@@ -83,7 +83,7 @@ def normalize_hf_config(hf_config: dict, where: str):
     read_as = FAMILIES[name].read_as or name
     try:
         # A copy, because transformers adds to nested dicts.
-        hf = CONFIG_MAPPING[read_as].from_dict(copy.deepcopy(hf_config) | {"model_type": read_as})
+        hf = CONFIG_MAPPING[read_as].from_dict(without_dtypes(copy.deepcopy(hf_config)) | {"model_type": read_as})
         return hf.get_text_config() if FAMILIES[name].text_types else hf
     except Exception as error:  # the validation in transformers raises many kinds
         message = " ".join(str(error).split())[:300]
@@ -102,6 +102,15 @@ def ties_embeddings(hf_config: dict, name: str, hf) -> bool:
     sections = (hf_config, hf_config.get("text_config")) if FAMILIES[name].text_types else (hf_config,)
     stated = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in (section or ())]
     return any(stated) if stated else bool(getattr(hf, "tie_word_embeddings", False))
+
+
+def without_dtypes(hf_config: dict) -> dict:
+    """Returns a config without its dtypes, some of which `transformers` refuses, and which a ModelConfig has itself."""
+    return {
+        key: without_dtypes(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in hf_config.items()
+        if key not in ("dtype", "torch_dtype")
+    }
 
 
 def translate_hf_config(hf, name: str, where: str, **fields) -> ModelConfig:

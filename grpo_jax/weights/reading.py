@@ -15,8 +15,10 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import path_name
+from grpo_jax.weights.mismatches import check_tensor_names
 from grpo_jax.weights.placing import ParameterTarget, Placer
-from grpo_jax.weights.source import find_model, fp8_block_shape, read_hf_config, read_model_config
+from grpo_jax.weights.quantization import UNQUANTIZED, fp8_block_shape
+from grpo_jax.weights.source import find_model, read_hf_config, read_model_config
 from grpo_jax.weights.tensor_names import DECODER_PREFIXES, ParameterTensors, parameter_tensors, skipped_tensors
 from grpo_jax.weights.tensors import StoredTensor, open_gguf_tensors, open_safetensors_folder
 
@@ -39,7 +41,7 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
             config.
     """
     hf_config = read_hf_config(source)
-    if source.suffix == ".gguf":
+    if source.is_file():
         tensors = open_gguf_tensors(source, hf_config)
     else:
         tensors = open_safetensors_folder(source, fp8_block_shape(hf_config, source))
@@ -54,12 +56,7 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
     expected = {name: parameter for parameter in parameters.values() for name in parameter.names.flat}
     others = tensors.keys() - expected.keys()
     skipped = skipped_tensors(model_cfg, prefix, others)
-    for problem, names in (("missing", expected.keys() - tensors.keys()), ("unknown", others - skipped)):
-        if names:
-            raise UserError(
-                f"The config of {source} describes {len(expected)} tensors; found {len(names)} {problem}, such as "
-                f"{min(names)}. Download the model again."
-            )
+    check_tensor_names(source, expected, expected.keys() - tensors.keys(), others - skipped)
     for name, parameter in expected.items():
         if tensors[name].shape != parameter.stored_shape:
             raise UserError(
@@ -67,7 +64,7 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
                 f"found {tensors[name].shape}. Download the model again."
             )
         if tensors[name].dtype.kind in "iub":
-            raise UserError(f"{name} in {source} must be float; found {tensors[name].dtype}. Use an unquantized model.")
+            raise UserError(f"{name} in {source} must be float; found {tensors[name].dtype}. {UNQUANTIZED}")
     stored = {name: tensors[name] for name in expected}
     return ModelTensors(parameters, stored, {name: tensors[name] for name in skipped})
 

@@ -1,21 +1,46 @@
 """Finds models and reads their configs: model folders, GGUF files, the Hugging Face Hub and packaged models."""
 
 import os
-import re
 from itertools import chain
 from pathlib import Path
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import MAX_BYTES, name_problem, read_json_file
+from grpo_jax.foreign import name_problem, open_regular
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.families import check_family
 from grpo_jax.weights.hf_config import model_config_from_hf
+from grpo_jax.weights.hub import download_from_hub, read_hub_id
+from grpo_jax.weights.model_files import (
+    GGUF_PART,
+    SHARD_INDEX,
+    USABLE_PATHS,
+    check_content,
+    check_is_model,
+    check_model_files,
+    check_shard_index,
+    choose_gguf,
+    list_names,
+    read_json_object,
+    refuse_adapter,
+    refuse_folder_above,
+    refuse_gguf_part,
+    refuse_other_weights,
+    refuse_run,
+    safetensors_names,
+)
+from grpo_jax.weights.quantization import fp8_block_shape
 
-DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")  # no code, no pickles
-# The same weights in other formats; a folder within the model's holds nothing else that is read but chat templates.
-REPEATED_FILES = ("consolidated*", "*/*.json", "*/*.safetensors", "*/tokenizer.model", "*/merges.txt")
-
-DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")  # that a config.json may state
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")  # that a config.json may state
+# Other names of them. "auto" leaves the choice to the tensors, like no dtype at all.
+DTYPE_NAMES = {
+    "auto": "float32",
+    "float": "float32",
+    "fp32": "float32",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "double": "float64",
+}
 
 # Patterns of the files of a model folder that are copied to an export, besides config.json.
 CARRIED_FILES = (
@@ -37,11 +62,13 @@ CARRIED_FILES = (
     "processor_config.json",
 )
 # All files that we or `transformers` read whole.
-SMALL_FILES = (*CARRIED_FILES, "config.json", "model.safetensors.index.json")
+SMALL_FILES = (*CARRIED_FILES, "config.json", SHARD_INDEX)
 
 
 def find_model(path: str | Path) -> Path:
     """Returns the model folder or GGUF file that `path` names.
+
+    A model that is not supported is refused for its family first, then for its quantization, then for its files.
 
     Args:
         path: A folder or GGUF file (`~` is expanded), a Hub id such as `Qwen/Qwen2.5-0.5B` (taken from the Hub's cache
@@ -52,8 +79,8 @@ def find_model(path: str | Path) -> Path:
         A folder with config.json and *.safetensors, or a GGUF file.
 
     Raises:
-        UserError: There is no model at `path`, files are missing or not what they should be (see `check_folder`), the
-            weights are pickled, or the download fails.
+        UserError: There is no model at `path`, it is not supported, files are missing or not what they should be (see
+            `model_files`), or the download fails.
     """
     path = str(path)
     if path == "tiny":
@@ -63,60 +90,47 @@ def find_model(path: str | Path) -> Path:
     folder = Path(os.path.expanduser(path))
     if problem := name_problem(folder):
         raise UserError(f"model.path must be the path of a model; found {path!r:.80} ({problem}). Correct it.")
-    if folder.is_file() and folder.suffix == ".gguf":
+    if not folder.exists() and (hub_id := read_hub_id(path)):
+        folder = download_from_hub(hub_id)
+    if folder.is_file():
+        check_single_file(folder)
         return folder
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        folder = download_from_hub(path)
-    check_folder(folder)
-    has_safetensors = any(folder.glob("*.safetensors"))
-    # Files named mmproj* hold the vision tower of a model.
-    gguf_files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))
-    if gguf_files and not has_safetensors:
-        if len(gguf_files) > 1:
-            raise UserError(
-                f"{folder} must hold a single GGUF file; found {', '.join(file.name for file in gguf_files)}. "
-                "Set model.path to one of them."
-            )
-        return gguf_files[0]
-    pickled = next(folder.glob("*.bin"), None)
-    if pickled and not has_safetensors:
-        raise UserError(
-            f"{folder} must hold *.safetensors; found {pickled.name}, a pickle, and reading a pickle can run any code. "
-            'If you trust it, convert it with: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" and copy the tokenizer files."
-        )
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} must hold a whole model; found an adapter (adapter_config.json). Merge it into its base model, "
-            "and save that model with its tokenizer."
-        )
-    for name in ("config.json", "*.safetensors"):
-        if not any(folder.glob(name)):
-            raise UserError(
-                f"No {name if folder.is_dir() else 'model folder'} found at {folder}. Set model.path to a Hugging Face "
-                "folder with config.json, tokenizer.json and *.safetensors, to a GGUF file, to a Hub id, or to 'tiny'."
-            )
-    return folder
+    if not folder.is_dir():
+        raise UserError(f"No model folder found at {folder}. {USABLE_PATHS}")
+    return find_in_folder(folder)
 
 
-def check_folder(folder: Path) -> None:
-    """Checks that the files of a model folder are regular files that lie in it, and that those read whole are small.
-
-    The Hugging Face Hub's cache keeps the content of its folders in `blobs`, to which they link.
+def find_in_folder(folder: Path) -> Path:
+    """Returns a model folder, after checking its config and its files, or the only GGUF file in it.
 
     Raises:
-        UserError: A file is something else.
+        UserError: See `find_model`.
     """
-    root = Path(os.path.realpath(folder))
-    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
-    small = [*chain.from_iterable(folder.glob(name) for name in SMALL_FILES)]
-    for path in (*small, *folder.glob("*.safetensors"), *folder.glob("*.gguf")):
-        target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(allowed) for allowed in roots):
-            raise UserError(f"{path} must lie in the model's folder; found a link to {target}. Copy that file there.")
-        if not target.is_file() or (path in small and target.stat().st_size > MAX_BYTES):
-            limit = f" of at most {MAX_BYTES:,} bytes" * (path in small)
-            raise UserError(f"{path} must be a regular file{limit}; found something else. Download the model again.")
+    names = list_names(folder)
+    weights, hf_config = safetensors_names(names), None
+    if "config.json" in names:
+        check_model_files(folder, [folder / "config.json"], are_small=True)
+        hf_config = read_json_object(folder / "config.json")
+        check_is_model(hf_config, folder)
+        check_family(hf_config, str(folder))
+    if not weights and (gguf_file := choose_gguf(folder)):
+        check_model_files(folder, [gguf_file], are_small=False)
+        return gguf_file
+    if hf_config is not None:
+        fp8_block_shape(hf_config, folder)
+    check_model_files(folder, chain.from_iterable(folder.glob(name) for name in SMALL_FILES), are_small=True)
+    if {"adapter_config.json", "adapter_model.safetensors"} & {*names}:
+        refuse_adapter(folder, weights if hf_config else ())
+    if not weights:
+        check_shard_index(folder)
+        refuse_other_weights(folder, names)
+    if not weights or hf_config is None:
+        refuse_run(folder)
+        refuse_folder_above(folder)
+        found = "no config.json" if weights else "no *.safetensors" if names else "an empty folder"
+        raise UserError(f"{folder} must be the folder of a model; found {found}. {USABLE_PATHS}")
+    check_model_files(folder, [folder / name for name in weights], are_small=False)
+    return folder
 
 
 def find_packaged_smollm2() -> Path:
@@ -136,48 +150,25 @@ def find_packaged_smollm2() -> Path:
         ) from None
 
 
-def download_from_hub(hub_id: str) -> Path:
-    """Downloads the config, tokenizer and safetensors of a model from the Hugging Face Hub, or finds them in its cache.
-
-    Returns:
-        The folder in the Hub's cache.
+def check_single_file(path: Path) -> None:
+    """Checks that a file is a whole GGUF file, by its name and its first bytes.
 
     Raises:
-        UserError: The model cannot be downloaded.
+        UserError: It is something else.
     """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[*DOWNLOADED_FILES], ignore_patterns=[*REPEATED_FILES]))
-    except Exception as error:  # the network, the Hub and the cache raise many kinds
-        message = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"No model folder found at {hub_id}, and the Hub model of that name cannot be downloaded "
-            f"({type(error).__name__}: {message}). On a machine with network access run "
-            f"`hf download {hub_id} --local-dir {hub_id.split('/')[1]}`, copy the folder here and set model.path to it."
-        ) from None
-
-
-def read_json_object(path: Path) -> dict:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-        UserError: The file cannot be read, is not JSON, or holds something else.
-    """
-    try:
-        value = read_json_file(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path.name} in {path.parent} must be a readable JSON file; found: {error}. Download it again."
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object; found {str(value)[:40]!r}. Download it again.")
-    return value
+    check_content(path)
+    match = GGUF_PART.fullmatch(path.name)
+    if match and int(match[3]) > 1:
+        refuse_gguf_part(path, int(match[3]))
+    with open_regular(path) as file:
+        is_gguf = path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
+    if not is_gguf:
+        raise UserError(f"model.path must be a folder, a GGUF file or a hub id; found the file {path}. {USABLE_PATHS}")
 
 
 def read_hf_config(source: Path) -> dict:
     """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
-    if source.suffix == ".gguf":
+    if source.is_file():
         from grpo_jax.weights.gguf_file import read_gguf_config  # imported here, because only GGUF files need it
 
         return read_gguf_config(source)
@@ -192,15 +183,10 @@ def read_model_config(source: str | Path) -> ModelConfig:
     """
     source = Path(source)
     hf_config = read_hf_config(source)
+    check_is_model(hf_config, source)
     check_family(hf_config, str(source))  # first: what else a config says is judged by its family
     fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
-    text_config = hf_config.get("text_config")
-    decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
-    dtype = str(decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "float32")
-    if dtype not in DTYPES:
-        raise UserError(
-            f"dtype in {source} must be one of {', '.join(DTYPES)}; found {dtype!r:.80}. Download the model again."
-        )
+    dtype = read_dtype(hf_config, source)
     return model_config_from_hf(
         hf_config,
         str(source),
@@ -211,23 +197,23 @@ def read_model_config(source: str | Path) -> ModelConfig:
     )
 
 
-def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
-    """Returns the rows and columns of the blocks that share a scale in an FP8 checkpoint, or None without quantization.
+def read_dtype(hf_config: dict, source: Path) -> str:
+    """Returns the dtype that a config states for its weights, as NumPy calls it; float32 if it states none.
 
     Raises:
-        UserError: The checkpoint is quantized in another way.
+        UserError: It is not a dtype of weights that are read.
     """
-    quantization = hf_config.get("quantization_config")
-    if not quantization:
-        return None
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    is_pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    if not is_pair or quantization.get("quant_method") != "fp8":
+    text_config = hf_config.get("text_config")
+    decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
+    stated = decoder_config.get("dtype") or decoder_config.get("torch_dtype") or "auto"
+    name = str(stated).removeprefix("torch.")
+    dtype = DTYPE_NAMES.get(name, name)
+    if dtype not in DTYPES:
         raise UserError(
-            f"quantization_config in {source} must be absent, or fp8 with a weight_block_size; "
-            f"found {str(quantization)[:120]}. Use the unquantized checkpoint or a GGUF file."
+            f"dtype in {source} must be one of {', '.join(DTYPES)}; found {stated!r:.80}. Use the checkpoint in "
+            "bfloat16 or float32."
         )
-    return tuple(block)
+    return dtype
 
 
 def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:

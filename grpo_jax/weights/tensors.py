@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
-from grpo_jax.foreign import MAX_BYTES, open_regular, parse_json, read_json_file
+from grpo_jax.foreign import MAX_BYTES, open_regular, parse_json
+from grpo_jax.weights.model_files import check_shard_index, list_names, safetensors_names
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -100,10 +101,8 @@ def open_safetensors_folder(folder: Path, block: tuple[int, int] | None = None) 
     """
     check_shard_index(folder)
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name.startswith("consolidated"):  # the same weights under Mistral's own names
-            continue
-        for name, tensor in open_safetensors(path).items():
+    for file in safetensors_names(list_names(folder)):
+        for name, tensor in open_safetensors(folder / file).items():
             if name in tensors:
                 raise UserError(f"{folder} must hold each tensor once; found {name} in two files. Remove one of them.")
             tensors[name] = tensor
@@ -114,31 +113,6 @@ def open_safetensors_folder(folder: Path, block: tuple[int, int] | None = None) 
         if f"{name}_scale_inv" in scales:
             tensors[name] = dequantize_fp8(name, tensor, scales[f"{name}_scale_inv"], block)
     return tensors
-
-
-def check_shard_index(folder: Path) -> None:
-    """Checks that every file named in the index of a sharded checkpoint exists.
-
-    Raises:
-        UserError: The index cannot be read, or a file is missing.
-    """
-    path = folder / "model.safetensors.index.json"
-    if not path.is_file():
-        return
-    try:
-        names = {str(name) for name in read_json_file(path)["weight_map"].values()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path} must hold a weight_map; found: {error}. Download it again.") from None
-    outside = sorted(name for name in names if Path(name).name != name)
-    if outside:
-        raise UserError(f"{path} must name files in its folder; found {outside[0]!r:.80}. Download the model again.")
-    present = {file.name for file in folder.iterdir()}
-    missing = sorted(names - present)
-    if missing:
-        raise UserError(
-            f"All {len(names)} files named in {path} must exist; found {len(missing)} missing, such as {missing[0]}. "
-            "Download them."
-        )
 
 
 def dequantize_fp8(name: str, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> StoredTensor:

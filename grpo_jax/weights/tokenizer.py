@@ -23,7 +23,7 @@ def load_tokenizer(source: str | Path):
     Raises:
         UserError: There are no tokenizer files, they cannot be read, or reading them would run code from the folder.
     """
-    if Path(source).suffix == ".gguf":
+    if Path(source).is_file():
         return read_gguf_tokenizer(Path(source))
     from transformers import AutoTokenizer
 

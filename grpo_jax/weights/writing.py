@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.parallel.mesh import gather_to_host, path_name
+from grpo_jax.weights.model_files import read_json_object
 from grpo_jax.weights.portable import portable_config, portable_tokenizer_config
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
-from grpo_jax.weights.source import CARRIED_FILES, read_hf_config, read_json_object
+from grpo_jax.weights.source import CARRIED_FILES, read_hf_config
 from grpo_jax.weights.tensor_names import ParameterTensors, parameter_tensors
 from grpo_jax.weights.tensors import StoredTensor
 from grpo_jax.weights.tokenizer import read_gguf_tokenizer
