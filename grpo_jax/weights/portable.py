@@ -7,7 +7,7 @@ because exports never hold code.
 from typing import Any
 
 from grpo_jax.weights.families import FAMILIES, check_family
-from grpo_jax.weights.hf_config import normalize_hf_config
+from grpo_jax.weights.hf_config import normalize_hf_config, ties_embeddings
 
 # Families whose config class in transformers 4 refuses the key rope_type.
 OLDER_TYPE_KEYS = {"olmo2": "type", "phi3": "type"}
@@ -34,6 +34,13 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
     portable = without_code(hf_config)
     family = check_family(hf_config, where)
     portable["model_type"] = FAMILIES[family].read_as or family
+    if isinstance(portable.get("text_config"), dict):
+        tied = ties_embeddings(hf_config, family, normalize_hf_config(hf_config, where))
+        # Release 4 reads this from the text's config, release 5 from the model's.
+        portable |= {
+            "text_config": portable["text_config"] | {"tie_word_embeddings": tied},
+            "tie_word_embeddings": tied,
+        }
     nested = isinstance(portable.get("text_config"), dict) and "rope_parameters" in portable["text_config"]
     section = dict(portable["text_config"]) if nested else portable
     if not section.get("rope_parameters"):
