@@ -73,11 +73,17 @@ def normalize_hf_config(hf_config: dict, where: str):
         UserError: The family is not supported, a size is out of bounds, or `transformers` refuses a field.
     """
     name = check_family(hf_config, where)
+    hf_config = copy.deepcopy(hf_config)  # transformers adds to nested dicts
     for section in (hf_config, hf_config.get("text_config")):
+        if not isinstance(section, dict):
+            continue
         for field, most in MAX_FIELD_VALUES.items():
-            value = section.get(field) if isinstance(section, dict) else None
+            value = section.get(field)
             if isinstance(value, int) and value > most:
                 raise UserError(f"{field} in {where} must be at most {most}; found {value}. Download the model again.")
+        scaling = section.get("rope_scaling")
+        if isinstance(scaling, dict) and "type" in scaling:  # transformers 5 ignores this key in some families
+            scaling.setdefault("rope_type", scaling["type"])
     from transformers import CONFIG_MAPPING
 
     read_as = FAMILIES[name].read_as or name
