@@ -31,7 +31,7 @@ from grpo_jax.weights.source import read_model_config
 from tests.tiny import CONFIG
 
 GOLDEN = Path(__file__).parent / "golden"
-# Together these two models have every parameter. The sizes within each are distinct.
+# Together these models have every parameter. The sizes within each are distinct.
 DENSE = replace(
     CONFIG,
     family="gemma3",
@@ -42,6 +42,7 @@ DENSE = replace(
     out_bias=True,
     mlp_bias=True,
 )
+WITHOUT_PRE_NORMS = replace(DENSE, family="olmo2", qk_norm_all_heads=True, pre_norms=False)
 MIXTURE = replace(
     CONFIG,
     family="mixtral",
@@ -72,6 +73,7 @@ def sizes_by_axis(c: ModelConfig) -> dict[str, set[int]]:
         "embed": {c.hidden_size},
         "heads": {c.num_heads, c.num_kv_heads},
         "head_dim": {c.head_dim},
+        "all_heads": {c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim},
         "mlp": {c.intermediate_size},
     }
     if z := c.latent:
@@ -84,9 +86,12 @@ def sizes_by_axis(c: ModelConfig) -> dict[str, set[int]]:
     return sizes
 
 
-@pytest.mark.parametrize("case", ["dense", "mixture", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES)])
+MODELS = {"dense": DENSE, "without pre-norms": WITHOUT_PRE_NORMS, "mixture": MIXTURE}
+
+
+@pytest.mark.parametrize("case", [*MODELS, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES)])
 def test_every_parameter_has_a_row_with_its_axes(case):
-    model_cfg = {"dense": DENSE, "mixture": MIXTURE}.get(case) or read_model_config(GOLDEN / case)
+    model_cfg = MODELS.get(case) or read_model_config(GOLDEN / case)
     sizes = sizes_by_axis(model_cfg)
     for path, leaf in by_path(shapes(model_cfg)).items():
         row, in_layer = row_for(path), path.startswith("layers/")
@@ -102,7 +107,7 @@ def placed_shapes(model_cfg: ModelConfig) -> dict:
 
 
 def test_every_row_and_axis_is_used():
-    trees = [make(model_cfg) for model_cfg in (DENSE, MIXTURE) for make in (shapes, placed_shapes)]
+    trees = [make(model_cfg) for model_cfg in MODELS.values() for make in (shapes, placed_shapes)]
     assert {row_for(path).path for tree in trees for path in by_path(tree)} == ROWS.keys()
     assert len(ROWS) == len(PARAMETERS)
     assert AXES.keys() == {axis for row in PARAMETERS for axis in row.axes}
@@ -258,7 +263,7 @@ def test_projections_are_merged_unless_the_kv_heads_cannot_be_split(tensor, apar
     assert kernels["mlp/gate_up"] == (1, 32, tensor, 2 * 48 // tensor) and "mlp/gate" not in kernels
 
 
-@pytest.mark.parametrize("model_cfg", [DENSE, MIXTURE])
+@pytest.mark.parametrize("model_cfg", MODELS.values(), ids=MODELS)
 def test_merged_projections_compute_what_the_parts_compute(model_cfg):
     weights = jax.tree.map(lambda x: x + 0.1, jax.jit(init_params, static_argnums=0)(model_cfg, jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, model_cfg.vocab_size)

@@ -22,7 +22,8 @@ class RopeConfig:
     low_freq_bound: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
     high_freq_bound: float = 1.0  # llama3: high_freq_factor; yarn: beta_fast
     truncate: bool = True  # yarn: round the ends of the interpolation ramp to whole pairs
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn and longrope: multiplies cos and sin
+    divisors: tuple[float, ...] = ()  # longrope: one for each frequency
     query_growth: float = 0.0  # growth of the queries with log(1 + position // original_max_positions)
 
 
@@ -31,7 +32,7 @@ class LayerConfig:
     """The settings that may differ between the layers of a model."""
 
     window: int = 0  # sliding window in tokens, including the query's own; 0: full attention
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = RopeConfig()  # None: positions are not encoded
     use_experts: bool = False  # mixture of experts instead of a dense MLP
 
 
@@ -59,7 +60,6 @@ class LatentConfig:
     qk_nope_head_dim: int  # part of a query and key head without rotary embedding
     qk_rope_head_dim: int  # part of a query and key head with rotary embedding; all heads share this part of the key
     v_head_dim: int
-    rope_interleave: bool = True  # rotary pairs are adjacent, (2i, 2i + 1), instead of (i, i + E/2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,17 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # apply an RMS norm to every query and key head
-    post_norms: bool = False  # normalize the outputs of attention and MLP too, before the residual addition
+    qk_norm_all_heads: bool = False  # that norm spans all query heads, and all key heads, instead of each head alone
+    pre_norms: bool = True  # normalize the inputs of attention and MLP
+    post_norms: bool = False  # normalize the outputs of attention and MLP, before the residual addition
+    residual_scale: float = 1.0  # multiplies the outputs of attention and MLP, before the residual addition
+    rotary_dim: int = 0  # leading dimensions of each head that the rotary embedding covers; 0: all
+    rope_interleave: bool = False  # rotary pairs are adjacent, (2i, 2i + 1), instead of (i, i + rotary_dim / 2)
     embed_scale: float = 1.0  # multiplies the token embeddings
     score_divisor: float = 0.0  # divides the attention scores; 0: sqrt(E)
     score_softcap: float = 0.0  # replaces attention scores by cap * tanh(score / cap); 0: no cap
-    logit_softcap: float = 0.0  # the same for logits
+    logit_divisor: float = 1.0  # divides the logits
+    logit_softcap: float = 0.0  # the same for logits, after the division
     tie_embeddings: bool = False  # the head is the transposed embedding table
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None

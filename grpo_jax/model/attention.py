@@ -30,7 +30,7 @@ from grpo_jax.model.kernels import (
 from grpo_jax.model.layers import MergedProjection, Projection, RMSNorm, make_norm
 from grpo_jax.model.mask import attention_mask, attention_scores, plain_attention, single_sequence, weighted_values
 from grpo_jax.model.parameters import module_param
-from grpo_jax.model.rope import apply_rope, deinterleave, query_scale, rope_tables
+from grpo_jax.model.rope import apply_rope, query_scale, rope_tables
 from grpo_jax.model.token_attention import token_attention, token_attention_supports
 from grpo_jax.parallel.mesh import ROW_AXES, constrain, mesh_platform, row_spec, shard_map_on_mesh
 from grpo_jax.types import Segments
@@ -84,7 +84,7 @@ def make_attention_inputs(
         columns: The number of columns of the cache. 0: there is no cache, and the tokens attend to one another.
         causal: Whether every row is one sequence from position 0 on, without padding before its end.
     """
-    rope_dim = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.head_dim
+    rope_dim = model_cfg.latent.qk_rope_head_dim if model_cfg.latent else model_cfg.rotary_dim or model_cfg.head_dim
     rows, length = queries.position.shape
     keys = queries
     if columns:
@@ -162,12 +162,16 @@ class Attention(nn.Module):
             k = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
             v = Projection((c.hidden_size,), (c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
         q, k, v = (constrain(y, ROW_AXES, None, "tensor", None) for y in (q, k, v))
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_all_heads:
+            flat = (y.reshape(*y.shape[:2], -1) for y in (q, k))
+            normed = (make_norm(c, name)(y) for name, y in zip(("q_all_norm", "k_all_norm"), flat, strict=True))
+            q, k = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in normed)
+        elif c.qk_norm:
             q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
-        q = apply_rope(q, inputs.cos_sin)
+        q, k = (apply_rope(y, inputs.cos_sin, interleave=c.rope_interleave) for y in (q, k))
         if inputs.query_scale is not None:
             q = q * inputs.query_scale.astype(q.dtype)
-        kv = KV(jnp.moveaxis(apply_rope(k, inputs.cos_sin), 1, -1), jnp.swapaxes(v, 1, 2))
+        kv = KV(jnp.moveaxis(k, 1, -1), jnp.swapaxes(v, 1, 2))
         position = inputs.queries.position
         if cache is not None and token_attention_supports(c, *position.shape, cache.v.shape[2]):
             options = dict(divisor=c.effective_score_divisor, softcap=c.score_softcap)
@@ -195,7 +199,7 @@ class LatentAttention(nn.Module):
         heads, key_width = c.num_heads, z.qk_nope_head_dim + z.qk_rope_head_dim
 
         def rotate(y):
-            return apply_rope(deinterleave(y) if z.rope_interleave else y, inputs.cos_sin)
+            return apply_rope(y, inputs.cos_sin, interleave=c.rope_interleave)
 
         if z.q_lora_rank:
             # DeepSeek's own code ignores rms_norm_eps in the norms of the compressed vectors.

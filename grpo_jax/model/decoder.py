@@ -25,10 +25,18 @@ from grpo_jax.parallel.mesh import ROW_AXES, constrain
 from grpo_jax.types import Segments
 
 
+def add_residual(model_cfg: ModelConfig, x: Float[Array, "N L D"], delta) -> Float[Array, "N L D"]:
+    """Adds the output of attention or MLP to the hidden states, scaled in float32 by `model_cfg.residual_scale`."""
+    if model_cfg.residual_scale != 1:
+        delta = (delta.astype(jnp.float32) * model_cfg.residual_scale).astype(x.dtype)
+    return constrain(x + delta, ROW_AXES, None, None)
+
+
 class DecoderLayer(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With `model_cfg.post_norms`, the outputs of attention and MLP are normalized before they are added.
+    With `model_cfg.post_norms`, the outputs of attention and MLP are normalized before they are added; without
+    `model_cfg.pre_norms`, their inputs are not.
     """
 
     model_cfg: ModelConfig
@@ -43,14 +51,14 @@ class DecoderLayer(nn.Module):
             mlp = MixtureOfExperts(model_cfg, name="moe")
         else:
             mlp = MLP(model_cfg, model_cfg.intermediate_size, name="mlp")
-        delta, kv = attention(make_norm(model_cfg, "attention_norm")(x), inputs, cache)
+        delta, kv = attention(make_norm(model_cfg, "attention_norm")(x) if model_cfg.pre_norms else x, inputs, cache)
         if model_cfg.post_norms:
             delta = make_norm(model_cfg, "attention_post_norm")(delta)
-        x = constrain(x + delta, ROW_AXES, None, None)
-        delta = mlp(make_norm(model_cfg, "mlp_norm")(x))
+        x = add_residual(model_cfg, x, delta)
+        delta = mlp(make_norm(model_cfg, "mlp_norm")(x) if model_cfg.pre_norms else x)
         if model_cfg.post_norms:
             delta = make_norm(model_cfg, "mlp_post_norm")(delta)
-        return constrain(x + delta, ROW_AXES, None, None), kv
+        return add_residual(model_cfg, x, delta), kv
 
 
 def init_params(model_cfg: ModelConfig, key: jax.Array) -> dict:
@@ -230,8 +238,11 @@ def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*row
 
 
 def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
-    """Returns float32 logits from the output of `head_matmul`, soft-capped if the model has a cap."""
-    return soft_cap(product.astype(jnp.float32), model_cfg.logit_softcap)
+    """Returns float32 logits from the output of `head_matmul`, divided and soft-capped if the model does so."""
+    logits = product.astype(jnp.float32)
+    return soft_cap(
+        logits / model_cfg.logit_divisor if model_cfg.logit_divisor != 1 else logits, model_cfg.logit_softcap
+    )
 
 
 def compute_logits(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -24,6 +24,7 @@ AXES = {
     "embed": "fsdp",  # D
     "heads": "tensor",  # H or K
     "head_dim": None,  # E
+    "all_heads": None,  # H * E or K * E
     "mlp": "tensor",  # F, of an MLP or of each expert
     "latent": "fsdp",  # the compressed vectors of latent attention
     "experts": "expert",  # X
@@ -91,6 +92,8 @@ PARAMETERS = (
     *linear_rows("attention/o", "layers.{i}.self_attn.o_proj", "heads head_dim -> embed"),
     norm_row("attention/q_norm", "layers.{i}.self_attn.q_norm", "head_dim"),
     norm_row("attention/k_norm", "layers.{i}.self_attn.k_norm", "head_dim"),
+    norm_row("attention/q_all_norm", "layers.{i}.self_attn.q_norm", "all_heads"),
+    norm_row("attention/k_all_norm", "layers.{i}.self_attn.k_norm", "all_heads"),
     *linear_rows("attention/q_a", "layers.{i}.self_attn.q_a_proj", "embed -> latent"),
     norm_row("attention/q_a_norm", "layers.{i}.self_attn.q_a_layernorm", "latent"),
     matrix_row("attention/q_b/kernel", "layers.{i}.self_attn.q_b_proj.weight", "latent -> heads head_dim"),

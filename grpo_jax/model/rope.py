@@ -8,16 +8,20 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.model.architecture import RopeConfig
 
-ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+ROPE_SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Returns the rotation per position, in radians, of each of the head_dim / 2 pairs, as float32."""
+def rope_frequencies(rope: RopeConfig | None, head_dim: int) -> np.ndarray:
+    """Returns the rotation per position, in radians, of each of the head_dim / 2 pairs, as float32; 0 without RoPE."""
+    if rope is None:
+        return np.zeros(head_dim // 2, np.float32)
     unscaled = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if rope.scaling == "llama3":
         scaled = llama3_frequencies(rope, unscaled)
     elif rope.scaling == "yarn":
         scaled = yarn_frequencies(rope, unscaled, head_dim)
+    elif rope.scaling == "longrope":
+        scaled = unscaled / np.asarray(rope.divisors)
     else:
         scaled = unscaled / rope.factor
     return scaled.astype(np.float32)
@@ -52,28 +56,41 @@ def yarn_attention_factor(factor: float, weight: float) -> float:
 
 
 def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "N L"]
+    rope: RopeConfig | None, head_dim: int, positions: Int[Array, "N L"]
 ) -> tuple[Float[Array, "N L 1 Z"], Float[Array, "N L 1 Z"]]:
     """Returns the cosines and sines of the rotation angles at `positions`, with Z = head_dim / 2."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+    factor = rope.attention_factor if rope else 1.0
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def query_scale(rope: RopeConfig, positions: Int[Array, "N L"]) -> Float[Array, "N L 1 1"] | None:
+def query_scale(rope: RopeConfig | None, positions: Int[Array, "N L"]) -> Float[Array, "N L 1 1"] | None:
     """Returns what multiplies the rotated queries at `positions`, as in Ministral 3, or None if nothing does."""
-    if not rope.query_growth:
+    if rope is None or not rope.query_growth:
         return None
     periods = (positions // rope.original_max_positions)[..., None, None]
     return 1 + rope.query_growth * jnp.log1p(periods.astype(jnp.float32))
 
 
-def apply_rope(x: Float[Array, "N L heads E"], tables) -> Float[Array, "N L heads E"]:
-    """Rotates the pairs (x[i], x[i + E/2]), the layout of most Hugging Face checkpoints, by `rope_tables`."""
+def apply_rope(x: Float[Array, "N L heads E"], tables, *, interleave: bool = False) -> Float[Array, "N L heads E"]:
+    """Rotates the first 2Z dimensions of each head by `rope_tables`, and leaves the others as they are.
+
+    Args:
+        x: Query or key heads.
+        tables: Cosines and sines [N, L, 1, Z].
+        interleave: Whether pairs are adjacent, (x[2i], x[2i + 1]), instead of (x[i], x[i + Z]), the layout of most
+            Hugging Face checkpoints. Either way they are returned in the latter layout, which leaves the products of
+            queries and keys as they are.
+    """
     cos, sin = tables
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotary_dim = 2 * cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        rotated = apply_rope(x[..., :rotary_dim], tables, interleave=interleave)
+        return jnp.concatenate([rotated, x[..., rotary_dim:]], axis=-1)
+    a, b = jnp.split((deinterleave(x) if interleave else x).astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def deinterleave(x: Float[Array, "N L heads E"]) -> Float[Array, "N L heads E"]:
-    """Moves adjacent pairs (x[2i], x[2i + 1]) to (x[i], x[i + E/2]), where `apply_rope` expects them."""
+    """Moves adjacent pairs (x[2i], x[2i + 1]) to (x[i], x[i + E/2])."""
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 2), -1, -2).reshape(x.shape)

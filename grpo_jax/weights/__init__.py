@@ -13,6 +13,7 @@ Modules, in reading order:
     hub           downloads models from the Hugging Face Hub
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
+    fused_tensors  splits tensors that a family stores in one piece, and joins them
     tokenizer     loads tokenizers
     portable      rewrites config files of an export for older releases of `transformers`
     placing       assembles parameters on their devices

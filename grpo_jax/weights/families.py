@@ -28,9 +28,12 @@ class Family(NamedTuple):
     # Of LayerConfig: functions of the config and the index of the layer.
     layer_fields: Mapping[str, Callable[[Any, int], Any]] = NOTHING
     windows: str = "none"  # layers with a sliding window: "none", "all", or "layer_types": those that it names
+    no_rope_layers: bool = False  # the config's no_rope_layers is 0 for layers without a rotary embedding
+    prepare: Callable[[dict], dict] = dict  # rewrites a config.json that the class in `transformers` would misread
     read_as: str = ""  # model_type of the config class in `transformers`; "": the family's own
     text_types: tuple[str, ...] = ()  # model_type of text_config, where the decoder's config is nested; (): it is not
     tensor_names: Mapping[str, str] = NOTHING  # path in the parameter table -> tensor, if not Llama's
+    fused_tensors: Mapping[str, tuple[str, ...]] = NOTHING  # tensor -> Llama's tensors that it holds, row after row
     skipped_tensors: tuple[str, ...] = ()  # patterns of tensors that the decoder does not use; {n}: number of layers
 
 
@@ -73,7 +76,7 @@ def read_deepseek_experts(hf) -> ExpertsConfig:
 def read_latent_config(hf) -> LatentConfig:
     """Returns the multi-head latent attention of a DeepSeek-V3 config."""
     widths = hf.qk_nope_head_dim, hf.qk_rope_head_dim, hf.v_head_dim
-    return LatentConfig(hf.q_lora_rank or 0, hf.kv_lora_rank, *widths, rope_interleave=bool(hf.rope_interleave))
+    return LatentConfig(hf.q_lora_rank or 0, hf.kv_lora_rank, *widths)
 
 
 def latent_score_divisor(hf) -> float:
@@ -88,6 +91,30 @@ def latent_score_divisor(hf) -> float:
 def uses_qwen3_experts(hf, layer: int) -> bool:
     """Tells whether a layer of a Qwen3-MoE config has experts."""
     return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
+
+
+def read_rotary_dim(hf) -> int:
+    """Returns how many dimensions of each head of a config are rotated.
+
+    Raises:
+        ValueError: There are none.
+    """
+    factor = hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    rotary_dim = int((getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) * factor)
+    if rotary_dim < 2:
+        raise ValueError(f"partial_rotary_factor {factor}")
+    return rotary_dim
+
+
+def share_rope_theta(hf_config: dict) -> dict:
+    """Returns an OLMo 3 config whose rope_theta applies to all layers, as before version 5 of `transformers`.
+
+    Version 5 would use its default for the layers with a sliding window.
+    """
+    if "rope_theta" not in hf_config or hf_config.get("rope_parameters"):
+        return hf_config
+    rope = {"rope_type": "default", "rope_theta": hf_config["rope_theta"]}
+    return hf_config | {"rope_parameters": {"sliding_attention": rope, "full_attention": dict(rope)}}
 
 
 BIASES = {"qkv_bias": flag("attention_bias"), "out_bias": flag("attention_bias")}
@@ -108,10 +135,35 @@ MIXTRAL_NAMES = {
     "moe/experts_up": "layers.{i}.block_sparse_moe.experts.{x}.w3.weight",
     "moe/experts_down": "layers.{i}.block_sparse_moe.experts.{x}.w2.weight",
 }
+ALL_BIASES = BIASES | {"mlp_bias": flag("mlp_bias")}
+OLMO2 = BIASES | {"qk_norm": True, "qk_norm_all_heads": True, "pre_norms": False, "post_norms": True}
+GRANITE = ALL_BIASES | {
+    "embed_scale": number("embedding_multiplier"),
+    "residual_scale": number("residual_multiplier"),
+    "score_divisor": lambda hf: 1 / hf.attention_multiplier,
+    "logit_divisor": number("logits_scaling"),
+}
+GLM4 = {
+    "qkv_bias": flag("attention_bias"),
+    "post_norms": True,
+    "rotary_dim": read_rotary_dim,
+    "rope_interleave": True,
+}
+GLM4_NAMES = {
+    "attention_post_norm/scale": "layers.{i}.post_self_attn_layernorm.weight",
+    "mlp_post_norm/scale": "layers.{i}.post_mlp_layernorm.weight",
+}
+FUSED_QKV = {
+    "layers.{i}.self_attn.qkv_proj.weight": tuple(f"layers.{{i}}.self_attn.{part}_proj.weight" for part in "qkv")
+}
+FUSED_GATE_UP = {
+    "layers.{i}.mlp.gate_up_proj.weight": tuple(f"layers.{{i}}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+}
 DEEPSEEK_V3 = BIASES | {
     "latent": read_latent_config,
     "experts": read_deepseek_experts,
     "score_divisor": latent_score_divisor,
+    "rope_interleave": flag("rope_interleave"),
 }
 
 # Tensors that the decoder does not use.
@@ -120,7 +172,7 @@ QWEN_VISION_TOWER = (r"^(model\.)?visual\.",)
 NEXT_TOKENS_LAYER = (r"^model\.layers\.{n}\.",)  # the multi-token prediction layer, stored after the last layer
 
 FAMILIES = {
-    "llama": Family(BIASES | {"mlp_bias": flag("mlp_bias")}),
+    "llama": Family(ALL_BIASES),
     "mistral": Family(windows="layer_types"),
     "ministral3": Family(windows="layer_types"),
     "mistral3": Family(windows="layer_types", text_types=("mistral", "ministral3"), skipped_tensors=VISION_TOWER),
@@ -168,6 +220,12 @@ FAMILIES = {
     # Kimi K2 is a DeepSeek-V3 in everything but its name, which transformers does not know.
     "kimi_k2": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, read_as="deepseek_v3", skipped_tensors=NEXT_TOKENS_LAYER),
     "deepseek_v3": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, skipped_tensors=NEXT_TOKENS_LAYER),
+    "smollm3": Family(ALL_BIASES, windows="layer_types", no_rope_layers=True),
+    "olmo2": Family(OLMO2),
+    "olmo3": Family(OLMO2, windows="layer_types", prepare=share_rope_theta),
+    "phi3": Family({"rotary_dim": read_rotary_dim}, windows="all", fused_tensors=FUSED_QKV | FUSED_GATE_UP),
+    "granite": Family(GRANITE),
+    "glm4": Family(GLM4, tensor_names=GLM4_NAMES, fused_tensors=FUSED_GATE_UP),
 }
 
 # What the decoders of other families have and no row covers.

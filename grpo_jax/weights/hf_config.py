@@ -5,6 +5,7 @@ The config classes of `transformers`, which do not need PyTorch, fill in default
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -89,7 +90,9 @@ def normalize_hf_config(hf_config: dict, where: str):
     read_as = FAMILIES[name].read_as or name
     try:
         # A copy, because transformers adds to nested dicts.
-        hf = CONFIG_MAPPING[read_as].from_dict(without_dtypes(copy.deepcopy(hf_config)) | {"model_type": read_as})
+        hf = CONFIG_MAPPING[read_as].from_dict(
+            without_dtypes(FAMILIES[name].prepare(copy.deepcopy(hf_config))) | {"model_type": read_as}
+        )
         return hf.get_text_config() if FAMILIES[name].text_types else hf
     except Exception as error:  # the validation in transformers raises many kinds
         message = " ".join(str(error).split())[:300]
@@ -154,7 +157,7 @@ def translate_hf_config(hf, name: str, where: str, **fields) -> ModelConfig:
         num_heads=hf.num_attention_heads,
         num_kv_heads=1 if "latent" in values else hf.num_key_value_heads,
         head_dim=get("head_dim") or hf.hidden_size // hf.num_attention_heads,
-        max_positions=max(hf.max_position_embeddings, *(stretched_positions(layer.rope) for layer in layers)),
+        max_positions=count_positions(hf.max_position_embeddings, [layer.rope for layer in layers if layer.rope]),
         norm_eps=float(hf.rms_norm_eps),
         family=name,
         **values,
@@ -184,18 +187,22 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
 
     heads, kv_heads, rows, ids = model_cfg.num_heads, model_cfg.num_kv_heads, model_cfg.vocab_size, model_cfg.eos_ids
     latent, experts, tokens = model_cfg.latent, model_cfg.experts, model_cfg.tokenizer_vocab_size
-    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.head_dim
+    rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.rotary_dim or model_cfg.head_dim
     check(heads % kv_heads == 0, "num_attention_heads must be a multiple of num_key_value_heads", (heads, kv_heads))
     check(rotated_dim > 0 and rotated_dim % 2 == 0, "head_dim (or qk_rope_head_dim) must be even", rotated_dim)
     check(tokens <= rows, "Each token id needs a row of the embedding (vocab_size)", f"{rows} rows and {tokens} ids")
     check(all(0 <= token < rows for token in ids), "eos_token_id must be less than vocab_size", ids)
-    for rope in {layer.rope for layer in model_cfg.layers}:
+    check(model_cfg.logit_divisor > 0, "logits_scaling must exceed 0", model_cfg.logit_divisor)
+    for rope in {layer.rope for layer in model_cfg.layers if layer.rope}:
         check(rope.theta > 1 and rope.factor > 0, "rope_theta must exceed 1 and the rope factor must exceed 0", rope)
         if rope.scaling in ("llama3", "yarn") or rope.query_growth:
             low, high = rope.low_freq_bound, rope.high_freq_bound
             ordered = 0 < low <= high and (low < high or rope.scaling != "llama3")  # equal in Kimi K2, which has YaRN
             requirement = "The original length and the frequency bounds of a scaled rope must be positive and ordered"
             check(ordered and rope.original_max_positions > 0, requirement, rope)
+        if rope.scaling == "longrope":
+            fits = len(rope.divisors) == rotated_dim // 2 and min(rope.divisors) > 0 and rope.original_max_positions > 1
+            check(fits, "short_factor must hold a number above 0 for each pair of rotated dimensions", rope)
     if latent:
         smallest = min(latent.kv_lora_rank, latent.qk_nope_head_dim, latent.v_head_dim)
         check(smallest > 0, "kv_lora_rank, qk_nope_head_dim and v_head_dim must be at least 1", latent)
@@ -210,14 +217,21 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
         check(equal, "n_group must divide the experts into equal groups of at least 2", (count, groups))
 
 
-def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeConfig:
+def read_rope_config(hf, rope_parameters: dict[str, Any], where: str, partial: bool) -> RopeConfig:
     """Translates a `rope_parameters` entry of a `transformers` config.
+
+    Args:
+        hf: The config.
+        rope_parameters: The entry.
+        where: The model folder or GGUF file, for error messages.
+        partial: Whether the family supports rotating only a part of each head.
 
     Raises:
         UserError: The kind of scaling is not supported, or only a part of each head is rotated.
     """
     scaling = rope_parameters.get("rope_type", "default")
-    if scaling not in ROPE_SCALINGS or rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    covered = partial or rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
+    if scaling not in ROPE_SCALINGS or not covered:
         raise UserError(
             f"rope_type in {where} must be one of {', '.join(ROPE_SCALINGS)} and cover whole heads; "
             f"found {rope_parameters}. Choose another model."
@@ -239,16 +253,34 @@ def read_rope_config(hf, rope_parameters: dict[str, Any], where: str) -> RopeCon
             "truncate": rope_parameters.get("truncate", True),
             "attention_factor": yarn_rope_factor(rope_parameters, factor),
         }
+    if scaling == "longrope":
+        length = values["original_max_positions"] or hf.original_max_position_embeddings
+        factor = values["factor"] or hf.max_position_embeddings / length
+        default = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+        attention_factor = rope_parameters.get("attention_factor")
+        values |= {
+            "factor": factor,
+            "original_max_positions": length,
+            "attention_factor": default if attention_factor is None else attention_factor,
+            "divisors": tuple(rope_parameters["short_factor"]),
+        }
     given = {name: value for name, value in values.items() if value is not None}
     return RopeConfig(theta=float(rope_parameters["rope_theta"]), scaling=scaling, **given)
 
 
-def stretched_positions(rope: RopeConfig) -> int:
-    """Returns the positions that YaRN stretches the original context to; 0 without YaRN.
+def count_positions(stated: int, ropes: list[RopeConfig]) -> int:
+    """Returns the positions that a model supports.
 
-    Switching YaRN on, as the pages of Qwen's models describe, leaves max_position_embeddings as it was.
+    Switching YaRN on, as the pages of Qwen's models describe, leaves max_position_embeddings as it was. Longrope has
+    other frequencies for sequences that are longer than those of pretraining, which are not supported.
+
+    Args:
+        stated: The config's max_position_embeddings.
+        ropes: The rotary embeddings of all layers that have one.
     """
-    return int(rope.factor * rope.original_max_positions) if rope.scaling == "yarn" else 0
+    stretched = [int(rope.factor * rope.original_max_positions) for rope in ropes if rope.scaling == "yarn"]
+    pretrained = [rope.original_max_positions for rope in ropes if rope.scaling == "longrope"]
+    return min([max([stated, *stretched]), *pretrained])
 
 
 def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:
@@ -285,14 +317,21 @@ def read_layer_configs(hf, family: Family, where: str) -> tuple[LayerConfig, ...
             f"layer_types in {where} must list sliding_attention or full_attention for each of {count} layers; "
             f"found {types}. Download the model again."
         )
+    partial = "rotary_dim" in family.fields
     ropes = {
-        layer_type: read_rope_config(hf, hf.rope_parameters.get(layer_type) or hf.rope_parameters, where)
+        layer_type: read_rope_config(hf, hf.rope_parameters.get(layer_type) or hf.rope_parameters, where, partial)
         for layer_type in set(types)
     }
+    has_rope = hf.no_rope_layers if family.no_rope_layers else [1] * count
+    if len(has_rope) < count:
+        raise UserError(
+            f"no_rope_layers in {where} must have a number for each of {count} layers; found {has_rope!r:.80}. "
+            "Download the model again."
+        )
     return tuple(
         LayerConfig(
             window if layer_type == "sliding_attention" else 0,
-            ropes[layer_type],
+            ropes[layer_type] if has_rope[layer] else None,
             **{field: value(hf, layer) for field, value in family.layer_fields.items()},
         )
         for layer, layer_type in enumerate(types)

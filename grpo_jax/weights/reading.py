@@ -15,6 +15,7 @@ from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import path_name
+from grpo_jax.weights.fused_tensors import fused_names, split_fused
 from grpo_jax.weights.mismatches import check_tensor_names
 from grpo_jax.weights.placing import ParameterTarget, Placer
 from grpo_jax.weights.quantization import UNQUANTIZED, fp8_block_shape
@@ -31,6 +32,7 @@ class ModelTensors(NamedTuple):
     parameters: dict[str, ParameterTensors]  # by path in the parameter tree
     stored: dict[str, StoredTensor]  # by name; the tensors that the parameters are assembled from
     skipped: dict[str, StoredTensor]  # by name; the tensors that the decoder does not use
+    fused: dict[str, list[str]]  # the tensors that the checkpoint holds in one piece, and their parts in `stored`
 
 
 def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
@@ -54,9 +56,14 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
     prefix = next((prefix for prefix in DECODER_PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model.")
     parameters = parameter_tensors(model_cfg, prefix)
     expected = {name: parameter for parameter in parameters.values() for name in parameter.names.flat}
+    fused = fused_names(model_cfg, prefix)
+    shapes = {name: parameter.stored_shape for name, parameter in expected.items()}
+    tensors = split_fused(tensors, fused, shapes, source)
     others = tensors.keys() - expected.keys()
     skipped = skipped_tensors(model_cfg, prefix, others)
-    check_tensor_names(source, expected, expected.keys() - tensors.keys(), others - skipped)
+    whole = {part: name for name, parts in fused.items() for part in parts}
+    missing = {whole.get(name, name) for name in expected.keys() - tensors.keys()}
+    check_tensor_names(source, expected, missing, others - skipped)
     for name, parameter in expected.items():
         if tensors[name].shape != parameter.stored_shape:
             raise UserError(
@@ -66,7 +73,7 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
         if tensors[name].dtype.kind in "iub":
             raise UserError(f"{name} in {source} must be float; found {tensors[name].dtype}. {UNQUANTIZED}")
     stored = {name: tensors[name] for name in expected}
-    return ModelTensors(parameters, stored, {name: tensors[name] for name in skipped})
+    return ModelTensors(parameters, stored, {name: tensors[name] for name in skipped}, fused)
 
 
 def check_tied_head(source: Path, tensors: ModelTensors) -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.parallel.mesh import gather_to_host, path_name
+from grpo_jax.weights.fused_tensors import join_fused
 from grpo_jax.weights.model_files import read_json_object
 from grpo_jax.weights.portable import portable_config, portable_tokenizer_config
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
@@ -48,12 +49,16 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
         hf_config, tensors = read_hf_config(source), open_model_tensors(source, model_cfg)
         hf_config.pop("quantization_config", None)  # FP8 weights were dequantized
     else:
-        hf_config, tensors = llama_hf_config(model_cfg), ModelTensors(parameter_tensors(model_cfg, "model."), {}, {})
+        hf_config, tensors = (
+            llama_hf_config(model_cfg),
+            ModelTensors(parameter_tensors(model_cfg, "model."), {}, {}, {}),
+        )
     dtypes = {name: tensor.dtype for name, tensor in tensors.stored.items()}
     written = tensors_from_params(tensors.parameters, params, dtypes, model_cfg.dtype)
     embedding = written[str(tensors.parameters["embed/embedding"].names)]
     for name, tensor in tensors.skipped.items():  # a tied head must follow the embedding, which may have been trained
         written[name] = embedding if name.endswith("lm_head.weight") else tensor
+    written = join_fused(written, tensors.fused)
     write_safetensors(folder, written)
     if jax.process_index() == 0:
         write_other_files(folder, source, hf_config)

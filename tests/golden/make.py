@@ -78,6 +78,14 @@ DEEPSEEK = dict(
     kv_lora_rank=20,
     n_routed_experts=8,
 )
+NARROW = dict(
+    vocab_size=96,
+    hidden_size=24,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+)
 
 # Case -> prefix of the class names in transformers, and fields of the config.
 CASES = {
@@ -435,6 +443,91 @@ CASES = {
             routed_scaling_factor=1.0,
             attention_bias=True,
             rope_parameters=SHORT_ROPE,
+        ),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        NARROW
+        | dict(
+            num_hidden_layers=4,
+            no_rope_layers=[1, 0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=SHORT_ROPE,
+        ),
+    ),
+    "olmo2": (
+        "Olmo2",
+        NARROW | dict(num_hidden_layers=2, attention_bias=True, initializer_range=0.5, rope_parameters=SHORT_ROPE),
+    ),
+    "olmo3": (
+        "Olmo3",
+        NARROW
+        | dict(
+            num_hidden_layers=4,
+            sliding_window=5,
+            initializer_range=0.5,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "beta_fast": 0.5,
+                    "beta_slow": 0.05,
+                    "attention_factor": 1.2,
+                },
+            },
+        ),
+    ),
+    "phi3": ("Phi3", NARROW | dict(num_hidden_layers=2, sliding_window=6, rope_parameters=SHORT_ROPE)),
+    "phi3_longrope": (
+        "Phi3",
+        NARROW
+        | dict(
+            num_hidden_layers=2,
+            hidden_size=32,
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.3, 2.5],
+                "long_factor": [1.5, 3.0, 9.0],
+            },
+        ),
+    ),
+    "granite": (
+        "Granite",
+        NARROW
+        | dict(
+            num_hidden_layers=3,
+            embedding_multiplier=0.3,
+            residual_multiplier=0.7,
+            attention_multiplier=0.3,
+            logits_scaling=4.0,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=SHORT_ROPE,
+        ),
+    ),
+    "glm4": (
+        "Glm4",
+        NARROW
+        | dict(
+            num_hidden_layers=2,
+            head_dim=12,
+            attention_bias=True,
+            rope_parameters=SHORT_ROPE | {"partial_rotary_factor": 0.5},
         ),
     ),
 }
