@@ -183,6 +183,8 @@ FAMILIES = {
         tensor_names=MIXTRAL_NAMES,
     ),
     "qwen2": Family({"qkv_bias": True}, windows="layer_types"),
+    # The rotary embedding of Qwen's vision-language models has sections for time, height and width. The three positions
+    # of a text token are equal, so that its sections are those of a plain rotary embedding.
     "qwen2_5_vl": Family(
         {"qkv_bias": True}, windows="layer_types", text_types=("qwen2_5_vl_text",), skipped_tensors=QWEN_VISION_TOWER
     ),
