@@ -369,6 +369,34 @@ def test_eos_ids_are_those_of_the_model_and_the_tokenizer():
     assert completion_eos_ids(tokenizer, (3,)) == (3,)
 
 
+def test_an_eos_without_a_row_of_the_embedding_ends_nothing():
+    tokenizer = byte_tokenizer()
+    assert completion_eos_ids(tokenizer, (3, 1), tokenizer.eos_token_id) == (1, 3)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("most", [None, 1000])
+def test_a_token_without_a_row_of_the_embedding_is_refused_in_a_prompt_only(monkeypatch, special, most):
+    """The prompt with the token is the shortest of many, which would not be encoded to measure the longest."""
+    monkeypatch.setattr("grpo_jax.text.prompt.CHUNK_PROMPTS", 1)
+    tokenizer = byte_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"], special_tokens=special)
+    problems = [Problem("q" * length, "") for length in range(1, 40)]
+    names = [f"problem {n}" for n in range(len(problems))]
+    prompts = PromptFormat(tokenizer, vocab_size=rows)
+    assert prompts.lengths(problems, names).max() == PromptFormat(tokenizer).lengths(problems, names).max()
+    problems[0] = Problem("<extra>", "")
+    if special:  # which stays text in a question
+        assert max(prompts.encode(problems[:1], names[:1])[0]) < rows
+        return
+    says = rf"must have a row .* which has {rows}; found '<extra>', id {rows}, in problem 0\. Remove it"
+    with pytest.raises(UserError, match=says):
+        prompts.lengths(problems, names, most)
+    with pytest.raises(UserError, match=says):
+        encode_prompts(prompts, problems[:1], [0], 1000)
+
+
 def test_the_tiny_tokenizer_round_trips_any_text():
     tokenizer = load_tokenizer(find_model("tiny"))
     for text in (

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from grpo_jax import load, save
 from grpo_jax.errors import UserError
@@ -259,7 +260,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(folder, text, message):
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder):
     """The embedding has 96 rows and the tokenizer over 400 ids; JAX would silently clamp the lookups."""
     shutil.copyfile(find_model("tiny") / "tokenizer.json", folder / "tokenizer.json")
-    with pytest.raises(UserError, match=r"96 rows and 4.. ids"):
+    with pytest.raises(UserError, match=r"tokenizer's 4.. ids, but .* has 96 rows"):
         read_model_config(folder)
 
 
@@ -270,8 +271,21 @@ def test_an_image_token_needs_no_row(folder):
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     raw["added_tokens"].append({"id": count, "content": "<image_soft_token>", "special": True, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=f"96 rows and {count} ids"):
+    with pytest.raises(UserError, match=f"tokenizer's {count} ids, but .* has 96 rows"):
         read_model_config(folder)
+
+
+def test_an_added_token_without_a_row_is_not_drawn(tmp_path):
+    """Such as a padding token that somebody added to the tokenizer without resizing the embedding."""
+    folder = Path(shutil.copytree(find_model("tiny"), tmp_path / "model"))
+    rows = read_model_config(folder).vocab_size
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(tokenizer.get_vocab_size(), rows)])
+    tokenizer.add_special_tokens(["<pad>"])
+    assert tokenizer.token_to_id("<pad>") == rows
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model_cfg = read_model_config(folder)
+    assert (model_cfg.vocab_size, model_cfg.sampleable_vocab_size) == (rows, rows)
 
 
 @pytest.fixture

@@ -78,13 +78,14 @@ def read_base_model(cfg: Config) -> BaseModel:
         UserError: One of them cannot be found or read.
     """
     source = find_model(cfg.model.path)
-    return BaseModel(source, read_model_config(source), make_prompt_format(cfg, load_tokenizer(source)))
+    model_cfg = read_model_config(source)
+    return BaseModel(source, model_cfg, make_prompt_format(cfg, load_tokenizer(source), model_cfg))
 
 
-def make_prompt_format(cfg: Config, tokenizer: Any) -> PromptFormat:
+def make_prompt_format(cfg: Config, tokenizer: Any, model_cfg: ModelConfig) -> PromptFormat:
     """Returns the prompt format of a config's `prompt` section; see `PromptFormat`."""
-    prompt = cfg.prompt
-    return PromptFormat(tokenizer, prompt.template, instruction=prompt.instruction, examples=prompt.examples)
+    options = dict(instruction=cfg.prompt.instruction, examples=cfg.prompt.examples)
+    return PromptFormat(tokenizer, cfg.prompt.template, vocab_size=model_cfg.vocab_size, **options)
 
 
 @phase("Preparing the devices")
@@ -115,7 +116,7 @@ def build_context(
     open_model_tensors(source, model_cfg)  # raises here if a tensor is missing or has the wrong shape
     mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, cfg.mesh.expert)
     log_indivisible_axes(mesh, param_shapes(model_cfg, cfg.model.param_dtype))
-    stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids)
+    stop_ids = completion_eos_ids(tokenizer, model_cfg.eos_ids, model_cfg.vocab_size)
     stop_table = build_stop_table(model_cfg.vocab_size, stop_ids, cfg.rollout.stop_strings, tokenizer)
     held_bytes = resident_bytes(cfg, model_cfg, mesh, training)
     plan = plan_rollout(cfg, model_cfg, mesh, held_bytes, device_memory_bytes(), strict=training)
@@ -139,14 +140,9 @@ def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, token
     """Returns the model config with the run's dtypes, attention kernel and rematerialization.
 
     Raises:
-        UserError: The tokenizer has more ids than the model, or the attention kernel needs another kind of device.
+        UserError: The tokenizer is that of another model, or the attention kernel needs another kind of device.
     """
-    token_count = count_token_ids(tokenizer.get_vocab())
-    if token_count > model_cfg.vocab_size:
-        raise UserError(
-            f"The model needs an embedding row for each of its tokenizer's {token_count} ids, but {source} has "
-            f"{model_cfg.vocab_size} rows. Use the tokenizer that belongs to the model."
-        )
+    token_count = count_token_ids(tokenizer.get_vocab(), tokenizer.get_added_vocab(), model_cfg.vocab_size, source)
     attention = cfg.model.attention if training else "auto"
     backend = {"splash": "tpu", "cudnn": "gpu"}.get(attention, jax.default_backend())
     if backend != jax.default_backend():

@@ -92,7 +92,8 @@ def derive(
 def choose_template(chosen: Derivation, base: BaseModel) -> None:
     """Chooses between the chat template of the tokenizer and R1-Zero's, and what ends a completion."""
     tokenizer = base.prompt_format.tokenizer
-    is_chat, why = speaks_chat(tokenizer, completion_eos_ids(tokenizer, base.model_cfg.eos_ids))
+    stop_ids = completion_eos_ids(tokenizer, base.model_cfg.eos_ids, base.model_cfg.vocab_size)
+    is_chat, why = speaks_chat(tokenizer, stop_ids)
     chosen.choose(why, {"prompt.template": "chat" if is_chat else "r1zero"})
     if chosen["prompt.template"] == "chat":
         chosen.choose("a chat template does not say how to answer", {"prompt.instruction": INSTRUCTION})
@@ -127,7 +128,11 @@ def choose_examples(
     chosen: Derivation, base: BaseModel, train: Sequence[Problem], held_out: Sequence[Problem], count: int
 ) -> int:
     """Chooses solved examples for small models, and returns the length of the longest prompt in tokens."""
-    options = dict(instruction=chosen["prompt.instruction"], examples=chosen["prompt.examples"])
+    options = dict(
+        instruction=chosen["prompt.instruction"],
+        examples=chosen["prompt.examples"],
+        vocab_size=base.model_cfg.vocab_size,
+    )
     texts: Sequence[str] = ()
     if count < NEEDS_EXAMPLES and "prompt.examples" not in chosen.given:
         texts, reason = solved_examples(train), "solved problems from the file show the tags"

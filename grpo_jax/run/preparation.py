@@ -114,7 +114,7 @@ def prepare_run(run: CheckedRun, workdir: Path) -> PreparedRun:
             values, derived = derive(cfg, keys_that_are_set(run.raw, run.given), base, task, find_machine())
         run.raw.update_from_flattened_dict(values)
         cfg = configs.check(run.raw)
-        base = base._replace(prompt_format=make_prompt_format(cfg, base.prompt_format.tokenizer))
+        base = base._replace(prompt_format=make_prompt_format(cfg, base.prompt_format.tokenizer, base.model_cfg))
         task = leave_out_examples(task, cfg.prompt.examples) if isinstance(task, ProblemList) else task
     notes = getattr(task, "notes", ())
     fitted, task, prompt_lengths = fit_prompts(cfg, base, task)

@@ -45,10 +45,13 @@ def format_prompt(question: str, template: str = R1_ZERO_TEMPLATE) -> str:
     return template.replace("{question}", question)
 
 
-def completion_eos_ids(tokenizer: Any, model_eos: Sequence[int] = ()) -> tuple[int, ...]:
-    """Returns every token id that ends a completion: those of the model's config, and the tokenizer's EOS."""
+def completion_eos_ids(tokenizer: Any, model_eos: Sequence[int] = (), vocab_size: float = math.inf) -> tuple[int, ...]:
+    """Returns every token id that ends a completion: those of the model's config, and the tokenizer's EOS.
+
+    An EOS without a row of the embedding, of which there are `vocab_size`, is never drawn and left out.
+    """
     tokenizer_eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return tuple(sorted({*model_eos, *tokenizer_eos}))
+    return tuple(sorted(token for token in {*model_eos, *tokenizer_eos} if token < vocab_size))
 
 
 def read_template(name: str, tokenizer: Any) -> str | None:
@@ -100,7 +103,13 @@ class PromptFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, template: str = "r1zero", *, instruction: str = "", examples: Sequence[str] = ()
+        self,
+        tokenizer: Any,
+        template: str = "r1zero",
+        *,
+        instruction: str = "",
+        examples: Sequence[str] = (),
+        vocab_size: float = math.inf,
     ):
         """Makes a format.
 
@@ -109,6 +118,7 @@ class PromptFormat:
             template: A value of `prompt.template` (see `read_template`).
             instruction: A text before the first question of a chat template, or before any other template.
             examples: Solved problems before each question: alternating questions and completions.
+            vocab_size: The rows of the model's embedding. Tokens without a row may not occur in prompts.
         """
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
         self.instruction = instruction
@@ -120,6 +130,9 @@ class PromptFormat:
         patterns = [before + re.escape(content) + after for before, content, after in spaced]
         self.special = re.compile(f"({'|'.join(patterns) or '(?!)'})")  # the text of a special token
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.vocab_size = vocab_size
+        rowless = [token.content for index, token in tokenizer.added_tokens_decoder.items() if index >= vocab_size]
+        self.rowless = re.compile("|".join(map(re.escape, rowless))) if rowless else None  # tokens without a row
 
     def text(self, problem: Problem, name: str = "the problem") -> str:
         """Returns the prompt of a problem as a text. Error messages call the problem `name`."""
@@ -158,7 +171,7 @@ class PromptFormat:
         Special tokens that a question spells out are encoded as text. Those of the template are special tokens.
 
         Raises:
-            UserError: See `named_messages` and `render`.
+            UserError: A token has no row of the embedding; or see `named_messages` and `render`.
         """
         named = [(self.conversation(problem, name), name) for problem, name in zip(problems, names, strict=True)]
         texts = [self.render(messages, name) for messages, name in named]
@@ -175,6 +188,12 @@ class PromptFormat:
         for row, (messages, name) in enumerate(named):
             if any(self.special.search(message["content"]) for message in messages):
                 batch[row] = self.encode_spelled(messages, name)
+            if self.rowless and (index := max(batch[row], default=0)) >= self.vocab_size:
+                raise UserError(
+                    f"Each token of a prompt must have a row of the model's embedding, which has {self.vocab_size}; "
+                    f"found {self.tokenizer.convert_ids_to_tokens(index)!r:.80}, id {index}, in {name}. Remove it from "
+                    "the prompt, or resize the embedding with `resize_token_embeddings` of transformers."
+                )
         return batch
 
     def encode_spelled(self, messages: list[Message], name: str) -> list[int]:
@@ -233,7 +252,12 @@ class PromptFormat:
         return lengths
 
     def bound(self, text: str) -> float:
-        """Returns an upper bound of the number of tokens of a prompt, given its text."""
+        """Returns an upper bound of the number of tokens of a prompt, given its text.
+
+        It is infinite if the text may contain a token that a prompt may not have, so that the prompt is encoded.
+        """
+        if self.rowless and self.rowless.search(text):
+            return math.inf
         return max(len(form.encode()) for form in (text, unicodedata.normalize("NFC", text))) - self.spared
 
     @cached_property

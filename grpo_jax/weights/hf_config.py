@@ -186,11 +186,10 @@ def check_architecture(model_cfg: ModelConfig, where: str) -> None:
             raise UserError(f"{requirement}; found {value} in {where}. Download the model again.")
 
     heads, kv_heads, rows, ids = model_cfg.num_heads, model_cfg.num_kv_heads, model_cfg.vocab_size, model_cfg.eos_ids
-    latent, experts, tokens = model_cfg.latent, model_cfg.experts, model_cfg.tokenizer_vocab_size
+    latent, experts = model_cfg.latent, model_cfg.experts
     rotated_dim = latent.qk_rope_head_dim if latent else model_cfg.rotary_dim or model_cfg.head_dim
     check(heads % kv_heads == 0, "num_attention_heads must be a multiple of num_key_value_heads", (heads, kv_heads))
     check(rotated_dim > 0 and rotated_dim % 2 == 0, "head_dim (or qk_rope_head_dim) must be even", rotated_dim)
-    check(tokens <= rows, "Each token id needs a row of the embedding (vocab_size)", f"{rows} rows and {tokens} ids")
     check(all(0 <= token < rows for token in ids), "eos_token_id must be less than vocab_size", ids)
     check(model_cfg.logit_divisor > 0, "logits_scaling must exceed 0", model_cfg.logit_divisor)
     for rope in {layer.rope for layer in model_cfg.layers if layer.rope}:

@@ -1,6 +1,8 @@
 """Finds models and reads their configs: model folders, GGUF files, the Hugging Face Hub and packaged models."""
 
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -187,14 +189,9 @@ def read_model_config(source: str | Path) -> ModelConfig:
     check_family(hf_config, str(source))  # first: what else a config says is judged by its family
     fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
     dtype = read_dtype(hf_config, source)
-    return model_config_from_hf(
-        hf_config,
-        str(source),
-        tokenizer_vocab_size=count_tokenizer_ids(source),
-        eos_ids=read_eos_ids(source, hf_config),
-        source=str(source),
-        dtype=dtype,
-    )
+    eos_ids = read_eos_ids(source, hf_config)
+    model_cfg = model_config_from_hf(hf_config, str(source), eos_ids=eos_ids, source=str(source), dtype=dtype)
+    return replace(model_cfg, tokenizer_vocab_size=count_tokenizer_ids(source, model_cfg.vocab_size))
 
 
 def read_dtype(hf_config: dict, source: Path) -> str:
@@ -236,19 +233,35 @@ def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def count_token_ids(vocabulary: dict[str, int]) -> int:
-    """Returns one more than the largest id of a vocabulary, which maps tokens to ids.
+def count_token_ids(vocabulary: dict[str, int], added: Collection[str], rows: int, source: str | Path) -> int:
+    """Returns one more than the largest id of a token that a model can be given and can draw.
 
-    Gemma 3's placeholder for an image does not count: text decoders never use it, and the smallest has no row for it.
-    """
-    return 1 + max(index for token, index in vocabulary.items() if token != "<image_soft_token>")
+    Added tokens without a row of the embedding do not count, such as a padding token that somebody added by hand.
+    Neither does Gemma 3's placeholder for an image, which text decoders never use.
 
-
-def count_tokenizer_ids(source: Path) -> int:
-    """Returns one more than the largest id of a model folder's tokenizer, or 0 without a tokenizer.json.
+    Args:
+        vocabulary: The tokenizer's ids by token.
+        added: The tokens that were added to the vocabulary that the tokenizer was trained with.
+        rows: The rows of the model's embedding.
+        source: The model folder or GGUF file.
 
     Raises:
-        UserError: tokenizer.json cannot be read.
+        UserError: Another token has no row, so the tokenizer is that of another model.
+    """
+    most = max((index for token, index in vocabulary.items() if token not in added), default=-1)
+    if most >= rows:
+        raise UserError(
+            f"The model needs an embedding row for each of its tokenizer's {most + 1} ids, but {source} has {rows} "
+            "rows. Use the tokenizer that belongs to the model."
+        )
+    return 1 + max(index for token, index in vocabulary.items() if index < rows and token != "<image_soft_token>")
+
+
+def count_tokenizer_ids(source: Path, rows: int) -> int:
+    """Returns `count_token_ids` of a model folder's tokenizer, or 0 without a tokenizer.json.
+
+    Raises:
+        UserError: tokenizer.json cannot be read, or is that of another model.
     """
     path = source / "tokenizer.json"
     if not path.is_file():
@@ -261,4 +274,5 @@ def count_tokenizer_ids(source: Path) -> int:
         raise UserError(
             f"tokenizer.json in {source} must be a readable tokenizer; found: {error}. Download it again."
         ) from None
-    return count_token_ids(tokenizer.get_vocab(with_added_tokens=True))
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    return count_token_ids(tokenizer.get_vocab(with_added_tokens=True), added, rows, source)
