@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,8 @@ from grpo_jax import forward, load
 from grpo_jax.errors import UserError
 from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
 from grpo_jax.weights.gguf_header import GGUF_ARCHITECTURES
-from grpo_jax.weights.source import find_model
+from grpo_jax.weights.reading import open_model_tensors
+from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf"
@@ -144,6 +146,70 @@ def test_configs_match_the_metadata():
         "float32",
         "bfloat16",
     ]
+
+
+def write_golden(case: str, architecture: str, path: Path, **fields) -> None:
+    """Writes a golden safetensors model with the names and the order of rows of llama.cpp's converter."""
+    folder = GOLDEN.parent / case
+    raw = json.loads((folder / "config.json").read_text())
+    text = raw.get("text_config", raw)
+    names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    name_map = gguf.get_tensor_name_map(names[architecture], text["num_hidden_layers"])
+    model_cfg = read_model_config(folder)
+    tensors = {}
+    for name, tensor in open_model_tensors(folder, model_cfg).stored.items():
+        value = tensor.read_all()
+        theirs = name_map.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
+        heads = {"attn_q": model_cfg.num_heads, "attn_k": model_cfg.num_kv_heads}.get(theirs.split(".")[-2])
+        if architecture == "mistral3" and heads:
+            value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
+        tensors[theirs] = value
+    required = {
+        "block_count": model_cfg.num_layers,
+        "context_length": model_cfg.max_positions,
+        "embedding_length": model_cfg.hidden_size,
+        "feed_forward_length": model_cfg.intermediate_size,
+        "attention.head_count": model_cfg.num_heads,
+        "attention.head_count_kv": model_cfg.num_kv_heads,
+        "attention.key_length": model_cfg.head_dim,
+        "attention.layer_norm_rms_epsilon": model_cfg.norm_eps,
+        "rope.freq_base": model_cfg.layers[0].rope.theta,
+    }
+    fields = {f"{architecture}.{name}": value for name, value in (required | fields).items()}
+    write_file(path, architecture, fields | {"tokenizer.ggml.eos_token_id": 2}, tensors)
+
+
+MINISTRAL_ROPE = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 8.0,
+    "rope.scaling.original_context_length": 8,
+    "rope.scaling.yarn_beta_fast": 0.5,
+    "rope.scaling.yarn_beta_slow": 0.05,
+    "rope.scaling.yarn_log_multiplier": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "case, architecture, family, fields",
+    [
+        ("ministral3", "mistral3", "ministral3", MINISTRAL_ROPE | {"attention.temperature_scale": 0.3}),
+        ("mistral3", "mistral3", "mistral", {}),
+        ("qwen2_5_vl", "qwen2vl", "qwen2", {}),
+        ("qwen3_vl", "qwen3vl", "qwen3", {}),
+        ("seed_oss", "seed_oss", "seed_oss", {}),
+    ],
+)
+def test_a_file_of_a_newer_family_is_its_safetensors(tmp_path, case, architecture, family, fields):
+    path = tmp_path / "model.gguf"
+    write_golden(case, architecture, path, **fields)
+    model_cfg, expected_cfg = read_model_config(path), read_model_config(GOLDEN.parent / case)
+    tensors, expected = open_model_tensors(path, model_cfg), open_model_tensors(GOLDEN.parent / case, expected_cfg)
+    for parameter, other in zip(tensors.parameters.values(), expected.parameters.values(), strict=True):
+        for name, expected_name in zip(parameter.names.flat, other.names.flat, strict=True):
+            np.testing.assert_array_equal(tensors.stored[name].read_all(), expected.stored[expected_name].read_all())
+    # The files of these architectures record no windows.
+    layers = tuple(replace(layer, window=0) for layer in expected_cfg.layers)
+    assert model_cfg == replace(expected_cfg, family=family, layers=layers, source=str(path))
 
 
 def test_the_largest_gemmas_have_a_query_scale_of_their_own(tmp_path):

@@ -25,6 +25,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     experts = get("expert_count", 0)
     if architecture == "llama" and experts:
         model_type, prefix = "mixtral", "Mixtral"
+    if architecture == "mistral3" and not get("attention.temperature_scale", 0.0):  # not of the third generation
+        model_type, prefix = "mistral", "Mistral"
     hidden_size, heads, layers = get("embedding_length"), get("attention.head_count"), get("block_count")
     for name in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):
         if name not in header.tensors:
@@ -72,6 +74,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if model_type == "llama":
         config["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
+    if model_type == "mistral":
+        config["sliding_window"] = None
     if model_type == "mixtral":
         config |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
     if model_type == "qwen3_moe":
@@ -102,6 +106,10 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
         }
         values = {ours: header.get(f"rope.scaling.{theirs}", None) for ours, theirs in names.items()}
         rope |= {name: value for name, value in values.items() if value is not None}
+        if header.architecture == "mistral3":
+            mscale = header.get("rope.scaling.yarn_log_multiplier", 0.0)
+            rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+            rope["llama_4_scaling_beta"] = header.get("attention.temperature_scale", 0.0)
     if scaling != "none" and factor != 1:
         rope |= {"rope_type": scaling, "factor": factor}
     if "rope_freqs.weight" in header.tensors:
@@ -157,9 +165,9 @@ def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTe
     layers, gemma = hf_config["num_hidden_layers"], header.architecture.startswith("gemma")
     architecture_ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     name_map = gguf.get_tensor_name_map(architecture_ids[header.architecture], layers)
-    # llama.cpp rotates pairs of adjacent rows in this architecture, so its converter permutes the projections.
+    # llama.cpp rotates pairs of adjacent rows in these architectures, so its converter permutes the projections.
     interleaved_heads = {}
-    if header.architecture == "llama":
+    if header.architecture in ("llama", "mistral3"):
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
     family_names = FAMILIES[hf_config["model_type"]].tensor_names
     tensors, unread = {}, header.tensors.keys() - {"rope_freqs.weight"}

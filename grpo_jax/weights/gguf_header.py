@@ -20,11 +20,15 @@ from grpo_jax.weights.model_files import refuse_gguf_part
 # general.architecture -> model_type and prefix of the class names in transformers.
 GGUF_ARCHITECTURES = {
     "llama": ("llama", "Llama"),
+    "mistral3": ("ministral3", "Ministral3"),
     "qwen2": ("qwen2", "Qwen2"),
+    "qwen2vl": ("qwen2", "Qwen2"),  # without the vision tower, which is another file, only the name differs
     "qwen3": ("qwen3", "Qwen3"),
+    "qwen3vl": ("qwen3", "Qwen3"),
     "qwen3moe": ("qwen3_moe", "Qwen3Moe"),
     "gemma2": ("gemma2", "Gemma2"),
     "gemma3": ("gemma3_text", "Gemma3"),
+    "seed_oss": ("seed_oss", "SeedOss"),
 }
 
 # The format's value types as struct codes; strings and arrays have no fixed size.
@@ -223,6 +227,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
     if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
         raise UserError(
             f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
-            "Choose a model of a supported architecture."
+            "Use the model's safetensors if its family is supported, or choose another model."
         )
     return GgufHeader(path, fields, tensors)
