@@ -1,5 +1,6 @@
 """Model folders as people have them: each of tests/model_folders.py is read, or refused for its true cause."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpo_jax import load
+from grpo_jax import load, save
 from grpo_jax.errors import UserError
 from grpo_jax.weights.reading import open_model_tensors
 from grpo_jax.weights.source import find_model, read_model_config
@@ -87,3 +88,12 @@ def test_a_file_that_is_not_a_whole_gguf_file_is_refused(tmp_path, name, text, s
 def test_a_gguf_file_is_read_whatever_its_name(tmp_path):
     shutil.copyfile(GOLDEN / "gguf" / "qwen2.gguf", tmp_path / "sha256-0123")
     assert read(tmp_path / "sha256-0123").stored
+
+
+@pytest.mark.parametrize("name", ["dtype auto", "dtype of torch", "dtype half"])
+def test_an_export_states_the_dtype_of_its_tensors_by_its_plain_name(tmp_path, name):
+    FOLDERS[name][0](tmp_path / "model")
+    save(tmp_path / "out", *load(tmp_path / "model"))
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    stated = {fields[key] for key in ("dtype", "torch_dtype") if key in fields}
+    assert stated == {str(value.dtype) for value in load_file(tmp_path / "out" / "model.safetensors").values()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_jax.weights.families import FAMILIES, check_family
 from grpo_jax.weights.hf_config import normalize_hf_config, ties_embeddings
+from grpo_jax.weights.source import DTYPES
 
 # Families whose config class in transformers 4 refuses the key rope_type.
 OLDER_TYPE_KEYS = {"olmo2": "type", "phi3": "type"}
@@ -54,6 +55,21 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
         if "dtype" in portable:
             portable.setdefault("torch_dtype", portable["dtype"])
     return portable
+
+
+def plain_dtypes(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns the contents of a config.json with dtypes that `transformers` reads where PyTorch is installed.
+
+    Args:
+        fields: The contents, or a section of them.
+        dtype: The dtype that takes the place of a name such as "auto", "half" or "torch.bfloat16".
+    """
+    plain = {
+        name: plain_dtypes(value, dtype) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in fields.items()
+    }
+    odd = [name for name in ("dtype", "torch_dtype") if plain.get(name) is not None and plain[name] not in DTYPES]
+    return plain | dict.fromkeys(odd, dtype)
 
 
 def older_rope_fields(rope_parameters: dict[str, Any], type_key: str) -> dict[str, Any]:

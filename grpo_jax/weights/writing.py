@@ -14,7 +14,7 @@ from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.parallel.mesh import gather_to_host, path_name
 from grpo_jax.weights.fused_tensors import join_fused
 from grpo_jax.weights.model_files import read_json_object
-from grpo_jax.weights.portable import portable_config, portable_tokenizer_config
+from grpo_jax.weights.portable import plain_dtypes, portable_config, portable_tokenizer_config
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
 from grpo_jax.weights.source import CARRIED_FILES, read_hf_config
 from grpo_jax.weights.tensor_names import ParameterTensors, parameter_tensors
@@ -47,7 +47,10 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
         )
     if source:
         hf_config, tensors = read_hf_config(source), open_model_tensors(source, model_cfg)
-        hf_config.pop("quantization_config", None)  # FP8 weights were dequantized
+        for section in (hf_config, hf_config.get("text_config")):
+            if isinstance(section, dict):
+                section.pop("quantization_config", None)  # FP8 weights were dequantized
+        hf_config = plain_dtypes(hf_config, str(next(iter(tensors.stored.values())).dtype))
     else:
         hf_config, tensors = (
             llama_hf_config(model_cfg),
