@@ -12,11 +12,25 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from grpo_jax import evaluate, export, generate, load, main, report
+from grpo_jax import evaluate, export, generate, load, main, plan, report
 from grpo_jax.config import flags
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tokenizer import load_tokenizer
 from tests import hostile
+from tests.model_folders import FOLDERS
+
+# Folders whose config, or the lack of one, is at fault; a plan does not look at weights.
+PLANNED = (
+    "family before all",
+    "AWQ",
+    "NVFP4",
+    "data set",
+    "dtype int8",
+    "workdir of a run",
+    "adapter",
+    "parts",
+    "empty",
+)
 
 Run = tuple[str, Callable, list[str], str]  # name, entry point, arguments, what the error says
 
@@ -24,6 +38,7 @@ Run = tuple[str, Callable, list[str], str]  # name, entry point, arguments, what
 def runs_on_models(folder: Path) -> Iterator[Run]:
     """Yields a run for each model and GGUF file that is refused; the entry points take turns."""
     cases = {**{f"GGUF {name}": case for name, case in hostile.GGUFS.items()}, **hostile.MODELS}
+    cases |= {f"folder {name}": (in_folder(make), says) for name, (make, says) in FOLDERS.items()}
     for n, (name, (make, says)) in enumerate(cases.items()):
         place = folder / f"model-{n}" / "made"
         if says:
@@ -36,6 +51,13 @@ def runs_on_models(folder: Path) -> Iterator[Run]:
                 (export.main, ["--base", f"--out={place / 'out'}"]),
             )[n % 4]
             yield f"{entry.__module__} {name}", entry, flags_of_model + more, says
+            if name.removeprefix("folder ") in PLANNED:
+                yield f"plan {name}", plan.main, [*flags_of_model, "--topology=cpu:1"], says
+
+
+def in_folder(make: Callable[[Path], object]) -> Callable[[Path], Path]:
+    """Returns a function that makes a model folder in the folder that it is given, and returns it."""
+    return lambda folder: make(folder / "model") or folder / "model"
 
 
 def runs_on_problems(folder: Path) -> Iterator[Run]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from grpo_jax.config import check, default
 from grpo_jax.config.workdir import write_config
@@ -20,11 +22,20 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 Case = tuple[Callable[[Path], object], str]  # changes a folder; what its error says, "" if the folder is read
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of the few words that the golden models have rows for."""
+    vocabulary = {"a": 0, "</s>": 2, "[UNK]": 3}
+    Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
 def copied(*changes: Callable[[Path], object], case: str = "llama") -> Callable[[Path], object]:
     """Returns a function that copies a golden model into a folder and then applies changes to the folder."""
 
     def make(folder: Path) -> None:
         shutil.copytree(GOLDEN / case, folder, ignore=shutil.ignore_patterns("reference.npz"))
+        write_tokenizer(folder)
         for change in changes:
             change(folder)
 

@@ -9,6 +9,7 @@ from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.hf_config import model_config_from_hf
+from grpo_jax.weights.hub import read_hub_id
 from grpo_jax.weights.source import find_model, read_model_config
 
 # For each hub model of a preset, what its config.json says about the decoder, and the number of its tokenizer's ids.
@@ -31,6 +32,8 @@ def plan_model(cfg: Config) -> ModelConfig:
 def read_architecture(path: str) -> ModelConfig:
     """Returns the architecture of the model at `path`, which may be anything that `model.path` may be."""
     folder = Path(os.path.expanduser(path))
+    if not folder.exists():
+        path = read_hub_id(path) or path
     if folder.exists() and (folder / "config.json").is_file():
         return read_model_config(folder)
     if folder.exists() or path in ("tiny", "smollm2"):

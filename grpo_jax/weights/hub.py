@@ -12,20 +12,26 @@ DOWNLOADED_FILES = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")  # bes
 # The same weights in other formats; a folder within the model's holds nothing else that is read but chat templates.
 REPEATED_FILES = ("consolidated*", "*/*.json", "*/*.safetensors", "*/tokenizer.model", "*/merges.txt")
 
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+HUB_ADDRESS = re.compile(rf"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)({HUB_ID})")
+
 
 def read_hub_id(path: str) -> str | None:
     """Returns the id of a model on the Hugging Face Hub that `path` is, or None.
 
     Raises:
-        UserError: It is the address of a web page.
+        UserError: It is an address, such as that of the model's page.
     """
-    address = re.match(r"(?:https?://|hf://)?(?:huggingface\.co/|hf\.co/)?(\w[\w.-]*/\w[\w.-]*)(?:/.*)?", path)
-    if address and (found := re.match(r"https?://|hf://|huggingface\.co/|hf\.co/", path)):
+    if match := HUB_ADDRESS.match(path):
         raise UserError(
-            f"model.path must be a folder, a GGUF file or a hub id; found an address ({found[0]}...). "
-            f"Set model.path to {address[1]}."
+            f"model.path must be a folder, a GGUF file or a hub id; found an address. Set model.path to {match[1]}."
         )
-    return path.rstrip("/") if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*/*", path) else None
+    if "://" in path:
+        raise UserError(
+            f"model.path must be a folder, a GGUF file or a hub id; found the address {path:.80}. Download the model, "
+            "and set model.path to its folder."
+        )
+    return path.rstrip("/") if re.fullmatch(rf"{HUB_ID}/*", path) else None
 
 
 def download_from_hub(hub_id: str) -> Path:
