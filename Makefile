@@ -7,11 +7,14 @@
 # make test-page    opens the report of two runs in a headless browser; needs Chromium or Chrome
 # make torture      kills and stops runs, damages their files, and writes docs/reliability.md; takes about an hour
 # make test-plan    compiles small programs for TPUs and NVIDIA GPUs, and checks them; needs neither
+# make test-exports reads exported models with PyTorch and two releases of `transformers`; TORCH="torch --index-url=URL"
+#                   sets where pip finds PyTorch, which without it may be a build of several GB for GPUs
 # make plans        plans every preset on the hardware that it names, and writes docs/plans/
 # make test-newest  runs the tests with the newest releases of all packages; PYTHON must be Python 3.12 or newer
 # make wheels       downloads two packages to .wheels/, so that benchmarks/on_device.py can run without a network
 # Each target except `wheels` first creates a virtual environment if needed; `test-newest` has its own, and so have
-# `test-plan` and `plans`, because libtpu takes over the devices of the JAX that it is installed beside.
+# `test-plan` and `plans`, because libtpu takes over the devices of the JAX that it is installed beside; `test-exports`
+# has two more.
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,8 +34,11 @@ SMOLLM2_INSTALLED := $(VENV)/smollm2-installed
 PAGE_INSTALLED := $(VENV)/page-installed
 PLAN_VENV := .venv-plan
 PLAN_INSTALLED := $(PLAN_VENV)/installed
+# transformers 4.57 is the last release before 5, and many engines pin it.
+EXPORTS_INSTALLED := .venv-exports-4.57/installed .venv-exports-5/installed
+TORCH ?= torch==2.13.0
 
-.PHONY: install r1zero smollm2 lint test test-all test-page torture test-plan plans test-newest wheels
+.PHONY: install r1zero smollm2 lint test test-all test-page torture test-plan test-exports plans test-newest wheels
 
 install: $(INSTALLED)
 
@@ -87,6 +93,18 @@ $(PLAN_INSTALLED): pyproject.toml $(CONSTRAINTS)
 
 test-plan: $(PLAN_INSTALLED)
 	$(PLAN_VENV)/bin/python -m pytest tests/plan
+
+.venv-exports-4.57/installed: TRANSFORMERS = transformers==4.57.6 jinja2
+.venv-exports-5/installed: TRANSFORMERS = transformers jinja2 -c $(CONSTRAINTS)
+
+$(EXPORTS_INSTALLED): Makefile $(CONSTRAINTS)
+	@test -x $(@D)/bin/python || "$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TRANSFORMERS)
+	@touch $@
+
+test-exports: $(INSTALLED) $(EXPORTS_INSTALLED)
+	$(BIN)/python -m pytest -n 0 tests/exports
 
 plans: $(PLAN_INSTALLED)
 	JAX_PLATFORMS=cpu $(PLAN_VENV)/bin/python docs/make_plans.py $(ARGS)

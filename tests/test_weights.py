@@ -301,14 +301,59 @@ def hostile_folder(folder, monkeypatch):
     assert sys.stdin.tell() == 0 and not (folder / "ran").exists()
 
 
-def test_a_tokenizer_that_needs_code_from_its_folder_is_refused(hostile_folder, capsys):
+@pytest.mark.parametrize("config_file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "unknown"])
+def test_a_tokenizer_with_code_is_read_from_tokenizer_json_alone(hostile_folder, capsys, config_file, model_type):
+    change_config(hostile_folder, {"model_type": model_type})
+    fields = {"tokenizer_class": "Custom", "eos_token": "<|endoftext|>", "chat_template": "{{ messages[0].content }}"}
+    (hostile_folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    raw = json.loads((hostile_folder / config_file).read_text())
+    raw["auto_map"] = {"AutoTokenizer": ["custom.Tokenizer", None]}
+    (hostile_folder / config_file).write_text(json.dumps(raw))
+    tokenizer, expected = load_tokenizer(hostile_folder), load_tokenizer(find_model("tiny"))
+    assert tokenizer("What is 1 + 2?")["input_ids"] == expected("What is 1 + 2?")["input_ids"]
+    assert tokenizer.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|endoftext|>", fields["chat_template"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config_file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("vocabulary", ["", "tiktoken.model", "tokenizer.model", "vocab.json"])
+def test_a_tokenizer_that_is_code_is_refused_and_not_run(hostile_folder, monkeypatch, config_file, vocabulary):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (hostile_folder / "tokenizer.json").unlink()
     change_config(hostile_folder, {"model_type": "unknown"})
-    (hostile_folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": [null, "custom.Tokenizer"]}}'
-    )
-    with pytest.raises(UserError, match="must load without running code") as error:
+    if vocabulary:
+        (hostile_folder / vocabulary).write_text(TIKTOKEN if vocabulary.endswith(".model") else '{"a": 0}')
+    path = hostile_folder / config_file
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(raw | {"auto_map": {"AutoTokenizer": ["custom.Tokenizer", None]}}))
+    with pytest.raises(UserError, match=r"must hold a tokenizer.json; .* never run \(custom.Tokenizer .*Copy") as error:
         load_tokenizer(hostile_folder)
-    assert "\n" not in str(error.value) and not capsys.readouterr().out
+    assert "\n" not in str(error.value) and "trust_remote_code" not in str(error.value)
+
+
+TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "tokenizer.model",
+            b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
+            "requires the package sentencepiece, .*pip install",
+        ),
+        ("tokenizer.model", TIKTOKEN.encode(), "found tokenizer.model, a vocabulary of tiktoken"),
+        ("qwen.tiktoken", TIKTOKEN.encode(), "found qwen.tiktoken, a vocabulary of tiktoken"),
+        ("tekken.json", b'{"vocab": []}', "found tekken.json, which names no special tokens"),
+    ],
+)
+def test_a_vocabulary_that_does_not_suffice_is_refused(folder, name, content, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3"])

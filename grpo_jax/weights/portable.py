@@ -4,14 +4,21 @@ Releases before 5 ignore the spellings of release 5 in silence, and no release f
 because exports never hold code.
 """
 
+import re
 from typing import Any
 
 from grpo_jax.weights.families import FAMILIES, check_family
 from grpo_jax.weights.hf_config import normalize_hf_config, ties_embeddings
 from grpo_jax.weights.source import DTYPES
 
+# By family: fields of config.json that transformers 4 knows by another name.
+OLDER_FIELDS = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+
 # Families whose config class in transformers 4 refuses the key rope_type.
 OLDER_TYPE_KEYS = {"olmo2": "type", "phi3": "type"}
+
+# By family: the start of tensors' names in transformers 5, and in transformers 4, which release 5 reads as well.
+OLDER_TENSORS = {"gemma3": (r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.")}
 
 # What transformers 5 calls tokenizers without a class of their own; release 4 has another name for them.
 TOKENIZER_BACKENDS = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
@@ -19,7 +26,7 @@ FILE_TOKENIZER = "PreTrainedTokenizerFast"
 
 
 def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Adds the older spelling of rotary embeddings and dtype to a config.json that has only the newer one.
+    """Adds the older spellings of rotary embeddings and dtype to a config.json that has only the newer ones.
 
     Args:
         hf_config: The contents of config.json.
@@ -35,23 +42,20 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
     portable = without_code(hf_config)
     family = check_family(hf_config, where)
     portable["model_type"] = FAMILIES[family].read_as or family
+    hf = normalize_hf_config(hf_config, where)
+    section = portable
     if isinstance(portable.get("text_config"), dict):
-        tied = ties_embeddings(hf_config, family, normalize_hf_config(hf_config, where))
+        tied = ties_embeddings(hf_config, family, hf)
         # Release 4 reads this from the text's config, release 5 from the model's.
-        portable |= {
-            "text_config": portable["text_config"] | {"tie_word_embeddings": tied},
-            "tie_word_embeddings": tied,
-        }
-    nested = isinstance(portable.get("text_config"), dict) and "rope_parameters" in portable["text_config"]
-    section = dict(portable["text_config"]) if nested else portable
+        section = portable["text_config"] | {"tie_word_embeddings": tied}
+        portable |= {"text_config": section, "tie_word_embeddings": tied}
     if not section.get("rope_parameters"):
         return portable
-    hf = normalize_hf_config(hf_config, where)
-    older = older_rope_fields(hf.rope_parameters, OLDER_TYPE_KEYS.get(hf.model_type, "rope_type"))
+    older = older_rope_fields(hf)
+    for newer_name, older_name in OLDER_FIELDS.get(hf.model_type, {}).items():
+        older[older_name] = getattr(hf, newer_name)
     if any(name not in section or section[name] != value for name, value in older.items()):
         section |= {"rope_parameters": hf.rope_parameters} | older
-        if nested:
-            portable["text_config"] = section
         if "dtype" in portable:
             portable.setdefault("torch_dtype", portable["dtype"])
     return portable
@@ -62,32 +66,41 @@ def plain_dtypes(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     Args:
         fields: The contents, or a section of them.
-        dtype: The dtype that takes the place of a name such as "auto", "half" or "torch.bfloat16".
+        dtype: The dtype that takes the place of FP8 and of names such as "auto", "half" and "torch.bfloat16".
     """
     plain = {
         name: plain_dtypes(value, dtype) if isinstance(value, dict) and name.endswith("_config") else value
         for name, value in fields.items()
     }
-    odd = [name for name in ("dtype", "torch_dtype") if plain.get(name) is not None and plain[name] not in DTYPES]
+    stated = [name for name in ("dtype", "torch_dtype") if plain.get(name) is not None]
+    odd = [name for name in stated if plain[name] not in DTYPES or plain[name].startswith("float8")]
     return plain | dict.fromkeys(odd, dtype)
 
 
-def older_rope_fields(rope_parameters: dict[str, Any], type_key: str) -> dict[str, Any]:
+def portable_tensor_name(name: str, family: str) -> str:
+    """Returns the name under which every release finds a tensor of an exported model."""
+    pattern, replacement = OLDER_TENSORS.get(family, ("$^", ""))
+    return re.sub(pattern, replacement, name)
+
+
+def older_rope_fields(hf) -> dict[str, Any]:
     """Returns the fields that stand for `rope_parameters` in a config.json of releases before 5.
 
     Args:
-        rope_parameters: The rotary embedding of all layers, or a dict of them by the type of layer.
-        type_key: The key for the kind of scaling, `rope_type` or `type`.
+        hf: The `transformers` config of the decoder.
     """
-    rope = rope_parameters.get("full_attention") or rope_parameters
+    rope = hf.rope_parameters.get("full_attention") or hf.rope_parameters
     fields = {"rope_theta": rope["rope_theta"]}
-    if "sliding_attention" in rope_parameters:
-        fields["rope_local_base_freq"] = rope_parameters["sliding_attention"]["rope_theta"]
+    if "sliding_attention" in hf.rope_parameters:
+        fields["rope_local_base_freq"] = hf.rope_parameters["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in rope:
         fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaling = {name: value for name, value in rope.items() if name not in (*fields, "rope_type", "type")}
+    elsewhere = {*fields, "rope_type", "type"}
+    if hasattr(hf, "original_max_position_embeddings"):
+        elsewhere.add("original_max_position_embeddings")
+    scaling = {name: value for name, value in rope.items() if name not in elsewhere}
     if rope["rope_type"] != "default" or "mrope_section" in scaling:
-        fields["rope_scaling"] = {type_key: rope["rope_type"], **scaling}
+        fields["rope_scaling"] = {OLDER_TYPE_KEYS.get(hf.model_type, "rope_type"): rope["rope_type"], **scaling}
     return fields
 
 

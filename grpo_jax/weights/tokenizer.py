@@ -1,12 +1,20 @@
 """Loads the tokenizers of model folders and GGUF files, never running code that comes with a model."""
 
+import importlib.util
 import os
+import re
 from pathlib import Path
+from typing import NoReturn
 
 from grpo_jax.errors import UserError
+from grpo_jax.foreign import open_regular, read_json_file
+from grpo_jax.weights.model_files import list_names
 
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
+
+# Vocabularies of which transformers makes a tokenizer where there is no tokenizer.json.
+OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -18,36 +26,97 @@ def load_tokenizer(source: str | Path):
         source: The folder or file.
 
     Returns:
-        A `transformers` tokenizer.
+        A `transformers` tokenizer. Where a folder brings code for it, tokenizer.json is read as it is, with the special
+        tokens and the chat template of tokenizer_config.json.
 
     Raises:
-        UserError: There are no tokenizer files, they cannot be read, or reading them would run code from the folder.
+        UserError: There are no tokenizer files, they cannot be read, or what they hold does not suffice without running
+            code from the folder or installing a package.
     """
-    if Path(source).is_file():
-        return read_gguf_tokenizer(Path(source))
-    from transformers import AutoTokenizer
+    source = Path(source)
+    if source.is_file():
+        return read_gguf_tokenizer(source)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    code, has_file = tokenizer_code(source), (source / "tokenizer.json").is_file()
+    if not has_file:
+        check_vocabulary_files(source, code)
+    reader = PreTrainedTokenizerFast if code and has_file else AutoTokenizer
     try:
         # Left to itself, transformers asks on the terminal whether it may run the code that `auto_map` names.
-        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+        tokenizer = reader.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # for some families, transformers makes one without files
             raise ValueError("no vocabulary")
         return tokenizer
     except Exception as error:  # transformers and tokenizers raise many kinds
+        if code and not has_file:
+            refuse_vocabulary(source, code)
         message = " ".join(str(error).split())[:300] or type(error).__name__
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"The tokenizer in {source} must load without running code; found one that needs Python code from the "
-                "folder (auto_map in tokenizer_config.json). Save it as a tokenizer.json without auto_map."
-            ) from None
         raise UserError(
             f"{source} must hold a readable tokenizer (tokenizer.json); found: {message}. "
             "Copy the tokenizer files of the model into the folder."
         ) from None
 
 
+def tokenizer_code(source: Path) -> str:
+    """Describes the Python code that a model folder names for its tokenizer; "" if it names none."""
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            classes = read_json_file(source / name).get("auto_map")
+        except (OSError, ValueError, AttributeError):  # transformers reads the file again, and says what is wrong
+            continue
+        classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+        if classes:
+            known = [str(text) for text in (classes if isinstance(classes, list) else [classes]) if text]
+            where = f"{', '.join(known):.80} in auto_map of {name}"
+            return f"a tokenizer in Python code, which is never run ({where})"
+    return ""
+
+
+def check_vocabulary_files(source: Path, code: str) -> None:
+    """Checks that a model folder without tokenizer.json holds another vocabulary from which a tokenizer can be made.
+
+    Args:
+        source: The folder.
+        code: The code that the folder brings for its tokenizer, see `tokenizer_code`.
+
+    Raises:
+        UserError: It holds only code, a vocabulary that does not suffice, or one that needs a package.
+    """
+    names = list_names(source)
+    tiktoken = [name for name in names if name.endswith((".tiktoken", ".model")) and is_tiktoken(source / name)]
+    if not ({*names} - {*tiktoken}) & {*OTHER_VOCABULARIES}:
+        if code:
+            refuse_vocabulary(source, code)
+        if tiktoken:
+            refuse_vocabulary(source, f"{tiktoken[0]}, a vocabulary of tiktoken without the rule that splits a text")
+        if "tekken.json" in names:
+            refuse_vocabulary(source, "tekken.json, which names no special tokens for prompts")
+    elif "tokenizer.model" in names and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"Reading tokenizer.model in {source} requires the package sentencepiece, which is missing. "
+            "Run: pip install sentencepiece protobuf"
+        )
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Returns whether a file holds a vocabulary for tiktoken: a token in base64 and its rank on each line."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1000)) is not None
+
+
+def refuse_vocabulary(source: Path, found: str) -> NoReturn:
+    """Raises a UserError for a model folder whose tokenizer can be had in another format only."""
+    raise UserError(
+        f"{source} must hold a tokenizer.json; found {found}. Copy tokenizer.json and "
+        "tokenizer_config.json from a copy of the model that has them, or use a GGUF file of it."
+    )
+
+
 def read_gguf_tokenizer(path: Path):
-    """Reads the tokenizer of a GGUF file with the conversion that `transformers` uses.
+    """Reads the tokenizer of a GGUF file with the conversion that `transformers` uses, and Qwen's normalization.
 
     Args:
         path: The file.
@@ -58,6 +127,7 @@ def read_gguf_tokenizer(path: Path):
     Raises:
         UserError: The file is not a readable GGUF file, or has no tokenizer of a kind that `transformers` converts.
     """
+    from tokenizers.normalizers import NFC
     from transformers import PreTrainedTokenizerFast
 
     from grpo_jax.weights.gguf_header import read_gguf_header  # imported here, because only GGUF files need it
@@ -81,6 +151,8 @@ def read_gguf_tokenizer(path: Path):
         options.setdefault("add_bos_token", True)
     try:
         backend, _ = convert_gguf_tokenizer(header.architecture, model)
+        if header.architecture == "qwen2" or model.get("pre_tokenizer_type") == "qwen2":
+            backend.normalizer = NFC()  # as in Qwen's own tokenizers; the file does not say so
         for name in ("bos", "eos", "unk", "pad"):
             token = model.get(f"{name}_token_id")
             options[f"{name}_token"] = None if token is None else model["tokens"][token]

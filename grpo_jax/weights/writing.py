@@ -14,12 +14,18 @@ from grpo_jax.model.architecture import LayerConfig, ModelConfig, RopeConfig
 from grpo_jax.parallel.mesh import gather_to_host, path_name
 from grpo_jax.weights.fused_tensors import join_fused
 from grpo_jax.weights.model_files import read_json_object
-from grpo_jax.weights.portable import plain_dtypes, portable_config, portable_tokenizer_config
+from grpo_jax.weights.portable import (
+    FILE_TOKENIZER,
+    plain_dtypes,
+    portable_config,
+    portable_tensor_name,
+    portable_tokenizer_config,
+)
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
 from grpo_jax.weights.source import CARRIED_FILES, read_hf_config
 from grpo_jax.weights.tensor_names import ParameterTensors, parameter_tensors
 from grpo_jax.weights.tensors import StoredTensor
-from grpo_jax.weights.tokenizer import read_gguf_tokenizer
+from grpo_jax.weights.tokenizer import OTHER_VOCABULARIES, load_tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000  # a larger model is written as several files
 
@@ -60,7 +66,7 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
     written = tensors_from_params(tensors.parameters, params, dtypes, model_cfg.dtype)
     embedding = written[str(tensors.parameters["embed/embedding"].names)]
     for name, tensor in tensors.skipped.items():  # a tied head must follow the embedding, which may have been trained
-        written[name] = embedding if name.endswith("lm_head.weight") else tensor
+        written[portable_tensor_name(name, model_cfg.family)] = embedding if name.endswith("lm_head.weight") else tensor
     written = join_fused(written, tensors.fused)
     write_safetensors(folder, written)
     if jax.process_index() == 0:
@@ -77,10 +83,13 @@ def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> Non
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    elif source:
-        read_gguf_tokenizer(source).save_pretrained(folder)
     write_json(folder / "config.json", portable_config(hf_config, str(source or folder)))
     tokenizer_config = folder / "tokenizer_config.json"
+    # Releases of transformers make different tokenizers of a GGUF file or another vocabulary.
+    is_converted = source and (source.is_file() or any((source / name).is_file() for name in OTHER_VOCABULARIES))
+    if is_converted and not (folder / "tokenizer.json").is_file():
+        load_tokenizer(source).save_pretrained(folder)
+        write_json(tokenizer_config, read_json_object(tokenizer_config) | {"tokenizer_class": FILE_TOKENIZER})
     if tokenizer_config.is_file() and (folder / "tokenizer.json").is_file():
         write_json(tokenizer_config, portable_tokenizer_config(read_json_object(tokenizer_config)))
     if not (folder / "generation_config.json").is_file():

@@ -1,0 +1,1 @@
+"""Exports, as two releases of `transformers` read them."""
