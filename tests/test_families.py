@@ -1,6 +1,7 @@
 """Checks every model family against `transformers`, with random models and references made by tests/golden/make.py."""
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def assert_close(actual, expected, real=...):
 
 def test_every_family_has_a_golden_model():
     assert {json.loads((GOLDEN / case / "config.json").read_text())["model_type"] for case in CASES} == {*FAMILIES}
+
+
+def test_the_readme_lists_every_family():
+    readme = (GOLDEN.parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in readme.split("| `model_type` |")[1].split("\n\n")[0].splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(FAMILIES)
 
 
 def test_logits_match_transformers(case):

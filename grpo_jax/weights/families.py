@@ -210,6 +210,12 @@ FAMILIES = {
         windows="layer_types",
         tensor_names=GEMMA_NAMES,
     ),
+    "smollm3": Family(ALL_BIASES, windows="layer_types", no_rope_layers=True),
+    "olmo2": Family(OLMO2),
+    "olmo3": Family(OLMO2, windows="layer_types", prepare=share_rope_theta),
+    "phi3": Family({"rotary_dim": read_rotary_dim}, windows="all", fused_tensors=FUSED_QKV | FUSED_GATE_UP),
+    "granite": Family(GRANITE),
+    "glm4": Family(GLM4, tensor_names=GLM4_NAMES, fused_tensors=FUSED_GATE_UP),
     "seed_oss": Family(
         {"qkv_bias": flag("attention_bias"), "out_bias": flag("attention_out_bias"), "mlp_bias": flag("mlp_bias")}
     ),
@@ -222,12 +228,6 @@ FAMILIES = {
     # Kimi K2 is a DeepSeek-V3 in everything but its name, which transformers does not know.
     "kimi_k2": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, read_as="deepseek_v3", skipped_tensors=NEXT_TOKENS_LAYER),
     "deepseek_v3": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, skipped_tensors=NEXT_TOKENS_LAYER),
-    "smollm3": Family(ALL_BIASES, windows="layer_types", no_rope_layers=True),
-    "olmo2": Family(OLMO2),
-    "olmo3": Family(OLMO2, windows="layer_types", prepare=share_rope_theta),
-    "phi3": Family({"rotary_dim": read_rotary_dim}, windows="all", fused_tensors=FUSED_QKV | FUSED_GATE_UP),
-    "granite": Family(GRANITE),
-    "glm4": Family(GLM4, tensor_names=GLM4_NAMES, fused_tensors=FUSED_GATE_UP),
 }
 
 # What the decoders of other families have and no row covers.
