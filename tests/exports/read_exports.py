@@ -19,17 +19,22 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 TOLERANCE = 1e-5  # of the largest logit
 
 
+def read_config(folder: Path) -> dict:
+    """Returns the contents of config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def newer_types(folder: Path) -> list[str]:
     """Returns the model types in a config.json that the installed `transformers` does not know."""
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_config(folder)
     sections = fields, fields.get("text_config", {})
     return sorted({section["model_type"] for section in sections if "model_type" in section} - {*CONFIG_MAPPING})
 
 
 def model_problems(folder: Path, arrays: dict[str, np.ndarray], eos_ids: list[int]) -> list[str]:
     """Compares the logits, the tokens that `generate` adds and the stop ids of an exported model."""
-    config = AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, config.architectures[0])
+    AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, read_config(folder)["architectures"][0])
     model, info = model_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
