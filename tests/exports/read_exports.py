@@ -4,7 +4,7 @@
 
 Needs PyTorch and `transformers`, and nothing of grpo_jax. FOLDER holds a folder for each case, with the exported model
 in `model`, and what it must give in expected.json and expected.npz (`test_exports.py` writes them). Prints the result
-of each case as a line of JSON: `case`, `newer` (the model types that this release does not know) and `problems`.
+of each case as a line of JSON: `case`, `release`, `newer` (model types that this release does not know) and `problems`.
 """
 
 import json
@@ -85,7 +85,8 @@ def tokenizer_problems(folder: Path, expected: dict) -> list[str]:
 
 def read_case(folder: Path) -> dict:
     """Returns the result of a case."""
-    result = {"case": folder.name, "newer": newer_types(folder / "model"), "problems": []}
+    newer = newer_types(folder / "model")
+    result = {"case": folder.name, "release": transformers.__version__, "newer": newer, "problems": []}
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     with np.load(folder / "expected.npz") as file:
         arrays = dict(file)

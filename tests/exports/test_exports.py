@@ -92,7 +92,9 @@ def read_exports(release: str, folder: Path) -> dict[str, dict]:
     command = [str(python), str(Path(__file__).with_name("read_exports.py")), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {result["case"]: result for result in map(json.loads, done.stdout.splitlines())}
+    results = {result["case"]: result for result in map(json.loads, done.stdout.splitlines())}
+    assert all(result["release"].startswith(f"{release}.") for result in results.values())
+    return results
 
 
 @pytest.mark.parametrize("release", RELEASES)
