@@ -255,6 +255,7 @@ def gguf_with(fields: dict | None = None, tensors: dict | None = None) -> Callab
 
 
 TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.tokens": ["a", "b", "ab"]}
+ARCHITECTURE = string(b"general.architecture") + struct.pack("<I", 8) + string(b"llama")
 ARRAY_OF = string(b"a") + struct.pack("<I", 9)
 
 GGUFS: dict[str, Case] = {
@@ -274,13 +275,22 @@ GGUFS: dict[str, Case] = {
         "beyond the end of 33,554,432 bytes",
     ),
     "2**60 tensors": (raw_gguf(fields=0, tensors=2**60), "1,152,[0-9,]* tensors"),
-    "2**31 dimensions": (raw_gguf(string(b"a"), struct.pack("<I", 2**31), fields=0, tensors=1), "beyond the end of"),
+    "2**31 dimensions": (
+        raw_gguf(ARCHITECTURE, string(b"a"), struct.pack("<I", 2**31), tensors=1),
+        "beyond the end of",
+    ),
     "tensor of 2**60 numbers": (
-        raw_gguf(string(b"a"), struct.pack("<IQQIQ", 2, 2**30, 2**30, 0, 0), fields=0, tensors=1),
+        raw_gguf(ARCHITECTURE, string(b"a"), struct.pack("<IQQIQ", 2, 2**30, 2**30, 0, 0), tensors=1),
         "while a ends at byte",
     ),
-    "tensor at 2**63": (raw_gguf(string(b"a"), struct.pack("<IQIQ", 1, 4, 0, 2**63), fields=0, tensors=1), "ends at"),
-    "unknown quantization": (raw_gguf(string(b"a"), struct.pack("<IQIQ", 1, 4, 999, 0), fields=0, tensors=1), "999"),
+    "tensor at 2**63": (
+        raw_gguf(ARCHITECTURE, string(b"a"), struct.pack("<IQIQ", 1, 4, 0, 2**63), tensors=1),
+        "ends at",
+    ),
+    "unknown quantization": (
+        raw_gguf(ARCHITECTURE, string(b"a"), struct.pack("<IQIQ", 1, 4, 999, 0), tensors=1),
+        "999",
+    ),
     "alignment of 0": (gguf_with({"general.alignment": 0}), "general.alignment 0"),
     "alignment is a text": (gguf_with({"general.alignment": "a"}), "general.alignment 'a'"),
     "architecture is a list": (gguf_with({"general.architecture": ["llama"]}), "general.architecture in"),

@@ -1,6 +1,7 @@
 """Model folders as people have them, for tests/test_model_folders.py: each is read, or refused for its true cause."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -254,7 +255,7 @@ FOLDERS: dict[str, Case] = {
     # Heads
     "no head": (
         copied(renamed(lambda name: "" if "lm_head" in name else name)),
-        "must hold lm_head.weight, because tie_word_embeddings is false",
+        "must hold lm_head.weight, because tie_word_embeddings is false or absent",
     ),
     "a head that should not be": (copied(config(tie_word_embeddings=True)), "lm_head.weight .* must equal the embed"),
     # Weights in other formats
@@ -286,6 +287,12 @@ FOLDERS: dict[str, Case] = {
     ),
     "parts": (empty(wrote(*PARTS, text="GGUF")), SPLIT),
     "some parts": (empty(wrote(*PARTS[:2], text="GGUF")), SPLIT),
+    "architecture before tensors": (
+        empty(
+            gguf("q.gguf", **{"general.architecture": "gptoss"}), lambda folder: os.truncate(folder / "q.gguf", 1000)
+        ),
+        "general.architecture in .* must be one of llama.*found 'gptoss'",
+    ),
     "a part by another name": (empty(gguf("q.gguf", **{"split.count": 3, "split.no": 1})), "found one of 3 parts"),
     # Folders that hold none
     "empty": (empty(), "must be the folder of a model; found an empty folder"),

@@ -23,6 +23,7 @@ def with_prompt_limit(cfg: Config) -> Config:
     """
     if cfg.rollout.max_prompt_tokens:
         return cfg
+    plan_model(cfg)  # raises here if the model itself is at fault
     try:
         return fit_prompts(cfg, read_base_model(cfg), resolve_task(cfg, graded=False))[0]
     except UserError as error:

@@ -208,6 +208,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
         fields = {read_string(file): read_value(file, *unpack(file, "I")) for _ in range(field_count)}
         if fields.get("split.count", 1) not in (0, 1):
             refuse_gguf_part(path, fields["split.count"])
+        architecture = fields.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
+            raise UserError(
+                f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found "
+                f"{architecture!r:.80}. Use the model's safetensors if its family is supported, or choose another model."
+            )
         entries = []
         for _ in range(tensor_count):
             name, (dimensions,) = read_string(file), unpack(file, "I")
@@ -232,10 +238,4 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise UserError(
             f"{path} must be a complete GGUF file of version 2 or 3; found: {found}. Download it again."
         ) from None
-    architecture = fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
-        raise UserError(
-            f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found {architecture!r}. "
-            "Use the model's safetensors if its family is supported, or choose another model."
-        )
     return GgufHeader(path, fields, tensors)

@@ -66,9 +66,9 @@ def check_tensor_names(source: Path, expected: Collection[str], missing: Collect
             )
     if len(missing) == 1 and (head := min(missing)).endswith("lm_head.weight"):
         raise UserError(
-            f"{source} must hold {head}, because tie_word_embeddings is false in its config; found no such tensor. If "
-            "the embedding is the head too, set tie_word_embeddings to true in config.json; otherwise download the "
-            "model again."
+            f"{source} must hold {head}, because tie_word_embeddings is false or absent in its config; found no "
+            "such tensor. If the embedding is the head too, set tie_word_embeddings to true in config.json; otherwise "
+            "download the model again."
         )
     for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:

@@ -217,8 +217,8 @@ def refuse_adapter(folder: Path, weights: Collection[str]) -> None:
             "adapter_* elsewhere if the model is meant without it."
         )
     raise UserError(
-        f"{folder} must hold a whole model; found {adapter}, which must be merged into its base model first: "
-        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"{folder} must hold a whole model; found {adapter}, which must be merged into its base model first, "
+        'where peft is installed: python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\". Then copy the "
         f"tokenizer files, and set model.path to {folder}-merged."
     )
