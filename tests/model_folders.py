@@ -118,7 +118,7 @@ def below(name: str, *changes: Callable[[Path], object]) -> Callable[[Path], obj
 def run(folder: Path) -> None:
     """Writes what the workdir of a run holds."""
     write_config(folder, check(default()))
-    (folder / "checkpoints" / "100" / "policy").mkdir(parents=True)
+    wrote("checkpoints/100/_CHECKPOINT_METADATA", "checkpoints/100/policy/_METADATA")(folder)
 
 
 def gguf(*names: str, **fields) -> Callable[[Path], object]:
@@ -179,6 +179,14 @@ FOLDERS: dict[str, Case] = {
     "no dtype": (copied(config(dtype=None, torch_dtype=None)), ""),
     "dtype int8": (copied(config(dtype="int8")), "dtype in .* must be one of float32, .*; found 'int8'"),
     "dtype of a list": (copied(config(dtype=["float32"])), "dtype in .* must be one of"),
+    "GPTQ without a config": (
+        copied(renamed(str, **{"model.layers.0.mlp.up_proj.qweight": ONE})),
+        "found weights quantized by GPTQ or AWQ, such as model.layers.0.mlp.up_proj.qweight. Use the",
+    ),
+    "FP8 scales without a config": (
+        copied(renamed(str, **{"model.layers.0.mlp.up_proj.weight_scale": ONE})),
+        "found quantized weights with scales",
+    ),
     "int8 tensors": (copied(stored_as(np.int8)), "must be float; found int8. Use the checkpoint that it was made from"),
     # The family comes first, then the quantization
     "family before all": (
@@ -200,6 +208,7 @@ FOLDERS: dict[str, Case] = {
         copied(config(compression_config={"quant_method": "compressed-tensors"})),
         "found compressed-tensors. Use",
     ),
+    "MLX": (copied(config(quantization={"group_size": 64, "bits": 4})), r"found MLX \(4 bits\)"),
     "MXFP4": (copied(quantized(quant_method="mxfp4")), "found MXFP4"),
     "FP8 of tensors": (copied(quantized(quant_method="fp8")), "found FP8 without block scales"),
     "unknown method": (copied(quantized(quant_method="hqq", bits=3)), r"found hqq \(3 bits\)"),
@@ -280,6 +289,8 @@ FOLDERS: dict[str, Case] = {
         copied(NO_WEIGHTS, wrote("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp")),
         "a sharded checkpoint .*accelerate merge-weights .*/pytorch_model_fsdp_0",
     ),
+    "Orbax": (empty(wrote("_CHECKPOINT_METADATA", "policy/_METADATA")), "a checkpoint of Orbax.*grpo_jax.export"),
+    "early llama.cpp": (empty(wrote("ggml-model-q4_0.bin")), "a file of an early llama.cpp. Use a GGUF file"),
     # GGUF files
     "several GGUF files": (
         empty(gguf("m.Q4_K_M.gguf", "m.Q8_0.gguf", "mmproj-m.gguf")),

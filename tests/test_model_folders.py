@@ -97,3 +97,21 @@ def test_an_export_states_the_dtype_of_its_tensors_by_its_plain_name(tmp_path, n
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     stated = {fields[key] for key in ("dtype", "torch_dtype") if key in fields}
     assert stated == {str(value.dtype) for value in load_file(tmp_path / "out" / "model.safetensors").values()}
+
+
+def test_a_file_beside_a_config_is_refused_with_its_folder(tmp_path):
+    FOLDERS["as saved"][0](tmp_path / "model")
+    with pytest.raises(UserError, match=r"found the file .*config.json\. Set model.path to .*/model\.$"):
+        find_model(tmp_path / "model" / "config.json")
+
+
+@pytest.mark.parametrize("function, says", [("os.scandir", "a folder that"), ("os.open", "config.json must be a file")])
+def test_what_may_not_be_read_is_refused(tmp_path, monkeypatch, function, says):
+    FOLDERS["as saved"][0](tmp_path / "model")
+
+    def deny(path, *rest):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{says}.* Permission denied"):
+        patch.setattr(function, deny)
+        find_model(tmp_path / "model")

@@ -212,7 +212,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if not isinstance(architecture, str) or architecture not in GGUF_ARCHITECTURES:
             raise UserError(
                 f"general.architecture in {path} must be one of {', '.join(GGUF_ARCHITECTURES)}; found "
-                f"{architecture!r:.80}. Use the model's safetensors if its family is supported, or choose another model."
+                f"{architecture!r:.80}. Use the model's safetensors if its family is supported, or another model."
             )
         entries = []
         for _ in range(tensor_count):

@@ -26,7 +26,7 @@ FOREIGN_TENSORS = (
         "those of an adapter",
         "Merge it where it was trained (`merge_and_unload` of peft), and save the model again.",
     ),
-    (r"\.(qweight|qzeros|g_idx)$", "weights quantized by GPTQ or AWQ", UNQUANTIZED),
+    (r"\.(qweight|qzeros|g_idx|scales)$", "weights quantized by GPTQ or AWQ", UNQUANTIZED),
     (r"\.(absmax|quant_map|quant_state\..*|SCB)$", "weights quantized by bitsandbytes", UNQUANTIZED),
     (r"\.(weight_packed|weight_scale(_2|_inv)?|input_scale)$", "quantized weights with scales", UNQUANTIZED),
     (r"_(blocks|scales)$", "weights quantized as MXFP4", UNQUANTIZED),

@@ -49,6 +49,13 @@ OTHER_WEIGHTS = (
         "Merge its parts where accelerate is installed: accelerate merge-weights {source}/{file} {source}-merged. Then "
         "copy config.json and the tokenizer files.",
     ),
+    (
+        r"_(CHECKPOINT_)?METADATA",
+        "a checkpoint of Orbax",
+        "If a run of this package saved it, export its policy where the whole workdir of the run is: python -m "
+        "grpo_jax.export --workdir=WORKDIR --out=FOLDER.",
+    ),
+    (r"ggml.*\.bin", "a file of an early llama.cpp", "Use a GGUF file of the model."),
     (r"consolidated.*\.safetensors", "weights in Mistral's own format", f"{SCRIPT} (convert_mistral*_to_hf.py)."),
     (r"consolidated.*\.pth", f"weights in Meta's own format and {PICKLE}", f"{SCRIPT} (convert_llama*_to_hf.py)."),
     (
@@ -74,9 +81,16 @@ NOT_MODELS = ("original", "onnx", "runs")  # folders beside a model that hold so
 
 
 def list_names(folder: Path) -> list[str]:
-    """Returns the sorted names in a folder, without hidden ones such as macOS's `._model.safetensors`."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in itertools.islice(entries, MAX_NAMES)]
+    """Returns the sorted names in a folder, without hidden ones such as macOS's `._model.safetensors`.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MAX_NAMES)]
+    except OSError as error:
+        raise UserError(f"{folder} must be a folder that can be read; found: {error.strerror}. Correct it.") from None
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -134,10 +148,13 @@ def check_content(path: Path) -> None:
     """Checks that a file is not empty, and does not stand for another one.
 
     Raises:
-        UserError: The file is empty, a pointer of Git LFS, or a web page.
+        UserError: The file cannot be read, is empty, a pointer of Git LFS, or a web page.
     """
-    with open_regular(path) as file:
-        start = file.read(64)
+    try:
+        with open_regular(path) as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} must be a file that can be read; found: {error.strerror}. Correct it.") from None
     if not start:
         raise UserError(f"{path} must hold a part of the model; found an empty file. Download it again.")
     for begins, what, cure in STAND_INS:
@@ -294,7 +311,7 @@ def holds_model(folder: Path) -> bool:
     """Returns whether a folder has a config.json and weights, or an adapter, or GGUF files."""
     try:
         names = list_names(folder)
-    except OSError:
+    except UserError:
         return False
     has_config = "config.json" in names or "adapter_config.json" in names
     return any(

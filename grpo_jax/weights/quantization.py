@@ -41,7 +41,7 @@ def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
     """
     text_config = hf_config.get("text_config")
     sections = (hf_config, text_config if isinstance(text_config, dict) else {})
-    fields = ("quantization_config", "compression_config")
+    fields = ("quantization_config", "compression_config", "quantization")
     found = next((section[field] for section in sections for field in fields if section.get(field)), None)
     block = found.get("weight_block_size") if isinstance(found, dict) else None
     is_pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
@@ -63,6 +63,8 @@ def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
 def describe_quantization(quantization: Any) -> str:
     """Returns the name of a quantization and what else its config says about it, such as "GPTQ (4 bits)"."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None and isinstance(quantization, dict) and {"bits", "group_size"} <= quantization.keys():
+        method = "MLX"  # which names no method
     if not isinstance(method, str):
         return f"{quantization!s:.80}"
     details = [

@@ -124,10 +124,10 @@ def find_in_folder(folder: Path) -> Path:
     if {"adapter_config.json", "adapter_model.safetensors"} & {*names}:
         refuse_adapter(folder, weights if hf_config else ())
     if not weights:
+        refuse_run(folder)
         check_shard_index(folder)
         refuse_other_weights(folder, names)
     if not weights or hf_config is None:
-        refuse_run(folder)
         refuse_folder_above(folder)
         found = "no config.json" if weights else "no *.safetensors" if names else "an empty folder"
         raise UserError(f"{folder} must be the folder of a model; found {found}. {USABLE_PATHS}")
@@ -165,7 +165,9 @@ def check_single_file(path: Path) -> None:
     with open_regular(path) as file:
         is_gguf = path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
     if not is_gguf:
-        raise UserError(f"model.path must be a folder, a GGUF file or a hub id; found the file {path}. {USABLE_PATHS}")
+        folder = path.parent
+        advice = f"Set model.path to {folder}." if (folder / "config.json").is_file() else USABLE_PATHS
+        raise UserError(f"model.path must be a folder, a GGUF file or a hub id; found the file {path}. {advice}")
 
 
 def read_hf_config(source: Path) -> dict:
