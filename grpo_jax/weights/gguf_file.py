@@ -158,7 +158,7 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
     if header.architecture in PARTLY_ROTATED:
         rope["partial_rotary_factor"] = header.get("rope.dimension_count", head_dim) / head_dim
     if "rope_factors_short.weight" in header.tensors:
-        rope |= {"rope_type": "longrope", "attention_factor": header.get("rope.scaling.attn_factor", None)}
+        rope |= {"rope_type": "longrope"} | read_longrope_factor(header)
         for name in ("short", "long"):
             divisors = header.tensors[f"rope_factors_{name}.weight"].read((slice(None),))
             rope[f"{name}_factor"] = [float(str(divisor)) for divisor in divisors]
@@ -169,6 +169,19 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}  # only full attention is scaled
         return {"full_attention": rope, "sliding_attention": local}
     return rope
+
+
+def read_longrope_factor(header: GgufHeader) -> dict[str, float]:
+    """Returns the factor of longrope's cosines and sines for `rope_parameters`.
+
+    It is left out if it is the one that follows from the context lengths, because transformers 4.57 refuses a config of
+    Phi-3 that states it.
+    """
+    length = header.get("rope.scaling.original_context_length", header.get("context_length"))
+    growth = header.get("context_length") / length
+    implied = math.sqrt(1 + math.log(growth) / math.log(length)) if growth > 1 else 1.0
+    factor = header.get("rope.scaling.attn_factor", implied)
+    return {} if math.isclose(factor, implied, rel_tol=1e-5) else {"attention_factor": factor}
 
 
 def read_llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
