@@ -137,7 +137,10 @@ def check_model_files(folder: Path, paths: Iterable[Path], *, are_small: bool) -
             continue
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(allowed) for allowed in roots):
-            raise UserError(f"{path} must lie in the model's folder; found a link to {target}. Copy that file there.")
+            missing = ", which does not exist" * (not target.exists())
+            raise UserError(
+                f"{path} must lie in the model's folder; found a link to {target}{missing}. Copy that file there."
+            )
         if not target.is_file() or (are_small and target.stat().st_size > MAX_BYTES):
             limit = f" of at most {MAX_BYTES:,} bytes" * are_small
             raise UserError(f"{path} must be a regular file{limit}; found something else. Download the model again.")
@@ -295,7 +298,7 @@ def check_is_model(hf_config: dict, folder: Path) -> None:
 
 def refuse_folder_above(folder: Path) -> None:
     """Raises a UserError if a folder holds no model, but folders with models; the newest checkpoint is proposed."""
-    below = [path for name in ("*", "snapshots/*") for path in itertools.islice(folder.glob(name), MAX_NAMES)]
+    below = [path for name in ("*", "snapshots/*") for path in itertools.islice(folder.glob(name), MAX_NAMES // 10)]
     models = sorted(
         path for path in below if path.is_dir() and not path.name.startswith((".", *NOT_MODELS)) and holds_model(path)
     )
