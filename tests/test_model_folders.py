@@ -35,7 +35,7 @@ def test_a_folder_is_read_or_refused_for_its_true_cause(tmp_path, name):
     assert "\n" not in str(raised.value) and not re.search(r"\{[a-z]+\}", str(raised.value))
 
 
-@pytest.mark.parametrize("name", ["PEFT", "two wrappers"])
+@pytest.mark.parametrize("name", [pytest.param("PEFT", marks=pytest.mark.slow), "two wrappers"])
 def test_the_command_that_renames_tensors_makes_the_folder_readable(tmp_path, name):
     FOLDERS[name][0](tmp_path / "model")
     with pytest.raises(UserError) as raised:
@@ -90,7 +90,9 @@ def test_a_gguf_file_is_read_whatever_its_name(tmp_path):
     assert read(tmp_path / "sha256-0123").stored
 
 
-@pytest.mark.parametrize("name", ["dtype auto", "dtype of torch", "dtype half"])
+@pytest.mark.parametrize(
+    "name", ["dtype of torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dtype auto", "dtype half"))]
+)
 def test_an_export_states_the_dtype_of_its_tensors_by_its_plain_name(tmp_path, name):
     FOLDERS[name][0](tmp_path / "model")
     save(tmp_path / "out", *load(tmp_path / "model"))
