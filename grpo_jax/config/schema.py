@@ -70,7 +70,7 @@ STOP_STRINGS = (are_stop_strings, "non-empty strings of at most 4000 characters 
 class ModelSection:
     """The base model, its attention kernel, and the dtypes of training."""
 
-    path: str = key("tiny", "base model: Hugging Face folder, hub id, GGUF file, `tiny` or `smollm2`", path=True)
+    path: str = key("tiny", "base model: folder, hub id, GGUF file, `tiny`, `smollm2` or `gemma3-270m`", path=True)
     param_dtype: str = key("float32", "dtype of the master weights; bfloat16 loses small updates", choices=DTYPES)
     reference_dtype: str = key("float32", "dtype of the frozen reference model", choices=DTYPES)
     compute_dtype: str = key("float32", "dtype of activations and of weights in use", choices=DTYPES)

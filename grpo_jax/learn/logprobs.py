@@ -40,8 +40,9 @@ class ScoreSpec(NamedTuple):
     temperature: float  # sampling temperature
     block_columns: int  # columns per block of tokens
     entropy: bool  # whether to compute entropies
-    fsdp_sharded: bool  # the fsdp axis splits the rows of the head, which are gathered one vocabulary block at a time
-    tensor_sharded: bool  # the tensor axis splits the columns of the head, so each device has a part of the vocabulary
+    fsdp_sharded: bool  # the fsdp axis splits D in the head, which is gathered one vocabulary block at a time
+    tensor_sharded: bool  # the tensor axis splits the vocabulary, so each device has a part of it
+    vocab_axis: int  # 1 if the head is a kernel [D, V], 0 if it is an embedding table [V, D]
 
 
 def sum_over_tensor(spec: ScoreSpec, x):
@@ -69,13 +70,13 @@ def fused_sum_last(*arrays):
     return jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,))
 
 
-def vocab_blocks(kernel) -> tuple[int, int]:
-    """Returns the number and the width of the vocabulary blocks of a device's head kernel `[D, V]`.
+def vocab_blocks(ids: int) -> tuple[int, int]:
+    """Returns the number and the width of the vocabulary blocks of a device's part of the head, which has `ids` ids.
 
     On accelerators, the width of several blocks is a multiple of `LANES`, which TPUs need in order to scatter a block's
     gradient, and GPUs for products without padding. Then the blocks need not divide the vocabulary.
     """
-    ids, multiple = kernel.shape[1], 1 if mesh_platform() == "cpu" else LANES
+    multiple = 1 if mesh_platform() == "cpu" else LANES
     fewest = -(-ids // MAX_VOCAB_BLOCK)
     if fewest == 1:
         return 1, ids
@@ -84,30 +85,40 @@ def vocab_blocks(kernel) -> tuple[int, int]:
     return number, -(-ids // (number * multiple)) * multiple
 
 
-def take_vocab_block(spec: ScoreSpec, kernel, block, dtype):
-    """Returns the columns of the head kernel for one vocabulary block, gathered over fsdp.
+def take_vocab_block(spec: ScoreSpec, head, block, dtype):
+    """Returns the part of the head for one vocabulary block, gathered over fsdp.
 
     If the blocks do not divide the vocabulary, the last one starts early enough to be as wide as the others. The ids
     that it shares with the block before it must be skipped.
 
     Args:
         spec: Compile-time parameters.
-        kernel: This device's part of the head.
+        head: This device's part of the head.
         block: Index of the vocabulary block.
         dtype: Dtype of the result.
 
     Returns:
-        The columns; the index of the first one in `kernel` and in the whole vocabulary; and how many of them to skip,
-        which is None if the blocks divide the vocabulary.
+        The part, with the axes of the head; the index of its first id in `head` and in the whole vocabulary; and how
+        many ids to skip, which is None if the blocks divide the vocabulary.
     """
-    number, width = vocab_blocks(kernel)
-    local_start = jnp.minimum(block * width, kernel.shape[1] - width)
-    skip = None if number * width == kernel.shape[1] else block * width - local_start
-    columns = jax.lax.dynamic_slice_in_dim(kernel, local_start, width, axis=1).astype(dtype)
+    axis = spec.vocab_axis
+    number, width = vocab_blocks(head.shape[axis])
+    local_start = jnp.minimum(block * width, head.shape[axis] - width)
+    skip = None if number * width == head.shape[axis] else block * width - local_start
+    part = jax.lax.dynamic_slice_in_dim(head, local_start, width, axis=axis).astype(dtype)
     if spec.fsdp_sharded:
-        columns = jax.lax.all_gather(columns, "fsdp", axis=0, tiled=True)
-    device_start = jax.lax.axis_index("tensor") * kernel.shape[1] if spec.tensor_sharded else 0
-    return columns, local_start, local_start + device_start, skip
+        part = jax.lax.all_gather(part, "fsdp", axis=1 - axis, tiled=True)
+    device_start = jax.lax.axis_index("tensor") * head.shape[axis] if spec.tensor_sharded else 0
+    return part, local_start, local_start + device_start, skip
+
+
+def transpose_in_memory(x):
+    """Returns the transpose of a matrix, contiguous in memory.
+
+    The barrier keeps XLA from folding the transpose into a product: a CPU takes many times as long for a product of
+    transposed matrices as for one of matrices that are contiguous in memory.
+    """
+    return jax.lax.optimization_barrier(x.T)
 
 
 def block_logits(spec: ScoreSpec, columns, hidden, first_id, skip):
@@ -119,12 +130,12 @@ def block_logits(spec: ScoreSpec, columns, hidden, first_id, skip):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
+def chunked_logprobs(spec: ScoreSpec, head, hidden, targets, counts):
     """Computes log-probs and entropies `[N, S]` on one device, for the first `counts[n]` columns of each row.
 
     Args:
         spec: Compile-time parameters; S must be a multiple of `spec.block_columns`.
-        kernel: This device's part of the head.
+        head: This device's part of the head.
         hidden: Hidden states `[N, S, D]`.
         targets: Token ids `[N, S]`.
         counts: Number of columns per row to score `[N]`; the results of later columns are finite but undefined.
@@ -132,21 +143,22 @@ def chunked_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
     Returns:
         Log-probs and entropies in float32.
     """
-    logps, entropies, _ = streaming_logprobs(spec, kernel, hidden, targets, counts)
+    logps, entropies, _ = streaming_logprobs(spec, head, hidden, targets, counts)
     return logps, entropies
 
 
-def streaming_logprobs(spec: ScoreSpec, kernel, hidden, targets, counts):
+def streaming_logprobs(spec: ScoreSpec, head, hidden, targets, counts):
     """Returns the log-probs and entropies of `chunked_logprobs`, and the log-sum-exp of the logits.
 
     A streaming log-sum-exp over vocabulary blocks: the largest logit so far, the sum of exp(logit - largest), and for
     the entropy the sum of exp(logit - largest) * (logit - largest), are rescaled whenever the largest logit grows.
     """
-    num_blocks, width = vocab_blocks(kernel)
+    num_blocks, width = vocab_blocks(head.shape[spec.vocab_axis])
     num_token_blocks = -(-counts.max() // spec.block_columns)
 
     def vocab_block(block, totals):
-        columns, _, first_id, skip = take_vocab_block(spec, kernel, block, hidden.dtype)
+        part, _, first_id, skip = take_vocab_block(spec, head, block, hidden.dtype)
+        columns = part if spec.vocab_axis else transpose_in_memory(part)
 
         def token_block(index, totals):
             target_logit, largest, mass, *moment = (slice_columns(spec, x, index) for x in totals)
@@ -192,23 +204,22 @@ def chunked_logprobs_fwd(spec: ScoreSpec, *primals):
 
 
 def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
-    """Returns the cotangents of the head kernel and the hidden states.
+    """Returns the cotangents of the head and the hidden states.
 
     The derivative of log pi(target) with respect to the logits is one_hot(target) - pi, and that of the entropy H is
     -pi (log pi + H). A result that the loss does not use has a symbolic zero as its cotangent, and costs nothing.
     """
-    kernel, hidden, targets, counts, log_mass, entropies = residuals
+    head, hidden, targets, counts, log_mass, entropies = residuals
     # Each device holds its share of a replicated output's cotangent.
     d_logps, d_entropies = (None if isinstance(x, SymbolicZero) else sum_over_tensor(spec, x) for x in cotangents)
-    num_blocks, width = vocab_blocks(kernel)
+    num_blocks, width = vocab_blocks(head.shape[spec.vocab_axis])
     num_token_blocks = -(-counts.max() // spec.block_columns)
 
     def vocab_block(block, totals):
-        d_kernel, d_hidden = totals
-        columns, local_start, first_id, skip = take_vocab_block(spec, kernel, block, hidden.dtype)
-        # The barriers keep XLA from folding transposes into the products: a CPU takes many times as long for a product
-        # of transposed matrices as for one of matrices that are contiguous in memory.
-        columns_t = jax.lax.optimization_barrier(columns.T)
+        d_head, d_hidden = totals
+        part, local_start, first_id, skip = take_vocab_block(spec, head, block, hidden.dtype)
+        transposed = transpose_in_memory(part)
+        columns, columns_t = (part, transposed) if spec.vocab_axis else (transposed, part)
 
         def token_block(index, totals):
             d_columns, d_hidden = totals
@@ -230,8 +241,7 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
                 d_logits -= slice_columns(spec, d_entropies, index)[..., None] * probs * centered
             (d_raw,) = logits_vjp(d_logits if skip is None else jnp.where(ids < skip, 0.0, d_logits))
             d_raw = d_raw.reshape(-1, width).astype(hidden.dtype)
-            flat_t = jax.lax.optimization_barrier(flat.T)
-            d_columns += jnp.matmul(flat_t, d_raw, preferred_element_type=jnp.float32)
+            d_columns += jnp.matmul(transpose_in_memory(flat), d_raw, preferred_element_type=jnp.float32)
             d_x = jnp.matmul(d_raw, columns_t, preferred_element_type=jnp.float32).reshape(x.shape)
             return d_columns, update_columns(spec, d_hidden, slice_columns(spec, d_hidden, index) + d_x, index)
 
@@ -240,12 +250,13 @@ def chunked_logprobs_bwd(spec: ScoreSpec, residuals, cotangents):
             d_columns, d_hidden = jax.lax.fori_loop(0, num_token_blocks, token_block, start)
         if spec.fsdp_sharded:
             d_columns = scatter_sum(d_columns, 0)
-        d_columns = jax.lax.dynamic_slice_in_dim(d_kernel, local_start, width, axis=1) + d_columns
-        return jax.lax.dynamic_update_slice_in_dim(d_kernel, d_columns, local_start, axis=1), d_hidden
+        d_part = d_columns if spec.vocab_axis else d_columns.T
+        d_part = jax.lax.dynamic_slice_in_dim(d_head, local_start, width, axis=spec.vocab_axis) + d_part
+        return jax.lax.dynamic_update_slice_in_dim(d_head, d_part, local_start, axis=spec.vocab_axis), d_hidden
 
-    zeros = jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
-    d_kernel, d_hidden = jax.lax.fori_loop(0, num_blocks, vocab_block, zeros)
-    return d_kernel.astype(kernel.dtype), d_hidden.astype(hidden.dtype), None, None
+    zeros = jnp.zeros(head.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
+    d_head, d_hidden = jax.lax.fori_loop(0, num_blocks, vocab_block, zeros)
+    return d_head.astype(head.dtype), d_hidden.astype(hidden.dtype), None, None
 
 
 chunked_logprobs.defvjp(chunked_logprobs_fwd, chunked_logprobs_bwd, symbolic_zeros=True)
@@ -278,13 +289,16 @@ def logprobs_from_hidden(
     Returns:
         Log-probs and entropies in nats, in float32. Both are differentiable.
     """
-    mesh, length, kernel = jax.sharding.get_abstract_mesh(), hidden.shape[1], head_kernel(model_cfg, params)
-    rows, kernel_spec = row_spec(targets.shape[0]), P(None, None)
+    mesh, length = jax.sharding.get_abstract_mesh(), hidden.shape[1]
+    # A CPU would hold the transpose of a tied embedding, and that of its gradient; other compilers choose layouts.
+    is_table = model_cfg.tie_embeddings and model_cfg.vocab_size > MAX_VOCAB_BLOCK and mesh_platform() == "cpu"
+    head = params["embed"]["embedding"] if is_table else head_kernel(model_cfg, params)
+    rows, head_spec = row_spec(targets.shape[0]), P(None, None)
     if not mesh.empty:
-        kernel_spec = param_spec(head_path(model_cfg))
-        if model_cfg.tie_embeddings:  # the kernel is the transposed embedding table
-            kernel_spec = P(*reversed(kernel_spec))
-        kernel_spec = drop_indivisible_axes(kernel_spec, kernel.shape, mesh)
+        head_spec = param_spec(head_path(model_cfg))
+        if model_cfg.tie_embeddings and not is_table:  # the kernel is the transposed embedding table
+            head_spec = P(*reversed(head_spec))
+        head_spec = drop_indivisible_axes(head_spec, head.shape, mesh)
     local_rows = targets.shape[0] // (num_data_shards(mesh) if rows[0] else 1)
     counts = jnp.full(targets.shape[:1], length) if counts is None else counts
     block_columns = max(1, min(length, chunk_tokens // local_rows))
@@ -295,9 +309,11 @@ def logprobs_from_hidden(
     def is_split(axis):
         return axis is not None and mesh.shape[axis] > 1
 
-    spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, is_split(kernel_spec[0]), is_split(kernel_spec[1]))
-    run = shard_map_on_mesh(partial(chunked_logprobs, spec), (kernel_spec, rows, rows, rows), (rows, rows))
-    return tuple(x[:, :length] for x in run(kernel, pad_columns(hidden), pad_columns(targets), counts))
+    vocab_axis = 0 if is_table else 1
+    splits = is_split(head_spec[1 - vocab_axis]), is_split(head_spec[vocab_axis])
+    spec = ScoreSpec(model_cfg, temperature, block_columns, entropy, *splits, vocab_axis)
+    run = shard_map_on_mesh(partial(chunked_logprobs, spec), (head_spec, rows, rows, rows), (rows, rows))
+    return tuple(x[:, :length] for x in run(head, pad_columns(hidden), pad_columns(targets), counts))
 
 
 def packed_logprobs(

@@ -10,6 +10,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.architecture import ModelConfig
 from grpo_jax.weights.hf_config import model_config_from_hf
 from grpo_jax.weights.hub import read_hub_id
+from grpo_jax.weights.packaged import PACKAGED_MODELS
 from grpo_jax.weights.source import find_model, read_model_config
 
 # For each hub model of a preset, what its config.json says about the decoder, and the number of its tokenizer's ids.
@@ -36,7 +37,7 @@ def read_architecture(path: str) -> ModelConfig:
         path = read_hub_id(path) or path
     if folder.exists() and (folder / "config.json").is_file():
         return read_model_config(folder)
-    if folder.exists() or path in ("tiny", "smollm2"):
+    if folder.exists() or path == "tiny" or path in PACKAGED_MODELS:
         return read_model_config(find_model(path))
     if cached := cached_folder(path):
         return read_model_config(cached)

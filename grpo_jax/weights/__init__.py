@@ -11,6 +11,7 @@ Modules, in reading order:
     quantization  recognizes quantized checkpoints
     mismatches    explains tensors that do not belong to a decoder
     hub           downloads models from the Hugging Face Hub
+    packaged      finds the models that Python packages hold
     source        finds a model and reads its config
     tensors       opens the tensors of a checkpoint and reads a part at a time
     fused_tensors  splits tensors that a family stores in one piece, and joins them

