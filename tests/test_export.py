@@ -253,7 +253,10 @@ def test_what_all_releases_read_is_copied_byte_for_byte(tmp_path):
         ({"rope_theta": 7.0}, {"rope_theta": 5000.0}),
         (
             {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+            },
         ),
         ({"auto_map": {"AutoConfig": "custom.Config"}}, {"auto_map": None}),
     ],
