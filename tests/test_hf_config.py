@@ -197,3 +197,41 @@ def test_a_text_of_another_family_is_refused():
 def test_a_family_without_windows_refuses_layers_with_one():
     with pytest.raises(UserError, match="layer_types in here must be full_attention in every layer"):
         read(golden_config("llama") | {"layer_types": ["sliding_attention", "full_attention"]})
+
+
+# Fields of single families
+
+
+@pytest.mark.parametrize(
+    "case, fields, message",
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers in here must have a number for each of 4 layers"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling must exceed 0"),
+        ("granite", {"attention_multiplier": 0.0}, "a value that cannot be used"),
+        ("glm4", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.1}}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "cover whole heads"),
+        ("olmo3", {"layer_types": ["sliding_attention"] * 3}, "layer_types|num_hidden_layers"),
+    ],
+)
+def test_a_value_that_the_decoder_does_not_support_is_refused_by_its_field(case, fields, message):
+    with pytest.raises(UserError, match=message):
+        read(golden_config(case) | fields)
+
+
+def test_longrope_supports_the_positions_of_pretraining_only():
+    model_cfg = read(golden_config("phi3_longrope"))
+    assert (model_cfg.max_positions, golden_config("phi3_longrope")["max_position_embeddings"]) == (64, 256)
+    assert model_cfg.layers[0].rope.divisors == (1.0, 1.3, 2.5)
+    raw = with_text(golden_config("phi3_longrope"))
+    raw["rope_parameters"]["short_factor"][1] = -1.0
+    with pytest.raises(UserError, match="must be at least 0"):
+        read(raw)
+
+
+def test_one_theta_of_an_olmo3_applies_to_all_layers():
+    older = with_text(
+        golden_config("olmo3"), rope_parameters=None, rope_theta=700.0, rope_scaling=YARN | {"type": "yarn"}
+    )
+    layers = read(older).layers
+    assert {layer.rope.theta for layer in layers} == {700.0}
+    assert [layer.rope.scaling for layer in layers[2:]] == ["default", "yarn"]
