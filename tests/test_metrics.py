@@ -137,6 +137,26 @@ def test_a_cut_last_line_is_made_again_from_the_checkpoint_of_its_step(tmp_path)
     assert read_metrics(tmp_path) == [{"step": 0, "a/b": 1.0}, {"step": 1, "a/b": 1.0}, line]
 
 
+def test_a_lost_log_begins_with_the_line_of_the_checkpoint(tmp_path):
+    truncate_logs(tmp_path, 2, {"step": 2, "a/b": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 2, "a/b": 0.5}]
+
+
+def test_a_folder_in_the_place_of_a_log_and_a_file_in_that_of_a_folder_are_set_aside(tmp_path, capsys):
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").mkdir()
+        (tmp_path / "metrics.jsonl" / "mine").touch()
+        (tmp_path / "samples").touch()
+        truncate_logs(tmp_path, -1)
+        assert (tmp_path / f"damaged-metrics.jsonl-{number}" / "mine").is_file()
+        assert (tmp_path / f"damaged-samples-{number}").is_file()
+        assert not (tmp_path / "metrics.jsonl").exists()
+    write_log(tmp_path, [(1, {"a/b": 1.0})])
+    write_samples(tmp_path, "eval", 1, [{"completion": "x"}])
+    assert logged_steps(tmp_path) == [1] and read_samples(tmp_path, "eval", 1)
+    assert "metrics.jsonl must be a file, so it was renamed to damaged-metrics.jsonl-1." in capsys.readouterr().out
+
+
 def test_truncating_removes_only_the_samples_after_the_step(tmp_path):
     for kind in ("train", "eval"):
         for step in (0, 19, 20, 21, 100, 1_000_000):

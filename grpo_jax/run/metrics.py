@@ -4,6 +4,7 @@ A metric is a float named `group/quantity[/stat]`. Line `step` of metrics.jsonl 
 line of step 0 holds the evaluation before the first update.
 """
 
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from grpo_jax.config.workdir import replace_file
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import open_regular, parse_json, read_lines
+from grpo_jax.run.progress import announce
 
 NOT_PARTS = ("length_mean", "timeout", "error", "kl")  # metrics in reward/ and eval/ that are not reward parts
 
@@ -86,16 +88,30 @@ def truncate_logs(workdir: Path, step: int, line: dict[str, Any] | None = None) 
     Lines that cannot be read are removed, too. `line` is that of `step` as its checkpoint has it; it is written
     again if metrics.jsonl lacks it.
     """
+    set_aside_other_kinds(workdir)
     for path in (workdir / "metrics.jsonl", workdir / "warnings.jsonl"):
-        if path.is_file():
+        is_metrics = path.stem == "metrics"
+        if path.is_file() or (is_metrics and line):
             kept = [line for line in read_json_lines(path) if has_step(line) and line["step"] <= step]
-            if path.stem == "metrics" and line and not any(other["step"] == step for other in kept):
+            if is_metrics and line and not any(other["step"] == step for other in kept):
                 kept.append(line)
             replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     for sample_file in (workdir / "samples").glob("*.jsonl*"):
         match = re.fullmatch(r"(?:train|eval)-(\d+)\.jsonl(\.partial)?", sample_file.name)  # others are the user's
         if match and (int(match[1]) > step or match[2]):
             sample_file.unlink()
+
+
+def set_aside_other_kinds(workdir: Path) -> None:
+    """Renames a folder with the name of a file that a run writes, and a file with that of a folder."""
+    for name in ("metrics.jsonl", "warnings.jsonl", "samples", "tensorboard"):
+        path = workdir / name
+        if path.exists() and not (path.is_file() if path.suffix else path.is_dir()):
+            numbered = (path.with_name(f"damaged-{name}-{n}") for n in itertools.count(1))
+            aside = path.rename(next(other for other in numbered if not other.exists()))
+            announce(
+                f"warning: {path} must be a {'file' if path.suffix else 'folder'}, so it was renamed to {aside.name}."
+            )
 
 
 def read_json_lines(path: Path, max_bytes: float = float("inf")) -> Iterator[dict[str, Any]]:
