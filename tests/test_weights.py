@@ -59,6 +59,23 @@ def changed_copy(tmp_path, case, fields):
 # What is read
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_weights_without_a_head_are_tied_if_the_config_of_a_vision_language_model_leaves_it_open(tmp_path, has_head):
+    """Mistral Small 3.1 states nothing and has a head; for transformers 5, which states no defaults, tied is one."""
+    folder = changed_copy(tmp_path, "mistral3", {})
+    raw = json.loads((folder / "config.json").read_text())
+    for section in (raw, raw["text_config"]):
+        section.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(raw))
+    if not has_head:
+        change_tensors(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if "lm_head" in name])
+    model_cfg, params = load(folder)
+    assert model_cfg.tie_embeddings != has_head and ("head" in params) == has_head
+    save(tmp_path / "out", model_cfg, params)
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {exported["tie_word_embeddings"], exported["text_config"]["tie_word_embeddings"]} == {not has_head}
+
+
 def test_the_packaged_base_model_loads_by_name():
     model_cfg, params = load("tiny")
     assert 0 < model_cfg.tokenizer_vocab_size <= model_cfg.vocab_size

@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import name_problem, open_regular
 from grpo_jax.model.architecture import ModelConfig
@@ -171,12 +173,33 @@ def check_single_file(path: Path) -> None:
 
 
 def read_hf_config(source: Path) -> dict:
-    """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata."""
+    """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata.
+
+    Versions of `transformers` have different defaults for `tie_word_embeddings` in vision-language models. If the
+    config of one does not state it, the embedding is the head unless the weights have a head.
+    """
     if source.is_file():
         from grpo_jax.weights.gguf_file import read_gguf_config  # imported here, because only GGUF files need it
 
         return read_gguf_config(source)
-    return read_json_object(source / "config.json")
+    hf_config = read_json_object(source / "config.json")
+    sections = hf_config, hf_config.get("text_config")
+    is_stated = not isinstance(sections[1], dict) or any("tie_word_embeddings" in section for section in sections)
+    if not is_stated and not has_head(source):
+        hf_config["tie_word_embeddings"] = True
+    return hf_config
+
+
+def has_head(folder: Path) -> bool:
+    """Returns whether the weights in a model folder have a head of their own; True if they cannot be read."""
+    try:
+        for name in safetensors_names(list_names(folder)):
+            with safe_open(folder / name, framework="np") as file:
+                if any(tensor.endswith("lm_head.weight") for tensor in file.keys()):
+                    return True
+    except (OSError, SafetensorError):  # which is reported when the weights are loaded
+        return True
+    return False
 
 
 def read_model_config(source: str | Path) -> ModelConfig:
