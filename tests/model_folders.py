@@ -283,7 +283,7 @@ FOLDERS: dict[str, Case] = {
     "TensorFlow": (copied(NO_WEIGHTS, wrote("tf_model.h5")), "tf_model.h5, weights for another library"),
     "DeepSpeed": (
         copied(NO_WEIGHTS, wrote("zero_to_fp32.py", "global_step5/x.pt", "training_args.bin")),
-        "a checkpoint of DeepSpeed. Merge .*zero_to_fp32.py",
+        "a checkpoint of DeepSpeed. Merge .* -m deepspeed.utils.zero_to_fp32 ",
     ),
     "FSDP shards": (
         copied(NO_WEIGHTS, wrote("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp")),

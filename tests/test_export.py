@@ -278,6 +278,7 @@ def test_an_export_has_what_its_tokenizer_needs_and_no_code(tmp_path):
     raw = json.loads((source / "tokenizer_config.json").read_text())
     auto_map = {"auto_map": {"AutoTokenizer": ["custom.Tokenizer", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(raw | auto_map))
+    (source / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "custom.Processor"}}))
     carried = ("tekken.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
     for name in (*carried[:2], "custom.py", "notes.txt"):
         (source / name).write_text("{}")
@@ -285,6 +286,7 @@ def test_an_export_has_what_its_tokenizer_needs_and_no_code(tmp_path):
     for name in (*carried, "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
     assert not any((tmp_path / "out" / name).exists() for name in ("custom.py", "notes.txt"))
+    assert json.loads((tmp_path / "out/processor_config.json").read_text()) == {}
     exported = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert exported["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in exported
     assert exported["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]

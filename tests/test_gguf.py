@@ -331,6 +331,13 @@ def test_metadata_and_tensors_that_are_not_supported_are_refused(tmp_path, field
             tensor.read((slice(None),) * len(tensor.shape))
 
 
+def test_the_text_of_a_vision_language_model_of_glm4_is_refused(tmp_path):
+    """llama.cpp's converter gives its projections another order, so that it would be read to wrong numbers."""
+    fields = {"glm4.rope.dimension_sections": [1, 1, 0, 0]}
+    with pytest.raises(UserError, match="found a vision-language model"):
+        read_gguf_config(write_file(tmp_path / "model.gguf", "glm4", fields))
+
+
 def test_a_file_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="must hold a tokenizer that transformers can convert"):
         read_gguf_tokenizer(write_file(tmp_path / "model.gguf"))

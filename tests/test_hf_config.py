@@ -211,11 +211,16 @@ def test_a_family_without_windows_refuses_layers_with_one():
         ("glm4", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.1}}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "cover whole heads"),
         ("olmo3", {"layer_types": ["sliding_attention"] * 3}, "layer_types|num_hidden_layers"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, r"mlp_layer_types \['dense'\], without layer 1"),
     ],
 )
 def test_a_value_that_the_decoder_does_not_support_is_refused_by_its_field(case, fields, message):
     with pytest.raises(UserError, match=message):
         read(golden_config(case) | fields)
+
+
+def test_biases_of_the_mlp_of_a_code_world_model_are_read():
+    assert [read(golden_config("cwm") | {"mlp_bias": bias}).mlp_bias for bias in (True, False)] == [True, False]
 
 
 def test_longrope_supports_the_positions_of_pretraining_only():

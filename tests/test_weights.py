@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from grpo_jax import load, save
 from grpo_jax.errors import UserError
@@ -279,6 +280,11 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(folder):
     shutil.copyfile(find_model("tiny") / "tokenizer.json", folder / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer's 4.. ids, but .* has 96 rows"):
         read_model_config(folder)
+
+
+def test_a_tokenizer_without_tokens_has_no_ids(folder):
+    Tokenizer(WordLevel({}, unk_token="?")).save(str(folder / "tokenizer.json"))
+    assert read_model_config(folder).tokenizer_vocab_size == 0
 
 
 def test_an_image_token_needs_no_row(folder):

@@ -93,6 +93,17 @@ def uses_qwen3_experts(hf, layer: int) -> bool:
     return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
 
 
+def uses_listed_experts(hf, layer: int) -> bool:
+    """Tells whether a layer of a GLM-4.7-Flash config has experts.
+
+    Raises:
+        ValueError: `mlp_layer_types` ends before the layer.
+    """
+    if layer >= len(hf.mlp_layer_types):
+        raise ValueError(f"mlp_layer_types {hf.mlp_layer_types}, without layer {layer}")
+    return hf.mlp_layer_types[layer] == "sparse"
+
+
 def read_rotary_dim(hf) -> int:
     """Returns how many dimensions of each head of a config are rotated.
 
@@ -219,10 +230,10 @@ FAMILIES = {
     "seed_oss": Family(
         {"qkv_bias": flag("attention_bias"), "out_bias": flag("attention_out_bias"), "mlp_bias": flag("mlp_bias")}
     ),
-    "cwm": Family(windows="layer_types"),
+    "cwm": Family({"mlp_bias": flag("mlp_bias")}, windows="layer_types"),
     "glm4_moe_lite": Family(
         DEEPSEEK_V3,
-        {"use_experts": lambda hf, layer: hf.mlp_layer_types[layer] == "sparse"},
+        {"use_experts": uses_listed_experts},
         skipped_tensors=NEXT_TOKENS_LAYER,
     ),
     # Kimi K2 is a DeepSeek-V3 in everything but its name, which transformers does not know.

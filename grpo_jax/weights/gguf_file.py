@@ -138,6 +138,11 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
             f"{header.architecture}.rope.scaling.type in {header.path} must be none, linear or yarn; "
             f"found {scaling!r}. Choose another model."
         )
+    if header.architecture == "glm4" and f"{header.architecture}.rope.dimension_sections" in header.fields:
+        raise UserError(
+            f"{header.path} must be of GLM-4; found a vision-language model (glm4.rope.dimension_sections), whose "
+            "projections are in another order. Choose another model."
+        )
     if scaling == "yarn":
         names = {
             "original_max_position_embeddings": "original_context_length",

@@ -52,7 +52,7 @@ def model_config_from_hf(hf_config: dict, where: str, **fields) -> ModelConfig:
     try:
         model_cfg = translate_hf_config(hf, name, where, tie_embeddings=ties_embeddings(hf_config, name, hf), **fields)
         check_architecture(model_cfg, where)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"The config of {where} must describe a decoder; found a value that cannot be used ({error}). "
             "Download the model again."

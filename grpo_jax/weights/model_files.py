@@ -40,7 +40,7 @@ OTHER_WEIGHTS = (
     (
         r"zero_to_fp32\.py",
         "a checkpoint of DeepSpeed",
-        "Merge its parts where DeepSpeed is installed: python {source}/zero_to_fp32.py {source} {source}-merged "
+        "Merge its parts where DeepSpeed is installed: python -m deepspeed.utils.zero_to_fp32 {source} {source}-merged "
         "--safe_serialization. Then copy config.json and the tokenizer files.",
     ),
     (

