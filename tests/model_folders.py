@@ -204,6 +204,10 @@ FOLDERS: dict[str, Case] = {
         copied(quantized(quant_method="compressed-tensors", format="pack-quantized")),
         r"compressed-tensors \(pack-quantized\)",
     ),
+    "quantized text": (
+        copied(config(text_config={"quantization_config": {"quant_method": "gptq", "bits": 4}})),
+        r"found GPTQ \(4 bits\)",
+    ),
     "older key": (
         copied(config(compression_config={"quant_method": "compressed-tensors"})),
         "found compressed-tensors. Use",

@@ -12,8 +12,8 @@ import pytest
 
 from grpo_jax import forward, sample
 from grpo_jax.learn.logprobs import logprobs_from_hidden
-from grpo_jax.model.architecture import LayerConfig
-from grpo_jax.model.decoder import hidden_states
+from grpo_jax.model.architecture import LayerConfig, RopeConfig
+from grpo_jax.model.decoder import hidden_states, merge_projections, unstack_layers
 from grpo_jax.model.mask import single_sequence
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
@@ -53,6 +53,22 @@ def mean_logp_of_training(weights, tokens):
     return logprobs_from_hidden(model_cfg, weights, hidden[:, :-1], tokens[:, 1:], TEMPERATURE, chunk_tokens=32)[
         0
     ].mean()
+
+
+def test_tokens_that_are_decoded_one_by_one_have_the_states_of_one_forward_pass():
+    """With the merged projections of a rollout, and queries that grow with their positions."""
+    growing = RopeConfig(query_growth=0.3, original_max_positions=4)
+    model_cfg = replace(MODEL, layers=(LayerConfig(rope=growing), LayerConfig(window=4, rope=None)))
+    weights = unstack_layers(params(model_cfg))
+    merged = weights | {"layers": tuple(merge_projections(layer, 1) for layer in weights["layers"])}
+    run = jax.jit(hidden_states, static_argnums=0)
+    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
+    expected, kv = run(model_cfg, weights, TOKENS, single_sequence(positions))
+    cache = jax.tree.map(jnp.zeros_like, kv)
+    for column in range(TOKENS.shape[1]):
+        at = slice(column, column + 1)
+        hidden, cache = run(model_cfg, merged, TOKENS[:, at], single_sequence(positions[:, at]), cache)
+        np.testing.assert_allclose(hidden, expected[:, at], atol=3e-5)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from grpo_jax.types import TrainState
 from grpo_jax.weights import writing
 from grpo_jax.weights.gguf_file import read_gguf_config
 from grpo_jax.weights.hf_config import model_config_from_hf
-from grpo_jax.weights.portable import portable_config
+from grpo_jax.weights.portable import portable_config, portable_tokenizer_config
 from grpo_jax.weights.source import find_model
 from grpo_jax.weights.tensors import open_safetensors_folder
 from grpo_jax.weights.tokenizer import load_tokenizer
@@ -229,6 +229,49 @@ def test_the_config_of_a_gguf_file_is_exported_in_both_spellings(case, older):
     assert config["torch_dtype"] == config["dtype"]
 
 
+@pytest.mark.parametrize(
+    "case, older",
+    [
+        ("qwen3_moe", {"rope_theta": 50.0, "num_experts": 5}),
+        ("glm4", {"rope_theta": 50.0, "partial_rotary_factor": 0.5}),
+        # Without its sections, transformers 4 cannot compute the rotary embedding.
+        ("qwen2_5_vl", {"rope_theta": 50.0, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}),
+        (
+            "phi3_longrope",
+            {
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.3, 2.5], "long_factor": [1.5, 3.0, 9.0]},
+            },
+        ),
+    ],
+)
+def test_a_config_of_transformers_5_is_exported_in_both_spellings(case, older):
+    raw = json.loads((GOLDEN / case / "config.json").read_text())
+    exported = portable_config(raw, "here")
+    section = exported.get("text_config", exported)
+    assert {name: section[name] for name in OLDER_FIELDS if name in section} == older
+
+
+def test_an_export_of_a_vision_language_model_has_the_end_of_its_text_and_no_quantization(tmp_path):
+    source = Path(shutil.copytree(GOLDEN / "gemma3_vision", tmp_path / "in"))
+    (source / "generation_config.json").unlink()
+    raw = json.loads((source / "config.json").read_text())
+    raw["text_config"]["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (source / "config.json").write_text(json.dumps(raw))
+    save(tmp_path / "out", *load(source))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": 2}
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+
+
+def test_special_tokens_are_exported_under_the_names_that_all_releases_read():
+    fields = {"extra_special_tokens": ["<a>"], "model_specific_special_tokens": {"image_token": "<b>"}}
+    assert portable_tokenizer_config(fields) == {
+        "additional_special_tokens": ["<a>"],
+        "extra_special_tokens": {"image_token": "<b>"},
+    }
+
+
 def test_what_all_releases_read_is_copied_byte_for_byte(tmp_path):
     """Also if config.json has only the older spelling, and in a second export of what the first rewrote."""
     raw = json.loads((GOLDEN / "llama/config.json").read_text())
@@ -278,12 +321,15 @@ def test_an_export_has_what_its_tokenizer_needs_and_no_code(tmp_path):
     raw = json.loads((source / "tokenizer_config.json").read_text())
     auto_map = {"auto_map": {"AutoTokenizer": ["custom.Tokenizer", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(raw | auto_map))
+    templates = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    vocabularies = ("tekken.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+    others = ("added_tokens.json", "special_tokens_map.json", "chat_template.json")
+    processors = ("preprocessor_config.json", "video_preprocessor_config.json")
     (source / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "custom.Processor"}}))
-    carried = ("tekken.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
-    for name in (*carried[:2], "custom.py", "notes.txt"):
+    for name in (*vocabularies, *others, *processors, "custom.py", "notes.txt"):
         (source / name).write_text("{}")
     save(tmp_path / "out", *load(source))
-    for name in (*carried, "tokenizer.json"):
+    for name in (*templates, *vocabularies, *others, *processors, "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
     assert not any((tmp_path / "out" / name).exists() for name in ("custom.py", "notes.txt"))
     assert json.loads((tmp_path / "out/processor_config.json").read_text()) == {}
@@ -338,8 +384,11 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("argv, value", [([], 7), (["--step=3"], 3), (["--base"], None)])
-def test_an_export_is_the_policy_of_the_step_or_the_base_model(run, tmp_path, argv, value, capsys):
+def test_an_export_is_the_policy_of_the_step_or_the_base_model(run, tmp_path, argv, value, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("grpo_jax.run.export.set_bytes", lambda done, total: shown.append(done / total))
     export.main([f"--workdir={run}", f"--out={tmp_path}/out", *argv])
+    assert shown[-1:] == [1] * (value is None)  # only the weights of the base model are loaded
     assert "policy after step" in capsys.readouterr().out or value is None
     model_cfg, params = load(tmp_path / "out")
     base_cfg, base_params = load("tiny")

@@ -262,6 +262,26 @@ def test_the_largest_gemmas_have_a_query_scale_of_their_own(tmp_path):
         assert read_gguf_config(path)["query_pre_attn_scalar"] == expected
 
 
+def test_what_only_some_files_state_is_read(tmp_path):
+    ends = {f"tokenizer.ggml.{name}_token_id": token for name, token in (("eos", 1), ("eot", 5), ("eom", 6))}
+    path = write_file(tmp_path / "gemma3.gguf", "gemma3", fields=ends | {"gemma3.rope.freq_base_swa": 500.0})
+    config = read_gguf_config(path)
+    assert config["eos_token_id"] == [1, 5, 6]
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 500.0
+    factors = {f"rope_factors_{name}.weight": np.ones(2, np.float32) for name in ("short", "long")}
+    scaling = {"phi3.rope.scaling.original_context_length": 16, "phi3.rope.scaling.attn_factor": 1.75}
+    path = write_file(tmp_path / "phi3.gguf", "phi3", fields=scaling, tensors=factors)
+    assert read_gguf_config(path)["rope_parameters"]["attention_factor"] == 1.75
+    path = write_file(
+        tmp_path / "olmo3.gguf",
+        "olmo2",
+        tensors={f"blk.{i}.post_attention_norm.weight": np.ones(8, np.float32) for i in range(8)},
+        fields={"olmo2.block_count": 8},
+    )
+    full = [kind == "full_attention" for kind in read_gguf_config(path)["layer_types"]]
+    assert full == [False, False, False, True] * 2  # by default
+
+
 def test_bytes_after_the_tensors_are_ignored(tmp_path):
     path = tmp_path / "long.gguf"
     path.write_bytes((GOLDEN / "qwen2.gguf").read_bytes() + bytes(1000))

@@ -13,6 +13,7 @@ from grpo_jax.weights.hf_config import model_config_from_hf
 from grpo_jax.weights.portable import portable_config
 from grpo_jax.weights.reading import open_model_tensors
 from grpo_jax.weights.source import read_model_config
+from grpo_jax.weights.tensor_names import skipped_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -221,6 +222,33 @@ def test_a_value_that_the_decoder_does_not_support_is_refused_by_its_field(case,
 
 def test_biases_of_the_mlp_of_a_code_world_model_are_read():
     assert [read(golden_config("cwm") | {"mlp_bias": bias}).mlp_bias for bias in (True, False)] == [True, False]
+
+
+def test_rows_whose_decoder_is_that_of_others_have_fields_of_their_own():
+    models = {case: read(golden_config(case)) for case in ("cwm", "mistral3", "seed_oss", "glm4_moe_lite", "kimi_k2")}
+    assert [layer.window for layer in models["cwm"].layers] == [0, 5, 5, 5, 0]
+    assert [layer.window for layer in models["mistral3"].layers] == [6, 6]
+    assert [layer.use_experts for layer in models["glm4_moe_lite"].layers] == [False, True, False]
+    biased = read(golden_config("seed_oss") | {"attention_bias": False, "attention_out_bias": True})
+    for model_cfg, expected in ((models["seed_oss"], (True, False, False)), (biased, (False, True, False))):
+        assert (model_cfg.qkv_bias, model_cfg.out_bias, model_cfg.mlp_bias) == expected
+    for case in ("glm4_moe_lite", "kimi_k2"):  # layers for the prediction of further tokens
+        count = models[case].num_layers
+        names = {f"model.layers.{layer}.eh_proj.weight" for layer in (count - 1, count)}
+        assert skipped_tensors(models[case], "model.", names) == {f"model.layers.{count}.eh_proj.weight"}
+
+
+def test_what_a_config_states_of_its_scaling_takes_the_place_of_what_would_follow():
+    raw = with_text(golden_config("qwen3"), rope_parameters=None, rope_theta=50.0)
+    stated = {"rope_type": "yarn", "attention_factor": 1.5, "beta_fast": 7, "beta_slow": 3, "truncate": False}
+    rope = read(raw | {"rope_scaling": YARN | stated}).layers[0].rope
+    assert (rope.attention_factor, rope.high_freq_bound, rope.low_freq_bound, rope.truncate) == (1.5, 7, 3, False)
+    raw = golden_config("phi3_longrope")
+    raw["rope_parameters"]["attention_factor"] = 1.25
+    assert read(raw).layers[0].rope.attention_factor == 1.25
+    raw = golden_config("ministral3")
+    raw["rope_parameters"]["rope_type"] = "default"  # queries grow without a scaling, too
+    assert read(raw).layers[0].rope.original_max_positions == 8
 
 
 def test_longrope_supports_the_positions_of_pretraining_only():

@@ -39,6 +39,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_model_is_downloaded_without_code_pickles_and_other_formats(tmp_path, hub, path):
     copied(
         wrote("tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"),
+        wrote("tokenizer.model", "merges.txt", "onnx/config.json"),
         wrote("modeling.py", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "model.gguf"),
     )(tmp_path / "hub")
     assert find_model(path) == tmp_path / "cache"
@@ -47,8 +48,10 @@ def test_a_model_is_downloaded_without_code_pickles_and_other_formats(tmp_path, 
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "merges.txt",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
     ]
 

@@ -17,9 +17,11 @@ import grpo_jax.weights.placing
 from grpo_jax import load
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
+from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
 from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
 from grpo_jax.weights.packaged import PackagedModel
+from grpo_jax.weights.placing import ParameterTarget, Placer, allocate_parts
 from grpo_jax.weights.reading import open_model_tensors
 from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.writing import save
@@ -101,6 +103,18 @@ def test_progress_reaches_the_size_of_the_parameters(small_blocks):
     params = load(GOLDEN / "llama.gguf", mesh=make_mesh(fsdp=8), on_progress=lambda *done: seen.append(done))[1]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert seen == sorted(seen) and len(seen) > 100 and seen[-1] == (size, size)
+
+
+def test_a_process_that_holds_a_part_counts_the_whole():
+    """So that each process of a run ends its progress at the size of the parameters."""
+    source, model_cfg = GOLDEN / "llama.gguf", read_model_config(GOLDEN / "llama.gguf")
+    tensors, shapes = open_model_tensors(source, model_cfg), param_shapes(model_cfg)
+    sharding = tree_shardings(make_mesh(fsdp=8), shapes)["embed"]["embedding"]
+    target = ParameterTarget(tensors.parameters["embed/embedding"], shapes["embed"]["embedding"], sharding)
+    placer = Placer(source, tensors.stored, target.nbytes, None)
+    part = allocate_parts(target)[:1]
+    assert part[0].values.nbytes * 8 == sum(size for size, _ in placer.list_blocks(target, part)) == target.nbytes
+    placer.close()
 
 
 @pytest.mark.slow

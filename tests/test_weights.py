@@ -19,7 +19,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.layers import ACTIVATIONS
 from grpo_jax.parallel.mesh import make_mesh
-from grpo_jax.weights.source import find_model, read_model_config
+from grpo_jax.weights.source import count_token_ids, find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
 
@@ -131,6 +131,17 @@ def test_a_config_is_hashable_and_records_its_source():
 def test_eos_ids_include_those_of_the_generation_config(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     assert read_model_config(folder).eos_ids == (2, 5, 7)
+
+
+def test_a_vision_language_model_may_state_its_end_and_its_dtype_with_its_text(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "gemma3_vision", tmp_path / "model"))
+    (folder / "generation_config.json").unlink()
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["dtype"]
+    raw["text_config"] |= {"eos_token_id": [2, 5], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    model_cfg = read_model_config(folder)
+    assert (model_cfg.eos_ids, model_cfg.dtype) == ((2, 5), "bfloat16")
 
 
 def test_layer_types_of_a_mistral_say_which_layers_have_a_window(tmp_path):
@@ -296,6 +307,11 @@ def test_an_image_token_needs_no_row(folder):
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"tokenizer's {count} ids, but .* has 96 rows"):
         read_model_config(folder)
+
+
+def test_an_image_token_with_a_row_is_not_drawn():
+    vocabulary = {"a": 0, "b": 1, "<image_soft_token>": 2}
+    assert count_token_ids(vocabulary, {"<image_soft_token>"}, 3, "here") == 2
 
 
 def test_an_added_token_without_a_row_is_not_drawn(tmp_path):

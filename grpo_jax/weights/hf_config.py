@@ -89,9 +89,8 @@ def normalize_hf_config(hf_config: dict, where: str):
 
     read_as = FAMILIES[name].read_as or name
     try:
-        # A copy, because transformers adds to nested dicts.
         hf = CONFIG_MAPPING[read_as].from_dict(
-            without_dtypes(FAMILIES[name].prepare(copy.deepcopy(hf_config))) | {"model_type": read_as}
+            without_dtypes(FAMILIES[name].prepare(hf_config)) | {"model_type": read_as}
         )
         return hf.get_text_config() if FAMILIES[name].text_types else hf
     except Exception as error:  # the validation in transformers raises many kinds
