@@ -47,6 +47,27 @@ for module in pkgutil.iter_modules(parts.__path__, "parts."):
 grpo_jax.train
 """
 
+MISTAKES = """
+import importlib
+from grpo_jax.errors import UserError
+
+config = "--config=configs/r1zero.py"
+for name, *argv in (
+    ("main", config, "--config.rollout.samples=0"),
+    ("evaluate", config, "--config.eval.questions=0"),
+    ("generate", config, "--prompt=x", "--temperature=-1"),
+    ("export", "--workdir=/nowhere", "--out=/nowhere/out"),
+    ("check", "--workdir=/nowhere"),
+    ("report", "--workdir=/nowhere"),
+    ("plan", config),
+):
+    try:
+        importlib.import_module(f"grpo_jax.{name}").main(argv)
+    except UserError:
+        continue
+    sys.exit(f"{name} found no mistake")
+"""
+
 
 def run_without(packages: list[str], program: str, *argv: str) -> None:
     """Runs a program in a process in which importing any of `packages` fails."""
@@ -71,6 +92,10 @@ def test_a_model_can_be_loaded_and_saved_without_packages_that_only_training_nee
 @pytest.mark.slow
 def test_sampling_runs_without_packages_that_only_training_needs(tmp_path):
     run_without(UNUSED, PUBLIC_FUNCTIONS + SAMPLING, str(tmp_path / "saved"))
+
+
+def test_a_mistake_in_the_flags_is_found_before_jax_is_imported():
+    run_without(["jax"], MISTAKES)
 
 
 def test_training_and_the_on_device_parts_import_without_optional_packages():

@@ -5,6 +5,7 @@ import importlib
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf.quants
 import jax
@@ -15,13 +16,15 @@ import pytest
 import grpo_jax.weights.packaged
 import grpo_jax.weights.placing
 from grpo_jax import load
+from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
 from grpo_jax.model.decoder import param_shapes
 from grpo_jax.model.parameters import tree_shardings
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.run.context import load_base_model
 from grpo_jax.weights.gguf_file import read_gguf_config, read_gguf_tensors
 from grpo_jax.weights.packaged import PackagedModel
-from grpo_jax.weights.placing import ParameterTarget, Placer, allocate_parts
+from grpo_jax.weights.placing import ParameterTarget, Placer, allocate_parts, is_finite
 from grpo_jax.weights.reading import open_model_tensors
 from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.writing import save
@@ -105,6 +108,21 @@ def test_progress_reaches_the_size_of_the_parameters(small_blocks):
     assert seen == sorted(seen) and len(seen) > 100 and seen[-1] == (size, size)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_number_that_is_not_finite_is_found(dtype):
+    largest = jnp.finfo(dtype).max.astype(dtype)
+    assert is_finite(np.array([0, 1, -largest, largest], dtype))
+    assert not any(is_finite(np.array([1, value, 1], dtype)) for value in (np.nan, -np.nan, np.inf, -np.inf))
+
+
+def test_a_run_shows_the_bytes_of_the_model_that_it_loads(monkeypatch):
+    seen = []
+    monkeypatch.setattr("grpo_jax.run.context.set_bytes", lambda *done: seen.append(done))
+    params = load_base_model(check(default()), SimpleNamespace(source="tiny", mesh=None))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert seen[-1] == (size, size)
+
+
 def test_a_process_that_holds_a_part_counts_the_whole():
     """So that each process of a run ends its progress at the size of the parameters."""
     source, model_cfg = GOLDEN / "llama.gguf", read_model_config(GOLDEN / "llama.gguf")
@@ -153,7 +171,8 @@ def in_parts(tmp_path, monkeypatch):
     """Installs a model whose file is in two parts, each in a package of its own, and returns their folder."""
     content, folder = (GOLDEN / "llama.gguf").read_bytes(), tmp_path / "site-packages"
     sums = f"{hashlib.sha256(content).hexdigest()}  a.gguf\n".encode()
-    install(folder, "a-gguf", ["a-gguf-part1", "a-gguf-part2"], {"data/SHA256SUMS": sums})
+    # The order of the requirements does not matter, nor do others.
+    install(folder, "a-gguf", ["numpy", "a-gguf-part2", "a-gguf-part1", "missing"], {"data/SHA256SUMS": sums})
     install(folder, "a-gguf-part1", [], {"data/a.gguf.part00": content[:10_000]})
     install(folder, "a-gguf-part2", [], {"data/a.gguf.part01": content[10_000:]})
     monkeypatch.syspath_prepend(folder)
@@ -168,7 +187,9 @@ def in_parts(tmp_path, monkeypatch):
 def test_a_packaged_model_in_parts_is_joined_once(in_parts, monkeypatch):
     path = find_model("a")
     assert path.read_bytes() == (GOLDEN / "llama.gguf").read_bytes()
-    assert [*path.parent.iterdir()] == [path] and path.name == "a.gguf"
+    assert [*path.parent.iterdir()] == [path] and path.parts[-2:] == ("a-gguf-1.0", "a.gguf")
+    path.write_bytes(b"GGUF")  # not a whole file
+    assert find_model("a").read_bytes() == (GOLDEN / "llama.gguf").read_bytes()
     monkeypatch.setattr(grpo_jax.weights.packaged, "join_parts", None)
     assert find_model("a") == path
 

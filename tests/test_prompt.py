@@ -2,18 +2,21 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from grpo_jax.config import check, default
 from grpo_jax.errors import UserError
+from grpo_jax.run.context import build_context, read_base_model
 from grpo_jax.text import prompt
 from grpo_jax.text.decoding import decode_completion
 from grpo_jax.text.problem import Problem
 from grpo_jax.text.prompt import PromptFormat, completion_eos_ids, encode_prompts, format_prompt
-from grpo_jax.weights.source import find_model
+from grpo_jax.weights.source import find_model, read_model_config
 from grpo_jax.weights.tokenizer import load_tokenizer
 
 BOS, EOS = "<s>", "</s>"
@@ -395,6 +398,23 @@ def test_a_token_without_a_row_of_the_embedding_is_refused_in_a_prompt_only(monk
         prompts.lengths(problems, names, most)
     with pytest.raises(UserError, match=says):
         encode_prompts(prompts, problems[:1], [0], 1000)
+
+
+def test_a_run_neither_draws_nor_stops_at_a_token_without_a_row_and_refuses_it_in_a_prompt(tmp_path):
+    folder = shutil.copytree(find_model("tiny"), tmp_path / "model")
+    rows, tokenizer = read_model_config(folder).vocab_size, load_tokenizer(folder)
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(len(tokenizer), rows)])
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.add_tokens(["<mark>"])
+    tokenizer.save_pretrained(folder)
+    raw = default()
+    raw.model.path, raw.rollout.max_prompt_tokens = str(folder), 80
+    base = read_base_model(check(raw))
+    context = build_context(check(raw), base)
+    assert (tokenizer.eos_token_id, context.model_cfg.sampleable_vocab_size) == (rows, rows)
+    assert context.stop_ids == base.model_cfg.eos_ids
+    with pytest.raises(UserError, match=r"must have a row .* found '<mark>'"):
+        base.prompt_format.encode([Problem("<mark>", "")], ["a problem"])
 
 
 def test_the_tiny_tokenizer_round_trips_any_text():
