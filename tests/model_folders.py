@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
-Case = tuple[Callable[[Path], object], str]  # changes a folder; what its error says, "" if the folder is read
+Case = tuple[Callable[[Path], object], str]  # what makes the folder; a pattern of its error, "" if the folder is read
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -104,14 +104,14 @@ def renamed(rename: Callable[[str], str], **more: np.ndarray) -> Callable[[Path]
 
 
 def stored_as(dtype: type) -> Callable[[Path], object]:
-    """Returns a change of the dtype of all tensors."""
+    """Returns a change that converts all tensors to a dtype."""
     return lambda folder: save_file(
         {name: value.astype(dtype) for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS
     )
 
 
 def below(name: str, *changes: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Returns a change that makes a copy of the golden Llama in a folder below."""
+    """Returns a change that makes a copy of the golden Llama in a subfolder."""
     return lambda folder: copied(*changes)(folder / name)
 
 
@@ -143,7 +143,7 @@ def quantized(**fields) -> Callable[[Path], object]:
 
 ONE = np.ones(1, np.float32)
 NO_WEIGHTS = moved(WEIGHTS)
-BASE = "adapter of owner/base, .*merge_and_unload"
+BASE = "adapter for owner/base\\. .*merge_and_unload"
 ADAPTER = wrote_json("adapter_config.json", base_model_name_or_path="owner/base", peft_type="LORA")
 SPLIT = r"one of 3 parts\. Merge them .*--merge .*q4-00001-of-00003.gguf .*q4.gguf"
 PARTS = [f"q4-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
@@ -187,7 +187,7 @@ FOLDERS: dict[str, Case] = {
         copied(renamed(str, **{"model.layers.0.mlp.up_proj.weight_scale": ONE})),
         "found quantized weights with scales",
     ),
-    "int8 tensors": (copied(stored_as(np.int8)), "must be float; found int8. Use the checkpoint that it was made from"),
+    "int8 tensors": (copied(stored_as(np.int8)), "must be float; found int8. Use the unquantized checkpoint"),
     # The family comes first, then the quantization
     "family before all": (
         copied(config(model_type="gpt_oss"), quantized(quant_method="mxfp4"), ADAPTER, NO_WEIGHTS),
@@ -198,7 +198,7 @@ FOLDERS: dict[str, Case] = {
         r"quantization_config .*found GPTQ \(4 bits\)",
     ),
     # Quantizations
-    "AWQ": (copied(quantized(quant_method="awq", bits=4)), r"found AWQ \(4 bits\). Use the checkpoint that it was"),
+    "AWQ": (copied(quantized(quant_method="awq", bits=4)), r"found AWQ \(4 bits\). Use the unquantized checkpoint"),
     "bitsandbytes": (copied(quantized(quant_method="bitsandbytes", load_in_8bit=True)), r"bitsandbytes \(8 bits\)"),
     "compressed": (
         copied(quantized(quant_method="compressed-tensors", format="pack-quantized")),
@@ -242,7 +242,10 @@ FOLDERS: dict[str, Case] = {
     "adapter": (empty(ADAPTER, wrote("adapter_model.safetensors")), BASE),
     "adapter with a config": (copied(ADAPTER, moved(WEIGHTS, "adapter_model.safetensors")), BASE),
     "adapter as a pickle": (empty(ADAPTER, wrote("adapter_model.bin", "training_args.bin")), BASE),
-    "adapter without a base": (empty(wrote("adapter_model.safetensors")), "found an adapter, which must be merged"),
+    "adapter without a base": (
+        empty(wrote("adapter_model.safetensors")),
+        "found an adapter\\. Merge it into its base model",
+    ),
     "adapter in a checkpoint": (empty(ADAPTER, below("checkpoint-5", ADAPTER, NO_WEIGHTS)), BASE),
     "adapter beside its model": (copied(ADAPTER), f"either a model or an adapter; found both {WEIGHTS} and an adapter"),
     "adapter in the tensors": (
@@ -294,7 +297,10 @@ FOLDERS: dict[str, Case] = {
         "a sharded checkpoint .*accelerate merge-weights .*/pytorch_model_fsdp_0",
     ),
     "Orbax": (empty(wrote("_CHECKPOINT_METADATA", "policy/_METADATA")), "a checkpoint of Orbax.*grpo_jax.export"),
-    "early llama.cpp": (empty(wrote("ggml-model-q4_0.bin")), "a file of an early llama.cpp. Use a GGUF file"),
+    "early llama.cpp": (
+        empty(wrote("ggml-model-q4_0.bin")),
+        "a file in the format of an early llama.cpp. Use a GGUF file",
+    ),
     # GGUF files
     "several GGUF files": (
         empty(gguf("m.Q4_K_M.gguf", "m.Q8_0.gguf", "mmproj-m.gguf")),
@@ -309,16 +315,22 @@ FOLDERS: dict[str, Case] = {
         "general.architecture in .* must be one of llama.*found 'gptoss'",
     ),
     "a part by another name": (empty(gguf("q.gguf", **{"split.count": 3, "split.no": 1})), "found one of 3 parts"),
-    # Folders that hold none
-    "empty": (empty(), "must be the folder of a model; found an empty folder"),
+    # Folders that hold no model
+    "empty": (empty(), "must be a model folder; found an empty folder"),
     "only hidden files": (empty(wrote(".cache/huggingface/x")), "found an empty folder"),
     "only a tokenizer": (empty(wrote("tokenizer.json")), "found no .*safetensors. Set model.path"),
-    "above the model": (empty(below("final"), wrote("README.md")), "found it in final. Set model.path to .*/final"),
+    "above the model": (
+        empty(below("final"), wrote("README.md")),
+        "found a model folder inside it: final. Set model.path to .*/final",
+    ),
     "above a GGUF file": (
         empty(wrote("gguf/x"), lambda folder: gguf("a.GGUF")(folder / "gguf")),
-        "found it in gguf. Set",
+        "found a model folder inside it: gguf. Set",
     ),
-    "above several": (empty(below("a"), below("b"), below("original")), "found it in a, b. Set model.path to one of"),
+    "above several": (
+        empty(below("a"), below("b"), below("original")),
+        "found model folders inside it: a, b. Set model.path to one of",
+    ),
     "checkpoints of a trainer": (
         empty(*map(below, ("checkpoint-9", "checkpoint-1000", "checkpoint-500")), wrote("training_args.bin")),
         "Set model.path to .*/checkpoint-1000, the newest",
@@ -326,7 +338,7 @@ FOLDERS: dict[str, Case] = {
     "checkpoints with a config": (copied(NO_WEIGHTS, below("checkpoint-7")), ".*/checkpoint-7, the newest"),
     "cache of the hub": (
         empty(wrote("refs/main", "blobs/x"), below("snapshots/0123abc")),
-        "found it in 0123abc. Set model.path to .*/snapshots/0123abc",
+        "found a model folder inside it: 0123abc. Set model.path to .*/snapshots/0123abc",
     ),
     "workdir of a run": (empty(run), r"found the workdir of a run.*grpo_jax.export --workdir=[^ ]*/model --out"),
     "unfinished download": (
@@ -337,8 +349,8 @@ FOLDERS: dict[str, Case] = {
         copied(wrote_json("model.safetensors.index.json", weight_map={"a": WEIGHTS, "b": "m-2.safetensors"})),
         "All 2 files .* 1 missing, such as m-2.safetensors",
     ),
-    # Files that stand for others
-    "pointers": (copied(wrote(WEIGHTS, text=POINTER)), f"{WEIGHTS} .*found a pointer of Git LFS. Run `git lfs pull`"),
+    # Files that stand in for others
+    "pointers": (copied(wrote(WEIGHTS, text=POINTER)), f"{WEIGHTS} .*found a Git LFS pointer. Run `git lfs pull`"),
     "pointer of the tokenizer": (copied(wrote("tokenizer.json", text=POINTER)), "tokenizer.json .*Git LFS"),
     "pointer as GGUF": (empty(wrote("a.gguf", text=POINTER)), "a.gguf .*Git LFS"),
     "no bytes": (copied(wrote(WEIGHTS, text="")), f"{WEIGHTS} must hold .*found an empty file"),

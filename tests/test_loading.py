@@ -1,4 +1,4 @@
-"""Loading: every number of a checkpoint is read once, in blocks, and goes to all the devices that hold it."""
+"""Loading: every value of a checkpoint is read once, in blocks, and copied to all devices that hold it."""
 
 import hashlib
 import importlib
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent / "golden" / "gguf"
 
 
 def assemble_whole(case: str) -> dict:
-    """Returns the parameters of a file from whole tensors, without devices."""
+    """Returns the parameters of a GGUF file as NumPy arrays, assembled from whole tensors."""
     path = GOLDEN / f"{case}.gguf"
     model_cfg = read_model_config(path)
     tensors = open_model_tensors(path, model_cfg)
@@ -50,7 +50,7 @@ def assemble_whole(case: str) -> dict:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Makes blocks of a few rows."""
+    """Shrinks the blocks in which tensors are read to a few rows."""
     monkeypatch.setattr(grpo_jax.weights.placing, "BLOCK_NUMBERS", 100)
 
 
@@ -70,7 +70,7 @@ def test_blocks_layers_and_devices_do_not_change_a_bit(case, sizes, by_layer, sm
     jax.tree.map(np.testing.assert_array_equal, params, assemble_whole(case))
 
 
-def test_a_quantized_number_is_dequantized_once_for_all_devices(monkeypatch, small_blocks):
+def test_a_quantized_value_is_dequantized_once_for_all_devices(monkeypatch, small_blocks):
     numbers, dequantize = [], gguf.quants.dequantize
 
     def count(data, quantization):
@@ -137,7 +137,7 @@ def test_a_process_that_holds_a_part_counts_the_whole():
 
 @pytest.mark.slow
 def test_the_host_holds_one_layer_and_the_largest_tensor(tmp_path, monkeypatch):
-    """Memory of Python and NumPy, so without what is on the devices, except where a CPU device takes over an array."""
+    """Counts the memory of Python and NumPy, without device arrays unless a CPU device takes over a host array."""
     monkeypatch.setattr(grpo_jax.weights.placing, "MAX_READERS", 2)
     sizes = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_heads=4, num_kv_heads=4, head_dim=64)
     layers = tiny.CONFIG.layers[:1] * 16
@@ -149,12 +149,12 @@ def test_the_host_holds_one_layer_and_the_largest_tensor(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     largest, layer = (sum(leaf.nbytes for leaf in jax.tree.leaves(params[name])) for name in ("embed", "layers"))
-    blocks = 2 * 4 * 4 * grpo_jax.weights.placing.BLOCK_NUMBERS  # those of both threads, and copies of them
+    blocks = 2 * 4 * 4 * grpo_jax.weights.placing.BLOCK_NUMBERS  # one for each of the two threads, and copies of it
     assert peak < largest + layer / len(layers) + blocks
 
 
 def install(folder: Path, package: str, requires: list[str], files: dict[str, bytes]) -> None:
-    """Installs a package whose code must not be run, as pip would."""
+    """Installs a package as pip would. Importing it fails, because its code must not be run."""
     module = package.replace("-", "_")
     files = {f"{module}/__init__.py": b"raise RuntimeError('run')", **{f"{module}/{n}": b for n, b in files.items()}}
     info = f"{module}-1.0.dist-info"
@@ -198,7 +198,7 @@ def test_parts_that_do_not_fit_are_refused_and_leave_no_file(in_parts, tmp_path)
     part = in_parts / "a_gguf_part2" / "data" / "a.gguf.part01"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(
-        UserError, match=r"2 parts of the model a must make .* SHA-256 .* pip install --force-reinstall"
+        UserError, match=r"2 parts of the model a must together have the SHA-256 .* pip install --force-reinstall"
     ):
         find_model("a")
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
@@ -215,5 +215,5 @@ def test_a_packaged_model_that_is_not_installed_is_refused_with_the_command(in_p
 
 def test_a_file_that_cannot_be_written_is_a_user_error(in_parts, tmp_path):
     (tmp_path / "home").write_text("not a folder")
-    with pytest.raises(UserError, match=r"2 parts of the model a must be joined to .*; found: .*Not a directory"):
+    with pytest.raises(UserError, match=r"2 parts of the model a must be joined in .*; found: .*Not a directory"):
         find_model("a")

@@ -107,7 +107,9 @@ def test_a_file_beside_a_config_is_refused_with_its_folder(tmp_path):
         find_model(tmp_path / "model" / "config.json")
 
 
-@pytest.mark.parametrize("function, says", [("os.scandir", "a folder that"), ("os.open", "config.json must be a file")])
+@pytest.mark.parametrize(
+    "function, says", [("os.scandir", "a readable folder"), ("os.open", "config.json must be a readable file")]
+)
 def test_what_may_not_be_read_is_refused(tmp_path, monkeypatch, function, says):
     FOLDERS["as saved"][0](tmp_path / "model")
 

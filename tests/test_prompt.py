@@ -372,15 +372,15 @@ def test_eos_ids_are_those_of_the_model_and_the_tokenizer():
     assert completion_eos_ids(tokenizer, (3,)) == (3,)
 
 
-def test_an_eos_without_a_row_of_the_embedding_ends_nothing():
+def test_an_eos_without_a_row_in_the_embedding_ends_nothing():
     tokenizer = byte_tokenizer()
     assert completion_eos_ids(tokenizer, (3, 1), tokenizer.eos_token_id) == (1, 3)
 
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("most", [None, 1000])
-def test_a_token_without_a_row_of_the_embedding_is_refused_in_a_prompt_only(monkeypatch, special, most):
-    """The prompt with the token is the shortest of many, which would not be encoded to measure the longest."""
+def test_a_token_without_a_row_in_the_embedding_is_refused_only_in_a_prompt(monkeypatch, special, most):
+    """The token is in the shortest of many prompts, which would not be encoded just to measure the longest."""
     monkeypatch.setattr("grpo_jax.text.prompt.CHUNK_PROMPTS", 1)
     tokenizer = byte_tokenizer()
     rows = len(tokenizer)
@@ -393,7 +393,7 @@ def test_a_token_without_a_row_of_the_embedding_is_refused_in_a_prompt_only(monk
     if special:  # which stays text in a question
         assert max(prompts.encode(problems[:1], names[:1])[0]) < rows
         return
-    says = rf"must have a row .* which has {rows}; found '<extra>', id {rows}, in problem 0\. Remove it"
+    says = rf"must have a row .* which has {rows} rows; found '<extra>', id {rows}, in problem 0\. Remove it"
     with pytest.raises(UserError, match=says):
         prompts.lengths(problems, names, most)
     with pytest.raises(UserError, match=says):

@@ -252,7 +252,7 @@ def test_an_adapter_without_its_model_is_refused(folder):
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
-    with pytest.raises(UserError, match=r"a whole model; found an adapter of owner/base, .*merge_and_unload"):
+    with pytest.raises(UserError, match=r"a whole model; found an adapter for owner/base\. .*merge_and_unload"):
         find_model(folder)
 
 
@@ -383,8 +383,8 @@ TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
             b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
             "requires the package sentencepiece, .*pip install",
         ),
-        ("tokenizer.model", TIKTOKEN.encode(), "found tokenizer.model, a vocabulary of tiktoken"),
-        ("qwen.tiktoken", TIKTOKEN.encode(), "found qwen.tiktoken, a vocabulary of tiktoken"),
+        ("tokenizer.model", TIKTOKEN.encode(), "found tokenizer.model, a tiktoken vocabulary"),
+        ("qwen.tiktoken", TIKTOKEN.encode(), "found qwen.tiktoken, a tiktoken vocabulary"),
         ("tekken.json", b'{"vocab": []}', "found tekken.json, which names no special tokens"),
     ],
 )

@@ -48,7 +48,7 @@ def format_prompt(question: str, template: str = R1_ZERO_TEMPLATE) -> str:
 def completion_eos_ids(tokenizer: Any, model_eos: Sequence[int] = (), vocab_size: float = math.inf) -> tuple[int, ...]:
     """Returns every token id that ends a completion: those of the model's config, and the tokenizer's EOS.
 
-    An EOS without a row of the embedding, of which there are `vocab_size`, is never drawn and left out.
+    An id without a row in the embedding, which has `vocab_size` rows, can never be drawn and is left out.
     """
     tokenizer_eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return tuple(sorted(token for token in {*model_eos, *tokenizer_eos} if token < vocab_size))
@@ -118,7 +118,7 @@ class PromptFormat:
             template: A value of `prompt.template` (see `read_template`).
             instruction: A text before the first question of a chat template, or before any other template.
             examples: Solved problems before each question: alternating questions and completions.
-            vocab_size: The rows of the model's embedding. Tokens without a row may not occur in prompts.
+            vocab_size: The number of rows of the model's embedding. Tokens without a row may not occur in prompts.
         """
         self.tokenizer, self.template = tokenizer, read_template(template, tokenizer)
         self.instruction = instruction
@@ -171,7 +171,7 @@ class PromptFormat:
         Special tokens that a question spells out are encoded as text. Those of the template are special tokens.
 
         Raises:
-            UserError: A token has no row of the embedding; or see `named_messages` and `render`.
+            UserError: A token has no row in the embedding; or see `named_messages` and `render`.
         """
         named = [(self.conversation(problem, name), name) for problem, name in zip(problems, names, strict=True)]
         texts = [self.render(messages, name) for messages, name in named]
@@ -190,9 +190,9 @@ class PromptFormat:
                 batch[row] = self.encode_spelled(messages, name)
             if self.rowless and (index := max(batch[row], default=0)) >= self.vocab_size:
                 raise UserError(
-                    f"Each token of a prompt must have a row of the model's embedding, which has {self.vocab_size}; "
-                    f"found {self.tokenizer.convert_ids_to_tokens(index)!r:.80}, id {index}, in {name}. Remove it from "
-                    "the prompt, or resize the embedding with `resize_token_embeddings` of transformers."
+                    f"Each token of a prompt must have a row in the model's embedding, which has {self.vocab_size} "
+                    f"rows; found {self.tokenizer.convert_ids_to_tokens(index)!r:.80}, id {index}, in {name}. Remove it "
+                    "from the prompt, or resize the embedding with `resize_token_embeddings` of transformers."
                 )
         return batch
 
@@ -252,9 +252,10 @@ class PromptFormat:
         return lengths
 
     def bound(self, text: str) -> float:
-        """Returns an upper bound of the number of tokens of a prompt, given its text.
+        """Returns an upper bound on the number of tokens of a prompt, given its text.
 
-        It is infinite if the text may contain a token that a prompt may not have, so that the prompt is encoded.
+        It is infinite if the text may contain a token without a row in the embedding, so that the prompt is encoded and,
+        if it does, refused.
         """
         if self.rowless and self.rowless.search(text):
             return math.inf

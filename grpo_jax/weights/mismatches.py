@@ -1,4 +1,4 @@
-"""Explains tensors that do not belong to the decoder that a config describes: what wrote them, and what would help."""
+"""Explains tensors that the decoder described by a config does not have: what they are, and what to do about them."""
 
 import re
 from collections.abc import Collection
@@ -7,11 +7,11 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.weights.quantization import UNQUANTIZED
 
-# Modules that wrap others while a model is trained, and whose names end up in those of its tensors.
+# Names of modules that wrap others during training, and that end up in the names of tensors.
 WRAPPER = re.compile(
     r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module|base_model\.model)\."
 )
-# {wrappers}: those that occur, as a regular expression.
+# {wrappers} is a regular expression that matches the wrappers found in the checkpoint.
 RENAME = (
     'Rename them with: python -c "import glob, ml_dtypes, os, re; from safetensors.numpy import load_file, save_file; '
     "[(save_file({{re.sub(r'({wrappers})\\.', '', name): value for name, value in load_file(file).items()}}, "
@@ -19,7 +19,7 @@ RENAME = (
     "for file in glob.glob('{source}/*.safetensors')]\""
 )
 
-# Patterns of tensors that the decoder lacks, what they are, and what to do; the first that occurs explains all.
+# Patterns of tensor names that the decoder lacks, what such tensors are, and what to do. The first match is reported.
 FOREIGN_TENSORS = (
     (
         r"\.(lora_\w+|base_layer|modules_to_save)\.",
@@ -34,7 +34,7 @@ FOREIGN_TENSORS = (
     (
         r"(^|\.)(score|v_head|value_head|reward_head|classifier|regression_head|qa_outputs)\.",
         "the head of a reward model, a value model or a classifier",
-        "Use the language model that it was made from.",
+        "Use the language model that it was trained from.",
     ),
     (
         r"^(embed_tokens|layers\.\d+|norm)\.",
@@ -54,7 +54,7 @@ def check_tensor_names(source: Path, expected: Collection[str], missing: Collect
         unknown: The checkpoint's tensors that the decoder does not have, except those that may be skipped.
 
     Raises:
-        UserError: A tensor is missing or unknown; the message says why, if the names tell.
+        UserError: A tensor is missing or unknown. The message says why if the names reveal it.
     """
     for pattern, what, cure in FOREIGN_TENSORS:
         if names := sorted(name for name in unknown if re.search(pattern, name)):
@@ -67,12 +67,12 @@ def check_tensor_names(source: Path, expected: Collection[str], missing: Collect
     if len(missing) == 1 and (head := min(missing)).endswith("lm_head.weight"):
         raise UserError(
             f"{source} must hold {head}, because tie_word_embeddings is false or absent in its config; found no "
-            "such tensor. If the embedding is the head too, set tie_word_embeddings to true in config.json; otherwise "
-            "download the model again."
+            "such tensor. If the model uses its embedding as the head, set tie_word_embeddings to true in config.json; "
+            "otherwise download the model again."
         )
     for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:
             raise UserError(
-                f"The config of {source} describes {len(expected)} tensors; found {len(names)} {problem}, such as "
-                f"{min(names)}. Download the model again."
+                f"{source} must hold exactly the {len(expected)} tensors that its config describes; found {len(names)} "
+                f"{problem}, such as {min(names)}. Download the model again."
             )

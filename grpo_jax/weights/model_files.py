@@ -1,4 +1,4 @@
-"""Checks the files of a model folder, and explains what a folder holds that is not a model which can be read."""
+"""Checks the files of a model folder, and explains what a folder holds if it is not a model that can be read."""
 
 import itertools
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import MAX_BYTES, open_regular, read_json_file
 
-MAX_NAMES = 100_000  # entries of a folder that are looked at
+MAX_NAMES = 100_000  # entries of a folder that are listed
 SHARD_INDEX = "model.safetensors.index.json"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
-# First bytes of files that stand for others, what they are, and what to do. {folder} is the model folder.
+# First bytes of files that stand in for others, what such a file is, and what to do. {folder} is the model folder.
 STAND_INS = (
-    (b"version https://git-lfs", "a pointer of Git LFS", "Run `git lfs pull` in {folder}, or download it again."),
+    (b"version https://git-lfs", "a Git LFS pointer", "Run `git lfs pull` in {folder}, or download it again."),
     (b"<!doctype html", "a web page", "Download the file itself, with `hf download`."),
     (b"<html", "a web page", "Download the file itself, with `hf download`."),
 )
@@ -29,12 +29,12 @@ PICKLE = "a pickle, and reading a pickle can run any code"
 SCRIPT = (
     "Use a checkpoint with config.json and *.safetensors, or convert it with the script of its family in transformers"
 )
-# Weights in other formats, most telling first: the files' names, what they are, and what to do. {source} is the folder
-# or hub id, {name} its last part, and {file} one of the files.
+# Weights in other formats, the most specific first: patterns of file names, what the files are, and what to do.
+# {source} is the folder or hub id, {name} its last part, and {file} one of the files.
 OTHER_WEIGHTS = (
     (
         r"(?i).*\.gguf",  # on the hub; in a folder, GGUF files are read
-        "a GGUF file, of which a repository may have many",
+        "a GGUF file, which is not downloaded automatically",
         "Choose one, run `hf download {source} {file} --local-dir {name}`, and set model.path to {name}/{file}.",
     ),
     (
@@ -55,14 +55,15 @@ OTHER_WEIGHTS = (
         "If a run of this package saved it, export its policy where the whole workdir of the run is: python -m "
         "grpo_jax.export --workdir=WORKDIR --out=FOLDER.",
     ),
-    (r"ggml.*\.bin", "a file of an early llama.cpp", "Use a GGUF file of the model."),
+    (r"ggml.*\.bin", "a file in the format of an early llama.cpp", "Use a GGUF file of the model."),
     (r"consolidated.*\.safetensors", "weights in Mistral's own format", f"{SCRIPT} (convert_mistral*_to_hf.py)."),
     (r"consolidated.*\.pth", f"weights in Meta's own format and {PICKLE}", f"{SCRIPT} (convert_llama*_to_hf.py)."),
     (
         r"(pytorch_)?model.*\.bin",
         PICKLE,
         'If you trust it, convert it with: python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('{source}').save_pretrained('{source}-safetensors')\" and copy the tokenizer files.",
+        "M.from_pretrained('{source}').save_pretrained('{source}-safetensors')\". Then copy the tokenizer files, "
+        "and set model.path to {source}-safetensors.",
     ),
     (
         r".*\.(bin|pt|pth|ckpt|pkl)",
@@ -75,13 +76,13 @@ OTHER_WEIGHTS = (
         "Use a checkpoint with config.json and *.safetensors.",
     ),
 )
-# Names that say nothing about the format of the weights: the state of a training, and vision towers of GGUF files.
+# Files that are not the weights of the model: hidden files, the state of a trainer, and vision towers of GGUF files.
 NOT_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state|random_states|mmproj).*")
-NOT_MODELS = ("original", "onnx", "runs")  # folders beside a model that hold something else
+NOT_MODELS = ("original", "onnx", "runs")  # prefixes of subfolders that never hold the model itself
 
 
 def list_names(folder: Path) -> list[str]:
-    """Returns the sorted names in a folder, without hidden ones such as macOS's `._model.safetensors`.
+    """Returns the names in a folder, sorted and without hidden ones such as macOS's `._model.safetensors`.
 
     Raises:
         UserError: The folder cannot be read.
@@ -90,12 +91,12 @@ def list_names(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in itertools.islice(entries, MAX_NAMES)]
     except OSError as error:
-        raise UserError(f"{folder} must be a folder that can be read; found: {error.strerror}. Correct it.") from None
+        raise UserError(f"{folder} must be a readable folder; found: {error.strerror}. Make it readable.") from None
     return sorted(name for name in names if not name.startswith("."))
 
 
 def safetensors_names(names: Iterable[str]) -> list[str]:
-    """Returns the names of files with a model's weights, without those of adapters and in Mistral's own format."""
+    """Returns the names of the files with a model's weights, leaving out adapters and Mistral's own format."""
     others = ("consolidated", "adapter_", ".")
     return [name for name in names if name.endswith(".safetensors") and not name.startswith(others)]
 
@@ -125,10 +126,10 @@ def check_model_files(folder: Path, paths: Iterable[Path], *, are_small: bool) -
     Args:
         folder: The model folder.
         paths: The files.
-        are_small: Whether the files are read whole, and must therefore be small.
+        are_small: Whether the files are read into memory whole, and must therefore have at most `MAX_BYTES` bytes.
 
     Raises:
-        UserError: A file is something else.
+        UserError: A file is a link to another folder, not a regular file, or too large; or see `check_content`.
     """
     root = Path(os.path.realpath(folder))
     roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
@@ -137,9 +138,11 @@ def check_model_files(folder: Path, paths: Iterable[Path], *, are_small: bool) -
             continue
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(allowed) for allowed in roots):
-            missing = ", which does not exist" * (not target.exists())
+            exists = target.exists()
+            advice = "Copy that file there." if exists else "Download the model again."
             raise UserError(
-                f"{path} must lie in the model's folder; found a link to {target}{missing}. Copy that file there."
+                f"{path} must lie in the model folder; found a link to {target}"
+                f"{'' if exists else ', which does not exist'}. {advice}"
             )
         if not target.is_file() or (are_small and target.stat().st_size > MAX_BYTES):
             limit = f" of at most {MAX_BYTES:,} bytes" * are_small
@@ -148,16 +151,16 @@ def check_model_files(folder: Path, paths: Iterable[Path], *, are_small: bool) -
 
 
 def check_content(path: Path) -> None:
-    """Checks that a file is not empty, and does not stand for another one.
+    """Checks that a file is not empty and does not stand in for another one.
 
     Raises:
-        UserError: The file cannot be read, is empty, a pointer of Git LFS, or a web page.
+        UserError: The file cannot be read, is empty, or is a Git LFS pointer or a web page.
     """
     try:
         with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
-        raise UserError(f"{path} must be a file that can be read; found: {error.strerror}. Correct it.") from None
+        raise UserError(f"{path} must be a readable file; found: {error.strerror}. Make it readable.") from None
     if not start:
         raise UserError(f"{path} must hold a part of the model; found an empty file. Download it again.")
     for begins, what, cure in STAND_INS:
@@ -192,7 +195,7 @@ def check_shard_index(folder: Path) -> None:
 
 
 def refuse_gguf_part(path: Path, count: object) -> None:
-    """Raises a UserError for a GGUF file that is one of `count` parts, with the command that merges them."""
+    """Raises a UserError for a GGUF file that is one of `count` parts; the message has the command that merges them."""
     match = GGUF_PART.fullmatch(path.name)
     start, last = match.group(1, 3) if match else ("NAME", f"{count:05}" if isinstance(count, int) else "N")
     first, merged = (path.with_name(name) for name in (f"{start}-00001-of-{last}.gguf", f"{start}.gguf"))
@@ -203,7 +206,7 @@ def refuse_gguf_part(path: Path, count: object) -> None:
 
 
 def choose_gguf(folder: Path) -> Path | None:
-    """Returns the only GGUF file of a folder, besides those of a vision tower (mmproj*), or None if it has none.
+    """Returns the only GGUF file of a folder, or None if it has none. Vision towers (mmproj*) do not count.
 
     Raises:
         UserError: There are several, or only parts of one.
@@ -222,25 +225,25 @@ def choose_gguf(folder: Path) -> Path | None:
 
 
 def refuse_adapter(folder: Path, weights: Collection[str]) -> None:
-    """Raises a UserError for a folder that holds the adapter of a model (LoRA).
+    """Raises a UserError for a folder that holds an adapter, such as LoRA's, instead of a model or beside one.
 
     Args:
         folder: The folder.
-        weights: The files with the weights of a whole model, if there are any beside the adapter.
+        weights: The files beside the adapter that hold the weights of a whole model.
     """
     path = folder / "adapter_config.json"
     base = read_json_object(path).get("base_model_name_or_path") if path.is_file() else None
-    adapter = f"an adapter of {base:.100}" if isinstance(base, str) else "an adapter"
+    adapter = f"an adapter for {base:.100}" if isinstance(base, str) else "an adapter"
     if weights:
         raise UserError(
-            f"{folder} must hold either a model or an adapter; found both {min(weights)} and {adapter}. Move the files "
-            "adapter_* elsewhere if the model is meant without it."
+            f"{folder} must hold either a model or an adapter; found both {min(weights)} and {adapter}. Move the "
+            "adapter_* files elsewhere to use the model without the adapter."
         )
     raise UserError(
-        f"{folder} must hold a whole model; found {adapter}, which must be merged into its base model first, "
-        'where peft is installed: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"{folder} must hold a whole model; found {adapter}. Merge it into its base model where peft is installed: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\". Then copy the "
-        f"tokenizer files, and set model.path to {folder}-merged."
+        f"tokenizer files there, and set model.path to {folder}-merged."
     )
 
 
@@ -249,7 +252,7 @@ def refuse_other_weights(source: str | Path, names: Collection[str]) -> None:
 
     Args:
         source: The folder, or the id of a repository.
-        names: What it holds.
+        names: The names in it.
     """
     names = sorted(name for name in names if not NOT_WEIGHTS.fullmatch(name))
     for pattern, what, cure in OTHER_WEIGHTS:
@@ -275,17 +278,17 @@ def refuse_run(folder: Path, hf_config: dict | None = None) -> None:
             continue
         step = f" --step={below[1]}" if len(below) > 1 and below[1].isdecimal() else ""
         raise UserError(
-            f"{folder} must be a model; found {'a checkpoint in ' * bool(below)}the workdir of a run. Write its policy "
-            f"as a model with: python -m grpo_jax.export --workdir={workdir}{step} --out=FOLDER, and set model.path to "
-            "FOLDER."
+            f"{folder} must be a model folder; found {'a checkpoint in ' * bool(below)}the workdir of a run. Export "
+            f"its policy with: python -m grpo_jax.export --workdir={workdir}{step} --out=FOLDER, and set model.path "
+            "to FOLDER."
         )
 
 
 def check_is_model(hf_config: dict, folder: Path) -> None:
-    """Checks that a config.json is that of a model of `transformers`.
+    """Checks that a config.json describes a model of `transformers`.
 
     Raises:
-        UserError: It is that of something else, such as a run of this package or a data set.
+        UserError: It has no `model_type`, because it belongs to a run of this package, a data set or something else.
     """
     if "model_type" in hf_config:
         return
@@ -297,7 +300,7 @@ def check_is_model(hf_config: dict, folder: Path) -> None:
 
 
 def refuse_folder_above(folder: Path) -> None:
-    """Raises a UserError if a folder holds no model, but folders with models; the newest checkpoint is proposed."""
+    """Raises a UserError if subfolders hold models; the message suggests one, the newest if they are checkpoints."""
     below = [path for name in ("*", "snapshots/*") for path in itertools.islice(folder.glob(name), MAX_NAMES // 10)]
     models = sorted(
         path for path in below if path.is_dir() and not path.name.startswith((".", *NOT_MODELS)) and holds_model(path)
@@ -307,11 +310,14 @@ def refuse_folder_above(folder: Path) -> None:
     steps = {path: int(match[1]) for path in models if (match := CHECKPOINT.fullmatch(path.name))}
     found = ", ".join(path.name for path in models[:4]) + f" and {len(models) - 4} more" * (len(models) > 4)
     choice = f"{max(steps, key=steps.get)}, the newest" if steps else models[0] if len(models) == 1 else "one of them"
-    raise UserError(f"{folder} must be the folder of a model itself; found it in {found}. Set model.path to {choice}.")
+    what = "a model folder" if len(models) == 1 else "model folders"
+    raise UserError(
+        f"{folder} must itself be a model folder; found {what} inside it: {found}. Set model.path to {choice}."
+    )
 
 
 def holds_model(folder: Path) -> bool:
-    """Returns whether a folder has a config.json and weights, or an adapter, or GGUF files."""
+    """Returns whether a folder holds a model, an adapter or a GGUF file, judging by the names of its files."""
     try:
         names = list_names(folder)
     except UserError:

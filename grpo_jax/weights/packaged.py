@@ -1,4 +1,4 @@
-"""Finds the models that Python packages hold, as data: no code of these packages is run."""
+"""Finds models in installed Python packages. The packages are read as data; none of their code is run."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from grpo_jax.errors import UserError
 from grpo_jax.foreign import open_regular, read_bytes
 
-READ_BYTES = 1 << 20  # copied at a time
+READ_BYTES = 1 << 20  # read at a time when parts are joined
 PART = r"(.+\.gguf)\.part\d+"  # the name of one part of a GGUF file
 
 
@@ -30,18 +30,18 @@ PACKAGED_MODELS = {
 
 
 def joined_models_folder() -> Path:
-    """Returns the folder of the files that are joined from parts."""
+    """Returns the folder that holds the files joined from parts."""
     return Path.home() / ".cache" / "grpo_jax" / "models"
 
 
 def find_packaged_model(name: str) -> Path:
-    """Returns the GGUF file of a packaged model. If the package holds it in parts, they are joined once per user.
+    """Returns the GGUF file of a packaged model. If packages hold it in parts, the parts are joined once for each user.
 
     Args:
         name: A key of `PACKAGED_MODELS`.
 
     Raises:
-        UserError: The package is not installed, or not completely, or the parts cannot be joined.
+        UserError: The package or one of its parts is not installed, or the parts cannot be joined.
     """
     package, install = PACKAGED_MODELS[name]
     try:
@@ -56,7 +56,7 @@ def find_packaged_model(name: str) -> Path:
         parts = []
     parts = sorted((path for path in parts if re.fullmatch(PART, path.name)), key=lambda path: path.name)
     if not parts:
-        raise UserError(f"The model {name} is in the package {package}, which was not found. Run: {install}")
+        raise UserError(f"The model {name} is in the package {package}, which is missing or incomplete. Run: {install}")
     file_name = re.fullmatch(PART, parts[0].name)[1]
     sums = [path for path in paths if path.name == "SHA256SUMS"]
     entries = dict(line.split()[::-1] for path in sums for line in read_bytes(path).decode().splitlines())
@@ -67,8 +67,8 @@ def find_packaged_model(name: str) -> Path:
             join_parts(name, parts, target, entries.get(file_name))
     except OSError as error:
         raise UserError(
-            f"The {len(parts)} parts of the model {name} must be joined to {target}; found: {error}. "
-            "Make that folder writable, with enough room for the file."
+            f"The {len(parts)} parts of the model {name} must be joined in {target}; found: {error}. "
+            "Make its folder writable, and free enough space for the file."
         ) from None
     return target
 
@@ -79,20 +79,20 @@ def list_files(installed: Distribution) -> list[Path]:
 
 
 def join_parts(name: str, parts: list[Path], target: Path, expected: str | None) -> None:
-    """Joins the parts of a file. `target` appears only once it is complete.
+    """Joins the parts of a file into `target`, which does not exist until it is complete.
 
     Args:
-        name: The model, for the error.
+        name: The model, for error messages.
         parts: The parts in their order.
         target: The file to write.
-        expected: The SHA-256 of the file, if the package states it.
+        expected: The SHA-256 of the whole file in hexadecimal, or None if the package does not state it.
 
     Raises:
         OSError: A part cannot be read, or the file cannot be written.
-        UserError: The file has another SHA-256.
+        UserError: The joined file has another SHA-256.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # several processes may write one each
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # each process writes its own
     digest = hashlib.sha256()
     try:
         with open(partial, "xb") as out:
@@ -103,7 +103,7 @@ def join_parts(name: str, parts: list[Path], target: Path, expected: str | None)
                         out.write(block)
         if expected and digest.hexdigest() != expected:
             raise UserError(
-                f"The {len(parts)} parts of the model {name} must make a file with the SHA-256 {expected}; found "
+                f"The {len(parts)} parts of the model {name} must together have the SHA-256 {expected}; found "
                 f"{digest.hexdigest()}. Run: pip install --force-reinstall {PACKAGED_MODELS[name].package}"
             )
         os.replace(partial, target)

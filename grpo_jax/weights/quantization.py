@@ -1,4 +1,4 @@
-"""Recognizes quantized checkpoints. Only FP8 with block scales is read; other methods are refused by their names."""
+"""Recognizes quantized checkpoints. Only FP8 with block scales is read; other methods are refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from grpo_jax.errors import UserError
 from grpo_jax.weights.model_files import read_json_object
 
-# `quant_method` in a config.json -> the method's name. A method that is not listed is called by its `quant_method`.
+# `quant_method` in a config.json -> the method's name in messages. Other methods go by their `quant_method`.
 QUANTIZATION_NAMES = {
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
@@ -16,7 +16,7 @@ QUANTIZATION_NAMES = {
     "modelopt": "ModelOpt",
     "mxfp4": "MXFP4",
 }
-# Fields that say more about a method, and how a message spells their values.
+# Fields that say more about a method, and how messages show their values.
 QUANTIZATION_DETAILS = {
     "quant_algo": "{}",
     "format": "{}",
@@ -26,7 +26,7 @@ QUANTIZATION_DETAILS = {
     "load_in_8bit": "8 bits",
     "weight_block_size": "weight_block_size {}",
 }
-UNQUANTIZED = "Use the checkpoint that it was made from, or a GGUF file of the model."
+UNQUANTIZED = "Use the unquantized checkpoint, or a GGUF file of the model."
 
 
 def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
@@ -52,16 +52,18 @@ def fp8_block_shape(hf_config: dict, source: Path) -> tuple[int, int] | None:
             f"quantization_config in {source} must be absent, or fp8 with a weight_block_size; "
             f"found {describe_quantization(found)}. {UNQUANTIZED}"
         )
-    path = source / "hf_quant_config.json"  # of NVIDIA's ModelOpt, which leaves config.json as it was
+    path = source / "hf_quant_config.json"  # NVIDIA's ModelOpt writes this file and may leave config.json unchanged
     quantization = read_json_object(path).get("quantization") if path.is_file() else None
     if isinstance(quantization, dict) and quantization.get("quant_algo"):
         name = describe_quantization(quantization | {"quant_method": "modelopt"})
-        raise UserError(f"{path} must be absent, because such weights are not read; found {name}. {UNQUANTIZED}")
+        raise UserError(
+            f"{path} must be absent, because weights of ModelOpt are not supported; found {name}. {UNQUANTIZED}"
+        )
     return None
 
 
 def describe_quantization(quantization: Any) -> str:
-    """Returns the name of a quantization and what else its config says about it, such as "GPTQ (4 bits)"."""
+    """Returns the name of a quantization with details from its config, such as "GPTQ (4 bits)"."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None and isinstance(quantization, dict) and {"bits", "group_size"} <= quantization.keys():
         method = "MLX"  # which names no method

@@ -47,11 +47,12 @@ def open_model_tensors(source: Path, model_cfg: ModelConfig) -> ModelTensors:
         tensors = open_gguf_tensors(source, hf_config)
     else:
         tensors = open_safetensors_folder(source, fp8_block_shape(hf_config, source))
-    # Checked before the tensors' names are listed, because a broken config would make that list huge.
+    # Checked before the expected names are listed, because a broken config could make that list huge.
     at_least = sum(model_cfg.experts.num_experts if layer.use_experts else 1 for layer in model_cfg.layers)
     if at_least > len(tensors):
         raise UserError(
-            f"The config of {source} describes at least {at_least} tensors; found {len(tensors)}. Download them again."
+            f"{source} must hold at least {at_least} tensors according to its config; found {len(tensors)}. "
+            "Download the model again."
         )
     prefix = next((prefix for prefix in DECODER_PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model.")
     parameters = parameter_tensors(model_cfg, prefix)
@@ -80,7 +81,7 @@ def check_tied_head(source: Path, tensors: ModelTensors) -> None:
     """Checks that a tied head, if the checkpoint stores one anyway, equals the embedding.
 
     Raises:
-        UserError: It differs, so the checkpoint does not say which of the two is meant.
+        UserError: It differs, so the checkpoint does not say which of the two to use.
     """
     embedding = tensors.stored[str(tensors.parameters["embed/embedding"].names)]
     blocks = [(slice(row, row + 4096), slice(None)) for row in range(0, embedding.shape[0], 4096)]
@@ -90,7 +91,7 @@ def check_tied_head(source: Path, tensors: ModelTensors) -> None:
         if not same_shape or not all(np.array_equal(head.read(block), embedding.read(block)) for block in blocks):
             raise UserError(
                 f"{name} in {source} must equal the embedding, because config.json sets tie_word_embeddings; found "
-                "different values. Set tie_word_embeddings to false in config.json if the head is meant."
+                "different values. Set tie_word_embeddings to false in config.json to use the head."
             )
 
 
@@ -108,7 +109,7 @@ def load(
         mesh: The mesh to shard the parameters over (`grpo_jax.model.parameters`). Each process reads only the parts
             that its devices hold. Without a mesh, the parameters are placed on the first local device.
         param_dtype: The dtype of the parameters.
-        on_progress: Called with the bytes of the parameters that have been read so far and those of all.
+        on_progress: Called with the bytes of the parameters read so far, and the bytes of all parameters.
 
     Returns:
         The model's config and its parameters.
@@ -135,7 +136,7 @@ def load(
     ]
     placer = Placer(source, tensors.stored, sum(target.nbytes for target in targets), on_progress)
     try:
-        # In the order of the tree, the embedding and the head come first, while there is most room for them.
+        # In the order of the tree, the embedding and the head come first, when the most memory is free.
         groups = [list(group) for _, group in itertools.groupby(targets, lambda target: target.parameter.stack)]
         placed = [array for group in groups for array in placer.assemble_stack(group)]
     finally:

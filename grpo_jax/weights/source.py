@@ -35,8 +35,15 @@ from grpo_jax.weights.model_files import (
 from grpo_jax.weights.packaged import PACKAGED_MODELS, find_packaged_model
 from grpo_jax.weights.quantization import fp8_block_shape
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")  # that a config.json may state
-# Other names of them. "auto" leaves the choice to the tensors, like no dtype at all.
+DTYPES = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)  # names that a config.json may use
+# Other names of these dtypes. "auto" leaves the choice to the tensors, as does a config without a dtype.
 DTYPE_NAMES = {
     "auto": "float32",
     "float": "float32",
@@ -73,10 +80,10 @@ SMALL_FILES = (*CARRIED_FILES, "config.json", SHARD_INDEX)
 def find_model(path: str | Path) -> Path:
     """Returns the model folder or GGUF file that `path` names.
 
-    A model that is not supported is refused for its family first, then for its quantization, then for its files.
+    The family is checked first, then the quantization, then the files.
 
     Args:
-        path: A folder or GGUF file (`~` is expanded), a Hub id such as `Qwen/Qwen2.5-0.5B` (taken from the Hub's cache
+        path: A folder or GGUF file (`~` is expanded), a hub id such as `Qwen/Qwen2.5-0.5B` (taken from the Hub's cache
             or downloaded), `tiny` for the base model in this package, or a key of `PACKAGED_MODELS`, such as `smollm2`.
 
     Returns:
@@ -132,7 +139,7 @@ def find_in_folder(folder: Path) -> Path:
     if not weights or hf_config is None:
         refuse_folder_above(folder)
         found = "no config.json" if weights else "no *.safetensors" if names else "an empty folder"
-        raise UserError(f"{folder} must be the folder of a model; found {found}. {USABLE_PATHS}")
+        raise UserError(f"{folder} must be a model folder; found {found}. {USABLE_PATHS}")
     check_model_files(folder, [folder / name for name in weights], are_small=False)
     return folder
 
@@ -194,7 +201,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
     source = Path(source)
     hf_config = read_hf_config(source)
     check_is_model(hf_config, source)
-    check_family(hf_config, str(source))  # first: what else a config says is judged by its family
+    check_family(hf_config, str(source))  # first, because the meaning of the other fields depends on the family
     fp8_block_shape(hf_config, source)  # raises if the quantization is not supported
     dtype = read_dtype(hf_config, source)
     eos_ids = read_eos_ids(source, hf_config)
@@ -206,7 +213,7 @@ def read_dtype(hf_config: dict, source: Path) -> str:
     """Returns the dtype that a config states for its weights, as NumPy calls it; float32 if it states none.
 
     Raises:
-        UserError: It is not a dtype of weights that are read.
+        UserError: Weights of that dtype cannot be read.
     """
     text_config = hf_config.get("text_config")
     decoder_config = hf_config | (text_config if isinstance(text_config, dict) else {})
@@ -222,7 +229,7 @@ def read_dtype(hf_config: dict, source: Path) -> str:
 
 
 def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:
-    """Returns every id that ends a text, from config.json and from generation_config.json, where many models list them.
+    """Returns every id that ends a text, from config.json and generation_config.json; many models list them only there.
 
     Raises:
         UserError: An id is not an integer.
@@ -242,19 +249,19 @@ def read_eos_ids(source: Path, hf_config: dict) -> tuple[int, ...]:
 
 
 def count_token_ids(vocabulary: dict[str, int], added: Collection[str], rows: int, source: str | Path) -> int:
-    """Returns one more than the largest id of a token that a model can be given and can draw.
+    """Returns one more than the largest token id that can occur in a prompt or a completion.
 
-    Added tokens without a row of the embedding do not count, such as a padding token that somebody added by hand.
+    Added tokens without a row in the embedding, such as a padding token that somebody added by hand, do not count.
     Neither does Gemma 3's placeholder for an image, which text decoders never use.
 
     Args:
         vocabulary: The tokenizer's ids by token.
         added: The tokens that were added to the vocabulary that the tokenizer was trained with.
-        rows: The rows of the model's embedding.
+        rows: The number of rows of the model's embedding.
         source: The model folder or GGUF file.
 
     Raises:
-        UserError: Another token has no row, so the tokenizer is that of another model.
+        UserError: A token that was not added has no row, so the tokenizer belongs to another model.
     """
     most = max((index for token, index in vocabulary.items() if token not in added), default=-1)
     if most >= rows:

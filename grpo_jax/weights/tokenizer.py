@@ -12,10 +12,11 @@ from grpo_jax.weights.model_files import list_names
 
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
-# Pre-tokenizers that split texts as another does, which transformers knows. It has a default for those it does not.
+# Pre-tokenizers that transformers does not know -> one that splits text in the same way. Without this, transformers
+# would use its default.
 SAME_SPLITS = {"glm4": "llama3", "chatglm-bpe": "llama3"}
 
-# Vocabularies of which transformers makes a tokenizer where there is no tokenizer.json.
+# Vocabularies from which transformers makes a tokenizer if there is no tokenizer.json.
 OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,12 +29,12 @@ def load_tokenizer(source: str | Path):
         source: The folder or file.
 
     Returns:
-        A `transformers` tokenizer. Where a folder brings code for it, tokenizer.json is read as it is, with the special
-        tokens and the chat template of tokenizer_config.json.
+        A `transformers` tokenizer. If a folder comes with code for its tokenizer, tokenizer.json is read as it is, with
+        the special tokens and the chat template of tokenizer_config.json.
 
     Raises:
-        UserError: There are no tokenizer files, they cannot be read, or what they hold does not suffice without running
-            code from the folder or installing a package.
+        UserError: There are no tokenizer files, they cannot be read, or making a tokenizer from them would take code
+            from the folder or a package that is not installed.
     """
     source = Path(source)
     if source.is_file():
@@ -65,7 +66,7 @@ def tokenizer_code(source: Path) -> str:
     for name in ("tokenizer_config.json", "config.json"):
         try:
             classes = read_json_file(source / name).get("auto_map")
-        except (OSError, ValueError, AttributeError):  # transformers reads the file again, and says what is wrong
+        except (OSError, ValueError, AttributeError):  # transformers reads the file again and reports what is wrong
             continue
         classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
         if classes:
@@ -80,10 +81,11 @@ def check_vocabulary_files(source: Path, code: str) -> None:
 
     Args:
         source: The folder.
-        code: The code that the folder brings for its tokenizer, see `tokenizer_code`.
+        code: What `tokenizer_code` returns for the folder.
 
     Raises:
-        UserError: It holds only code, a vocabulary that does not suffice, or one that needs a package.
+        UserError: It holds only code, a vocabulary from which no tokenizer can be made, or one that requires a package
+            that is not installed.
     """
     names = list_names(source)
     tiktoken = [name for name in names if name.endswith((".tiktoken", ".model")) and is_tiktoken(source / name)]
@@ -91,7 +93,7 @@ def check_vocabulary_files(source: Path, code: str) -> None:
         if code:
             refuse_vocabulary(source, code)
         if tiktoken:
-            refuse_vocabulary(source, f"{tiktoken[0]}, a vocabulary of tiktoken without the rule that splits a text")
+            refuse_vocabulary(source, f"{tiktoken[0]}, a tiktoken vocabulary without the rule that splits text")
         if "tekken.json" in names:
             refuse_vocabulary(source, "tekken.json, which names no special tokens for prompts")
     elif "tokenizer.model" in names and importlib.util.find_spec("sentencepiece") is None:
@@ -110,10 +112,10 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def refuse_vocabulary(source: Path, found: str) -> NoReturn:
-    """Raises a UserError for a model folder whose tokenizer can be had in another format only."""
+    """Raises a UserError for a model folder that has its tokenizer only in a format that cannot be read."""
     raise UserError(
         f"{source} must hold a tokenizer.json; found {found}. Copy tokenizer.json and "
-        "tokenizer_config.json from a copy of the model that has them, or use a GGUF file of it."
+        "tokenizer_config.json from another copy of the model that has them, or use a GGUF file of it."
     )
 
 
