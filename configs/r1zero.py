@@ -83,8 +83,8 @@ def gemma3_270m():
 
     make gemma3-270m
 
-    On 1 device: the task is that of `smollm2`. The vocabulary of 262,144 tokens has two thirds of the parameters, and a
-    rollout of this size has about a hundred tokens for each data shard, so they go through the head 128 at a time.
+    On 1 device: the task is that of `smollm2`. Almost two thirds of the parameters belong to the vocabulary of 262,144
+    tokens. A rollout of this size has about a hundred tokens for each data shard, so 128 at a time go through the head.
     Adafactor and a reference in bfloat16 halve the memory.
     """
     cfg = smollm2()

@@ -46,7 +46,7 @@ def mean_logp(weights, tokens):
 
 
 def mean_logp_of_training(weights, tokens):
-    """Returns the same as an update computes it: with the head in chunks and rematerialized layers."""
+    """Returns the same as an update computes it: with a chunked head and rematerialized layers."""
     model_cfg = replace(MODEL, remat="layers")
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = hidden_states(model_cfg, weights, tokens, single_sequence(position))

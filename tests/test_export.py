@@ -72,7 +72,7 @@ def assert_saved_unchanged(source: Path, folder: Path) -> None:
 
 
 def assert_config_is_kept(source: Path, folder: Path) -> None:
-    """Checks that an exported config.json is the source's, or that and the spellings of older `transformers`."""
+    """Checks that an exported config.json adds nothing to the source's but the spellings of older `transformers`."""
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, folder))
     sections = [(before, after)]
     if "text_config" in before:
@@ -272,8 +272,8 @@ def test_special_tokens_are_exported_under_the_names_that_all_releases_read():
     }
 
 
-def test_what_all_releases_read_is_copied_byte_for_byte(tmp_path):
-    """Also if config.json has only the older spelling, and in a second export of what the first rewrote."""
+def test_files_that_all_releases_read_are_copied_byte_for_byte(tmp_path):
+    """Also a config.json that has only the older spelling, and files that a first export rewrote."""
     raw = json.loads((GOLDEN / "llama/config.json").read_text())
     theta = raw.pop("rope_parameters")["rope_theta"]
     source = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "in"))

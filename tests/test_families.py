@@ -18,7 +18,7 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 WITH_EXPERTS = [
     case for case in CASES if case.startswith(("mixtral", "qwen3_moe", "deepseek", "glm4_moe_lite", "kimi_k2"))
 ]
-# These have a config of their own and the decoder of another case, so only `make test-all` computes with them.
+# These differ from another case in their config only, so only `make test-all` runs the decoder with them.
 ROWS_ONLY = ["cwm", "glm4_moe_lite", "kimi_k2", "mistral3", "qwen3_vl", "seed_oss"]
 # Decoding and sharding depend on the kinds of layers and parameters rather than on the family: a few cases that cover
 # these are compared by default, and all of them by `make test-all`.

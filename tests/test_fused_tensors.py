@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint stores in one piece: what each part reads, the whole again, and checkpoints that differ."""
+"""Fused tensors: their parts read only their own rows, they are saved fused, and malformed ones are refused."""
 
 import shutil
 from pathlib import Path

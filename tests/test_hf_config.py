@@ -1,4 +1,4 @@
-"""How a config.json is read: its spellings in different releases of `transformers`, and families that are refused."""
+"""Reading config.json: the spellings of different releases of `transformers`, and families that are refused."""
 
 import json
 from dataclasses import replace
@@ -72,7 +72,7 @@ def test_text_has_one_position_so_its_sections_do_not_matter(case):
     assert read(with_text(raw, rope_parameters=plain)) == read(raw)
 
 
-def test_the_name_of_the_text_at_the_top_of_a_vision_language_model_is_that_of_the_model():
+def test_a_vision_language_model_may_have_the_model_type_of_its_text_at_the_top():
     raw = golden_config("mistral3")
     assert read(raw | {"model_type": "mistral"}) == read(raw)
     text = golden_config("ministral3")
@@ -159,15 +159,15 @@ def test_a_vision_language_model_loads_with_the_prefixes_of_either_release(tmp_p
     "family, message",
     [
         ("gpt_oss", "found 'gpt_oss', which has attention sinks. Choose a model of a supported family."),
-        ("gemma4", "found 'gemma4', which has heads of two widths. .*, such as gemma3"),
+        ("gemma4", "found 'gemma4', which has attention heads of two widths. .*, such as gemma3"),
         ("qwen3_5", "found 'qwen3_5', which has layers with linear attention. .*, such as qwen3"),
         ("qwen3_next", "layers with linear attention"),
-        ("glm4_moe", "experts chosen by a sigmoid outside latent attention. .*, such as glm4_moe_lite"),
-        ("deepseek_v32", "an index that selects the keys to attend to. .*, such as deepseek_v3"),
-        ("qwen2_moe", "a gate on its shared expert"),
+        ("glm4_moe", "experts with a sigmoid gate but no latent attention. .*, such as glm4_moe_lite"),
+        ("deepseek_v32", "an indexer that selects the keys to attend to. .*, such as deepseek_v3"),
+        ("qwen2_moe", "a gated shared expert"),
         ("qwen3_vl_moe", "experts stored in one tensor"),
-        ("kimi_k25", "experts in INT4. .*, such as kimi_k2"),
-        ("gemma3n", "an embedding of the tokens for each layer"),
+        ("kimi_k25", "INT4 experts. .*, such as kimi_k2"),
+        ("gemma3n", "per-layer embeddings"),
         ("mamba", "state-space layers"),
         ("bert", "an encoder. Choose a model of a supported family.$"),
         ("gpt2", "layer norms instead of RMS norms"),
@@ -177,7 +177,7 @@ def test_a_vision_language_model_loads_with_the_prefixes_of_either_release(tmp_p
         ({}, "found {}. Choose"),
     ],
 )
-def test_another_family_is_refused_with_what_it_has_and_the_nearest(family, message):
+def test_an_unsupported_family_is_refused_with_what_it_has_and_the_nearest(family, message):
     with pytest.raises(UserError, match=message) as error:
         check_family({"model_type": family}, "here")
     assert f"model_type in here must be one of {', '.join(FAMILIES)}; found" in str(error.value)
@@ -188,7 +188,7 @@ def test_a_family_is_supported_or_has_one_reason_why_not():
     assert len(names) == len(set(names)) and not FAMILIES.keys() & set(names)
 
 
-def test_a_text_of_another_family_is_refused():
+def test_a_text_config_of_another_family_is_refused():
     with pytest.raises(
         UserError, match=r"model_type of text_config .* mistral, ministral3 in a model of mistral3; .*phi"
     ):

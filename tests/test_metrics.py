@@ -137,12 +137,12 @@ def test_a_cut_last_line_is_made_again_from_the_checkpoint_of_its_step(tmp_path)
     assert read_metrics(tmp_path) == [{"step": 0, "a/b": 1.0}, {"step": 1, "a/b": 1.0}, line]
 
 
-def test_a_lost_log_begins_with_the_line_of_the_checkpoint(tmp_path):
+def test_a_lost_log_starts_again_with_the_line_of_the_checkpoint(tmp_path):
     truncate_logs(tmp_path, 2, {"step": 2, "a/b": 0.5})
     assert read_metrics(tmp_path) == [{"step": 2, "a/b": 0.5}]
 
 
-def test_a_folder_in_the_place_of_a_log_and_a_file_in_that_of_a_folder_are_set_aside(tmp_path, capsys):
+def test_a_folder_named_like_a_log_and_a_file_named_like_a_folder_are_renamed(tmp_path, capsys):
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").mkdir()
         (tmp_path / "metrics.jsonl" / "mine").touch()

@@ -315,7 +315,7 @@ def test_an_image_token_with_a_row_is_not_drawn():
 
 
 def test_an_added_token_without_a_row_is_not_drawn(tmp_path):
-    """Such as a padding token that somebody added to the tokenizer without resizing the embedding."""
+    """An example is a padding token that somebody added to the tokenizer without resizing the embedding."""
     folder = Path(shutil.copytree(find_model("tiny"), tmp_path / "model"))
     rows = read_model_config(folder).vocab_size
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -388,7 +388,7 @@ TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
         ("tekken.json", b'{"vocab": []}', "found tekken.json, which names no special tokens"),
     ],
 )
-def test_a_vocabulary_that_does_not_suffice_is_refused(folder, name, content, message, monkeypatch):
+def test_a_vocabulary_that_is_not_enough_for_a_tokenizer_is_refused(folder, name, content, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message):

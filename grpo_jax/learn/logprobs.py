@@ -115,8 +115,8 @@ def take_vocab_block(spec: ScoreSpec, head, block, dtype):
 def transpose_in_memory(x):
     """Returns the transpose of a matrix, contiguous in memory.
 
-    The barrier keeps XLA from folding the transpose into a product: a CPU takes many times as long for a product of
-    transposed matrices as for one of matrices that are contiguous in memory.
+    The barrier keeps XLA from folding the transpose into a matrix product, which on a CPU takes many times as long if
+    its operands are not contiguous in memory.
     """
     return jax.lax.optimization_barrier(x.T)
 
@@ -290,7 +290,7 @@ def logprobs_from_hidden(
         Log-probs and entropies in nats, in float32. Both are differentiable.
     """
     mesh, length = jax.sharding.get_abstract_mesh(), hidden.shape[1]
-    # A CPU would hold the transpose of a tied embedding, and that of its gradient; other compilers choose layouts.
+    # A CPU would hold the transposes of a tied embedding and of its gradient; other compilers choose layouts.
     is_table = model_cfg.tie_embeddings and model_cfg.vocab_size > MAX_VOCAB_BLOCK and mesh_platform() == "cpu"
     head = params["embed"]["embedding"] if is_table else head_kernel(model_cfg, params)
     rows, head_spec = row_spec(targets.shape[0]), P(None, None)

@@ -40,7 +40,7 @@ class AttentionInputs(NamedTuple):
     """Rotary tables and mask of a batch, shared by all layers with the same `LayerConfig`."""
 
     cos_sin: Any  # rotary tables of the queries' positions
-    query_scale: Any  # what multiplies the rotated queries [N, L, 1, 1], or None
+    query_scale: Any  # factor of the rotated queries [N, L, 1, 1], or None
     queries: Segments
     keys: Segments  # those of the queries, or of the cache's columns
     window: Int[Array, ""]

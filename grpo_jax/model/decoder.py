@@ -238,7 +238,7 @@ def head_matmul(model_cfg: ModelConfig, params: dict, hidden: Float[Array, "*row
 
 
 def cap_logits(model_cfg: ModelConfig, product: Float[Array, "*rows _"]) -> Float[Array, "*rows _"]:
-    """Returns float32 logits from the output of `head_matmul`, divided and soft-capped if the model does so."""
+    """Returns float32 logits from the output of `head_matmul`, divided and soft-capped if the model requires it."""
     logits = product.astype(jnp.float32)
     return soft_cap(
         logits / model_cfg.logit_divisor if model_cfg.logit_divisor != 1 else logits, model_cfg.logit_softcap

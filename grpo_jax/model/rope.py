@@ -65,7 +65,7 @@ def rope_tables(
 
 
 def query_scale(rope: RopeConfig | None, positions: Int[Array, "N L"]) -> Float[Array, "N L 1 1"] | None:
-    """Returns what multiplies the rotated queries at `positions`, as in Ministral 3, or None if nothing does."""
+    """Returns the factor of the rotated queries at `positions`, as in Ministral 3, or None if there is none."""
     if rope is None or not rope.query_growth:
         return None
     periods = (positions // rope.original_max_positions)[..., None, None]

@@ -140,7 +140,7 @@ def apply_model_options(cfg: Config, source: Path, model_cfg: ModelConfig, token
     """Returns the model config with the run's dtypes, attention kernel and rematerialization.
 
     Raises:
-        UserError: The tokenizer is that of another model, or the attention kernel needs another kind of device.
+        UserError: The tokenizer belongs to another model, or the attention kernel needs another kind of device.
     """
     token_count = count_token_ids(tokenizer.get_vocab(), tokenizer.get_added_vocab(), model_cfg.vocab_size, source)
     attention = cfg.model.attention if training else "auto"
@@ -168,6 +168,6 @@ def resident_bytes(cfg: Config, model_cfg: ModelConfig, mesh: Mesh, training: bo
 
 
 def load_base_model(cfg: Config, context: RunContext) -> dict:
-    """Returns the parameters of the model that a run starts from, on the mesh of its updates."""
+    """Loads the parameters of the model that a run starts from, on the mesh of its updates."""
     _, params = load(context.source, mesh=context.mesh, param_dtype=cfg.model.param_dtype, on_progress=set_bytes)
     return params

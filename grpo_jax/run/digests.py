@@ -72,7 +72,7 @@ def sum_part(x: jax.Array, spec: P, shape: tuple[int, ...]) -> jax.Array:
     matrix = x.reshape(-1, x.shape[-1])
 
     def mix_rows(start, count):
-        # Only a block is reinterpreted at a time, because XLA would copy the whole array for it on a CPU.
+        # One block is reinterpreted at a time, because on a CPU XLA copies everything that it reinterprets.
         block = lax.dynamic_slice_in_dim(matrix, start, count)
         bits = block if x.dtype == bool else lax.bitcast_convert_type(block, f"uint{8 * x.dtype.itemsize}")
         return mix_words(bits.astype(jnp.uint32), lax.dynamic_slice_in_dim(of_rows, start, count) + of_columns)

@@ -103,7 +103,7 @@ def truncate_logs(workdir: Path, step: int, line: dict[str, Any] | None = None) 
 
 
 def set_aside_other_kinds(workdir: Path) -> None:
-    """Renames a folder with the name of a file that a run writes, and a file with that of a folder."""
+    """Renames a folder that has the name of a file of a run, and a file that has the name of a folder of a run."""
     for name in ("metrics.jsonl", "warnings.jsonl", "samples", "tensorboard"):
         path = workdir / name
         if path.exists() and not (path.is_file() if path.suffix else path.is_dir()):

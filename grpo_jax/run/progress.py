@@ -196,7 +196,7 @@ def set_detail(text: str) -> None:
 
 
 def set_bytes(done: int, total: int) -> None:
-    """Sets the progress of the current phase that is shown to a number of bytes, such as "1.2 of 3.1 GB"."""
+    """Shows the progress of the current phase in bytes, such as "1.2 of 3.1 GB"."""
     unit, size, digits = ("GB", 1e9, 1) if total >= 1e9 else ("MB", 1e6, 0)
     set_detail(f"{done / size:.{digits}f} of {total / size:.{digits}f} {unit}")
 

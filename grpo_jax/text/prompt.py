@@ -191,8 +191,8 @@ class PromptFormat:
             if self.rowless and (index := max(batch[row], default=0)) >= self.vocab_size:
                 raise UserError(
                     f"Each token of a prompt must have a row in the model's embedding, which has {self.vocab_size} "
-                    f"rows; found {self.tokenizer.convert_ids_to_tokens(index)!r:.80}, id {index}, in {name}. Remove it "
-                    "from the prompt, or resize the embedding with `resize_token_embeddings` of transformers."
+                    f"rows; found {self.tokenizer.convert_ids_to_tokens(index)!r:.80}, id {index}, in {name}. "
+                    "Remove it from the prompt, or resize the embedding with `resize_token_embeddings` of transformers."
                 )
         return batch
 
@@ -254,8 +254,8 @@ class PromptFormat:
     def bound(self, text: str) -> float:
         """Returns an upper bound on the number of tokens of a prompt, given its text.
 
-        It is infinite if the text may contain a token without a row in the embedding, so that the prompt is encoded and,
-        if it does, refused.
+        It is infinite if the text may contain a token without a row in the embedding, so that the prompt is
+        encoded, and refused if it does.
         """
         if self.rowless and self.rowless.search(text):
             return math.inf

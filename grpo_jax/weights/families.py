@@ -1,7 +1,7 @@
-"""The supported model families: one row each, which says how a family differs from Llama.
+"""The supported model families: one row each, which describes how a family differs from Llama.
 
-One decoder serves all families. `grpo_jax.weights.hf_config` reads a config.json by these rows, and
-`grpo_jax.weights.tensor_names` a checkpoint.
+One decoder serves all families. `grpo_jax.weights.hf_config` uses these rows to read a config.json, and
+`grpo_jax.weights.tensor_names` to read a checkpoint.
 """
 
 import difflib
@@ -27,13 +27,13 @@ class Family(NamedTuple):
     fields: Mapping[str, Any] = NOTHING  # of ModelConfig: a value, or a function of the config
     # Of LayerConfig: functions of the config and the index of the layer.
     layer_fields: Mapping[str, Callable[[Any, int], Any]] = NOTHING
-    windows: str = "none"  # layers with a sliding window: "none", "all", or "layer_types": those that it names
+    windows: str = "none"  # layers with a sliding window: "none", "all", or those named by the config: "layer_types"
     no_rope_layers: bool = False  # the config's no_rope_layers is 0 for layers without a rotary embedding
-    prepare: Callable[[dict], dict] = dict  # rewrites a config.json that the class in `transformers` would misread
+    prepare: Callable[[dict], dict] = dict  # rewrites a config.json that `transformers` would misread
     read_as: str = ""  # model_type of the config class in `transformers`; "": the family's own
-    text_types: tuple[str, ...] = ()  # model_type of text_config, where the decoder's config is nested; (): it is not
-    tensor_names: Mapping[str, str] = NOTHING  # path in the parameter table -> tensor, if not Llama's
-    fused_tensors: Mapping[str, tuple[str, ...]] = NOTHING  # tensor -> Llama's tensors that it holds, row after row
+    text_types: tuple[str, ...] = ()  # allowed model_types of the nested text_config; (): no nesting
+    tensor_names: Mapping[str, str] = NOTHING  # path in the parameter table -> tensor, where it is not Llama's
+    fused_tensors: Mapping[str, tuple[str, ...]] = NOTHING  # tensor -> Llama's tensors that it stacks by rows
     skipped_tensors: tuple[str, ...] = ()  # patterns of tensors that the decoder does not use; {n}: number of layers
 
 
@@ -89,7 +89,7 @@ def latent_score_divisor(hf) -> float:
 
 
 def uses_qwen3_experts(hf, layer: int) -> bool:
-    """Tells whether a layer of a Qwen3-MoE config has experts."""
+    """Returns whether a layer of a Qwen3-MoE config has experts."""
     return layer not in hf.mlp_only_layers and hf.num_experts > 0 and (layer + 1) % hf.decoder_sparse_step == 0
 
 
@@ -105,10 +105,10 @@ def uses_listed_experts(hf, layer: int) -> bool:
 
 
 def read_rotary_dim(hf) -> int:
-    """Returns how many dimensions of each head of a config are rotated.
+    """Returns how many dimensions of each head the rotary embedding covers, according to a config.
 
     Raises:
-        ValueError: There are none.
+        ValueError: It covers none.
     """
     factor = hf.rope_parameters.get("partial_rotary_factor", 1.0)
     rotary_dim = int((getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) * factor)
@@ -194,8 +194,8 @@ FAMILIES = {
         tensor_names=MIXTRAL_NAMES,
     ),
     "qwen2": Family({"qkv_bias": True}, windows="layer_types"),
-    # The rotary embedding of Qwen's vision-language models has sections for time, height and width. The three positions
-    # of a text token are equal, so that its sections are those of a plain rotary embedding.
+    # The rotary embedding of Qwen's vision-language models has sections for time, height and width. A text token has
+    # the same position in all three, which makes it a plain rotary embedding.
     "qwen2_5_vl": Family(
         {"qkv_bias": True}, windows="layer_types", text_types=("qwen2_5_vl_text",), skipped_tensors=QWEN_VISION_TOWER
     ),
@@ -208,7 +208,7 @@ FAMILIES = {
         windows="layer_types",
         tensor_names=GEMMA_NAMES,
     ),
-    # The vision-language model of transformers does not apply the cap of gemma3_text to the logits.
+    # In transformers, the vision-language model does not cap the logits as gemma3_text does.
     "gemma3": Family(
         GEMMA3,
         windows="layer_types",
@@ -236,16 +236,16 @@ FAMILIES = {
         {"use_experts": uses_listed_experts},
         skipped_tensors=NEXT_TOKENS_LAYER,
     ),
-    # Kimi K2 is a DeepSeek-V3 in everything but its name, which transformers does not know.
+    # Kimi K2 is DeepSeek-V3 under another name, which transformers does not know.
     "kimi_k2": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, read_as="deepseek_v3", skipped_tensors=NEXT_TOKENS_LAYER),
     "deepseek_v3": Family(DEEPSEEK_V3, DEEPSEEK_V3_LAYERS, skipped_tensors=NEXT_TOKENS_LAYER),
 }
 
-# What the decoders of other families have and no row covers.
+# Features of other families that the decoder lacks.
 UNSUPPORTED_FEATURES = {
     "attention sinks": ("gpt_oss",),
-    "an embedding of the tokens for each layer": ("gemma3n", "gemma3n_text"),
-    "heads of two widths": ("gemma4", "gemma4_text"),
+    "per-layer embeddings": ("gemma3n", "gemma3n_text"),
+    "attention heads of two widths": ("gemma4", "gemma4_text"),
     "layers with linear attention": (
         *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "kimi_linear", "minimax"),
         "olmo_hybrid",
@@ -256,13 +256,13 @@ UNSUPPORTED_FEATURES = {
     ),
     "recurrent layers": ("rwkv", "recurrent_gemma", "xlstm"),
     "convolutional layers": ("lfm2", "lfm2_moe", "lfm2_vl"),
-    "an index that selects the keys to attend to": ("deepseek_v32", "glm_moe_dsa"),
-    "experts chosen by a sigmoid outside latent attention": ("glm4_moe", "glm4v_moe", "minimax_m2"),
-    "experts chosen by group with a softmax": ("deepseek_v2",),
-    "a gate on its shared expert": ("qwen2_moe",),
+    "an indexer that selects the keys to attend to": ("deepseek_v32", "glm_moe_dsa"),
+    "experts with a sigmoid gate but no latent attention": ("glm4_moe", "glm4v_moe", "minimax_m2"),
+    "groups of experts with a softmax gate": ("deepseek_v2",),
+    "a gated shared expert": ("qwen2_moe",),
     "experts stored in one tensor": ("qwen3_vl_moe",),
-    "experts in INT4": ("kimi_k25",),
-    "attention within chunks": ("llama4", "llama4_text"),
+    "INT4 experts": ("kimi_k25",),
+    "chunked attention": ("llama4", "llama4_text"),
     "cross-attention to images": ("mllama",),
     "layer norms instead of RMS norms": (
         *("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "phi", "stablelm"),
@@ -283,10 +283,11 @@ def check_family(hf_config: dict, where: str) -> str:
         where: The model folder or GGUF file, for error messages.
 
     Returns:
-        The family, which is `model_type` unless that of the text is stated for a vision-language model.
+        The family: `model_type`, or the vision-language family if the config has that of its text decoder there.
 
     Raises:
-        UserError: It is not; the message lists the supported families, and names the nearest or what the decoder lacks.
+        UserError: The family is not supported. The message lists those that are, the most similar name, and what the
+            decoder lacks, if known.
     """
     name, text_config = hf_config.get("model_type"), hf_config.get("text_config")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -302,7 +303,7 @@ def check_family(hf_config: dict, where: str) -> str:
     if not FAMILIES[name].text_types:
         return next((family for family, row in FAMILIES.items() if name in row.text_types), name)
     text_type = text_config.get("model_type", FAMILIES[name].text_types[0])
-    if text_type not in (*FAMILIES[name].text_types, name):  # early versions of Qwen2.5-VL repeat the model's
+    if text_type not in (*FAMILIES[name].text_types, name):  # early Qwen2.5-VL configs repeat the outer model_type
         raise UserError(
             f"model_type of text_config in {where} must be one of {', '.join(FAMILIES[name].text_types)} in a model of "
             f"{name}; found {text_type!r:.80}. Choose another model."

@@ -1,6 +1,6 @@
-"""Tensors that a family stores in one piece: they are split when a checkpoint is opened, and joined when it is written.
+"""Splits tensors that a family stores fused when a checkpoint is opened, and joins them when one is written.
 
-Splitting reads no values: each part reads its own rows of the tensor.
+Splitting reads no values: each part later reads only its own rows of the fused tensor.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from grpo_jax.weights.tensors import StoredTensor
 
 
 def fused_names(model_cfg: ModelConfig, prefix: str) -> dict[str, list[str]]:
-    """Maps the name of each tensor that a model stores in one piece to the names of its parts, in order of their rows.
+    """Maps the name of each fused tensor of a model to the names of its parts, in the order of their rows.
 
     Args:
         model_cfg: The model.
@@ -37,10 +37,10 @@ def split_fused(
         tensors: The tensors by name.
         fused: The result of `fused_names`.
         shapes: The shapes of the parts by name.
-        source: The model, for error messages.
+        source: The model folder or GGUF file, for error messages.
 
     Raises:
-        UserError: A fused tensor does not have the shape of its parts together.
+        UserError: The shape of a fused tensor is not that of its parts joined.
     """
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}
     for name in fused.keys() & tensors.keys():
@@ -58,7 +58,7 @@ def split_fused(
 
 
 def select_rows(tensor: StoredTensor, first: int, shape: tuple[int, ...]) -> StoredTensor:
-    """Returns the tensor of `shape` that begins at the row `first` of another."""
+    """Returns a view of the rows of a tensor from `first` on. `shape` is the shape of the view."""
 
     def read(index):
         start, stop, _ = index[0].indices(shape[0])
@@ -76,7 +76,7 @@ def join_fused(tensors: dict[str, StoredTensor], fused: dict[str, list[str]]) ->
 
 
 def join_rows(parts: list[StoredTensor]) -> StoredTensor:
-    """Returns tensors of the same dtype and columns as one tensor, one after another."""
+    """Joins tensors of the same dtype and number of columns along their rows."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
     def read(index):

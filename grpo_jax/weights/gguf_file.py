@@ -12,7 +12,7 @@ from grpo_jax.model.parameters import PARAMETERS
 from grpo_jax.weights.families import FAMILIES
 from grpo_jax.weights.gguf_header import GGUF_ARCHITECTURES, GgufHeader, GgufTensor, read_gguf_header
 
-# Architectures in which llama.cpp rotates pairs of adjacent rows, so that its converter permutes the projections.
+# Architectures for which llama.cpp rotates pairs of adjacent rows, so its converter permutes the projections.
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
 PARTLY_ROTATED = ("phi3", "glm4")  # architectures whose rope.dimension_count may be less than the width of a head
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -30,7 +30,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     experts = get("expert_count", 0)
     if architecture == "llama" and experts:
         model_type, prefix = "mixtral", "Mixtral"
-    if architecture == "mistral3" and not get("attention.temperature_scale", 0.0):  # not of the third generation
+    if architecture == "mistral3" and not get("attention.temperature_scale", 0.0):  # Mistral rather than Ministral 3
         model_type, prefix = "mistral", "Mistral"
     if architecture == "olmo2" and get("attention.sliding_window", 0):
         model_type, prefix = "olmo3", "Olmo3"
@@ -74,7 +74,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
 
 
 def read_family_fields(header: GgufHeader, model_type: str, head_dim: int) -> dict[str, Any]:
-    """Returns the fields of config.json that the family `model_type` has besides those of every family.
+    """Returns the fields of config.json that the family `model_type` has in addition to those of all families.
 
     Raises:
         UserError: A field of the header is missing or of another type.
@@ -112,7 +112,7 @@ def read_family_fields(header: GgufHeader, model_type: str, head_dim: int) -> di
         config["layer_types"] = ["sliding_attention" if x else "full_attention" for x in sliding]
     if model_type == "phi3":
         config["sliding_window"] = get("attention.sliding_window", 0) or None
-        # Where it is absent, the model has no scaling, for which alone it counts.
+        # Only scaling uses this length, and a file without it has no scaling.
         length = get("rope.scaling.original_context_length", get("context_length"))
         config["original_max_position_embeddings"] = length
     if model_type == "granite":
@@ -179,8 +179,8 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
 def read_longrope_factor(header: GgufHeader) -> dict[str, float]:
     """Returns the factor of longrope's cosines and sines for `rope_parameters`.
 
-    It is left out if it is the one that follows from the context lengths, because transformers 4.57 refuses a config of
-    Phi-3 that states it.
+    Returns no field if the factor is the one that follows from the context lengths, because transformers 4.57 refuses a
+    config of Phi-3 that states it.
     """
     length = header.get("rope.scaling.original_context_length", header.get("context_length"))
     growth = header.get("context_length") / length
@@ -238,7 +238,7 @@ def read_gguf_tensors(path: Path, hf_config: dict[str, Any]) -> dict[str, GgufTe
     if header.architecture in INTERLEAVED:
         interleaved_heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
     family = FAMILIES[hf_config["model_type"]]
-    # Before the tensors of the table, because the file gives fused tensors the names of parts.
+    # Fused tensors come before those of the table, because the file gives them the names of their parts.
     names = [f"model.{name}" for name in family.fused_tensors]
     for row in PARAMETERS:
         prefix = "" if row.path == "head/kernel" else "model."

@@ -2,7 +2,7 @@
 
 Only the header is parsed up front (its format is described in ggml's docs/gguf.md); tensors are dequantized in parts.
 The package `gguf` provides the quantization formats and llama.cpp's tensor names. Its reader is not used, because it
-needs seconds to parse the header of a file with a large vocabulary.
+takes seconds to parse the header of a file with a large vocabulary.
 """
 
 import io
@@ -22,7 +22,7 @@ GGUF_ARCHITECTURES = {
     "llama": ("llama", "Llama"),
     "mistral3": ("ministral3", "Ministral3"),
     "qwen2": ("qwen2", "Qwen2"),
-    "qwen2vl": ("qwen2", "Qwen2"),  # without the vision tower, which is another file, only the name differs
+    "qwen2vl": ("qwen2", "Qwen2"),  # the vision tower is another file; without it, only the name differs
     "qwen3": ("qwen3", "Qwen3"),
     "qwen3vl": ("qwen3", "Qwen3"),
     "qwen3moe": ("qwen3_moe", "Qwen3Moe"),
@@ -40,10 +40,10 @@ GGUF_ARCHITECTURES = {
 SCALAR_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# Of the header, so that a broken one cannot fill the memory. Gemma 3's has 262,144 tokens and 514,906 merges.
+# Limits that keep a broken header from filling the memory. Gemma 3's has 262,144 tokens and 514,906 merges.
 MAX_HEADER_BYTES = 1 << 25
 MAX_ELEMENTS = 1_000_000
-MAX_TOKEN_BYTES = 4096  # of a string in an array; the conversion of tokens takes time that is quadratic in it
+MAX_TOKEN_BYTES = 4096  # of a string in an array; converting a token takes time that is quadratic in its length
 
 
 class GgufTensor(NamedTuple):
@@ -121,8 +121,8 @@ class GgufHeader(NamedTuple):
 
         Args:
             name: The field, without the architecture's prefix.
-            *default: What to return if the field is absent; without it the field must be a positive number. If it is a
-                text, so must be the field, which is a number otherwise.
+            *default: What to return if the field is absent. Without a default, the field must be a positive number;
+                with one, it must be a string if the default is a string, and a number otherwise.
 
         Raises:
             UserError: The field is absent or not positive and has no default, is of another type, or differs between
@@ -135,7 +135,7 @@ class GgufHeader(NamedTuple):
         is_text = bool(default) and isinstance(default[0], str)
         is_number = isinstance(value, int | float) and (bool(default) or value > 0)
         if not (isinstance(value, str) if is_text else is_number or (default and value is default[0])):
-            expected = "a text" if is_text else "one number" if default else "one number above 0"
+            expected = "a string" if is_text else "one number" if default else "one number above 0"
             raise UserError(f"{key} in {self.path} must be {expected}; found {value!r:.80}. Use another model file.")
         return value
 
@@ -163,7 +163,7 @@ def read_tokens(file: io.BytesIO, count: int) -> list[str]:
             raise ValueError(f"a string of {length:,} bytes")
         start, position = position + 8, position + 8 + length
         tokens.append(str(header[start:position], "utf-8"))
-    file.seek(position)  # reading on from behind the end of the header fails
+    file.seek(position)  # if this is past the end of the header, the next read fails
     return tokens
 
 

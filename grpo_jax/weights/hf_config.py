@@ -1,4 +1,4 @@
-"""Translates a Hugging Face config.json to a ModelConfig, by the rows of `grpo_jax.weights.families`.
+"""Translates a Hugging Face config.json to a ModelConfig, using the rows of `grpo_jax.weights.families`.
 
 The config classes of `transformers`, which do not need PyTorch, fill in defaults and read older forms of config.json.
 """
@@ -102,7 +102,7 @@ def normalize_hf_config(hf_config: dict, where: str):
 
 
 def ties_embeddings(hf_config: dict, name: str, hf) -> bool:
-    """Tells whether the head is the embedding table.
+    """Returns whether the head is the embedding table.
 
     Versions of `transformers` disagree on the level of a vision-language model's config that says so, and each writes
     false at the other level, so true at either counts.
@@ -113,7 +113,7 @@ def ties_embeddings(hf_config: dict, name: str, hf) -> bool:
 
 
 def without_dtypes(hf_config: dict) -> dict:
-    """Returns a config without its dtypes, some of which `transformers` refuses, and which a ModelConfig has itself."""
+    """Returns a config without its dtypes: `transformers` refuses some, and a ModelConfig states its own."""
     return {
         key: without_dtypes(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in hf_config.items()
@@ -124,7 +124,7 @@ def without_dtypes(hf_config: dict) -> dict:
 def translate_hf_config(hf, name: str, where: str, **fields) -> ModelConfig:
     """Translates a normalized `transformers` config of the family `name` to a ModelConfig.
 
-    How its sizes fit together is not checked.
+    Does not check how the sizes fit together; see `check_architecture`.
 
     Raises:
         UserError: A field has a value that the decoder does not support.
@@ -267,10 +267,10 @@ def read_rope_config(hf, rope_parameters: dict[str, Any], where: str, partial: b
 
 
 def count_positions(stated: int, ropes: list[RopeConfig]) -> int:
-    """Returns the positions that a model supports.
+    """Returns the number of positions that a model supports.
 
-    Switching YaRN on, as the pages of Qwen's models describe, leaves max_position_embeddings as it was. Longrope has
-    other frequencies for sequences that are longer than those of pretraining, which are not supported.
+    Whoever switches YaRN on, as the pages of Qwen's models describe, does not change max_position_embeddings. LongRoPE
+    uses other frequencies for sequences longer than those of pretraining; these are not supported.
 
     Args:
         stated: The config's max_position_embeddings.
@@ -282,7 +282,7 @@ def count_positions(stated: int, ropes: list[RopeConfig]) -> int:
 
 
 def yarn_rope_factor(rope_parameters: dict[str, Any], factor: float) -> float:
-    """Returns YaRN's factor on cosines and sines: as given, from DeepSeek's two weights, or as in the paper."""
+    """Returns YaRN's factor on cosines and sines: as given, from DeepSeek's two weights, or by the paper's formula."""
     if rope_parameters.get("attention_factor") is not None:
         return rope_parameters["attention_factor"]
     mscale, all_dim = rope_parameters.get("mscale"), rope_parameters.get("mscale_all_dim")

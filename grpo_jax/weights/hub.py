@@ -9,7 +9,7 @@ from grpo_jax.weights.model_files import check_is_model, read_json_object, refus
 from grpo_jax.weights.quantization import fp8_block_shape
 
 DOWNLOADED_FILES = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")  # besides the weights; no code, no pickles
-# The same weights in other formats; a folder within the model's holds nothing else that is read but chat templates.
+# The same weights in other formats. Of subfolders, only chat templates are read.
 REPEATED_FILES = ("consolidated*", "*/*.json", "*/*.safetensors", "*/tokenizer.model", "*/merges.txt")
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -17,7 +17,7 @@ HUB_ADDRESS = re.compile(rf"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|
 
 
 def read_hub_id(path: str) -> str | None:
-    """Returns the id of a model on the Hugging Face Hub that `path` is, or None.
+    """Returns `path` without trailing slashes if it has the form of a hub id, `owner/name`, and None otherwise.
 
     Raises:
         UserError: It is an address, such as that of the model's page.
@@ -37,7 +37,7 @@ def read_hub_id(path: str) -> str | None:
 def download_from_hub(hub_id: str) -> Path:
     """Downloads the config, tokenizer and safetensors of a model from the Hugging Face Hub, or finds them in its cache.
 
-    The weights, which may be large, come last: the family and the quantization are checked before.
+    The weights, which may be large, come last, after the family and the quantization have been checked.
 
     Returns:
         The folder in the Hub's cache.

@@ -23,7 +23,7 @@ STAND_INS = (
 
 USABLE_PATHS = (
     "Set model.path to a Hugging Face folder with config.json, tokenizer.json and *.safetensors, to a GGUF file, to a "
-    "Hub id, or to 'tiny'."
+    "hub id, or to 'tiny'."
 )
 PICKLE = "a pickle, and reading a pickle can run any code"
 SCRIPT = (

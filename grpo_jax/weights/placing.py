@@ -23,8 +23,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.weights.tensor_names import ParameterTensors
 from grpo_jax.weights.tensors import StoredTensor
 
-BLOCK_NUMBERS = 1 << 17  # read at a time by a thread: as float32 they fit in the cache of a core
-MAX_READERS = 16  # threads
+BLOCK_NUMBERS = 1 << 17  # values that a thread reads at a time; as float32, they fit in the cache of a core
+MAX_READERS = 16  # reader threads
 WHOLE_STACK_BYTES = 1 << 25  # larger layer stacks are placed one layer at a time
 
 
@@ -85,7 +85,7 @@ def allocate_parts(target: ParameterTarget) -> list[Part]:
 
 
 def list_pieces(parameter: ParameterTensors, parts: Sequence[Part]) -> Iterator[tuple[str, list[Piece]]]:
-    """Yields the name of each tensor of a parameter, and the pieces of it that the parts hold, if they hold any."""
+    """Yields the name of each tensor of which `parts` hold something, with the pieces of it that they hold."""
     stacked_axes = parameter.names.ndim
     for position in np.ndindex(*parameter.names.shape):
         pieces = []
@@ -103,7 +103,7 @@ def list_pieces(parameter: ParameterTensors, parts: Sequence[Part]) -> Iterator[
 
 
 def copy_block(values: np.ndarray, bounds: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> None:
-    """Copies a block of a tensor, which lies at `bounds`, to the pieces that hold some of it."""
+    """Copies a block of a tensor, whose position is `bounds`, to the pieces that overlap it."""
     for piece in pieces:
         overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, piece.bounds, strict=True)]
         if all(start < stop for start, stop in overlap):
@@ -115,7 +115,7 @@ def copy_block(values: np.ndarray, bounds: Sequence[tuple[int, int]], pieces: Se
 
 
 def place_parts(target: ParameterTarget, parts: list[Part]) -> jax.Array:
-    """Returns the parameter on its devices. Each part is freed once it is there; `parts` is empty afterwards."""
+    """Returns the parameter on its devices. Each part is removed from `parts`, and freed, once it is placed."""
     arrays = []
     while parts:
         part = parts.pop()
@@ -124,7 +124,7 @@ def place_parts(target: ParameterTarget, parts: list[Part]) -> jax.Array:
 
 
 class Placer:
-    """Reads the tensors of a model with several threads and places the parameters that they make up."""
+    """Reads the tensors of a model with several threads, and places the parameters that they make up."""
 
     def __init__(
         self,
@@ -133,13 +133,13 @@ class Placer:
         total_bytes: int,
         on_progress: Callable[[int, int], None] | None,
     ):
-        """Starts with nothing placed.
+        """Prepares the threads, without reading anything.
 
         Args:
-            source: Where the tensors are, for error messages.
+            source: The model folder or GGUF file, for error messages.
             stored: The tensors by name.
-            total_bytes: The size of all parameters.
-            on_progress: Called with the bytes that have been read, counted as those of the parameters, and the total.
+            total_bytes: The size of all parameters in bytes.
+            on_progress: Called with the bytes of the parameters read so far, and `total_bytes`.
         """
         self.source = source
         self.stored = stored
@@ -148,14 +148,14 @@ class Placer:
         self.threads = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), "reader")
 
     def close(self) -> None:
-        """Stops the threads, without reading what has not been read."""
+        """Stops the threads and drops what they have not read yet."""
         self.threads.shutdown(cancel_futures=True)
 
     def read_block(self, name: str, bounds: Sequence[tuple[int, int]], pieces: Sequence[Piece]) -> None:
-        """Reads a block of a tensor to the pieces that hold some of it.
+        """Reads a block of a tensor into the pieces that overlap it.
 
         Raises:
-            UserError: It holds a number that is not finite in the dtype of the pieces.
+            UserError: The block holds a number that is not finite in the dtype of the pieces.
         """
         values, dtype = self.stored[name].read(tuple(slice(*each) for each in bounds)), pieces[0].values.dtype
         with np.errstate(over="ignore"):  # infinity is reported below
@@ -168,7 +168,7 @@ class Placer:
         copy_block(values, bounds, pieces)
 
     def list_blocks(self, target: ParameterTarget, parts: Sequence[Part]) -> Iterator[tuple[int, Callable[[], None]]]:
-        """Yields the blocks of a parameter: their bytes, and the call that reads each."""
+        """Yields the size of each block of a parameter in bytes, and the function that reads it."""
         for name, pieces in list_pieces(target.parameter, parts):
             hull = [
                 (min(start for start, _ in axis), max(stop for _, stop in axis))
@@ -176,14 +176,14 @@ class Placer:
             ]
             (first, last), *others = hull
             rows = max(1, BLOCK_NUMBERS // max(1, math.prod(stop - start for start, stop in others)))
-            # As if all of the tensor was read, so that the sum is the size of the parameters in each process.
+            # Counted as if the whole tensor were read, so that each process counts up to the size of all parameters.
             row_bytes = target.shape.dtype.itemsize * math.prod(self.stored[name].shape) // max(1, last - first)
             for start in range(first, last, rows):
                 stop = min(start + rows, last)
                 yield (stop - start) * row_bytes, partial(self.read_block, name, [(start, stop), *others], pieces)
 
     def assemble(self, targets: Sequence[ParameterTarget]) -> list[jax.Array]:
-        """Reads and places parameters, which are in host memory together."""
+        """Reads and places parameters, holding all of them in host memory at the same time."""
         parts = [allocate_parts(target) for target in targets]
         blocks = [*itertools.chain.from_iterable(map(self.list_blocks, targets, parts))]
         for (size, _), _ in zip(blocks, self.threads.map(lambda block: block[1](), blocks), strict=True):

@@ -1,6 +1,6 @@
 """Rewrites config files for an export, so that older releases of `transformers`, which engines pin, read them as we do.
 
-Releases before 5 ignore the spellings of release 5 in silence, and no release finds the code that `auto_map` names,
+Releases before 5 silently ignore the spellings of release 5, and no release finds the code that `auto_map` names,
 because exports never hold code.
 """
 
@@ -17,10 +17,11 @@ OLDER_FIELDS = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 # Families whose config class in transformers 4 refuses the key rope_type.
 OLDER_TYPE_KEYS = {"olmo2": "type", "phi3": "type"}
 
-# By family: the start of tensors' names in transformers 5, and in transformers 4, which release 5 reads as well.
+# By family: a pattern of the tensor names in transformers 5, and its replacement in transformers 4, whose names
+# release 5 reads as well.
 OLDER_TENSORS = {"gemma3": (r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.")}
 
-# What transformers 5 calls tokenizers without a class of their own; release 4 has another name for them.
+# Classes of transformers 5 for tokenizers without a class of their own, and the class that both releases know.
 TOKENIZER_BACKENDS = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
 FILE_TOKENIZER = "PreTrainedTokenizerFast"
 
@@ -33,8 +34,8 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
         where: The model folder or GGUF file, for error messages.
 
     Returns:
-        The contents of the config.json to write: equal to `hf_config` if that has both spellings or only the older one,
-        which all releases read, and no `auto_map`.
+        The contents of the config.json to write. They equal `hf_config` if it has no `auto_map` and has both spellings,
+        or only the older one, which all releases read.
 
     Raises:
         UserError: `transformers` cannot read the config.
@@ -46,7 +47,7 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
     section = portable
     if isinstance(portable.get("text_config"), dict):
         tied = ties_embeddings(hf_config, family, hf)
-        # Release 4 reads this from the text's config, release 5 from the model's.
+        # Release 4 reads this field from the text config, release 5 from the outer config.
         section = portable["text_config"] | {"tie_word_embeddings": tied}
         portable |= {"text_config": section, "tie_word_embeddings": tied}
     if not section.get("rope_parameters"):
@@ -66,25 +67,25 @@ def plain_dtypes(fields: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     Args:
         fields: The contents, or a section of them.
-        dtype: The dtype that takes the place of FP8 and of names such as "auto", "half" and "torch.bfloat16".
+        dtype: Replaces FP8 dtypes and names such as "auto", "half" and "torch.bfloat16".
     """
     plain = {
         name: plain_dtypes(value, dtype) if isinstance(value, dict) and name.endswith("_config") else value
         for name, value in fields.items()
     }
     stated = [name for name in ("dtype", "torch_dtype") if plain.get(name) is not None]
-    odd = [name for name in stated if plain[name] not in DTYPES or plain[name].startswith("float8")]
-    return plain | dict.fromkeys(odd, dtype)
+    replaced = [name for name in stated if plain[name] not in DTYPES or plain[name].startswith("float8")]
+    return plain | dict.fromkeys(replaced, dtype)
 
 
 def portable_tensor_name(name: str, family: str) -> str:
-    """Returns the name under which every release finds a tensor of an exported model."""
+    """Returns the name under which every release of `transformers` finds a tensor of an exported model."""
     pattern, replacement = OLDER_TENSORS.get(family, ("$^", ""))
     return re.sub(pattern, replacement, name)
 
 
 def older_rope_fields(hf) -> dict[str, Any]:
-    """Returns the fields that stand for `rope_parameters` in a config.json of releases before 5.
+    """Returns the fields that releases before 5 read from a config.json instead of `rope_parameters`.
 
     Args:
         hf: The `transformers` config of the decoder.
@@ -105,10 +106,10 @@ def older_rope_fields(hf) -> dict[str, Any]:
 
 
 def portable_tokenizer_config(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites a tokenizer_config.json, beside which there is a tokenizer.json, in the spelling that all releases read.
+    """Rewrites the tokenizer_config.json that belongs to a tokenizer.json so that all releases read it.
 
     Returns:
-        The contents of the tokenizer_config.json to write, equal to `tokenizer_config` if all releases read that.
+        The contents of the tokenizer_config.json to write. They equal `tokenizer_config` if all releases read that.
     """
     portable = without_code(tokenizer_config)
     if "auto_map" in tokenizer_config or tokenizer_config.get("tokenizer_class") in TOKENIZER_BACKENDS:

@@ -105,7 +105,7 @@ def load(
     """Loads a model, layer by layer, directly into its sharding.
 
     Args:
-        source: A model folder, a GGUF file, a Hub id, `tiny`, `smollm2` or `gemma3-270m`; see `find_model`.
+        source: A model folder, a GGUF file, a hub id, `tiny`, `smollm2` or `gemma3-270m`; see `find_model`.
         mesh: The mesh to shard the parameters over (`grpo_jax.model.parameters`). Each process reads only the parts
             that its devices hold. Without a mesh, the parameters are placed on the first local device.
         param_dtype: The dtype of the parameters.

@@ -33,12 +33,12 @@ class ParameterTensors(NamedTuple):
 
     @property
     def stack(self) -> str:
-        """Returns the path of the layer stack that has the parameter, or its own path if it is outside the layers."""
+        """Returns the path of the layer stack that the parameter belongs to, or its own path if it belongs to none."""
         return self.path.removesuffix(f"/{self.row.path}")
 
     @property
     def is_stacked(self) -> bool:
-        """Returns whether a layer stack has the parameter."""
+        """Returns whether the parameter belongs to a layer stack."""
         return self.path != self.row.path
 
     @property

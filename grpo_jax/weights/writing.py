@@ -75,9 +75,9 @@ def save(folder: str | Path, model_cfg: ModelConfig, params: dict) -> None:
 
 
 def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> None:
-    """Writes config.json, generation_config.json and the tokenizer, so that older `transformers` read them as well.
+    """Writes config.json, generation_config.json and the tokenizer, in forms that older `transformers` read too.
 
-    A file that needs no change is byte for byte as in the source.
+    A file that needs no change is copied byte for byte from the source.
     """
     if source and source.is_dir():
         for path in chain.from_iterable(source.glob(name) for name in (*CARRIED_FILES, "config.json")):
@@ -86,7 +86,7 @@ def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> Non
             shutil.copyfile(path, target)
     write_json(folder / "config.json", portable_config(hf_config, str(source or folder)))
     tokenizer_config = folder / "tokenizer_config.json"
-    # Releases of transformers make different tokenizers of a GGUF file or another vocabulary.
+    # From a GGUF file or a vocabulary, different releases of transformers make different tokenizers.
     is_converted = source and (source.is_file() or any((source / name).is_file() for name in OTHER_VOCABULARIES))
     if is_converted and not (folder / "tokenizer.json").is_file():
         load_tokenizer(source).save_pretrained(folder)
@@ -104,7 +104,7 @@ def write_other_files(folder: Path, source: Path | None, hf_config: dict) -> Non
 
 
 def write_json(path: Path, fields: dict) -> None:
-    """Writes a JSON object, unless the file holds an equal one."""
+    """Writes a JSON object, unless the file already holds an equal one."""
     if not path.is_file() or read_json_object(path) != fields:
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -145,7 +145,7 @@ def tensors_from_params(
 def write_safetensors(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     """Writes tensors as one safetensors file, or as several of at most `MAX_SHARD_BYTES` with an index.
 
-    One file's tensors are in memory at a time.
+    The tensors of only one file are in memory at a time.
 
     Raises:
         UserError: The folder holds other safetensors, which would be loaded together with the new ones.

@@ -1,10 +1,11 @@
-"""Reads exported models with the installed `transformers`, and compares what it computes with what is expected.
+"""Reads exported models with the installed `transformers`, and compares its results with the expected ones.
 
     python tests/exports/read_exports.py FOLDER
 
 Needs PyTorch and `transformers`, and nothing of grpo_jax. FOLDER holds a folder for each case, with the exported model
-in `model`, and what it must give in expected.json and expected.npz (`test_exports.py` writes them). Prints the result
-of each case as a line of JSON: `case`, `release`, `newer` (model types that this release does not know) and `problems`.
+in `model`, and the expected results in expected.json and expected.npz (`test_exports.py` writes them). Prints the
+result of each case as a line of JSON: `case`, `release`, `newer` (model types that this release does not know) and
+`problems`.
 """
 
 import json
@@ -45,7 +46,7 @@ def model_problems(folder: Path, arrays: dict[str, np.ndarray], eos_ids: list[in
     if not error <= TOLERANCE:
         problems.append(f"the logits differ by {error:.1e} of the largest")
     if (logits.argmax(-1) != arrays["logits"].argmax(-1)).any():
-        problems.append("other tokens are the most likely ones")
+        problems.append("the most likely tokens differ")
     stops = model.generation_config.eos_token_id
     if {*(stops if isinstance(stops, list) else [stops])} - {None} != {*eos_ids}:
         problems.append(f"generation stops at {stops}, not at {eos_ids}")

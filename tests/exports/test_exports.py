@@ -1,4 +1,4 @@
-"""Two releases of `transformers` read our exports of every golden model, and compute the same logits and token ids.
+"""Exports of every golden model: two releases of `transformers` compute the same logits and token ids as we do.
 
 `make test-exports` makes an environment with PyTorch for each release; nothing here is skipped without them.
 """
@@ -43,7 +43,7 @@ def source_of(case: str, folder: Path) -> Path:
 
 
 def write_case(case: str, folder: Path) -> None:
-    """Exports the model of a case and writes what it must give, see `read_exports.py`."""
+    """Exports the model of a case and writes the expected results; see `read_exports.py`."""
     source = source_of(case, folder)
     save(folder / "model", *load(source))
     model_cfg, params = load(folder / "model")  # of a quantized model, the weights were rounded
@@ -76,7 +76,7 @@ def write_case(case: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def exported(request, tmp_path_factory) -> Path:
-    """Writes the cases of the tests that were selected."""
+    """Exports the cases of the selected tests, and returns the folder that holds them."""
     folder = tmp_path_factory.mktemp("exports")
     for case in {item.callspec.params["case"]: None for item in request.session.items if "case" in item.fixturenames}:
         (folder / case).mkdir()
