@@ -133,6 +133,24 @@ def test_texts_are_split_as_by_llama_cpp(tmp_path):
         assert read_gguf_tokenizer(path)("1234", add_special_tokens=False)["input_ids"] == expected
 
 
+def test_digits_and_punctuation_are_split_as_by_llama_cpp(tmp_path):
+    """In Granite, a digit ends the white space before it; in Seed-OSS, a line end is never part of punctuation."""
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["Ġ", "ĠĠ", "1", "2", "12", ")", "Ċ", ")Ċ"],
+        "tokenizer.ggml.merges": ["Ġ Ġ", "1 2", ") Ċ"],
+        "tokenizer.ggml.token_type": [1] * 8,
+    }
+    for pre, expected in (
+        ("gpt-2", [0, 0, 4, 5, 6]),
+        ("refact", [1, 2, 3, 5, 6]),
+        ("qwen2", [0, 0, 2, 3, 7]),
+        ("seed-coder", [0, 0, 2, 3, 5, 6]),
+    ):
+        path = write_file(tmp_path / f"{pre}.gguf", "granite", fields=fields | {"tokenizer.ggml.pre": pre})
+        assert read_gguf_tokenizer(path)("  12)\n", add_special_tokens=False)["input_ids"] == expected, pre
+
+
 def test_configs_have_the_fields_of_their_family():
     expected = {
         "smollm3": {"model_type": "smollm3", "head_dim": 4, "attention_bias": False},

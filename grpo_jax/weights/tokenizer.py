@@ -13,8 +13,13 @@ from grpo_jax.weights.model_files import list_names
 # Pre-tokenizers for which llama.cpp begins each text with BOS unless the file says otherwise.
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that transformers does not know -> one that splits text in the same way. Without this, transformers
-# would use its default.
+# would use its default, GPT-2's.
 SAME_SPLITS = {"glm4": "llama3", "chatglm-bpe": "llama3"}
+DIGITS_APART = ("refact", "starcoder")  # Granite's, which split digits off, and the rest as GPT-2
+# Seed-OSS's: words with the character before them, single digits, punctuation, line ends, and other white space.
+SEED_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # Vocabularies from which transformers makes a tokenizer if there is no tokenizer.json.
 OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model")
@@ -157,6 +162,7 @@ def read_gguf_tokenizer(path: Path):
         model["pre_tokenizer_type"] = SAME_SPLITS[model["pre_tokenizer_type"]]
     try:
         backend, _ = convert_gguf_tokenizer(header.architecture, model)
+        set_splits(backend, model.get("pre_tokenizer_type", ""))
         if header.architecture == "qwen2" or model.get("pre_tokenizer_type") == "qwen2":
             backend.normalizer = NFC()  # as in Qwen's own tokenizers; the file does not say so
         for name in ("bos", "eos", "unk", "pad"):
@@ -169,3 +175,17 @@ def read_gguf_tokenizer(path: Path):
             f"{path} must hold a tokenizer that transformers can convert; found: {type(error).__name__} {message}. "
             "Use another file of the model."
         ) from None
+
+
+def set_splits(backend, pre_tokenizer: str) -> None:
+    """Makes a byte-level tokenizer split texts as llama.cpp's pre-tokenizer of this name, if transformers does not."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if pre_tokenizer in DIGITS_APART:
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    elif pre_tokenizer == "seed-coder":
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splits = [pre_tokenizers.Split(Regex(SEED_SPLIT), "isolated"), whole]
+    else:
+        return
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
