@@ -35,6 +35,13 @@ def test_a_folder_is_read_or_refused_for_its_true_cause(tmp_path, name):
     assert "\n" not in str(raised.value) and not re.search(r"\{[a-z]+\}", str(raised.value))
 
 
+def test_a_config_without_weights_is_refused_for_its_family_first(tmp_path):
+    """A plan reads nothing else."""
+    FOLDERS["family before all"][0](tmp_path / "model")
+    with pytest.raises(UserError, match="found 'gpt_oss'"):
+        read_model_config(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", [pytest.param("PEFT", marks=pytest.mark.slow), "two wrappers"])
 def test_the_command_that_renames_tensors_makes_the_folder_readable(tmp_path, name):
     FOLDERS[name][0](tmp_path / "model")
