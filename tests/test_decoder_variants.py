@@ -55,7 +55,7 @@ def mean_logp_of_training(weights, tokens):
     ].mean()
 
 
-def test_tokens_that_are_decoded_one_by_one_have_the_states_of_one_forward_pass():
+def test_decoding_token_by_token_gives_the_hidden_states_of_one_forward_pass():
     """With the merged projections of a rollout, and queries that grow with their positions."""
     growing = RopeConfig(query_growth=0.3, original_max_positions=4)
     model_cfg = replace(MODEL, layers=(LayerConfig(rope=growing), LayerConfig(window=4, rope=None)))

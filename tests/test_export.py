@@ -253,7 +253,7 @@ def test_a_config_of_transformers_5_is_exported_in_both_spellings(case, older):
     assert {name: section[name] for name in OLDER_FIELDS if name in section} == older
 
 
-def test_an_export_of_a_vision_language_model_has_the_end_of_its_text_and_no_quantization(tmp_path):
+def test_an_export_of_a_vision_language_model_has_the_eos_of_its_text_config_and_no_quantization(tmp_path):
     source = Path(shutil.copytree(GOLDEN / "gemma3_vision", tmp_path / "in"))
     (source / "generation_config.json").unlink()
     raw = json.loads((source / "config.json").read_text())

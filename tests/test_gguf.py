@@ -280,7 +280,7 @@ def test_the_largest_gemmas_have_a_query_scale_of_their_own(tmp_path):
         assert read_gguf_config(path)["query_pre_attn_scalar"] == expected
 
 
-def test_what_only_some_files_state_is_read(tmp_path):
+def test_fields_that_only_some_files_have_are_read(tmp_path):
     ends = {f"tokenizer.ggml.{name}_token_id": token for name, token in (("eos", 1), ("eot", 5), ("eom", 6))}
     path = write_file(tmp_path / "gemma3.gguf", "gemma3", fields=ends | {"gemma3.rope.freq_base_swa": 500.0})
     config = read_gguf_config(path)
@@ -370,7 +370,7 @@ def test_metadata_and_tensors_that_are_not_supported_are_refused(tmp_path, field
 
 
 def test_the_text_of_a_vision_language_model_of_glm4_is_refused(tmp_path):
-    """llama.cpp's converter gives its projections another order, so that it would be read to wrong numbers."""
+    """llama.cpp's converter reorders its projections, so reading them as those of GLM-4 would give wrong values."""
     fields = {"glm4.rope.dimension_sections": [1, 1, 0, 0]}
     with pytest.raises(UserError, match="found a vision-language model"):
         read_gguf_config(write_file(tmp_path / "model.gguf", "glm4", fields))

@@ -224,7 +224,7 @@ def test_biases_of_the_mlp_of_a_code_world_model_are_read():
     assert [read(golden_config("cwm") | {"mlp_bias": bias}).mlp_bias for bias in (True, False)] == [True, False]
 
 
-def test_rows_whose_decoder_is_that_of_others_have_fields_of_their_own():
+def test_families_that_share_a_decoder_have_fields_of_their_own():
     models = {case: read(golden_config(case)) for case in ("cwm", "mistral3", "seed_oss", "glm4_moe_lite", "kimi_k2")}
     assert [layer.window for layer in models["cwm"].layers] == [0, 5, 5, 5, 0]
     assert [layer.window for layer in models["mistral3"].layers] == [6, 6]
@@ -232,13 +232,13 @@ def test_rows_whose_decoder_is_that_of_others_have_fields_of_their_own():
     biased = read(golden_config("seed_oss") | {"attention_bias": False, "attention_out_bias": True})
     for model_cfg, expected in ((models["seed_oss"], (True, False, False)), (biased, (False, True, False))):
         assert (model_cfg.qkv_bias, model_cfg.out_bias, model_cfg.mlp_bias) == expected
-    for case in ("glm4_moe_lite", "kimi_k2"):  # layers for the prediction of further tokens
+    for case in ("glm4_moe_lite", "kimi_k2"):  # multi-token prediction layers
         count = models[case].num_layers
         names = {f"model.layers.{layer}.eh_proj.weight" for layer in (count - 1, count)}
         assert skipped_tensors(models[case], "model.", names) == {f"model.layers.{count}.eh_proj.weight"}
 
 
-def test_what_a_config_states_of_its_scaling_takes_the_place_of_what_would_follow():
+def test_stated_fields_of_a_scaling_take_precedence_over_derived_ones():
     raw = with_text(golden_config("qwen3"), rope_parameters=None, rope_theta=50.0)
     stated = {"rope_type": "yarn", "attention_factor": 1.5, "beta_fast": 7, "beta_slow": 3, "truncate": False}
     rope = read(raw | {"rope_scaling": YARN | stated}).layers[0].rope

@@ -123,8 +123,8 @@ def test_a_run_shows_the_bytes_of_the_model_that_it_loads(monkeypatch):
     assert seen[-1] == (size, size)
 
 
-def test_a_process_that_holds_a_part_counts_the_whole():
-    """So that each process of a run ends its progress at the size of the parameters."""
+def test_a_process_that_holds_part_of_a_model_counts_the_bytes_of_all():
+    """Each process of a run ends its progress at the size of all parameters."""
     source, model_cfg = GOLDEN / "llama.gguf", read_model_config(GOLDEN / "llama.gguf")
     tensors, shapes = open_model_tensors(source, model_cfg), param_shapes(model_cfg)
     sharding = tree_shardings(make_mesh(fsdp=8), shapes)["embed"]["embedding"]

@@ -62,7 +62,7 @@ def changed_copy(tmp_path, case, fields):
 
 @pytest.mark.parametrize("has_head", [True, False])
 def test_weights_without_a_head_are_tied_if_the_config_of_a_vision_language_model_leaves_it_open(tmp_path, has_head):
-    """Mistral Small 3.1 states nothing and has a head; for transformers 5, which states no defaults, tied is one."""
+    """Mistral Small 3.1 leaves it out and has a head; transformers 5 leaves it out of a tied model, its default."""
     folder = changed_copy(tmp_path, "mistral3", {})
     raw = json.loads((folder / "config.json").read_text())
     for section in (raw, raw["text_config"]):
@@ -133,7 +133,7 @@ def test_eos_ids_include_those_of_the_generation_config(folder):
     assert read_model_config(folder).eos_ids == (2, 5, 7)
 
 
-def test_a_vision_language_model_may_state_its_end_and_its_dtype_with_its_text(tmp_path):
+def test_a_vision_language_model_may_state_its_eos_and_dtype_in_its_text_config(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "gemma3_vision", tmp_path / "model"))
     (folder / "generation_config.json").unlink()
     raw = json.loads((folder / "config.json").read_text())

@@ -94,7 +94,7 @@ def uses_qwen3_experts(hf, layer: int) -> bool:
 
 
 def uses_listed_experts(hf, layer: int) -> bool:
-    """Tells whether a layer of a GLM-4.7-Flash config has experts.
+    """Returns whether a layer of a GLM-4.7-Flash config has experts.
 
     Raises:
         ValueError: `mlp_layer_types` ends before the layer.

@@ -140,8 +140,8 @@ def read_gguf_rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
         )
     if header.architecture == "glm4" and f"{header.architecture}.rope.dimension_sections" in header.fields:
         raise UserError(
-            f"{header.path} must be of GLM-4; found a vision-language model (glm4.rope.dimension_sections), whose "
-            "projections are in another order. Choose another model."
+            f"{header.path} must hold a text-only GLM-4; found a vision-language model (glm4.rope.dimension_sections), "
+            "whose projections are in another order. Choose another model."
         )
     if scaling == "yarn":
         names = {

@@ -166,7 +166,7 @@ def read_hf_config(source: Path) -> dict:
     """Returns the contents of a model folder's config.json, or the equivalent of a GGUF file's metadata.
 
     Versions of `transformers` have different defaults for `tie_word_embeddings` in vision-language models. If the
-    config of one does not state it, the embedding is the head unless the weights have a head.
+    config of one leaves it out, it is set to true unless the weights include a head.
     """
     if source.is_file():
         from grpo_jax.weights.gguf_file import read_gguf_config  # imported here, because only GGUF files need it
@@ -181,13 +181,13 @@ def read_hf_config(source: Path) -> dict:
 
 
 def has_head(folder: Path) -> bool:
-    """Returns whether the weights in a model folder have a head of their own; True if they cannot be read."""
+    """Returns whether the weights in a model folder include a head; True if they cannot be read."""
     try:
         for name in safetensors_names(list_names(folder)):
             with safe_open(folder / name, framework="np") as file:
                 if any(tensor.endswith("lm_head.weight") for tensor in file.keys()):
                     return True
-    except (OSError, SafetensorError):  # which is reported when the weights are loaded
+    except (OSError, SafetensorError):  # reported when the weights are loaded
         return True
     return False
 
