@@ -72,6 +72,9 @@ def test_weights_without_a_head_are_tied_if_the_config_of_a_vision_language_mode
         change_tensors(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if "lm_head" in name])
     model_cfg, params = load(folder)
     assert model_cfg.tie_embeddings != has_head and ("head" in params) == has_head
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert not read_model_config(folder).tie_embeddings  # a plan of a config alone
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
     save(tmp_path / "out", model_cfg, params)
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {exported["tie_word_embeddings"], exported["text_config"]["tie_word_embeddings"]} == {not has_head}

@@ -181,15 +181,16 @@ def read_hf_config(source: Path) -> dict:
 
 
 def has_head(folder: Path) -> bool:
-    """Returns whether the weights in a model folder include a head; True if they cannot be read."""
+    """Returns whether the weights in a model folder include a head; True if there are none, or none can be read."""
     try:
-        for name in safetensors_names(list_names(folder)):
+        files = safetensors_names(list_names(folder))
+        for name in files:
             with safe_open(folder / name, framework="np") as file:
                 if any(tensor.endswith("lm_head.weight") for tensor in file.keys()):
                     return True
     except (OSError, SafetensorError):  # reported when the weights are loaded
         return True
-    return False
+    return not files
 
 
 def read_model_config(source: str | Path) -> ModelConfig:

@@ -15,7 +15,7 @@ BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that transformers does not know -> one that splits text in the same way. Without this, transformers
 # would use its default, GPT-2's.
 SAME_SPLITS = {"glm4": "llama3", "chatglm-bpe": "llama3"}
-DIGITS_APART = ("refact", "starcoder")  # Granite's, which split digits off, and the rest as GPT-2
+DIGITS_APART = ("refact", "starcoder", "smollm")  # Granite's and SmolLM's: digits are split off, the rest as GPT-2's
 # Seed-OSS's: words with the character before them, single digits, punctuation, line ends, and other white space.
 SEED_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
