@@ -152,6 +152,11 @@ def test_a_vision_language_model_loads_with_the_prefixes_of_either_release(tmp_p
     assert renamed.skipped.keys() == {rename(name) for name in expected.skipped} != expected.skipped.keys()
 
 
+def test_a_tied_head_may_be_stored_beside_the_decoder_of_a_vision_language_model():
+    head = {"language_model.lm_head.weight"}
+    assert skipped_tensors(read(golden_config("gemma3_vision")), "language_model.model.", head) == head
+
+
 # Refusals
 
 

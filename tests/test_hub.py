@@ -82,6 +82,7 @@ def test_weights_are_not_downloaded_if_the_model_is_not_supported(tmp_path, hub,
         (FOLDERS["pickle"][0], r"found pytorch_model.bin, a pickle.*from_pretrained\('owner/name'\)"),
         (FOLDERS["only consolidated"][0], "owner/name must .*Mistral's own format"),
         (FOLDERS["adapter"][0], "an adapter for owner/base"),
+        (FOLDERS["adapter as a pickle"][0], "an adapter for owner/base"),
         (empty(wrote("README.md")), "found an empty folder"),
     ],
 )
