@@ -301,6 +301,7 @@ def test_files_that_all_releases_read_are_copied_byte_for_byte(tmp_path):
                 "rope_parameters": {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
             },
         ),
+        ({"rope_scaling": {}}, {"rope_scaling": None}),
         ({"auto_map": {"AutoConfig": "custom.Config"}}, {"auto_map": None}),
     ],
 )
@@ -311,6 +312,17 @@ def test_an_exported_config_means_what_was_trained(fields, expected):
     rest = dict(tokenizer_vocab_size=0, eos_ids=(), source="", dtype="float32")
     before, after = (model_config_from_hf(config, "here", **rest) for config in (raw | fields, portable))
     assert before == after
+
+
+@pytest.mark.parametrize("stated", [{}, {"rope_scaling": None}])
+def test_the_text_of_qwen3_vl_is_exported_with_the_rope_scaling_that_older_releases_need(stated):
+    raw = json.loads((GOLDEN / "qwen3_vl/config.json").read_text())
+    theta = raw["text_config"].pop("rope_parameters")["rope_theta"]
+    raw["text_config"] |= {"rope_theta": theta} | stated
+    portable = portable_config(raw, "here")
+    assert portable["text_config"]["rope_scaling"] == {"rope_type": "default"}
+    before, after = (model_config_from_hf(config, "here") for config in (raw, portable))
+    assert before == after and before.layers[0].rope.theta == theta
 
 
 def test_an_export_has_what_its_tokenizer_needs_and_no_code(tmp_path):

@@ -17,6 +17,9 @@ OLDER_FIELDS = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 # Families whose config class in transformers 4 refuses the key rope_type.
 OLDER_TYPE_KEYS = {"olmo2": "type", "phi3": "type"}
 
+# By family: the rope_scaling without which transformers 4 does not read a config. It reads no empty one in any family.
+NEEDS_ROPE_SCALING = {"qwen3_vl_text": {"rope_type": "default"}}
+
 # By family: a pattern of the tensor names in transformers 5, and its replacement in transformers 4, whose names
 # release 5 reads as well.
 OLDER_TENSORS = {"gemma3": (r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.")}
@@ -50,6 +53,8 @@ def portable_config(hf_config: dict[str, Any], where: str) -> dict[str, Any]:
         # Release 4 reads this field from the text config, release 5 from the outer config.
         section = portable["text_config"] | {"tie_word_embeddings": tied}
         portable |= {"text_config": section, "tie_word_embeddings": tied}
+    if section.get("rope_scaling") == {} or hf.model_type in NEEDS_ROPE_SCALING:
+        section["rope_scaling"] = section.get("rope_scaling") or NEEDS_ROPE_SCALING.get(hf.model_type)
     if not section.get("rope_parameters"):
         return portable
     older = older_rope_fields(hf)
