@@ -300,7 +300,7 @@ GGUFS: dict[str, Case] = {
     "heads are a text": (gguf_with({"llama.attention.head_count_kv": "2"}), "head_count_kv in .* must be one number"),
     "NaN as a size": (gguf_with({"llama.embedding_length": float("nan")}), "embedding_length in .* one number above 0"),
     "theta is a text": (gguf_with({"llama.rope.freq_base": "x"}), "freq_base in .* must be one number"),
-    "scaling is a number": (gguf_with({"llama.rope.scaling.type": 1}), "scaling.type in .* must be a text"),
+    "scaling is a number": (gguf_with({"llama.rope.scaling.type": 1}), "scaling.type in .* must be a string"),
     "stop ids are a list of texts": (gguf_with({"tokenizer.ggml.eos_token_id": ["a"]}), "eos_token_id in .* integer"),
     "frequencies of another size": (
         gguf_with(tensors={"rope_freqs.weight": np.full(10**6, np.nan, np.float32)}),
