@@ -159,6 +159,19 @@ def test_digits_and_punctuation_are_split_as_by_llama_cpp(tmp_path):
         assert read_gguf_tokenizer(path)("  12)\n", add_special_tokens=False)["input_ids"] == expected, pre
 
 
+@pytest.mark.parametrize("pre, warns", [("unheard-of", True), ("", True), ("olmo", False), ("refact", False)])
+def test_a_pre_tokenizer_that_is_not_known_is_not_ignored_in_silence(tmp_path, caplog, pre, warns):
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.token_type": [1] * 3,
+        "tokenizer.ggml.pre": pre or None,
+    }
+    read_gguf_tokenizer(write_file(tmp_path / "model.gguf", fields=fields))
+    assert (f"tokenizer.ggml.pre {pre!r} is not known" in caplog.text) == warns
+
+
 def test_configs_have_the_fields_of_their_family():
     expected = {
         "smollm3": {"model_type": "smollm3", "head_dim": 4, "attention_bias": False},

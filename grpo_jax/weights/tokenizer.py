@@ -1,6 +1,7 @@
 """Loads the tokenizers of model folders and GGUF files, never running code that comes with a model."""
 
 import importlib.util
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # would use its default, GPT-2's.
 SAME_SPLITS = {"glm4": "llama3", "chatglm-bpe": "llama3"}
 DIGITS_APART = ("refact", "starcoder", "smollm")  # Granite's and SmolLM's: digits are split off, the rest as GPT-2's
+GPT2_SPLITS = ("gpt-2", "phi-2", "olmo", "mpt")  # which are GPT-2's
 # Seed-OSS's: words with the character before them, single digits, punctuation, line ends, and other white space.
 SEED_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,6 +27,8 @@ SEED_SPLIT = (
 OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(source: str | Path):
@@ -162,7 +166,7 @@ def read_gguf_tokenizer(path: Path):
         model["pre_tokenizer_type"] = SAME_SPLITS[model["pre_tokenizer_type"]]
     try:
         backend, _ = convert_gguf_tokenizer(header.architecture, model)
-        set_splits(backend, model.get("pre_tokenizer_type", ""))
+        set_splits(backend, model.get("pre_tokenizer_type", ""), path)
         if header.architecture == "qwen2" or model.get("pre_tokenizer_type") == "qwen2":
             backend.normalizer = NFC()  # as in Qwen's own tokenizers; the file does not say so
         for name in ("bos", "eos", "unk", "pad"):
@@ -177,8 +181,11 @@ def read_gguf_tokenizer(path: Path):
         ) from None
 
 
-def set_splits(backend, pre_tokenizer: str) -> None:
-    """Makes a byte-level tokenizer split texts as llama.cpp's pre-tokenizer of this name, if transformers does not."""
+def set_splits(backend, pre_tokenizer: str, path: Path) -> None:
+    """Makes a byte-level tokenizer split texts as llama.cpp's pre-tokenizer of this name, if transformers does not.
+
+    If neither knows the name, texts are split as for GPT-2, and a warning about the file at `path` says so.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     if pre_tokenizer in DIGITS_APART:
@@ -187,5 +194,12 @@ def set_splits(backend, pre_tokenizer: str) -> None:
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         splits = [pre_tokenizers.Split(Regex(SEED_SPLIT), "isolated"), whole]
     else:
+        if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and pre_tokenizer not in GPT2_SPLITS:
+            log.warning(
+                "%s: texts are split into tokens as for GPT-2, because its tokenizer.ggml.pre %r is not known; ids may "
+                "differ from those of the model's own tokenizer. Use its Hugging Face folder if you can.",
+                path,
+                pre_tokenizer,
+            )
         return
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
